@@ -1,0 +1,76 @@
+"""Reptile: move the initialisation towards the weights that training on a task leads to.
+
+Nichol, Achiam and Schulman (2018), "On first-order meta-learning algorithms".
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from metalearn import random
+from metalearn.algorithms.base import objective
+from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.settings import above, at_least, between
+from metalearn.types import Labelled, Loss, Params, State, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reptile(LinearHeadAlgorithm):
+    """phi = Adam steps on mini-batches of the support set from theta; meta-gradient theta - phi (Nichol et al. 2018, alg. 1).
+
+    The inner optimiser is Adam without momentum (beta1 = 0), as the authors use it. Departure: its second moment
+    starts anew for each task, where their code carries it from task to task.
+    inner_batch, test_inner_batch: examples of a mini-batch, drawn without replacement, epoch after epoch.
+    """
+
+    support_order_matters: ClassVar[bool] = True  # mini-batches are drawn by position
+
+    inner_lr: float = above(0)
+    inner_steps: int = at_least(0)
+    test_inner_steps: int = at_least(0)
+    inner_batch: int = at_least(1)
+    test_inner_batch: int = at_least(1)
+    inner_beta2: float = between(0, 1)
+    inner_eps: float = above(0)
+
+    @property
+    def training_steps(self) -> int:
+        return self.inner_steps
+
+    def _descend(self, theta: Params, support: Labelled, key: Tensor, steps: int, batch: int) -> Params:
+        size = support.x.shape[0]
+        epochs = -(-steps * batch // size)
+        order = torch.cat([random.permutation(random.fold_in(key, epoch), size) for epoch in range(epochs)] or [key[None]])
+
+        def batch_loss(params: Params, chosen: Tensor) -> Tensor:
+            return objective(self.head(params, self.embed(params, support.x[chosen])), support.y[chosen])
+
+        phi = theta
+        second = {name: torch.zeros_like(value) for name, value in theta.items()}
+        for step in range(steps):
+            gradient = grad(batch_loss)(phi, order[step * batch : (step + 1) * batch])
+            beta2, correction = self.inner_beta2, 1 - self.inner_beta2 ** (step + 1)
+            second = {name: beta2 * second[name] + (1 - beta2) * gradient[name].square() for name in phi}
+            phi = {
+                name: phi[name] - self.inner_lr * gradient[name] / ((second[name] / correction).sqrt() + self.inner_eps)
+                for name in phi
+            }
+        return phi
+
+    def adapt(
+        self, state: State, support: Labelled, unlabelled: Tensor | None = None, *, key: Tensor, steps: int | None = None
+    ) -> Adapted:
+        steps = self.test_inner_steps if steps is None else steps
+        return self.adapted(self._descend(state.meta, support, key, steps, self.test_inner_batch), support.x)
+
+    def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
+        """A surrogate whose gradient in theta is theta - phi; the query loss of phi is among the logs."""
+        theta = {name: value.detach() for name, value in state.meta.items()}
+        phi = self._descend(theta, task.support, task.key, self.inner_steps, self.inner_batch)
+        direction = {name: theta[name] - phi[name] for name in theta}
+        value = sum((state.meta[name] * direction[name]).sum() for name in theta)
+        held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
+        return Loss(value, held_out.logs, held_out.statistics)

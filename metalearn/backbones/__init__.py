@@ -1,0 +1,1 @@
+"""Backbones: functions x -> embedding that know nothing of classes."""

@@ -1,0 +1,73 @@
+"""The four-block convolutional network of few-shot learning (Vinyals et al. 2016, 4.1.1)."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn import random
+from metalearn.backbones import normalisation
+from metalearn.backbones.layers import ACTIVATIONS, init_weight
+from metalearn.settings import above, at_least, choice
+from metalearn.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conv4:
+    """Blocks of 3x3 convolution, normalisation, activation and a halving of the picture.
+
+    downsample: "pool" (convolution with stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (convolution with
+    stride 2, no pooling: Finn on Omniglot). output: "flatten" or "mean" over positions. No bias before a normalisation.
+    """
+
+    filters: int = at_least(1)
+    blocks: int = at_least(1)
+    downsample: str = choice("pool", "stride")
+    output: str = choice("flatten", "mean")
+    normalisation: str = choice("batch", "none")
+    activation: str = choice(*ACTIVATIONS)
+    eps: float = above(0)
+
+    def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
+        params: Params = {}
+        population: Params = {}
+        channels = input_shape[0]
+        for block in range(self.blocks):
+            weight = init_weight(random.fold_in(key, block), self.filters, channels, 3, 3)
+            params[f"conv{block}.weight"] = weight
+            if self.normalisation == "batch":
+                affine, statistics = normalisation.init(f"norm{block}", self.filters, key.device)
+                params |= affine
+                population |= statistics
+            else:
+                params[f"conv{block}.bias"] = torch.zeros(self.filters, device=key.device)
+            channels = self.filters
+        return params, population
+
+    def size(self, input_shape: tuple[int, ...]) -> int:
+        if self.output == "mean":
+            return self.filters
+        height, width = input_shape[1:]
+        for _ in range(self.blocks):
+            height, width = (
+                (height // 2, width // 2) if self.downsample == "pool" else ((height + 1) // 2, (width + 1) // 2)
+            )
+        return self.filters * height * width
+
+    def embed(
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False
+    ) -> tuple[Tensor, Params]:
+        """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
+        activation = ACTIVATIONS[self.activation]
+        stride = 2 if self.downsample == "stride" else 1
+        statistics: Params = {}
+        for block in range(self.blocks):
+            x = F.conv2d(x, params[f"conv{block}.weight"], params.get(f"conv{block}.bias"), stride, padding=1)
+            if self.normalisation == "batch":
+                x, seen = normalisation.normalise(f"norm{block}", params, x, given, collect, self.eps)
+                statistics |= seen
+            x = activation(x)
+            if self.downsample == "pool":
+                x = F.max_pool2d(x, 2)
+        return (x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)), statistics

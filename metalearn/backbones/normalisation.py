@@ -1,0 +1,41 @@
+"""Batch normalisation as a function of explicit statistics; the only place that normalises."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.types import Params
+
+
+def init(name: str, features: int, device: torch.device) -> tuple[Params, Params]:
+    """Scale 1 and shift 0 under `name`, and population statistics of a standard normal input."""
+    one, zero = torch.ones(features, device=device), torch.zeros(features, device=device)
+    return (
+        {f"{name}.weight": one, f"{name}.bias": zero},
+        {f"{name}.mean": zero.clone(), f"{name}.var": one.clone()},
+    )
+
+
+def normalise(
+    name: str, params: Params, x: Tensor, given: Params | None, collect: bool, eps: float
+) -> tuple[Tensor, Params]:
+    """(x - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
+
+    Args:
+      x: [B, C, ...]; given: the statistics to use, or None for those of x itself (biased variance).
+      collect: also return the statistics of x, differentiable in x.
+    Returns: the normalised x, and {"<name>.mean": [C], "<name>.var": [C]} or {}.
+    """
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    collected: Params = {}
+    if collect:
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        var, mean = torch.var_mean(x, axes, correction=0)
+        collected = {f"{name}.mean": mean, f"{name}.var": var}
+    if given is None:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), collected
+    # Written out, because F.batch_norm treats given statistics as constants and gradients must pass through them.
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    scale = weight * torch.rsqrt(given[f"{name}.var"] + eps)
+    shift = bias - given[f"{name}.mean"] * scale
+    return x * scale.view(shape) + shift.view(shape), collected

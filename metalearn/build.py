@@ -1,0 +1,121 @@
+"""From a checked configuration to a run; the only place that instantiates."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metalearn import config, engine, random
+from metalearn.algorithms.base import Algorithm
+from metalearn.config import RunConfig
+from metalearn.engine import Engine
+from metalearn.episodes import Shape, TaskSource
+from metalearn.errors import UserError
+from metalearn.types import SCORES, Score, Spec, State
+
+#: Random stream of the initial weights; those of the tasks are numbered in `metalearn.episodes`.
+_INIT_STREAM = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the loop needs; it asks neither which algorithm nor which data set it has."""
+
+    config: RunConfig
+    algorithm: Algorithm
+    state: State
+    train: TaskSource
+    val: TaskSource
+    test: TaskSource
+    train_engine: Engine
+    test_engine: Engine
+    score: Score
+    device: torch.device
+    protocol: dict[str, Any]
+
+    @property
+    def protocol_id(self) -> str:
+        """Identifies the measurement alone: equal for all that may stand in one column."""
+        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def check(settings: RunConfig) -> None:
+    """Impossible pairings that are known before any data is read. Raises: UserError."""
+    algorithm = _algorithm(settings)
+    target = config.component(config.OmegaConf.create(settings.dataset), "dataset").target
+    name = type(algorithm).__name__
+    if target not in algorithm.targets:
+        kinds = {"class": "classes", "value": "values (regression)"}
+        raise UserError(
+            f"algo={name} learns {' or '.join(kinds[kind] for kind in algorithm.targets)}, "
+            f"but this data set has {kinds[target]}; choose another algo or dataset"
+        )
+    episode = settings.episode
+    if algorithm.fixed_way and settings.train.source == "episodes" and episode.train.way != episode.way:
+        raise UserError(
+            f"episode.train.way={episode.train.way} should equal episode.way={episode.way}: "
+            f"the number of ways is part of {name}'s weights"
+        )
+    if settings.statistics == "population" and settings.backbone.get("normalisation") == "none":
+        raise UserError("statistics=population wants a backbone with normalisation")
+    _device(settings.device)
+
+
+def build(settings: RunConfig) -> Run:
+    """Reads the data and makes the run. Raises: UserError for what the data cannot give."""
+    check(settings)
+    device = _device(settings.device)
+    engine.prepare_process(device, settings.engine.threads)
+    dataset = config.make(settings.dataset, "dataset")
+    data = dataset.open(_folder(settings.data_dir), _folder(settings.cache_dir), device)
+    algorithm = _algorithm(settings)
+    episode = settings.episode
+    test_shape = Shape(episode.way, episode.shot, episode.query)
+    train_shape = Shape(episode.train.way, episode.train.shot, episode.train.query)
+    train: TaskSource = (
+        data.episodes("train", train_shape, settings.seed)
+        if settings.train.source == "episodes"
+        else data.batches("train", settings.train.batch_size, settings.seed)
+    )
+    val = data.episodes("val", test_shape, settings.episode_seed)
+    test = data.episodes("test", test_shape, settings.episode_seed)
+    spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
+    unresolved = Engine(algorithm, settings.engine.strategy, settings.engine.task_chunk)
+    return Run(
+        config=settings,
+        algorithm=algorithm,
+        state=algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device)),
+        train=train,
+        val=val,
+        test=test,
+        train_engine=unresolved.resolved(train.draw(0, settings.train.meta_batch)),
+        test_engine=unresolved.resolved(test.draw(0, 2)),
+        score=SCORES[data.target],
+        device=device,
+        protocol={
+            **data.protocol("test"),
+            **dataclasses.asdict(test_shape),
+            "statistics": settings.statistics,
+            "episodes": settings.test.episodes,
+            "episode_seed": settings.episode_seed,
+        },
+    )
+
+
+def _algorithm(settings: RunConfig) -> Algorithm:
+    backbone = config.make(settings.backbone, "backbone")
+    return config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("device=cuda: torch finds no CUDA device here; use device=cpu or device=auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser().absolute()

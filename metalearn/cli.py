@@ -1,0 +1,366 @@
+"""The command line: picks the verb, composes `conf/`, and turns a user's mistake into one line and exit code 2."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from metalearn import __version__
+from metalearn.errors import UserError
+
+# Nothing heavy is imported here: `metalearn --help` must answer at once.
+
+_HELP = f"""metalearn {__version__}: few-shot and meta-learning experiments
+
+usage: metalearn <verb> [key=value …]
+
+  train      meta-train, meta-validate, meta-test:   metalearn train algo=maml dataset=omniglot
+  evaluate   test a trained run again:               metalearn evaluate run=<folder> statistics=support
+  list       algorithms, data sets, backbones, experiments
+
+  metalearn <verb> --help    explains the verb
+  --debug                    shows the traceback of an error
+  --version                  prints the version
+"""
+
+_TRAIN_HELP = """metalearn train [key=value …] [-m] [--cfg job]
+
+Meta-trains, keeps the best checkpoint by validation, tests it once, and writes everything into its run folder.
+
+  metalearn train algo=maml dataset=omniglot             a method on a data set, with the settings that suit both
+  metalearn train algo=protonet dataset=glyphs           embedded data, no download
+  metalearn train algo=maml algo.inner_lr=0.1 train.steps=2000 seed=1
+  metalearn train -m algo=maml,protonet episode.shot=1,5 seed=0,1     all combinations, one table at the end
+
+choose
+{groups}
+often changed
+  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.way|shot|query: training
+  statistics=query|support|support_plus_one|population   normalisation at prediction (query is transductive)
+  train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10
+  val.every=500 val.episodes=300 test.episodes=1000
+  seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
+  hydra.run.dir=my/folder                         the run folder
+
+options
+  -m, --multirun       every combination of comma-separated values, each in its own folder
+  --cfg job            print the composed configuration and stop
+  --config-dir DIR     also look for configuration files in DIR
+  -sc install=bash     shell completion: eval "$(metalearn -sc install=bash)"
+  --debug              show the traceback of an error
+"""
+
+_EVALUATE_HELP = """metalearn evaluate run=<folder> [key=value …]
+
+Tests the best checkpoint of a finished run under its own or a changed protocol, and writes
+evaluations/<protocol_id>.json into the run folder.
+
+  metalearn evaluate run=outputs/maml-omniglot/<time>
+  metalearn evaluate run=… statistics=support             inductive instead of transductive
+  metalearn evaluate run=… episode.query=1 test.episodes=600
+"""
+
+
+def main() -> None:
+    """Entry point of the `metalearn` command."""
+    words = sys.argv[1:]
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        sys.exit(_dispatch(words))
+    except KeyboardInterrupt:
+        sys.exit("metalearn: interrupted") if not debug else _reraise()
+    except Exception as error:
+        if debug:
+            raise
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"metalearn: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _reraise() -> None:
+    raise
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for a user's mistake, 1 for a run that could not go on, None for a defect of ours."""
+    if isinstance(error, UserError):
+        return 2
+    loop = sys.modules.get("metalearn.loop")
+    return 1 if loop is not None and isinstance(error, loop.RunFailed) else None
+
+
+def _dispatch(words: list[str]) -> int:
+    if any(word in ("-sc", "--shell-completion") for word in words):
+        return _completion(words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb == "--version":
+        print(f"metalearn {__version__}")
+        return 0
+    verbs = {"train": _train, "evaluate": _evaluate, "list": _list}
+    if verb not in verbs:
+        import difflib
+
+        close = difflib.get_close_matches(verb, verbs, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(verbs)}"
+        raise UserError(f"{verb}: there is no such verb; {hint}")
+    return verbs[verb](rest)
+
+
+def _wants_help(words: list[str]) -> bool:
+    return any(word in ("-h", "--help") for word in words)
+
+
+def _list(words: list[str]) -> int:
+    if _wants_help(words):
+        print("metalearn list\n\nShows algorithms, data sets, backbones and experiments, with one line each.")
+        return 0
+    if words:
+        raise UserError(f"list {words[0]}: list takes no arguments")
+    from metalearn.config import options
+
+    for group in ("algo", "dataset", "backbone", "episode", "experiment"):
+        print(f"{group}=")
+        for name, line in options(group).items():
+            print(f"  {name:<16} {line}")
+    return 0
+
+
+def _completion(words: list[str]) -> int:
+    # Hydra completes the words after the program's name; the verb is ours.
+    words = [word for word in words if word != "train"]
+    line = os.environ.get("COMP_LINE", "")
+    os.environ["COMP_LINE"] = line.replace("metalearn train", "metalearn", 1)
+    _hydra_main(lambda config: None, words)
+    return 0
+
+
+def _train(words: list[str]) -> int:
+    if _wants_help(words):
+        from metalearn.config import options
+
+        groups = "".join(
+            f"  {group + '=':<12}{', '.join(options(group))}\n"
+            for group in ("algo", "dataset", "backbone", "episode", "logger", "experiment")
+        )
+        print(_TRAIN_HELP.format(groups=groups), end="")
+        return 0
+    overrides, flags, searched = _parsed(words)
+    from metalearn import config
+
+    if multirun := any(flag in ("-m", "--multirun") for flag in flags):
+        _check_multirun(overrides + searched)
+    else:
+        composed = config.composed(overrides + searched, with_hydra=True)
+        if not any(flag.startswith(("--cfg", "-c", "--info", "-i")) for flag in flags):
+            _check(_job_part(composed))
+        else:
+            config.checked(_job_part(composed))
+
+    plain = [word for word in overrides if not _is_sweep(word)]
+    hydra = config.composed(plain + searched, with_hydra=True).hydra
+    folder = Path(hydra.sweep.dir if multirun else hydra.run.dir)
+    showing = any(flag.startswith(("--cfg", "-c", "--info", "-i")) for flag in flags)
+    created = [] if showing else _made(folder)
+    # The folder is settled here once, since its name carries the time.
+    where = f"hydra.{'sweep' if multirun else 'run'}.dir={_quoted(str(folder))}"
+    job = _Job(multirun)
+    try:
+        _hydra_main(job, [*flags, *overrides, *searched, *([] if showing else [where])])
+    finally:
+        for path in reversed(created):
+            _remove_empty(path)
+    if multirun and not showing:
+        from rich.console import Console
+
+        from metalearn import jobs
+
+        return 1 if jobs.summarise(folder, Console()) else 0
+    return 0
+
+
+def _job_part(composed: Any) -> Any:
+    from omegaconf import OmegaConf, open_dict
+
+    job = composed.copy()
+    OmegaConf.set_struct(job, False)
+    with open_dict(job):
+        job.pop("hydra")
+    return job
+
+
+def _check(config: Any) -> None:
+    """All that can be known before data are read."""
+    from metalearn import build
+    from metalearn.config import checked
+
+    build.check(checked(config))
+
+
+def _check_multirun(overrides: list[str]) -> None:
+    """A mistyped name ends a multirun before it begins; a run that is impossible only fails itself.
+
+    Raises: UserError when a name is unknown, or when no run at all is possible.
+    """
+    from metalearn import config
+
+    first: UserError | None = None
+    possible = False
+    for run in config.combinations(overrides):
+        composed = config.composed(run)
+        try:
+            _check(composed)
+            possible = True
+        except UserError as error:
+            first = first or error
+    if first and not possible:
+        raise first
+
+
+class _Job:
+    """The function Hydra calls for each run; picklable, so that launchers can send it to other processes."""
+
+    def __init__(self, multirun: bool) -> None:
+        self.multirun = multirun
+        self.__name__ = "metalearn"
+
+    def __call__(self, config: Any) -> float:
+        from hydra.core.hydra_config import HydraConfig
+        from rich.console import Console
+
+        from metalearn import jobs
+
+        settings = HydraConfig.get()
+        folder = Path(settings.runtime.output_dir)
+        choices = settings.runtime.choices
+        name = f"{choices.algo} {choices.dataset}"
+        console = Console()
+        if not self.multirun:
+            return jobs.train(config, _relative(folder), name, console)
+        overrides = " ".join(settings.overrides.task)
+        console.print(f"[bold]{settings.job.num}: {overrides}[/bold]", highlight=False)
+        (folder / "overrides.txt").write_text(overrides + "\n")
+        try:
+            return jobs.train(config, _relative(folder), name, console)
+        except Exception as error:
+            # One failed run must not end the others: it is named in the table, and the sweeper is told the worst score.
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if _exit_code(error) is None:
+                import traceback
+
+                line = f"{type(error).__name__}: {line}"
+                (folder / "traceback.txt").write_text(traceback.format_exc())
+            (folder / "error.txt").write_text(line + "\n")
+            console.print(f"[red]failed: {line}[/red]", highlight=False)
+            return _worst_score(config)
+
+
+def _worst_score(config: Any) -> float:
+    from metalearn.config import component
+    from metalearn.types import SCORES
+
+    try:
+        score = SCORES[component(config.dataset, "dataset").target]  # type: ignore[attr-defined]
+    except UserError:
+        return float("-inf")
+    return float("-inf") if score.higher_is_better else float("inf")
+
+
+def _hydra_main(job: Any, words: list[str]) -> None:
+    """Hydra's main for the entry point in `conf/`, its errors as exceptions."""
+    import hydra
+
+    from metalearn.config import conf_dir
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["metalearn", *words]
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+
+
+def _parsed(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Overrides, Hydra's flags, and extra places to look for configuration files."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    searched: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word in ("--cfg", "-c", "--package", "-p", "--info", "-i") and queue and "=" not in queue[0]:
+            flags += [word, queue.pop(0)]
+        elif word in ("--config-dir", "-cd"):
+            if not queue or not Path(queue[0]).is_dir():
+                raise UserError(f"{word} {queue[0] if queue else ''}: should name a folder of configuration files")
+            searched.append(f"hydra.searchpath=[{_quoted(f'file://{Path(queue.pop(0)).absolute()}')}]")
+        elif word in ("-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help"):
+            flags.append(word)
+        elif word.startswith("-"):
+            raise UserError(f"{word}: there is no such option; see metalearn train --help")
+        elif "=" not in word and not word.startswith("~"):
+            raise UserError(f"{word}: settings are written key=value, like algo=maml or train.steps=1000")
+        else:
+            overrides.append(word)
+    return overrides, flags, searched
+
+
+def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _relative(folder: Path) -> Path:
+    """The folder as people name it: relative where it lies below the working directory."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _made(folder: Path) -> list[Path]:
+    """Makes a folder and returns what had to be made for it, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        for path in missing:
+            _remove_empty(path)
+        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another hydra.run.dir") from None
+    return missing[::-1]
+
+
+def _remove_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        pass
+
+
+def _evaluate(words: list[str]) -> int:
+    if _wants_help(words):
+        print(_EVALUATE_HELP, end="")
+        return 0
+    overrides, flags, searched = _parsed(words)
+    runs = [word.removeprefix("run=") for word in overrides if word.startswith("run=")]
+    if len(runs) != 1 or flags or searched:
+        raise UserError("evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help")
+    folder = Path(runs[0])
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run={folder}: no config.yaml there; name the folder of a training run")
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from metalearn import config, jobs
+
+    stored = OmegaConf.load(folder / "config.yaml")
+    changed = config.changed(stored, [word for word in overrides if not word.startswith("run=")])
+    jobs.evaluate(folder, changed, Console())
+    return 0

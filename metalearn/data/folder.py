@@ -1,0 +1,147 @@
+"""One's own pictures: one sub-folder a class, in a folder or in zips; any format and size, grey or colour."""
+
+import dataclasses
+import json
+from collections import defaultdict
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from metalearn.data.download import with_network
+from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
+from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
+from metalearn.errors import UserError
+from metalearn.settings import at_least, choice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Pictures named <class>/<file>, below `path` (in `data_dir` unless absolute): a folder, a zip, or a folder of zips.
+
+    name: of the cache file. colour: "rgb" or "grey". Pictures are resized (shorter side first) and cropped in the middle to a square.
+    split: "random" (by `split_seed`, with `fractions` of the classes for train, val and test), a JSON file
+    {"train": [class, ...], "val": [...], "test": [...]}, or "cifar_fs" (Bertinetto et al. 2019).
+    download: "none", or "cifar100": CIFAR-100 through torchvision when nothing lies in `path`.
+    """
+
+    name: str
+    path: str
+    image_size: int = at_least(8)
+    colour: str = choice("rgb", "grey")
+    split: str
+    split_seed: int
+    fractions: list[float] = at_least(0)
+    standardise: bool
+    rotations: str = choice(*ROTATIONS)
+    rotations_may_meet: bool
+    download: str = choice("none", "cifar100")
+
+    target: ClassVar[str] = ImageData.target
+
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+        """Reads the pictures once, keeps them in the cache, and splits them."""
+        root = data_dir / Path(self.path).expanduser()
+        containers = self._containers(root)
+        settings = ("1", self.image_size, self.colour, files_hash(containers))
+        pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
+        return ImageData(
+            pictures,
+            self._splits(pictures.names, root),
+            rotations=self.rotations,
+            rotations_may_meet=self.rotations_may_meet,
+            standardise=self.standardise,
+            device=device,
+        )
+
+    def _containers(self, root: Path) -> list[Path]:
+        official = root / "cifar-100-python"
+        if self.download == "cifar100" and not official.exists() and not _zips(root) and not _has_pictures(root):
+            from torchvision.datasets import CIFAR100
+
+            with_network(CIFAR100.url, root, lambda: CIFAR100(str(root), download=True))
+        if self.download == "cifar100" and official.exists():
+            return [official / part for part in ("train", "test", "meta")]
+        if not root.exists():
+            raise UserError(
+                f"dataset.path={self.path}: no folder or zip at {root}; it should hold one sub-folder a class "
+                "(or use dataset=glyphs, which needs no files)"
+            )
+        return [root] if root.is_file() else (_zips(root) or [root])
+
+    def _read(self, root: Path, containers: list[Path]) -> Pictures:
+        if self.download == "cifar100" and containers[0].parent.name == "cifar-100-python":
+            return _official_cifar100(root)
+        classes: dict[str, list[PictureFile]] = defaultdict(list)
+        for container in containers:
+            for file in list_pictures(container):
+                if parent := PurePosixPath(file.name).parent.name:
+                    classes[parent].append(file)
+        if len(classes) < 3:
+            raise UserError(f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least")
+        names = sorted(classes)
+        images = decode([file for name in names for file in classes[name]], self._to_array)
+        return Pictures(images, [len(classes[name]) for name in names], names)
+
+    def _to_array(self, picture: Image.Image) -> np.ndarray:
+        picture = picture.convert("RGB" if self.colour == "rgb" else "L")
+        size = self.image_size
+        if picture.size != (size, size):
+            scale = size / min(picture.size)
+            width, height = (max(size, round(side * scale)) for side in picture.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+        array = np.asarray(picture)
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+    def _splits(self, names: list[str], root: Path) -> dict[str, list[str]]:
+        if self.split == "random":
+            return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
+        if self.split == "cifar_fs":
+            folder = resources.files("metalearn.data") / "splits"
+            splits = {
+                split: [fine for _, fine in json.loads((folder / f"cifar_fs_{split}.json").read_text())]
+                for split in ("train", "val", "test")
+            }
+        else:
+            splits = _split_file(Path(self.split).expanduser())
+        if unknown := sorted({name for chosen in splits.values() for name in chosen} - set(names)):
+            raise UserError(f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have")
+        return splits
+
+
+def _split_file(path: Path) -> dict[str, list[str]]:
+    wanted = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
+    try:
+        splits = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset.split={path} should be random, cifar_fs or a file of {wanted} ({error})") from None
+    if not isinstance(splits, dict) or set(splits) != {"train", "val", "test"}:
+        raise UserError(f"dataset.split={path} should be {wanted}")
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        if shared := sorted(set(splits[first]) & set(splits[second])):
+            raise UserError(f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}")
+    return splits
+
+
+def _zips(root: Path) -> list[Path]:
+    return sorted(root.glob("*.zip")) if root.is_dir() else []
+
+
+def _has_pictures(root: Path) -> bool:
+    return root.is_dir() and bool(list_pictures(root))
+
+
+def _official_cifar100(root: Path) -> Pictures:
+    """All 60,000 pictures of torchvision's CIFAR-100 (its checksums hold), class after class."""
+    from torchvision.datasets import CIFAR100
+
+    halves = [CIFAR100(str(root), train=train) for train in (True, False)]
+    images = np.concatenate([half.data for half in halves]).transpose(0, 3, 1, 2)
+    labels = np.concatenate([half.targets for half in halves])
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels).tolist()
+    return Pictures(torch.from_numpy(np.ascontiguousarray(images[order])), counts, list(halves[0].classes))

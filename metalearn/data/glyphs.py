@@ -1,0 +1,91 @@
+"""Glyphs: procedural handwriting, embedded and made in seconds, so that everything runs with no download.
+
+Each class is a random set of pen strokes (Bezier curves); each of its drawings is the same pen path with jittered
+control points, a random affine map and pen width, rendered with anti-aliasing.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from metalearn import random
+from metalearn.data.files import cached
+from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
+from metalearn.settings import at_least, choice
+
+_POINTS = 20  # of the pen path, a stroke
+_STROKES = 4  # at most, a class
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Glyphs:
+    """jitter: scale of all deviations of a drawing from its class (1 is legible, 0 is print)."""
+
+    num_classes: int = at_least(20)
+    drawings: int = at_least(2)
+    image_size: int = at_least(8)
+    jitter: float = at_least(0)
+    glyph_seed: int
+    split: str = choice("random")
+    split_seed: int
+    fractions: list[float] = at_least(0)
+    rotations: str = choice(*ROTATIONS)
+    rotations_may_meet: bool
+
+    target: ClassVar[str] = ImageData.target
+
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+        """Renders (or takes from the cache) all drawings; reads no files."""
+        settings = ("1", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
+        pictures = cached(cache_dir, "glyphs", settings, self._render)
+        splits = seeded_split(pictures.names, shares(self.num_classes, self.fractions), self.split_seed)
+        return ImageData(
+            pictures,
+            splits,
+            rotations=self.rotations,
+            rotations_may_meet=self.rotations_may_meet,
+            standardise=False,
+            device=device,
+        )
+
+    def _render(self) -> Pictures:
+        keys = random.fold_in(random.key_of(self.glyph_seed), torch.arange(self.num_classes))
+        images = torch.cat([self._draw(chunk) for chunk in keys.split(50)])
+        names = [f"glyph{index:05d}" for index in range(self.num_classes)]
+        return Pictures(images, [self.drawings] * self.num_classes, names)
+
+    def _draw(self, key_C: Tensor) -> Tensor:
+        """Drawings uint8 [C * drawings, 1, H, W] of the classes with these keys. Coordinates are in [-1, 1]."""
+        classes, drawings, jitter = len(key_C), self.drawings, self.jitter
+
+        def noise(number: int, *shape: int) -> Tensor:
+            return random.normal(random.fold_in(key_C, number), shape)
+
+        # The class: 2 to 4 strokes of 4 control points, starting anywhere, then wandering.
+        starts = random.uniform(random.fold_in(key_C, 0), (_STROKES, 1, 2)) * 1.4 - 0.7
+        control = (starts + torch.cat([torch.zeros_like(starts), 0.55 * noise(1, _STROKES, 3, 2)], 2)).clamp(-0.8, 0.8)
+        num_strokes = 2 + random.integers(random.fold_in(key_C, 2), (1,), _STROKES - 1)
+
+        # The drawing: jitter of control points, then an affine map close to the identity.
+        control = control[:, None] + 0.06 * jitter * noise(3, drawings, _STROKES, 4, 2)
+        affine = torch.eye(2) + 0.12 * jitter * noise(4, drawings, 2, 2)
+        shift = 0.07 * jitter * noise(5, drawings, 1, 2)
+        width = (0.075 * (1 + 0.15 * jitter * noise(6, drawings))).clamp(0.05, 0.12)
+
+        t = torch.linspace(0, 1, _POINTS)
+        bernstein = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], 1)
+        path = torch.einsum("pk,cdskx->cdspx", bernstein, control)
+        absent = torch.arange(_STROKES) >= num_strokes
+        path = path.masked_fill(absent[:, None, :, None, None], 9.0).flatten(2, 3)
+        path = (path @ affine.transpose(-1, -2) + shift).flatten(0, 1)
+
+        # Distance of each pixel to the nearest point of the pen path, then a soft edge one pixel wide.
+        axis = torch.linspace(-1, 1, self.image_size)
+        pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2).expand(len(path), -1, 2)
+        distance = torch.cdist(pixels, path, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+        edge = 2 / self.image_size
+        ink = ((width.view(-1, 1) - distance) / edge + 0.5).clamp(0, 1)
+        return (ink * 255).round().to(torch.uint8).view(classes * drawings, 1, self.image_size, self.image_size)

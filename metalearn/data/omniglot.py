@@ -1,0 +1,115 @@
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
+
+import dataclasses
+from collections import defaultdict
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from metalearn.data.download import fetch
+from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
+from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split
+from metalearn.errors import UserError
+from metalearn.settings import at_least, choice
+
+_PARTS = ("images_background", "images_evaluation")
+_DRAWINGS = 20
+_RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
+
+
+def vinyals_split() -> dict[str, list[str]]:
+    """The 1028/172/423 characters of Vinyals et al. (2016), as listed in jakesnell/prototypical-networks."""
+    folder = resources.files("metalearn.data") / "splits"
+    return {
+        split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split() for split in ("train", "val", "test")
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Omniglot:
+    """Pictures of ink = 1 on paper = 0.
+
+    split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`), "alphabet" (30/5/15 alphabets
+    by `split_seed`, so that no alphabet stands in two splits).
+    url: where the two archives are downloaded from; md5: of each.
+    """
+
+    image_size: int = at_least(8)
+    resample: str = choice(*_RESAMPLING)
+    split: str = choice("vinyals", "random", "alphabet")
+    split_seed: int
+    rotations: str = choice(*ROTATIONS)
+    rotations_may_meet: bool
+    url: str
+    md5: dict[str, str]
+
+    target: ClassVar[str] = ImageData.target
+
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+        """Finds or downloads the two archives (or their folders), decodes them once, and splits them."""
+        parts = [self._find(data_dir, part) for part in _PARTS]
+        settings = ("1", self.image_size, self.resample, files_hash(parts))
+        pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
+        return ImageData(
+            pictures,
+            self._splits(pictures.names),
+            rotations=self.rotations,
+            rotations_may_meet=self.rotations_may_meet,
+            standardise=False,
+            device=device,
+        )
+
+    def _find(self, data_dir: Path, part: str) -> Path:
+        folder = data_dir / "omniglot"
+        for place in (folder, data_dir / "omniglot-py", data_dir):  # the second is torchvision's
+            for candidate in (place / part, place / f"{part}.zip"):
+                if candidate.exists():
+                    return candidate
+        return fetch(f"{self.url}/{part}.zip", folder, self.md5[part])
+
+    def _read(self, parts: list[Path]) -> Pictures:
+        drawings: dict[str, list[PictureFile]] = defaultdict(list)
+        for part in parts:
+            for file in list_pictures(part):
+                drawings["/".join(PurePosixPath(file.name).parts[-3:-1])].append(file)
+        expected = {name for names in vinyals_split().values() for name in names}
+        where = " and ".join(str(part) for part in parts)
+        if missing := sorted(expected - drawings.keys()):
+            raise UserError(
+                f"{where} hold {len(expected) - len(missing)} of Omniglot's {len(expected)} characters: "
+                f"'{missing[0]}' is missing; bring the official archives"
+            )
+        names = sorted(expected)
+        for name in names:
+            if len(drawings[name]) != _DRAWINGS:
+                raise UserError(
+                    f"{where} hold {len(drawings[name])} drawings of '{name}', not {_DRAWINGS}; "
+                    "bring the official archives"
+                )
+
+        def to_array(picture: Image.Image) -> np.ndarray:
+            size = (self.image_size, self.image_size)
+            return 255 - np.asarray(picture.convert("L").resize(size, _RESAMPLING[self.resample]))[None]
+
+        images = decode([file for name in names for file in sorted(drawings[name], key=_number)], to_array)
+        return Pictures(images, [_DRAWINGS] * len(names), names)
+
+    def _splits(self, names: list[str]) -> dict[str, list[str]]:
+        if self.split == "vinyals":
+            return vinyals_split()
+        if self.split == "random":
+            return seeded_split(names, {"train": 1100, "val": 100, "test": 423}, self.split_seed)
+        alphabets = seeded_split(sorted({_alphabet(n) for n in names}), {"train": 30, "val": 5, "test": 15}, self.split_seed)
+        return {split: [n for n in names if _alphabet(n) in chosen] for split, chosen in alphabets.items()}
+
+
+def _alphabet(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _number(file: PictureFile) -> str:
+    return PurePosixPath(file.name).name

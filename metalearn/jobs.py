@@ -1,0 +1,115 @@
+"""What the verbs do once a configuration is checked: one training run, one evaluation, one table over a multirun."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from metalearn import checkpoint, loop, report
+from metalearn.build import Run, build
+from metalearn.config import RunConfig, checked
+from metalearn.errors import UserError
+from metalearn.stats import estimate
+from metalearn.tracking import Tracker
+from metalearn.types import State
+
+
+def train(config: DictConfig, folder: Path, name: str, console: Console) -> float:
+    """One run, from data to `result.json` in `folder`. Returns: the best validation score.
+
+    Raises: UserError before anything is written; RunFailed later.
+    """
+    start = time.perf_counter()
+    settings = checked(config)
+    run = build(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    tracker = Tracker(settings, run.score, folder, console)
+    failed = True
+    try:
+        console.print(
+            f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
+            f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
+        )  # fmt: skip
+        with tracker.training():
+            fitted = loop.fit(run, tracker, folder)
+        result = tested(run, fitted.state, folder / "test_scores.csv") | {
+            "name": name,
+            "val": {run.score.name: report.as_dict(fitted.best_val)},
+            "best_step": fitted.best_step,
+            "steps": fitted.steps,
+            "seed": settings.seed,
+            "engine": {"strategy": run.train_engine.strategy, "task_chunk": run.train_engine.chunk},
+            "seconds": time.perf_counter() - start,
+        }
+        table = report.result_table([report.result_row(name, result)])
+        tracker.finish(result, table)
+        report.write_json(folder / "result.json", result)
+        failed = False
+    finally:
+        tracker.close(failed)
+    console.print(table)
+    for file in ("result.json", "metrics.jsonl", "test_scores.csv", "learning_curve.png", "checkpoints/best.pt", "config.yaml"):
+        console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
+    return fitted.best_val.mean
+
+
+def evaluate(folder: Path, config: DictConfig, console: Console) -> None:
+    """Tests the best checkpoint of a run under the protocol of `config`; writes `evaluations/<protocol_id>.json`."""
+    start = time.perf_counter()
+    run = build(checked(config))
+    kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
+    for part in ("meta", "fixed"):
+        wanted, found = getattr(run.state, part), kept[part]
+        if {n: v.shape for n, v in wanted.items()} != {n: v.shape for n, v in found.items()}:
+            raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
+    name = json.loads((folder / "result.json").read_text())["name"] if (folder / "result.json").exists() else folder.name
+    target = folder / "evaluations" / f"{run.protocol_id}.json"
+    target.parent.mkdir(exist_ok=True)
+    result = tested(run, State(kept["meta"], kept["fixed"]), target.with_suffix(".csv"))
+    result |= {"name": name, "seconds": time.perf_counter() - start}
+    report.write_json(target, result)
+    console.print(report.result_table([report.result_row(name, result)]))
+    console.print(f"  {target}", highlight=False, soft_wrap=True)
+
+
+def tested(run: Run, state: State, scores_file: Path) -> dict[str, Any]:
+    """Scores of the test episodes, into a file, and what they say together with their protocol."""
+    scores = loop.test(run, state)
+    lines = [f"episode,{run.score.name}", *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist()))]
+    scores_file.write_text("\n".join(lines) + "\n")
+    return {
+        "test": {run.score.name: report.as_dict(estimate(scores))},
+        "protocol": run.protocol,
+        "protocol_id": run.protocol_id,
+        "environment": report.environment(str(run.device)),
+    }
+
+
+def summarise(sweep: Path, console: Console) -> int:
+    """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
+    rows, failures = [], []
+    for folder in sorted((path for path in sweep.iterdir() if path.is_dir()), key=_job_number):
+        overrides = folder / "overrides.txt"
+        name = f"{folder.name}: {overrides.read_text().strip()}" if overrides.exists() else folder.name
+        if (folder / "result.json").exists():
+            rows.append(report.result_row(name, json.loads((folder / "result.json").read_text())))
+        elif (folder / "error.txt").exists():
+            failures.append(f"{name} failed: {(folder / 'error.txt').read_text().strip()}")
+    for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
+        console.print(report.result_table([row for row in rows if score in row]))
+    if len({row["protocol"] for row in rows}) > 1:
+        console.print("Figures with different protocols are different measurements.", highlight=False)
+    for line in failures:
+        console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
+    console.print(f"  {sweep}", highlight=False, soft_wrap=True)
+    return len(failures)
+
+
+def _job_number(folder: Path) -> tuple[int, str]:
+    return (int(folder.name) if folder.name.isdigit() else 1 << 30, folder.name)

@@ -1,0 +1,174 @@
+"""Meta-train, meta-validate, meta-test: once, for every method and every data set."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metalearn import checkpoint
+from metalearn.build import Run
+from metalearn.engine import Engine
+from metalearn.episodes import TaskSource
+from metalearn.stats import estimate
+from metalearn.types import Estimate, Params, State
+
+#: Test episodes in flight together; memory does not depend on their number.
+_EVALUATION_BATCH = 32
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: one line, exit code 1."""
+
+
+class Tracker(Protocol):
+    """What the loop tells about its progress."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One row: `step` and what is known at it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The best state by validation, its validation score, and the steps taken."""
+
+    state: State
+    best_val: Estimate
+    best_step: int
+    steps: int
+
+
+def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
+    """Meta-trains, validates every `val.every` steps, keeps `checkpoints/best.pt` and `last.pt` under `folder`.
+
+    With `train.steps=0` the initialisation is validated and kept.
+    Raises: RunFailed when the loss is no longer finite.
+    """
+    settings, score, state = run.config.train, run.score, run.state
+    leaves = list(state.meta.values())
+    optimiser, schedule = _optimiser(settings, leaves)
+    best: Estimate | None = None
+    best_step = validations_since_best = step = 0
+    meter = _Meter()
+
+    def save(name: str) -> None:
+        content = {
+            "step": step,
+            "meta": state.meta,
+            "fixed": state.fixed,
+            "optimiser": optimiser.state_dict(),
+            "schedule": {"last_epoch": schedule.last_epoch},
+            "best": {"step": best_step, "mean": best.mean if best else None},
+        }
+        checkpoint.save(folder / "checkpoints" / name, content)
+
+    def validate() -> dict[str, float]:
+        nonlocal best, best_step, validations_since_best
+        estimate_now = estimate(evaluate(run.test_engine, state, run.val, run.config.val.episodes, run))
+        validations_since_best += 1
+        if score.better(estimate_now.mean, best.mean if best else None):
+            best, best_step, validations_since_best = estimate_now, step, 0
+            save("best.pt")
+        return {f"val.{score.name}": estimate_now.mean, f"val.{score.name}_ci95": estimate_now.ci95}
+
+    if settings.steps == 0:
+        tracker.log({"step": 0, **validate()})
+    for step in range(1, settings.steps + 1):
+        progress = torch.full((), (step - 1) / settings.steps, device=run.device)
+        tasks = run.train.draw((step - 1) * settings.meta_batch, settings.meta_batch)
+        result = run.train_engine.step(state, tasks, progress)
+        for leaf, gradient in zip(leaves, _clipped(result.gradients, settings), strict=True):
+            leaf.grad = gradient
+        optimiser.step()
+        schedule.step()
+        state = State(state.meta, _folded(state.fixed, result.statistics, settings.statistics_momentum))
+        meter.add(result.logs, settings.meta_batch)
+
+        last = step == settings.steps
+        validating = last or step % run.config.val.every == 0
+        if validating or step % settings.log_every == 0:
+            row = {"step": step, **meter.read()}
+            if not math.isfinite(row["train.loss"]):
+                raise RunFailed(f"train.loss is {row['train.loss']} at step {step}; lower train.lr or algo.inner_lr")
+            if validating:
+                row |= validate()
+                meter.restart_clock()
+            tracker.log(row)
+            stopping = settings.patience and validations_since_best >= settings.patience
+            if stopping:
+                break
+        if step % run.config.checkpoint.every == 0:
+            save("last.pt")
+    save("last.pt")
+    assert best is not None
+    kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
+    return Fitted(State(kept["meta"], kept["fixed"]), best, best_step, step)
+
+
+def evaluate(engine: Engine, state: State, source: TaskSource, episodes: int, run: Run) -> Tensor:
+    """One score an episode [episodes], float32 on the host; fetched once."""
+    scores = []
+    for first in range(0, episodes, _EVALUATION_BATCH):
+        tasks = source.draw(first, min(_EVALUATION_BATCH, episodes - first))
+        scores.append(engine.scores(state, tasks, run.score))
+    return torch.cat(scores).cpu()
+
+
+def test(run: Run, state: State) -> Tensor:
+    """Scores [episodes] on the fixed list of test episodes."""
+    return evaluate(run.test_engine, state, run.test, run.config.test.episodes, run)
+
+
+def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    optimiser = kinds[settings.optimiser](leaves, lr=settings.lr)
+    factors = {
+        "constant": lambda step: 1.0,
+        "linear": lambda step: 1 - step / max(1, settings.steps),
+        "cosine": lambda step: (1 + math.cos(math.pi * step / max(1, settings.steps))) / 2,
+        "step": lambda step: settings.schedule_factor ** (step // settings.schedule_every),
+    }
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factors[settings.schedule])
+
+
+def _clipped(gradients: Params, settings: Any) -> list[Tensor]:
+    values = list(gradients.values())
+    if settings.clip_value is not None:
+        values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
+    if settings.clip_norm is not None:
+        norm = torch.stack([value.square().sum() for value in values]).sum().sqrt()
+        scale = (settings.clip_norm / (norm + 1e-12)).clamp_max(1)
+        values = [value * scale for value in values]
+    return values
+
+
+def _folded(fixed: Params, seen: Params, momentum: float) -> Params:
+    """Exponential moving average of the statistics of each step."""
+    return {name: value.lerp(seen[name], momentum) if name in seen else value for name, value in fixed.items()}
+
+
+class _Meter:
+    """Means since the last reading, summed on the device and fetched when read; tasks a second."""
+
+    def __init__(self) -> None:
+        self.sums: Params = {}
+        self.steps = self.tasks = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def add(self, logs: Params, tasks: int) -> None:
+        self.sums = {name: self.sums[name] + value if self.steps else value for name, value in logs.items()}
+        self.steps += 1
+        self.tasks += tasks
+
+    def read(self) -> dict[str, float]:
+        row = {f"train.{name}": value.item() / self.steps for name, value in self.sums.items()}
+        now = time.perf_counter()
+        row["tasks_per_second"] = self.tasks / (now - self.clock)
+        self.clock, self.steps, self.tasks = now, 0, 0
+        return row

@@ -1,0 +1,94 @@
+"""What a finished run leaves: `result.json` with its environment, and the tables people read."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import metalearn
+from metalearn.tracking import shown
+from metalearn.types import Estimate
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, versions and hardware: what a figure depends on besides its configuration."""
+    import torch
+
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "commit": _commit(),
+        "versions": {
+            "metalearn": metalearn.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "torchvision", "hydra-core", "numpy")},
+        },
+        "hardware": torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with a + when it has changes; None when installed."""
+    root = Path(metalearn.__file__).parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if git('status', '--porcelain', '-uno') else ''}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Readable JSON, written in one go."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def as_dict(estimate: Estimate) -> dict[str, Any]:
+    return dataclasses.asdict(estimate)
+
+
+def result_table(rows: list[dict[str, Any]]) -> Table:
+    """One line a result; each row is a dict of column heading to text."""
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    return table
+
+
+def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A result as people read it, its protocol beside the figure."""
+    score = next(iter(result["test"]))
+    estimate, protocol = result["test"][score], result["protocol"]
+    return {
+        "run": name,
+        "setting": f"{protocol['way']}-way {protocol['shot']}-shot {protocol['query']}-query",
+        "statistics": protocol["statistics"],
+        f"test {score}": f"{shown(score, estimate['mean'])} ± {shown(score, estimate['ci95'])}",
+        "episodes": estimate["episodes"],
+        "protocol": result["protocol_id"],
+        "minutes": f"{result['seconds'] / 60:.1f}",
+    }

@@ -1,0 +1,164 @@
+"""Where a run's figures go: console, `metrics.jsonl`, Weights & Biases, and the learning curve as PNG."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from metalearn.config import RunConfig
+from metalearn.types import Score
+
+#: Without a terminal a training row is printed this often at most; every validation is printed.
+_QUIET_SECONDS = 15.0
+
+
+def shown(score: str, value: float) -> str:
+    """A score as people read it: an accuracy as a percentage, an error as it is."""
+    return f"{100 * value:.2f}%" if score == "accuracy" else f"{value:.4f}"
+
+
+class Tracker:
+    """Sends each row of figures to all places; the loop's only listener."""
+
+    def __init__(self, settings: RunConfig, score: Score, folder: Path, console: Console) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.score = score.name
+        self.folder = folder
+        self._console = console
+        self._printed = 0.0
+        self._stream = (folder / "metrics.jsonl").open("w", buffering=1)
+        self._wandb = _start_wandb(settings, folder, console) if settings.logger.name == "wandb" else None
+        self._steps = settings.train.steps
+        self._progress: Progress | None = None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Shows progress while meta-training: a live line on a terminal, now and then a line elsewhere."""
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("[bold]train"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            self._progress = progress
+            self._bar = progress.add_task("train", total=self._steps, figures="")
+            yield
+        self._progress = None
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One row of figures: into the file at once, to W&B, and onto the console."""
+        self.rows.append(row)
+        self._stream.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        line = self._line(row)
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=row["step"], figures=line)
+        validated = f"val.{self.score}" in row
+        due = self._progress is None and time.monotonic() - self._printed > _QUIET_SECONDS
+        if validated or due:
+            self._console.print(f"step {row['step']:>6}/{self._steps}  {line}", highlight=False)
+            self._printed = time.monotonic()
+
+    def _line(self, row: dict[str, Any]) -> str:
+        parts = []
+        if "tasks_per_second" in row:
+            parts += [f"{row['tasks_per_second']:.0f} tasks/s", f"loss {row['train.loss']:.4f}"]
+            if self.score == "accuracy":
+                parts.append(f"train {shown(self.score, row['train.accuracy'])}")
+        if (value := row.get(f"val.{self.score}")) is not None:
+            interval = row[f"val.{self.score}_ci95"]
+            parts.append(f"[green]val {shown(self.score, value)} ± {shown(self.score, interval)}[/green]")
+        return "  ".join(parts)
+
+    def finish(self, result: dict[str, Any], table: Table) -> None:
+        """The learning curve, and at W&B the final figures, table and curve."""
+        curve = self.folder / "learning_curve.png"
+        draw_learning_curve(self.rows, self.score, curve)
+        if self._wandb is None:
+            return
+        import wandb
+
+        estimate = result["test"][self.score]
+        self._wandb.summary.update({f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]})
+        self._wandb.summary["protocol_id"] = result["protocol_id"]
+        cells = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+        columns = [str(column.header) for column in table.columns]
+        self._wandb.log({"result": wandb.Table(columns=columns, data=cells), "learning_curve": wandb.Image(str(curve))})
+
+    def close(self, failed: bool = False) -> None:
+        """Flushes everything; safe to call once at the end of any run."""
+        self._stream.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(failed), quiet=True)
+
+
+def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
+    """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import dataclasses
+
+    import wandb
+
+    wanted = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            project=settings.logger.project,
+            entity=settings.logger.entity,
+            name="-".join(folder.parts[-2:]),
+            dir=folder,
+            mode=mode,  # type: ignore[arg-type]
+            config=dataclasses.asdict(settings),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+
+    try:
+        run = start(wanted)
+    except wandb.Error as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        console.print(f"W&B: offline, because going online failed ({reason})", highlight=False)
+        return start("offline")
+    if wanted == "online":
+        console.print(f"W&B: online, {run.url}", highlight=False)
+    elif wanted == "offline":
+        console.print(f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False)
+    return run
+
+
+def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
+    """Training and validation score over meta-training steps, with the validation's 95% interval, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    factor = 100 if score == "accuracy" else 1
+    train_key = "train.accuracy" if score == "accuracy" else "train.loss"
+    train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
+    val = [row for row in rows if f"val.{score}" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")
+    axes.errorbar(
+        [row["step"] for row in val],
+        [factor * row[f"val.{score}"] for row in val],
+        [factor * row[f"val.{score}_ci95"] for row in val],
+        marker="o", markersize=3, capsize=2, label="validation, 95% interval",
+    )  # fmt: skip
+    axes.set(xlabel="meta-training step", ylabel="accuracy (%)" if score == "accuracy" else score)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

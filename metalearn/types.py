@@ -1,0 +1,147 @@
+"""The central types. A leading T (tasks) is added everywhere when tasks are batched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Params = dict[str, Tensor]
+
+
+def _pytree_dataclass(cls: type) -> type:
+    """Makes a frozen dataclass a pytree: its fields are children, but for those declared static.
+
+    A field that is None is static too, so that an absent tensor is no leaf `vmap` would stumble over.
+    """
+    fields = dataclasses.fields(cls)
+
+    def flatten(node: Any) -> tuple[list[Any], Any]:
+        children, static = [], []
+        for field in fields:
+            value = getattr(node, field.name)
+            if value is None or "static" in field.metadata:
+                static.append((field.name, value))
+            else:
+                children.append(value)
+        return children, tuple(static)
+
+    def unflatten(children: Any, static: Any) -> Any:
+        fixed, dynamic = dict(static), iter(children)
+        return cls(**{f.name: fixed[f.name] if f.name in fixed else next(dynamic) for f in fields})
+
+    pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"metalearn.{cls.__name__}")
+    return cls
+
+
+@_pytree_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Inputs with their targets.
+
+    x: [M, *X] float32; y: [M] int64, the class index within the task, or [M, D] float32 targets.
+    way: number of classes of the task (static), or of target dimensions for regression.
+    """
+
+    x: Tensor
+    y: Tensor
+    way: int = dataclasses.field(metadata={"static": True})
+
+
+@_pytree_dataclass
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task: what may be learned from, what is asked, and the key of its random numbers.
+
+    unlabelled: [U, *X] or None; key: int64 [].
+    """
+
+    support: Labelled
+    query: Labelled
+    key: Tensor
+    unlabelled: Tensor | None = None
+
+
+class State(NamedTuple):
+    """All tensors of a method: `meta` gets gradients, `fixed` does not (population statistics, frozen weights)."""
+
+    meta: Params
+    fixed: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known before any weight exists.
+
+    input_shape: of one input, without the batch axis; way: outputs a classifier of one task needs (or target
+    dimensions); train_classes: number of training classes (0 for regression); target: "class" or "value".
+    """
+
+    input_shape: tuple[int, ...]
+    way: int
+    train_classes: int
+    target: str
+
+
+class Loss(NamedTuple):
+    """What `Algorithm.loss` returns.
+
+    value: [] the objective whose gradient is the meta-gradient; logs: scalars to record, "loss" among them;
+    statistics: normalisation statistics of this pass, by their names in `State.fixed`.
+    """
+
+    value: Tensor
+    logs: Params
+    statistics: Params
+
+
+class Backbone(Protocol):
+    """A function x -> embedding that knows nothing of classes."""
+
+    def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
+        """Parameters and initial population statistics, both on the key's device."""
+
+    def size(self, input_shape: tuple[int, ...]) -> int:
+        """Number of features of one embedding."""
+
+    def embed(
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False
+    ) -> tuple[Tensor, Params]:
+        """x [B, *X] -> z [B, D] and, if `collect`, the normalisation statistics of this batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How predictions of a kind of task are scored, and which way is better."""
+
+    name: str
+    higher_is_better: bool
+    of: Callable[[Tensor, Tensor], Tensor]
+
+    def better(self, new: float, old: float | None) -> bool:
+        return old is None or (new > old if self.higher_is_better else new < old)
+
+
+def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
+    return (prediction.argmax(-1) == y).to(torch.float32).mean(-1)
+
+
+def _squared_error(prediction: Tensor, y: Tensor) -> Tensor:
+    return (prediction - y).square().mean((-2, -1))
+
+
+#: Score of a task by its kind of target; predictions [..., Q, N], targets [..., Q] or [..., Q, N] -> [...].
+SCORES = {"class": Score("accuracy", True, _accuracy), "value": Score("mse", False, _squared_error)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over episodes with the half-width of its 95% interval."""
+
+    mean: float
+    ci95: float
+    episodes: int
