@@ -1,0 +1,57 @@
+"""Shared pieces of the tests: small data sets, small runs, and the command line in a subprocess."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from metalearn import config
+from metalearn.build import Run, build
+
+torch.set_num_threads(1)
+
+ALGORITHMS = sorted(config.options("algo"))
+
+#: Overrides that make any run small: an easy data set, a thin network, few episodes.
+SMALL = [
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.jitter=0.5", "dataset.image_size=14", "backbone.filters=8",
+    "episode.query=3", "train.steps=2", "val.episodes=4", "test.episodes=6", "logger=none",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compose(cache_dir: Path):
+    def composed(*overrides: str) -> DictConfig:
+        return config.composed([*SMALL, f"cache_dir={cache_dir}", *overrides])
+
+    return composed
+
+
+@pytest.fixture
+def make_run(compose):
+    def made(*overrides: str) -> Run:
+        return build(config.checked(compose(*overrides)))
+
+    return made
+
+
+@pytest.fixture
+def metalearn(cache_dir: Path, tmp_path: Path):
+    """Runs the command in an empty folder, as a user would; returns the finished process."""
+
+    def run(*words: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
+        variables |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "offline"} | environment
+        command = [sys.executable, "-m", "metalearn", *words]
+        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout)
+
+    return run

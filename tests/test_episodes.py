@@ -1,0 +1,131 @@
+"""What an episode may and may not hold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metalearn.data.images import ImageData, Pictures
+from metalearn.episodes import Shape
+from metalearn.errors import UserError
+
+_CPU = torch.device("cpu")
+
+
+def numbered(counts: dict[str, list[int]], rotations: str = "none", may_meet: bool = True) -> ImageData:
+    """A data set whose every picture shows its own number, in 2 x 2 pixels: (class, image; 0, 0)."""
+    names = [f"{split}{index}" for split, sizes in counts.items() for index in range(len(sizes))]
+    sizes = [size for each in counts.values() for size in each]
+    images = torch.stack(
+        [torch.tensor([[[c, i], [255, 0]]], dtype=torch.uint8) for c, size in enumerate(sizes) for i in range(size)]
+    )
+    splits = {split: [f"{split}{index}" for index in range(len(each))] for split, each in counts.items()}
+    return ImageData(
+        Pictures(images, sizes, names), splits,
+        rotations=rotations, rotations_may_meet=may_meet, standardise=False, device=_CPU,
+    )  # fmt: skip
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """(class, image) of unturned pictures [..., 1, 2, 2] -> [..., 2]."""
+    return (x[..., 0, 0, :] * 255).round().long()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(4, 9), min_size=5, max_size=12),
+    way=st.integers(1, 5), shot=st.integers(1, 2), query=st.integers(1, 2), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_support_and_query_share_no_image(sizes, way, shot, query, seed):
+    data = numbered({"train": sizes, "val": [4] * 5, "test": [4] * 5})
+    task = data.episodes("train", Shape(way, shot, query), seed).draw(0, 6)
+    for t in range(6):
+        support, ask = identity(task.support.x[t]).tolist(), identity(task.query.x[t]).tolist()
+        seen = [tuple(pair) for pair in support + ask]
+        assert len(set(seen)) == way * (shot + query)  # no image twice at all
+        assert all(image < sizes[cls] for cls, image in seen)  # never the padding
+        # A label stands for one class, the same in support and query, and each has its number of examples.
+        classes = {}
+        for (cls, _), y in zip(support + ask, task.support.y[t].tolist() + task.query.y[t].tolist(), strict=True):
+            assert classes.setdefault(y, cls) == cls
+        assert len(set(classes.values())) == way
+        assert torch.equal(task.support.y[t].bincount(minlength=way), torch.full((way,), shot))
+        assert torch.equal(task.query.y[t].bincount(minlength=way), torch.full((way,), query))
+
+
+def test_task_depends_on_its_number_alone():
+    source = numbered({"train": [6] * 9, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 2), 7)
+    together = source.draw(0, 8)
+    apart = [source.draw(first, 2) for first in (0, 2, 4, 6)]
+    assert torch.equal(together.query.x, torch.cat([part.query.x for part in apart]))
+    assert torch.equal(together.key, torch.cat([part.key for part in apart]))
+    assert together.key.unique().numel() == 8
+
+
+def test_splits_draw_from_their_own_classes_and_streams():
+    data = numbered({"train": [6] * 6, "val": [6] * 6, "test": [6] * 6})
+    drawn = {split: data.episodes(split, Shape(5, 1, 2), 0).draw(0, 50) for split in ("train", "val", "test")}
+    classes = {split: set(identity(task.query.x)[..., 0].flatten().tolist()) for split, task in drawn.items()}
+    assert classes == {"train": set(range(6)), "val": set(range(6, 12)), "test": set(range(12, 18))}
+    assert not torch.equal(drawn["val"].query.y, drawn["test"].query.y)
+
+
+def test_queries_come_in_no_class_order():
+    task = numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 10), 0).draw(0, 40)
+    share = (task.query.y[:, :10] == 0).float().mean()
+    assert 0.1 < share < 0.3
+
+
+def turns_of(x: torch.Tensor) -> torch.Tensor:
+    """Quarter turns of numbered pictures [..., 1, 2, 2]: where the white pixel went from the lower left."""
+    corners = torch.stack([x[..., 0, 1, 0], x[..., 0, 1, 1], x[..., 0, 0, 1], x[..., 0, 0, 0]], -1)
+    return corners.argmax(-1)
+
+
+@pytest.mark.parametrize("rotations", ["train_classes", "classes", "episode", "none"])
+def test_rotations(rotations):
+    data = numbered({"train": [4] * 5, "val": [4] * 5, "test": [4] * 5}, rotations)
+    for split in ("train", "test"):
+        turned = rotations == "classes" or (rotations == "train_classes" and split == "train")
+        assert data.num_classes(split) == (20 if turned else 5)
+        task = data.episodes(split, Shape(5, 1, 2), 0).draw(0, 60)
+        turns = turns_of(task.query.x)
+        if not turned and rotations != "episode":
+            assert not turns.any()
+            continue
+        assert set(turns.flatten().tolist()) == {0, 1, 2, 3}
+        for t in range(60):  # all examples of a class of an episode are turned alike, support and query
+            for y in range(5):
+                alike = torch.cat([turns[t][task.query.y[t] == y], turns_of(task.support.x[t])[task.support.y[t] == y]])
+                assert alike.unique().numel() == 1
+
+
+@pytest.mark.parametrize("may_meet", [True, False])
+def test_rotations_of_one_character_meet_only_where_allowed(may_meet):
+    data = numbered({"train": [4] * 6, "val": [4] * 5, "test": [4] * 5}, "classes", may_meet)
+    x = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 100).support.x
+    upright = torch.stack([torch.stack([p.rot90(-int(turns_of(p)), (-2, -1)) for p in task]) for task in x])
+    met = [len(set(identity(task)[:, 0].tolist())) < 5 for task in upright]
+    assert any(met) == may_meet
+
+
+def test_batches_carry_global_labels():
+    data = numbered({"train": [4, 7, 5], "val": [4] * 5, "test": [4] * 5}, "train_classes")
+    task = data.batches("train", 300, 0).draw(0, 2)
+    assert task.support.x.shape == (2, 0, 1, 2, 2)
+    turns = turns_of(task.query.x)
+    upright = torch.stack([torch.stack([p.rot90(-int(k), (-2, -1)) for p, k in zip(*row, strict=True)]) for row in zip(task.query.x, turns, strict=True)])
+    assert torch.equal(task.query.y, identity(upright)[..., 0] + 3 * turns)
+    assert task.query.y.unique().numel() == 12
+    share = (identity(upright)[..., 0] == 1).float().mean()
+    assert abs(share - 7 / 16) < 0.1  # every image equally often, so larger classes more often
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [(Shape(6, 1, 1), ["way=6", "5 classes"]), (Shape(5, 2, 3), ["2 + 3", "train1", "4 images"])]
+)
+def test_impossible_shapes_are_refused(shape, words):
+    data = numbered({"train": [9, 4, 9, 9, 9], "val": [4] * 5, "test": [4] * 5})
+    with pytest.raises(UserError) as caught:
+        data.episodes("train", shape, 0)
+    assert all(word in str(caught.value) for word in ["train", *words])
