@@ -18,7 +18,7 @@ ALGORITHMS = sorted(config.options("algo"))
 
 #: Overrides that make any run small: an easy data set, a thin network, few episodes.
 SMALL = [
-    "dataset=glyphs", "dataset.num_classes=60", "dataset.jitter=0.5", "dataset.image_size=14", "backbone.filters=8",
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.jitter=0.5", "dataset.image_size=16", "backbone.filters=8",
     "episode.query=3", "train.steps=2", "val.episodes=4", "test.episodes=6", "logger=none",
 ]  # fmt: skip
 

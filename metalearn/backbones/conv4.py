@@ -9,6 +9,7 @@ from torch import Tensor
 from metalearn import random
 from metalearn.backbones import normalisation
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
+from metalearn.errors import UserError
 from metalearn.settings import above, at_least, choice
 from metalearn.types import Params
 
@@ -46,14 +47,17 @@ class Conv4:
         return params, population
 
     def size(self, input_shape: tuple[int, ...]) -> int:
-        if self.output == "mean":
-            return self.filters
         height, width = input_shape[1:]
         for _ in range(self.blocks):
             height, width = (
                 (height // 2, width // 2) if self.downsample == "pool" else ((height + 1) // 2, (width + 1) // 2)
             )
-        return self.filters * height * width
+        if height == 0 or width == 0:
+            raise UserError(
+                f"backbone.blocks={self.blocks} halve pictures of {input_shape[1]}x{input_shape[2]} to nothing; "
+                "use fewer blocks, larger pictures or backbone.downsample=stride"
+            )
+        return self.filters * (height * width if self.output == "flatten" else 1)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False

@@ -1,0 +1,129 @@
+"""One contract for every method, found by listing conf/algo."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from metalearn import loop, random
+from metalearn.algorithms.base import STATISTICS, Algorithm
+from metalearn.engine import Engine
+from metalearn.types import SCORES, Labelled, Spec, Task
+from tests.conftest import ALGORITHMS
+
+pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
+_HALF = torch.tensor(0.5)
+
+
+def doubled(tree):
+    return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
+
+
+def permuted_classes(task: Task, order: torch.Tensor) -> Task:
+    def relabelled(part: Labelled) -> Labelled:
+        return dataclasses.replace(part, y=order[part.y])
+
+    return dataclasses.replace(task, support=relabelled(task.support), query=relabelled(task.query))
+
+
+class Noise:
+    """Tasks of pure noise with the true labels shuffled away: nothing can be learned."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def draw(self, first, count):
+        task = self.source.draw(first, count)
+        order = random.permutation(random.fold_in(task.key, 77), task.query.y.shape[1])
+        return dataclasses.replace(task, query=dataclasses.replace(task.query, y=task.query.y.gather(1, order)))
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_strategies_agree(name, statistics, make_run):
+    run = make_run(f"algo={name}", f"statistics={statistics}", "train.meta_batch=4", "episode.train.way=5")
+    tasks, state = doubled(run.train.draw(0, 4)), doubled(run.state)
+    steps = {
+        (strategy, chunk): Engine(run.algorithm, strategy, chunk).step(state, tasks, _HALF.double())
+        for strategy, chunk in [("vmap", 4), ("vmap", 3), ("loop", 1), ("mixed", 2)]
+        if strategy != "mixed" or type(run.algorithm).loss is Algorithm.loss
+    }
+    first = steps.pop(("vmap", 4))
+    for other in steps.values():
+        torch.testing.assert_close(other, first, rtol=1e-7, atol=1e-9)
+    predictions = [Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")]
+    for other in predictions[1:]:
+        torch.testing.assert_close(other, predictions[0], rtol=1e-7, atol=1e-9)
+
+
+def test_gradients_are_finite_and_reach_every_meta_parameter(name, make_run):
+    run = make_run(f"algo={name}", "train.meta_batch=4")
+    gradients = run.train_engine.step(run.state, run.train.draw(0, 4), _HALF).gradients
+    assert gradients.keys() == run.state.meta.keys()
+    for key, value in gradients.items():
+        assert value.isfinite().all(), key
+        assert value.abs().max() > 1e-9, f"{key} gets no gradient"
+
+
+def test_same_seed_same_result(name, make_run):
+    def first_step(seed):
+        run = make_run(f"algo={name}", f"seed={seed}")
+        return run.train_engine.step(run.state, run.train.draw(0, 2), _HALF).gradients
+
+    first, again, other = first_step(3), first_step(3), first_step(4)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_beats_chance_on_separable_classes_but_not_on_shuffled_labels(name, make_run):
+    run = make_run(f"algo={name}", "test.episodes=100", "train.meta_batch=1", "dataset.jitter=0.2")
+    scores = loop.test(run, run.state)
+    assert scores.mean() > 0.5  # chance is 0.2; drawings of a class are nearly alike
+    shuffled = loop.evaluate(run.test_engine, run.state, Noise(run.test), 100, run)
+    half_width = 1.984 * shuffled.std() / 10
+    assert abs(shuffled.mean() - 0.2) < 1.7 * half_width
+
+
+def test_queries_do_not_change_adaptation_and_labels_of_queries_are_never_seen(name, make_run):
+    run = make_run(f"algo={name}")
+    task = run.test.draw(0, 2)
+    engine = Engine(run.algorithm, "vmap", 2)
+    changed = dataclasses.replace(task, query=dataclasses.replace(task.query, y=(task.query.y + 1) % 5))
+    assert torch.equal(engine.predictions(run.state, task), engine.predictions(run.state, changed))
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_inductive_predictions_do_not_depend_on_the_other_queries(name, statistics, make_run):
+    run = make_run(f"algo={name}", f"statistics={statistics}")
+    task = pytree.tree_map(lambda leaf: leaf[0], doubled(run.test.draw(0, 1)))
+    state = doubled(run.state)
+    learner = run.algorithm.adapt(state, task.support, key=task.key)
+    together = run.algorithm.predict(state, learner, task.query.x)
+    alone = torch.cat([run.algorithm.predict(state, learner, x[None]) for x in task.query.x])
+    assert torch.allclose(together, alone) == (statistics != "query")
+
+
+def test_declared_symmetries_hold(name, make_run):
+    run = make_run(f"algo={name}", "episode.shot=2")
+    task, state = doubled(run.test.draw(0, 3)), doubled(run.state)
+    engine = Engine(run.algorithm, "vmap", 3)
+    before = engine.predictions(state, task)
+
+    order = torch.tensor([2, 0, 1, 4, 3])
+    after = engine.predictions(state, permuted_classes(task, order))
+    assert torch.allclose(after[..., order], before, rtol=1e-6, atol=1e-8) == run.algorithm.class_equivariant
+
+    place = torch.arange(10).flip(0)
+    moved = Labelled(task.support.x[:, place], task.support.y[:, place], task.support.way)
+    after = engine.predictions(state, dataclasses.replace(task, support=moved))
+    same = torch.allclose(after, before, rtol=1e-6, atol=1e-8)
+    assert same == (not run.algorithm.support_order_matters)
+
+
+def test_initial_state_lies_on_the_keys_device_and_has_no_bias_before_a_normalisation(name, make_run):
+    run = make_run(f"algo={name}")
+    spec = Spec((1, 16, 16), 5, 100, "class")
+    state = run.algorithm.init(spec, random.key_of(0))
+    assert not any(key.startswith("net.conv") and key.endswith("bias") for key in state.meta)
+    if not run.algorithm.targets == ("class",):
+        assert SCORES["value"].name == "mse"
