@@ -22,10 +22,10 @@ from metalearn.types import Loss, Params, Score, State, Task
 
 STRATEGIES = ("auto", "vmap", "loop", "mixed")
 
-# Queries of a task from which `mixed` wins on CPU, and tasks that fit the caches together:
+# Queries of a task from which `mixed` wins on CPU, and input elements batched together that the caches still hold:
 # measured by `make benchmark-engine`, see benchmarks/engine.md.
 _MIXED_FROM_QUERIES = 16
-_CPU_TASK_CHUNK = 8
+_CPU_CHUNK_ELEMENTS = 1 << 16
 
 
 def prepare_process(device: torch.device, threads: int) -> None:
@@ -73,7 +73,8 @@ class Engine:
                 strategy = "loop"
         if strategy == "mixed" and own_loss:
             strategy = "vmap"
-        chunk = self.chunk or (_CPU_TASK_CHUNK if device == "cpu" else tasks.key.shape[0])
+        batched = tasks.support.x[0].numel() + (0 if strategy == "mixed" else tasks.query.x[0].numel())
+        chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // batched) if device == "cpu" else tasks.key.shape[0])
         return dataclasses.replace(self, strategy=strategy, chunk=chunk)
 
     def step(self, state: State, tasks: Task, progress: Tensor) -> Step:

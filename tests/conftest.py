@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from torch.utils import _pytree as pytree
 
 from metalearn import config
 from metalearn.build import Run, build
@@ -21,6 +23,11 @@ SMALL = [
     "dataset=glyphs", "dataset.num_classes=60", "dataset.jitter=0.5", "dataset.image_size=16", "backbone.filters=8",
     "episode.query=3", "train.steps=2", "val.episodes=4", "test.episodes=6", "logger=none",
 ]  # fmt: skip
+
+
+def doubled(tree: Any) -> Any:
+    """The same tree in float64."""
+    return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 
 @pytest.fixture(scope="session")

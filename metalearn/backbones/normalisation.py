@@ -27,15 +27,18 @@ def normalise(
     Returns: the normalised x, and {"<name>.mean": [C], "<name>.var": [C]} or {}.
     """
     weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    shape = (1, -1) + (1,) * (x.dim() - 2)
     collected: Params = {}
     if collect:
         axes = [axis for axis in range(x.dim()) if axis != 1]
         var, mean = torch.var_mean(x, axes, correction=0)
         collected = {f"{name}.mean": mean, f"{name}.var": var}
     if given is None:
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), collected
+        # The affine part stands outside, because under vmap the second derivative of F.batch_norm is wrong when its
+        # weight differs between tasks (torch 2.15; tests/test_backbones.py holds it).
+        standard = F.batch_norm(x, None, None, training=True, eps=eps)
+        return standard * weight.view(shape) + bias.view(shape), collected
     # Written out, because F.batch_norm treats given statistics as constants and gradients must pass through them.
-    shape = (1, -1) + (1,) * (x.dim() - 2)
     scale = weight * torch.rsqrt(given[f"{name}.var"] + eps)
     shift = bias - given[f"{name}.mean"] * scale
     return x * scale.view(shape) + shift.view(shape), collected
