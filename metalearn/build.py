@@ -45,7 +45,7 @@ class Run:
 def check(settings: RunConfig) -> None:
     """Impossible pairings that are known before any data is read. Raises: UserError."""
     algorithm = _algorithm(settings)
-    target = config.component(config.OmegaConf.create(settings.dataset), "dataset").target
+    target = config.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
     if target not in algorithm.targets:
         kinds = {"class": "classes", "value": "values (regression)"}

@@ -122,7 +122,7 @@ def _list(words: list[str]) -> int:
         return 0
     if words:
         raise UserError(f"list {words[0]}: list takes no arguments")
-    from metalearn.config import options
+    from metalearn.composition import options
 
     for group in ("algo", "dataset", "backbone", "episode", "experiment"):
         print(f"{group}=")
@@ -142,7 +142,7 @@ def _completion(words: list[str]) -> int:
 
 def _train(words: list[str]) -> int:
     if _wants_help(words):
-        from metalearn.config import options
+        from metalearn.composition import options
 
         groups = "".join(
             f"  {group + '=':<12}{', '.join(options(group))}\n"
@@ -150,48 +150,42 @@ def _train(words: list[str]) -> int:
         )
         print(_TRAIN_HELP.format(groups=groups), end="")
         return 0
-    overrides, flags, searched = _parsed(words)
-    from metalearn import config
+    from metalearn import composition
 
+    overrides, flags, searched = _parsed(words)
+    if any(flag in _SHOW for flag in flags):
+        composition.composed(overrides + searched)
+        _hydra_main(_shows_only, [*flags, *overrides, *searched])
+        return 0
     if multirun := any(flag in ("-m", "--multirun") for flag in flags):
         _check_multirun(overrides + searched)
+        overrides_alone = [word for word in overrides if not _is_sweep(word)]
     else:
-        composed = config.composed(overrides + searched, with_hydra=True)
-        if not any(flag.startswith(("--cfg", "-c", "--info", "-i")) for flag in flags):
-            _check(_job_part(composed))
-        else:
-            config.checked(_job_part(composed))
-
-    plain = [word for word in overrides if not _is_sweep(word)]
-    hydra = config.composed(plain + searched, with_hydra=True).hydra
+        _check(composition.composed(overrides + searched))
+        overrides_alone = overrides
+    hydra = composition.composed(overrides_alone + searched, with_hydra=True).hydra
     folder = Path(hydra.sweep.dir if multirun else hydra.run.dir)
-    showing = any(flag.startswith(("--cfg", "-c", "--info", "-i")) for flag in flags)
-    created = [] if showing else _made(folder)
+    created = _made(folder)
     # The folder is settled here once, since its name carries the time.
     where = f"hydra.{'sweep' if multirun else 'run'}.dir={_quoted(str(folder))}"
-    job = _Job(multirun)
     try:
-        _hydra_main(job, [*flags, *overrides, *searched, *([] if showing else [where])])
+        _hydra_main(_Job(multirun), [*flags, *overrides, *searched, where])
     finally:
         for path in reversed(created):
             _remove_empty(path)
-    if multirun and not showing:
-        from rich.console import Console
+    if not multirun:
+        return 0
+    from metalearn import jobs, report
 
-        from metalearn import jobs
-
-        return 1 if jobs.summarise(folder, Console()) else 0
-    return 0
+    return 1 if jobs.summarise(folder, report.console()) else 0
 
 
-def _job_part(composed: Any) -> Any:
-    from omegaconf import OmegaConf, open_dict
+#: Hydra's options that print something and start nothing.
+_SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help")
 
-    job = composed.copy()
-    OmegaConf.set_struct(job, False)
-    with open_dict(job):
-        job.pop("hydra")
-    return job
+
+def _shows_only(config: Any) -> None:
+    raise AssertionError("Hydra was asked to print, not to run")
 
 
 def _check(config: Any) -> None:
@@ -207,12 +201,12 @@ def _check_multirun(overrides: list[str]) -> None:
 
     Raises: UserError when a name is unknown, or when no run at all is possible.
     """
-    from metalearn import config
+    from metalearn import composition
 
     first: UserError | None = None
     possible = False
-    for run in config.combinations(overrides):
-        composed = config.composed(run)
+    for run in composition.combinations(overrides):
+        composed = composition.composed(run)
         try:
             _check(composed)
             possible = True
@@ -231,20 +225,19 @@ class _Job:
 
     def __call__(self, config: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
-        from rich.console import Console
 
-        from metalearn import jobs
+        from metalearn import jobs, report
 
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
-        choices = settings.runtime.choices
+        choices: Any = settings.runtime.choices
         name = f"{choices.algo} {choices.dataset}"
-        console = Console()
+        console = report.console()
         if not self.multirun:
             return jobs.train(config, _relative(folder), name, console)
-        overrides = " ".join(settings.overrides.task)
-        console.print(f"[bold]{settings.job.num}: {overrides}[/bold]", highlight=False)
-        (folder / "overrides.txt").write_text(overrides + "\n")
+        overrides = list(settings.overrides.task)
+        console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
+        (folder / jobs.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
         try:
             return jobs.train(config, _relative(folder), name, console)
         except Exception as error:
@@ -255,7 +248,7 @@ class _Job:
 
                 line = f"{type(error).__name__}: {line}"
                 (folder / "traceback.txt").write_text(traceback.format_exc())
-            (folder / "error.txt").write_text(line + "\n")
+            (folder / jobs.ERROR_FILE).write_text(line + "\n")
             console.print(f"[red]failed: {line}[/red]", highlight=False)
             return _worst_score(config)
 
@@ -265,7 +258,7 @@ def _worst_score(config: Any) -> float:
     from metalearn.types import SCORES
 
     try:
-        score = SCORES[component(config.dataset, "dataset").target]  # type: ignore[attr-defined]
+        score = SCORES[component(config.dataset, "dataset").target]
     except UserError:
         return float("-inf")
     return float("-inf") if score.higher_is_better else float("inf")
@@ -275,7 +268,7 @@ def _hydra_main(job: Any, words: list[str]) -> None:
     """Hydra's main for the entry point in `conf/`, its errors as exceptions."""
     import hydra
 
-    from metalearn.config import conf_dir
+    from metalearn.composition import conf_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["metalearn", *words]
@@ -296,7 +289,7 @@ def _parsed(words: list[str]) -> tuple[list[str], list[str], list[str]]:
             if not queue or not Path(queue[0]).is_dir():
                 raise UserError(f"{word} {queue[0] if queue else ''}: should name a folder of configuration files")
             searched.append(f"hydra.searchpath=[{_quoted(f'file://{Path(queue.pop(0)).absolute()}')}]")
-        elif word in ("-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help"):
+        elif word in ("-m", "--multirun", "--resolve", *_SHOW):
             flags.append(word)
         elif word.startswith("-"):
             raise UserError(f"{word}: there is no such option; see metalearn train --help")
@@ -333,7 +326,9 @@ def _made(folder: Path) -> list[Path]:
     except OSError as error:
         for path in missing:
             _remove_empty(path)
-        raise UserError(f"output folder {folder} cannot be written ({error.strerror}); choose another hydra.run.dir") from None
+        raise UserError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another hydra.run.dir"
+        ) from None
     return missing[::-1]
 
 
@@ -356,11 +351,10 @@ def _evaluate(words: list[str]) -> int:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run={folder}: no config.yaml there; name the folder of a training run")
     from omegaconf import OmegaConf
-    from rich.console import Console
 
-    from metalearn import config, jobs
+    from metalearn import composition, jobs, report
 
-    stored = OmegaConf.load(folder / "config.yaml")
-    changed = config.changed(stored, [word for word in overrides if not word.startswith("run=")])
-    jobs.evaluate(folder, changed, Console())
+    stored: Any = OmegaConf.load(folder / "config.yaml")
+    changed = composition.changed(stored, [word for word in overrides if not word.startswith("run=")])
+    jobs.evaluate(folder, changed, report.console())
     return 0

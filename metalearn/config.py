@@ -1,17 +1,14 @@
-"""The typed schema of all of `conf/`, and how a command line becomes a checked configuration.
+"""The typed schema of all of `conf/`: a composed configuration becomes a checked one.
 
 A mistake raises `UserError`: what is wrong, where it was said, what would be right.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
-import itertools
 import re
 import typing
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,14 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.errors import UserError
 from metalearn.settings import above, at_least, between, choice
-
-_PACKAGE = Path(__file__).parent
-
-
-def conf_dir() -> Path:
-    """Where `conf/` lies: inside an installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -116,11 +105,13 @@ class RunConfig:
 COMPONENTS = ("algo", "dataset", "backbone")
 
 
-def component(node: Any, where: str) -> type:
+def component(node: Any, where: str) -> Any:
     """The class a group's `_target_` names; only classes of this package may be named."""
-    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str) or not re.fullmatch(r"metalearn(\.\w+)+", target):
-        raise UserError(f"{where}._target_={target}: should name a class of this package, like metalearn.….{where.title()}")
+        raise UserError(
+            f"{where}._target_={target}: should name a class of this package, like metalearn.….{where.title()}"
+        )
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -137,28 +128,32 @@ def checked(config: DictConfig) -> RunConfig:
     Raises: UserError for an unknown key, a wrong type, a missing value or one out of bounds.
     """
     try:
-        config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from None
-    parts = {name: config.get(name) for name in COMPONENTS}
-    plain = OmegaConf.create({key: value for key, value in config.items() if key not in COMPONENTS})
-    run = _conform(_structured(RunConfig, without=COMPONENTS), plain, "")
+        raise UserError(first_line(error)) from None
+    plain = OmegaConf.create({key: value for key, value in resolved.items() if key not in COMPONENTS})
+    run = _conform(
+        _structured(RunConfig, without=COMPONENTS), plain, "", [n for n in _names(RunConfig) if n not in COMPONENTS]
+    )
     _check_bounds(RunConfig, run, "")
-    settings = {}
-    for name, node in parts.items():
+    parts: dict[str, Any] = {
+        str(key): OmegaConf.to_object(value) if isinstance(value, DictConfig) else value for key, value in run.items()
+    }
+    for name in COMPONENTS:
+        node = resolved.get(name)
         cls = component(node, name)
         values = OmegaConf.create({key: value for key, value in node.items() if key != "_target_"})
-        typed = _conform(_structured(cls), values, f"{name}.")
+        typed = _conform(_structured(cls), values, f"{name}.", _names(cls))
         _check_bounds(cls, typed, f"{name}.")
-        settings[name] = {"_target_": node["_target_"], **OmegaConf.to_container(typed)}
-    typed_run = {key: OmegaConf.to_object(value) if isinstance(value, DictConfig) else value for key, value in run.items()}
-    return RunConfig(**typed_run, **settings)
+        settings: Any = OmegaConf.to_container(typed)
+        parts[name] = {"_target_": node["_target_"], **settings}
+    return RunConfig(**parts)
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
     """The component that checked settings describe, completed with its run-time objects."""
     values = {key: value for key, value in settings.items() if key != "_target_"}
-    cls = component(OmegaConf.create(settings), where)
+    cls = component(settings, where)
     wanted = {field.name for field in dataclasses.fields(cls) if "runtime" in field.metadata}
     return cls(**values, **{key: value for key, value in runtime.items() if key in wanted})
 
@@ -174,13 +169,27 @@ def _structured(cls: type, without: tuple[str, ...] = ()) -> DictConfig:
     return OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, fields))
 
 
-def _conform(schema: DictConfig, values: DictConfig, where: str) -> DictConfig:
-    known = [key for key, _ in _leaves(schema, "")]
-    for key, _ in _leaves(values, ""):
+def _names(cls: type, where: str = "") -> list[str]:
+    """Dotted names of all settings of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    names = []
+    for field in dataclasses.fields(cls):
+        name, hint = f"{where}{field.name}", hints[field.name]
+        if "runtime" not in field.metadata:
+            names += _names(hint, f"{name}.") if dataclasses.is_dataclass(hint) else [name]  # type: ignore[arg-type]
+    return names
+
+
+def _conform(schema: DictConfig, values: DictConfig, where: str, known: list[str]) -> DictConfig:
+    for key in leaves(values):
+        if inside := [name for name in known if name.startswith(f"{key}.")]:
+            raise UserError(f"{where}{key}: should hold settings, like {where}{inside[0]}")
         if not any(key == name or key.startswith(f"{name}.") for name in known):
-            raise UserError(f"{where}{key}: nothing reads this key{_nearest(where + key, [where + name for name in known])}")
-    merged = schema
-    for key in values:  # one at a time, so that an error can say which
+            raise UserError(
+                f"{where}{key}: nothing reads this key{nearest(where + key, [where + name for name in known])}"
+            )
+    merged: Any = schema
+    for key in map(str, values):  # one at a time, so that an error can say which
         try:
             merged = OmegaConf.merge(merged, {key: values[key]})
         except OmegaConfBaseException as error:
@@ -192,24 +201,28 @@ def _conform(schema: DictConfig, values: DictConfig, where: str) -> DictConfig:
     return merged
 
 
-def _leaves(node: DictConfig, where: str) -> Iterator[tuple[str, Any]]:
-    for key in node:
-        missing = OmegaConf.is_missing(node, key)
-        if not missing and isinstance(node[key], DictConfig) and len(node[key]):
-            yield from _leaves(node[key], f"{where}{key}.")
+def leaves(node: DictConfig, where: str = "") -> Iterator[str]:
+    """Dotted names of all values of a configuration."""
+    for key in map(str, node):
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig) and len(node[key]):
+            yield from leaves(node[key], f"{where}{key}.")
         else:
-            yield f"{where}{key}", None if missing else node[key]
+            yield f"{where}{key}"
 
 
 def _reason(error: Exception) -> str:
-    line = _first_line(error)
+    line = first_line(error)
+    if "not a valid bool" in line:
+        return "should be true or false"
     if found := re.search(r"could not be converted to (\w+)", line):
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(found[1], found[1].lower())
+        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(
+            found[1], found[1].lower()
+        )
         return f"should be {kind}"
     return line
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
@@ -227,7 +240,9 @@ def _check_bounds(cls: type, values: DictConfig, where: str) -> None:
         if value is None:
             continue
         if "choices" in rule and value not in rule["choices"]:
-            raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{_nearest(str(value), rule['choices'])}")
+            raise UserError(
+                f"{name}={value}: should be one of {', '.join(rule['choices'])}{nearest(str(value), rule['choices'])}"
+            )
         for number in value if OmegaConf.is_list(value) else [value]:
             if isinstance(number, float) and number != number:
                 raise UserError(f"{name}={value}: should be a number")
@@ -241,99 +256,6 @@ def _check_bounds(cls: type, values: DictConfig, where: str) -> None:
                 raise UserError(f"{name}={value}: is too large a number")
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def nearest(word: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-# Composition by Hydra, its errors in one line.
-
-
-@contextlib.contextmanager
-def _hydra_errors(overrides: list[str]) -> Iterator[None]:
-    from hydra.errors import HydraException
-
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_translated(error, overrides)) from None
-
-
-def _translated(error: Exception, overrides: list[str]) -> str:
-    text = str(error)
-    if found := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
-        group, name = found[1], found[2]
-        known = options(group)
-        return f"{group}={name}: there is no such {group}; there are {', '.join(known)}{_nearest(name, known)}"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1].lstrip("+~")
-        if "No match in the defaults list" in text:
-            return f"{key}: there is no such group{_nearest(key, groups())}"
-        with initialised() as compose:
-            known = [name for name, _ in _leaves(compose([]), "")]
-        return f"{key}: there is no such key{_nearest(key, [*known, *groups()])}"
-    return f"{_first_line(error)} (in: {' '.join(overrides)})"
-
-
-@contextlib.contextmanager
-def initialised() -> Iterator[Any]:
-    """Hydra's compose for the entry point in `conf/`."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
-        yield lambda overrides, **options: compose("config", overrides=overrides, **options)
-
-
-def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """The composed configuration. Raises: UserError naming the word that is wrong, and the nearest right one."""
-    with _hydra_errors(overrides), initialised() as compose:
-        return compose(overrides, return_hydra_config=with_hydra)
-
-
-def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
-    """A stored configuration with plain `key=value` overrides, or another data set by its name."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    result = OmegaConf.create(OmegaConf.to_container(stored))
-    known = [name for name, _ in _leaves(stored, "")]
-    with _hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    for override in parsed:
-        key, value = override.key_or_group, override.value()
-        if key == "dataset":
-            result.dataset = composed([f"dataset={value}"]).dataset
-        elif override.is_sweep_override() or OmegaConf.select(stored, key, default=key) == key:
-            raise UserError(f"{override.input_line}: there is no such key{_nearest(key, known)}")
-        else:
-            OmegaConf.update(result, key, value)
-    return result
-
-
-def combinations(overrides: list[str]) -> list[list[str]]:
-    """Every run of a multirun, as plain overrides; search ranges (for sweepers with a strategy) are left out."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    with _hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        axes = []
-        for override in parsed:
-            if not override.is_sweep_override():
-                axes.append([override.input_line])
-            elif override.is_discrete_sweep():
-                key = override.get_key_element()
-                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    return [list(run) for run in itertools.product(*axes)]
-
-
-def groups() -> list[str]:
-    """Names of the configuration groups."""
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
-
-
-def options(group: str) -> dict[str, str]:
-    """The choices of a group, each with the first comment line of its file."""
-    found = {}
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
-        comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-        found[path.stem] = next((line for line in comments if not line.startswith("@package")), "")
-    return found

@@ -130,7 +130,7 @@ class ImageEpisodes:
 
     def _labelled(self, rows_TNK: Tensor, turns_TN: Tensor | None, key_T: Tensor) -> Labelled:
         """The pictures in random order, so that no position tells a class."""
-        tasks, way, each = rows_TNK.shape
+        _, way, each = rows_TNK.shape
         order = random.permutation(key_T, way * each)
         rows = rows_TNK.flatten(1).gather(1, order)
         y = order // each
@@ -162,7 +162,7 @@ class ImageBatches:
         turns = None
         if table.turned or table.turn_in_episode:
             turns = random.integers(random.fold_in(key_T, 1), (self.batch,), 4)
-        y = row + turns * table.rows.shape[0] if table.turned else row
+        y = row if turns is None or not table.turned else row + turns * table.rows.shape[0]
         nothing = Labelled(self.store.pictures(rows[:, :0], None), y[:, :0], table.num_classes)
         query = Labelled(self.store.pictures(rows, turns), y, table.num_classes)
         return Task(nothing, query, random.fold_in(key_T, 2))

@@ -1,22 +1,24 @@
 """What the verbs do once a configuration is checked: one training run, one evaluation, one table over a multirun."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from metalearn import checkpoint, loop, report
 from metalearn.build import Run, build
-from metalearn.config import RunConfig, checked
+from metalearn.config import checked
 from metalearn.errors import UserError
 from metalearn.stats import estimate
 from metalearn.tracking import Tracker
 from metalearn.types import State
+
+#: What a run of a multirun leaves besides its results: its overrides, one a line, and why it failed.
+OVERRIDES_FILE = "overrides.txt"
+ERROR_FILE = "error.txt"
 
 
 def train(config: DictConfig, folder: Path, name: str, console: Console) -> float:
@@ -54,7 +56,14 @@ def train(config: DictConfig, folder: Path, name: str, console: Console) -> floa
     finally:
         tracker.close(failed)
     console.print(table)
-    for file in ("result.json", "metrics.jsonl", "test_scores.csv", "learning_curve.png", "checkpoints/best.pt", "config.yaml"):
+    for file in (
+        "result.json",
+        "metrics.jsonl",
+        "test_scores.csv",
+        "learning_curve.png",
+        "checkpoints/best.pt",
+        "config.yaml",
+    ):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
     return fitted.best_val.mean
 
@@ -68,7 +77,9 @@ def evaluate(folder: Path, config: DictConfig, console: Console) -> None:
         wanted, found = getattr(run.state, part), kept[part]
         if {n: v.shape for n, v in wanted.items()} != {n: v.shape for n, v in found.items()}:
             raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
-    name = json.loads((folder / "result.json").read_text())["name"] if (folder / "result.json").exists() else folder.name
+    name = (
+        json.loads((folder / "result.json").read_text())["name"] if (folder / "result.json").exists() else folder.name
+    )
     target = folder / "evaluations" / f"{run.protocol_id}.json"
     target.parent.mkdir(exist_ok=True)
     result = tested(run, State(kept["meta"], kept["fixed"]), target.with_suffix(".csv"))
@@ -94,13 +105,15 @@ def tested(run: Run, state: State, scores_file: Path) -> dict[str, Any]:
 def summarise(sweep: Path, console: Console) -> int:
     """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
     rows, failures = [], []
-    for folder in sorted((path for path in sweep.iterdir() if path.is_dir()), key=_job_number):
-        overrides = folder / "overrides.txt"
-        name = f"{folder.name}: {overrides.read_text().strip()}" if overrides.exists() else folder.name
+    folders = sorted((path for path in sweep.iterdir() if (path / OVERRIDES_FILE).exists()), key=_job_number)
+    overrides = {folder: (folder / OVERRIDES_FILE).read_text().splitlines() for folder in folders}
+    common = set.intersection(*(set(words) for words in overrides.values())) if len(folders) > 1 else set()
+    for folder in folders:
+        name = f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
         if (folder / "result.json").exists():
             rows.append(report.result_row(name, json.loads((folder / "result.json").read_text())))
-        elif (folder / "error.txt").exists():
-            failures.append(f"{name} failed: {(folder / 'error.txt').read_text().strip()}")
+        elif (folder / ERROR_FILE).exists():
+            failures.append(f"{name} failed: {(folder / ERROR_FILE).read_text().strip()}")
     for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(report.result_table([row for row in rows if score in row]))
     if len({row["protocol"] for row in rows}) > 1:

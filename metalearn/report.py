@@ -9,11 +9,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 import metalearn
 from metalearn.tracking import shown
 from metalearn.types import Estimate
+
+
+def console() -> Console:
+    """Where verbs print; without a terminal wide enough that no figure is cut."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, 160))
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -71,9 +79,9 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
 
 def result_table(rows: list[dict[str, Any]]) -> Table:
     """One line a result; each row is a dict of column heading to text."""
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(rows[0]):
+        table.add_column(column, no_wrap=number > 0)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     return table
@@ -85,7 +93,7 @@ def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
     estimate, protocol = result["test"][score], result["protocol"]
     return {
         "run": name,
-        "setting": f"{protocol['way']}-way {protocol['shot']}-shot {protocol['query']}-query",
+        "way/shot/query": f"{protocol['way']}/{protocol['shot']}/{protocol['query']}",
         "statistics": protocol["statistics"],
         f"test {score}": f"{shown(score, estimate['mean'])} ± {shown(score, estimate['ci95'])}",
         "episodes": estimate["episodes"],

@@ -92,10 +92,12 @@ class Tracker:
         import wandb
 
         estimate = result["test"][self.score]
-        self._wandb.summary.update({f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]})
+        self._wandb.summary.update(
+            {f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]}
+        )
         self._wandb.summary["protocol_id"] = result["protocol_id"]
         cells = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
-        columns = [str(column.header) for column in table.columns]
+        columns: list[str | int] = [str(column.header) for column in table.columns]
         self._wandb.log({"result": wandb.Table(columns=columns, data=cells), "learning_curve": wandb.Image(str(curve))})
 
     def close(self, failed: bool = False) -> None:
@@ -134,7 +136,9 @@ def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
     if wanted == "online":
         console.print(f"W&B: online, {run.url}", highlight=False)
     elif wanted == "offline":
-        console.print(f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False)
+        console.print(
+            f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False
+        )
     return run
 
 

@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig
 from torch.utils import _pytree as pytree
 
-from metalearn import config
+from metalearn import composition, config
 from metalearn.build import Run, build
 
 torch.set_num_threads(1)
 
-ALGORITHMS = sorted(config.options("algo"))
+ALGORITHMS = sorted(composition.options("algo"))
 
 #: Overrides that make any run small: an easy data set, a thin network, few episodes.
 SMALL = [
@@ -38,7 +38,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compose(cache_dir: Path):
     def composed(*overrides: str) -> DictConfig:
-        return config.composed([*SMALL, f"cache_dir={cache_dir}", *overrides])
+        return composition.composed([*SMALL, f"cache_dir={cache_dir}", *overrides])
 
     return composed
 
@@ -55,9 +55,10 @@ def make_run(compose):
 def metalearn(cache_dir: Path, tmp_path: Path):
     """Runs the command in an empty folder, as a user would; returns the finished process."""
 
-    def run(*words: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess[str]:
         variables = {**os.environ, "METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
         variables |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "offline"} | environment
+        variables = {name: value for name, value in variables.items() if value is not None}
         command = [sys.executable, "-m", "metalearn", *words]
         return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout)
 

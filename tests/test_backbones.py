@@ -52,7 +52,10 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
 
         if mapped:
             return vmap(one)(x, target, weight, bias)
-        return [torch.stack(parts) for parts in zip(*(one(*task) for task in zip(x, target, weight, bias, strict=True)), strict=True)]
+        return [
+            torch.stack(parts)
+            for parts in zip(*(one(*task) for task in zip(x, target, weight, bias, strict=True)), strict=True)
+        ]
 
     for found, expected in zip(of(ours), of(plain), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
@@ -78,7 +81,10 @@ def test_size_is_the_size_of_an_embedding(downsample, output, size):
 
 def test_bias_stands_exactly_where_no_normalisation_follows():
     for net in (conv4(), MLP(hidden=[5, 4], normalisation="batch", activation="relu", eps=1e-5)):
-        assert not any(name.startswith(("conv", "linear")) and "bias" in name for name in net.init((1, 16, 16), random.key_of(0))[0])
+        assert not any(
+            name.startswith(("conv", "linear")) and "bias" in name
+            for name in net.init((1, 16, 16), random.key_of(0))[0]
+        )
     params, population = conv4(normalisation="none").init((1, 16, 16), random.key_of(0))
     assert sum("bias" in name for name in params) == 3
     assert population == {}

@@ -71,7 +71,9 @@ def test_splits_draw_from_their_own_classes_and_streams():
 
 
 def test_queries_come_in_no_class_order():
-    task = numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 10), 0).draw(0, 40)
+    task = (
+        numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 10), 0).draw(0, 40)
+    )
     share = (task.query.y[:, :10] == 0).float().mean()
     assert 0.1 < share < 0.3
 
@@ -114,7 +116,12 @@ def test_batches_carry_global_labels():
     task = data.batches("train", 300, 0).draw(0, 2)
     assert task.support.x.shape == (2, 0, 1, 2, 2)
     turns = turns_of(task.query.x)
-    upright = torch.stack([torch.stack([p.rot90(-int(k), (-2, -1)) for p, k in zip(*row, strict=True)]) for row in zip(task.query.x, turns, strict=True)])
+    upright = torch.stack(
+        [
+            torch.stack([p.rot90(-int(k), (-2, -1)) for p, k in zip(*row, strict=True)])
+            for row in zip(task.query.x, turns, strict=True)
+        ]
+    )
     assert torch.equal(task.query.y, identity(upright)[..., 0] + 3 * turns)
     assert task.query.y.unique().numel() == 12
     share = (identity(upright)[..., 0] == 1).float().mean()

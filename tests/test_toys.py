@@ -162,7 +162,9 @@ def dress(task: Task, toy: type) -> Task:
 def test_toy_goes_through_the_same_engine_and_loop(toy, make_run, tmp_path):
     source = "batches" if toy is TransferToy else "episodes"
     statistics = "population" if toy is TransferToy else "query"
-    run = make_run("algo=protonet", f"statistics={statistics}", f"train.source={source}", "train.batch_size=16", "train.steps=3")
+    run = make_run(
+        "algo=protonet", f"statistics={statistics}", f"train.source={source}", "train.batch_size=16", "train.steps=3"
+    )
     algorithm = toy(backbone=run.algorithm.backbone, statistics=statistics)
     source_train, source_test = run.train, run.test
 

@@ -62,7 +62,13 @@ class Algorithm:
         raise NotImplementedError
 
     def adapt(
-        self, state: State, support: Labelled, unlabelled: Tensor | None = None, *, key: Tensor, steps: int | None = None
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
     ) -> Any:
         """Learns from the support set: any pytree of tensors.
 

@@ -6,7 +6,6 @@ Raghu et al. (2020), "Rapid learning or feature reuse? Towards understanding the
 
 import dataclasses
 
-import torch
 from torch import Tensor
 from torch.func import grad
 
@@ -47,7 +46,13 @@ class MAML(LinearHeadAlgorithm):
         return self.adapted_part == "all" and (self.adapt_normalisation or not name.startswith("net.norm"))
 
     def adapt(
-        self, state: State, support: Labelled, unlabelled: Tensor | None = None, *, key: Tensor, steps: int | None = None
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
         fast = {name: value for name, value in state.meta.items() if self.adapts(name)}

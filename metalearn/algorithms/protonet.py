@@ -61,7 +61,13 @@ class ProtoNet(Algorithm):
         return State(prefixed(params, "net"), prefixed(population, "net"))
 
     def adapt(
-        self, state: State, support: Labelled, unlabelled: Tensor | None = None, *, key: Tensor, steps: int | None = None
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
     ) -> Prototypes:
         net = select(state.meta, "net")
         given = select(state.fixed, "net") if self.statistics == "population" else None

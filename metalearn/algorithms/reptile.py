@@ -43,7 +43,9 @@ class Reptile(LinearHeadAlgorithm):
     def _descend(self, theta: Params, support: Labelled, key: Tensor, steps: int, batch: int) -> Params:
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
-        order = torch.cat([random.permutation(random.fold_in(key, epoch), size) for epoch in range(epochs)] or [key[None]])
+        order = torch.cat(
+            [random.permutation(random.fold_in(key, epoch), size) for epoch in range(epochs)] or [key[None]]
+        )
 
         def batch_loss(params: Params, chosen: Tensor) -> Tensor:
             return objective(self.head(params, self.embed(params, support.x[chosen])), support.y[chosen])
@@ -61,7 +63,13 @@ class Reptile(LinearHeadAlgorithm):
         return phi
 
     def adapt(
-        self, state: State, support: Labelled, unlabelled: Tensor | None = None, *, key: Tensor, steps: int | None = None
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
         return self.adapted(self._descend(state.meta, support, key, steps, self.test_inner_batch), support.x)
@@ -71,6 +79,6 @@ class Reptile(LinearHeadAlgorithm):
         theta = {name: value.detach() for name, value in state.meta.items()}
         phi = self._descend(theta, task.support, task.key, self.inner_steps, self.inner_batch)
         direction = {name: theta[name] - phi[name] for name in theta}
-        value = sum((state.meta[name] * direction[name]).sum() for name in theta)
+        value = torch.stack([(state.meta[name] * direction[name]).sum() for name in theta]).sum()
         held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
         return Loss(value, held_out.logs, held_out.statistics)

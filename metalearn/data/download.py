@@ -20,7 +20,16 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
     from torchvision.datasets.utils import download_url
 
     target = folder / url.rsplit("/", 1)[-1]
-    with_network(url, folder, lambda: download_url(url, str(folder), target.name, md5))
+    part = target.with_suffix(".part")
+
+    def download() -> None:
+        try:
+            download_url(url, str(folder), part.name, md5)
+            part.replace(target)  # under its name only once it is what the checksum says
+        finally:
+            part.unlink(missing_ok=True)
+
+    with_network(url, folder, download)
     return target
 
 
@@ -51,7 +60,7 @@ def _unreachable(url: str) -> str | None:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS):
                 answer[0] = ""
         except (OSError, ValueError) as error:
-            answer[0] = str(getattr(error, "reason", error)) or type(error).__name__
+            answer[0] = str(error) or type(error).__name__
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

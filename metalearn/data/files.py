@@ -43,7 +43,8 @@ def list_pictures(container: Path) -> list[PictureFile]:
     return [
         PictureFile(container, name)
         for name in sorted(names)
-        if Path(name).suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
+        if Path(name).suffix.lower() in SUFFIXES
+        and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
     ]
 
 

@@ -81,7 +81,9 @@ class Folder:
                 if parent := PurePosixPath(file.name).parent.name:
                     classes[parent].append(file)
         if len(classes) < 3:
-            raise UserError(f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least")
+            raise UserError(
+                f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least"
+            )
         names = sorted(classes)
         images = decode([file for name in names for file in classes[name]], self._to_array)
         return Pictures(images, [len(classes[name]) for name in names], names)
@@ -93,7 +95,9 @@ class Folder:
             scale = size / min(picture.size)
             width, height = (max(size, round(side * scale)) for side in picture.size)
             left, top = (width - size) // 2, (height - size) // 2
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop(
+                (left, top, left + size, top + size)
+            )
         array = np.asarray(picture)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 

@@ -24,9 +24,7 @@ _RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling
 def vinyals_split() -> dict[str, list[str]]:
     """The 1028/172/423 characters of Vinyals et al. (2016), as listed in jakesnell/prototypical-networks."""
     folder = resources.files("metalearn.data") / "splits"
-    return {
-        split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split() for split in ("train", "val", "test")
-    }
+    return {split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split() for split in ("train", "val", "test")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,9 @@ class Omniglot:
             return vinyals_split()
         if self.split == "random":
             return seeded_split(names, {"train": 1100, "val": 100, "test": 423}, self.split_seed)
-        alphabets = seeded_split(sorted({_alphabet(n) for n in names}), {"train": 30, "val": 5, "test": 15}, self.split_seed)
+        alphabets = seeded_split(
+            sorted({_alphabet(n) for n in names}), {"train": 30, "val": 5, "test": 15}, self.split_seed
+        )
         return {split: [n for n in names if _alphabet(n) in chosen] for split, chosen in alphabets.items()}
 
 

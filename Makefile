@@ -1,0 +1,46 @@
+# `make` alone prints this help. Everything runs in .venv, which any target makes when it is missing or out of date.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help setup demo check format test benchmark-engine wheel clean
+
+help:  ## this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+setup: $(VENV)/.ready  ## make .venv with everything in it (quick when nothing changed)
+
+# uv, because it picks a torch and a torchvision that fit each other; into .venv itself, so that the machine needs only Python.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,sweep]'
+	touch $@
+
+demo: setup  ## MAML on the embedded data, trained and tested for real, in under 3 minutes
+	metalearn train experiment=demo
+
+check: setup  ## the quick loop: format, lint, types, fast tests (under a minute)
+	ruff format --check .
+	ruff check .
+	mypy
+	pytest -m "not slow" -n 2
+
+format: setup  ## mend what format and lint can mend by themselves
+	ruff format .
+	ruff check --fix .
+
+test: setup  ## all tests
+	pytest -n 2
+
+benchmark-engine: setup  ## what the engine's static rule rests on: strategies and chunks, into benchmarks/
+	python scripts/benchmark_engine.py
+
+wheel: setup  ## a wheel in dist/
+	$(BIN)/uv build --quiet --wheel
+
+clean:  ## remove the environment and what tools left
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,103 @@
+"""A user's mistake: one line that says what, where, and what would be right."""
+
+import contextlib
+
+import pytest
+
+from metalearn import composition, config
+from metalearn.build import build, check
+from metalearn.errors import UserError
+
+MISTAKES = [
+    (["algo=mamll"], ["algo=mamll", "did you mean maml"]),
+    (["dataset=omniglt"], ["dataset=omniglt", "did you mean omniglot"]),
+    (["algos=maml"], ["algos", "did you mean algo"]),
+    (["algo.inner_lrr=1"], ["algo.inner_lrr", "did you mean algo.inner_lr"]),
+    (["+algo.warmup=1"], ["algo.warmup", "nothing reads"]),
+    (["+train.step=1"], ["train.step", "did you mean train.steps"]),
+    (["train.steps=many"], ["train.steps=many", "a whole number"]),
+    (["train.steps=1.5"], ["train.steps=1.5", "a whole number"]),
+    (["train.lr=fast"], ["train.lr=fast", "a number"]),
+    (["train.lr=nan"], ["train.lr=nan", "a number"]),
+    (["algo.first_order=perhaps"], ["algo.first_order=perhaps", "true or false"]),
+    (["train.steps=-1"], ["train.steps=-1", "at least 0"]),
+    (["train.meta_batch=0"], ["train.meta_batch=0", "at least 1"]),
+    (["episode.way=0"], ["episode.way=0", "at least 1"]),
+    (["episode.train.shot=0"], ["episode.train.shot=0", "at least 1"]),
+    (["test.episodes=1"], ["test.episodes=1", "at least 2"]),
+    (["val.every=0"], ["val.every=0", "at least 1"]),
+    (["train.lr=0"], ["train.lr=0", "greater than 0"]),
+    (["seed=99999999999"], ["seed=99999999999", "too large"]),
+    (["statistics=batch"], ["statistics=batch", "query, support"]),
+    (["backbone.downsample=strides"], ["backbone.downsample=strides", "did you mean stride"]),
+    (["algo.inner_loss=median"], ["algo.inner_loss=median", "mean, sum"]),
+    (["algo=protonet", "dataset=sinusoid"], ["ProtoNet", "regression"]),
+    (["episode.train.way=20"], ["episode.train.way=20", "episode.way=5", "MAML"]),
+    (["statistics=population", "backbone.normalisation=none"], ["population", "normalisation"]),
+    (["algo._target_=os.system"], ["algo._target_=os.system", "this package"]),
+    (["algo._target_=metalearn.cli.main"], ["algo._target_=metalearn.cli.main", "not a dataclass"]),
+    (["algo._target_=metalearn.nowhere.X"], ["no such class"]),
+    (["train.lr=${nowhere}"], ["nowhere"]),
+    (["train.lr=[1"], ["train.lr=[1"]),
+    (["algo=null"], ["algo"]),
+    (["train=null"], ["train"]),
+    (["dataset.fractions=[0.5,a,0.2]"], ["dataset.fractions", "a number"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
+    with pytest.raises(UserError) as caught:
+        check(
+            config.checked(composition.composed(overrides) if "dataset=sinusoid" in overrides else compose(*overrides))
+        )
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["episode.way=200"], ["way=200", "classes of the split"]),
+        (["algo=protonet", "episode.train.way=400"], ["train episodes", "way=400"]),
+        (["episode.query=20"], ["1 + 20", "20 images"]),
+        (["dataset=folder", "data_dir=/nowhere"], ["dataset.path=pictures", "/nowhere/pictures", "glyphs"]),
+        (["dataset.image_size=8", "backbone.downsample=pool"], ["8x8", "fewer blocks"]),
+    ],
+)
+def test_what_the_data_cannot_give_is_named(overrides, words, compose):
+    with pytest.raises(UserError) as caught:
+        build(config.checked(composition.composed(overrides) if "dataset=folder" in overrides else compose(*overrides)))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_device_that_is_not_there_is_named(compose, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda"):
+        check(config.checked(compose("device=cuda")))
+
+
+@pytest.mark.parametrize("group", ["algo", "dataset", "backbone", "experiment"])
+def test_every_choice_composes_and_is_explained(group):
+    for name, line in composition.options(group).items():
+        settings = [f"{group}={name}"]
+        if group == "backbone" and name.startswith("mlp_"):
+            settings.append("dataset=sinusoid")
+        check(config.checked(composition.composed(settings)))
+        assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
+
+
+def test_every_algorithm_composes_with_every_data_set_it_can_learn():
+    for algo in composition.options("algo"):
+        for dataset in composition.options("dataset"):
+            regression = dataset == "sinusoid" and algo == "protonet"
+            expected = pytest.raises(UserError, match="regression") if regression else contextlib.nullcontext()
+            with expected:
+                check(config.checked(composition.composed([f"algo={algo}", f"dataset={dataset}"])))
+
+
+def test_combinations_of_a_multirun():
+    found = composition.combinations(["algo=maml,protonet", "seed=0,1", "val.every=3"])
+    assert sorted(found) == [[f"algo={a}", f"seed={s}", "val.every=3"] for a in ("maml", "protonet") for s in (0, 1)]
+    assert composition.combinations(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]

@@ -1,0 +1,170 @@
+"""The command line as a user has it: in a subprocess, errors included."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+def one_line(done, code: int) -> str:
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    return lines[0]
+
+
+def nothing_left(tmp_path) -> bool:
+    return not [path for path in tmp_path.rglob("*") if path.name != "data"]
+
+
+def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
+    done = metalearn(
+        "train", "algo=maml", *SMALL, "train.steps=6", "val.every=3", "train.log_every=2", "hydra.run.dir=my run"
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "my run"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert {"train.loss", "train.accuracy", "tasks_per_second"} <= rows[0].keys()
+    assert [row["step"] for row in rows if "val.accuracy" in row] == [3, 6]
+    result = json.loads((folder / "result.json").read_text())
+    scores = [float(line.split(",")[1]) for line in (folder / "test_scores.csv").read_text().splitlines()[1:]]
+    assert result["test"]["accuracy"]["episodes"] == len(scores) == 6
+    assert result["test"]["accuracy"]["mean"] == pytest.approx(sum(scores) / 6, abs=1e-5)
+    assert result["test"]["accuracy"]["ci95"] > 0
+    assert {"protocol", "protocol_id", "environment", "seconds", "best_step"} <= result.keys()
+    assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(folder / "checkpoints" / name, weights_only=True)
+        assert {"step", "meta", "fixed", "optimiser"} <= content.keys()
+    assert content["step"] == 6
+    assert "steps: 6" in (folder / "config.yaml").read_text()
+    assert result["protocol_id"] in done.stdout
+    assert f"{100 * result['test']['accuracy']['mean']:.2f}%" in done.stdout
+
+    # Tested again: the same figure; under other statistics: another protocol.
+    again = metalearn("evaluate", "run=my run")
+    assert again.returncode == 0, again.stderr
+    stored = json.loads((folder / "evaluations" / f"{result['protocol_id']}.json").read_text())
+    assert stored["test"] == result["test"]
+    other = metalearn("evaluate", "run=my run", "statistics=support", "episode.query=5")
+    assert other.returncode == 0, other.stderr
+    assert len(list((folder / "evaluations").glob("*.json"))) == 2
+    assert "episode.quer" in one_line(metalearn("evaluate", "run=my run", "episode.quer=5"), 2)
+    assert "weights" in one_line(metalearn("evaluate", "run=my run", "backbone.filters=9"), 2)
+
+
+def test_steps_zero_tests_the_initialisation(metalearn, tmp_path):
+    done = metalearn("train", "algo=protonet", *SMALL, "train.steps=0", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/result.json").read_text())["best_step"] == 0
+
+
+def test_regression(metalearn, tmp_path):
+    words = [
+        "train",
+        "algo=maml",
+        "dataset=sinusoid",
+        "train.steps=3",
+        "val.episodes=4",
+        "test.episodes=6",
+        "logger=none",
+    ]
+    done = metalearn(*words, "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/result.json").read_text())["test"]["mse"]["episodes"] == 6
+
+
+def test_wandb_without_a_key_goes_offline_and_never_asks(metalearn, tmp_path):
+    small = [word for word in SMALL if word != "logger=none"]
+    done = metalearn(
+        "train", "algo=protonet", *small, "hydra.run.dir=out", WANDB_MODE=None, WANDB_API_KEY=None, HOME=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum("W&B" in line for line in done.stdout.splitlines()) == 1
+    assert list((tmp_path / "out/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_path):
+    done = metalearn("train", "-m", *SMALL, "algo=protonet", "episode.way=5,500", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/result.json")) == ["0", "1"]
+    assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/error.txt")) == ["2", "3"]
+    table = done.stdout.splitlines()[-12:]
+    assert any("failed" in line and "episode.way=500" in line for line in table)
+    assert any("episode.way=5" in line and "%" in line for line in table)
+
+
+def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the sweep extra is not installed")
+    done = metalearn(
+        "train", "-m", *SMALL, "algo=maml", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize",
+        "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "algo.inner_lr=interval(0.05,1)", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = (tmp_path / "sweep/optimization_results.yaml").read_text()
+    scores = [json.loads(path.read_text())["val"]["accuracy"]["mean"] for path in tmp_path.glob("sweep/*/result.json")]
+    assert len(scores) == 2
+    assert f"best_value: {max(scores)}" in best
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], ["trian", "did you mean train"]),
+        (["train", "algo=mamll"], ["did you mean maml"]),
+        (["train", "algo.inner_lrr=1"], ["did you mean algo.inner_lr"]),
+        (["train", "maml"], ["key=value"]),
+        (["train", "--algo"], ["--algo", "no such option"]),
+        (["train", "train.steps=x"], ["a whole number"]),
+        (["train", *SMALL, "episode.way=500"], ["way=500"]),
+        (["train", *SMALL, "episode.query=30"], ["20 images"]),
+        (["train", "algo=protonet", "dataset=sinusoid"], ["regression"]),
+        (["train", "dataset=folder"], ["no folder or zip"]),
+        (["train", *SMALL, "hydra.run.dir=/proc/nowhere/x"], ["/proc/nowhere/x", "cannot be written"]),
+        (["train", "-m", "algo=maml,mamll"], ["did you mean maml"]),
+        (["train", "-m", "train.steps=-1,-2"], ["at least 0"]),
+        (["evaluate", "run=nowhere"], ["nowhere"]),
+        (["evaluate"], ["run=<folder>"]),
+        (["list", "all"], ["no arguments"]),
+    ],
+    ids=lambda value: " ".join(value)[-40:],
+)  # fmt: skip
+def test_mistakes_give_one_line_and_leave_nothing(words, expected, metalearn, tmp_path):
+    line = one_line(metalearn(*words), 2)
+    assert all(word in line for word in expected), line
+    assert nothing_left(tmp_path)
+
+
+def test_no_data_and_no_network(metalearn, tmp_path):
+    line = one_line(metalearn("train", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30), 2)
+    assert all(word in line for word in ["http://127.0.0.1:9", str(tmp_path / "data/omniglot"), "dataset=glyphs"]), line
+    assert nothing_left(tmp_path)
+
+
+def test_debug_shows_the_traceback(metalearn):
+    done = metalearn("train", "algo=mamll", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_help_list_and_config(metalearn, tmp_path):
+    assert "train" in metalearn("--help").stdout
+    assert "episode.train.way" in metalearn("train", "--help").stdout
+    listed = metalearn("list").stdout
+    for word in ("maml", "protonet", "omniglot", "conv4", "Finn et al. 2017"):
+        assert word in listed
+    shown = metalearn("train", "algo=anil", "--cfg", "job")
+    assert shown.returncode == 0, shown.stderr
+    assert "adapted_part: head" in shown.stdout
+    assert "hydra:" not in shown.stdout
+    completed = metalearn("-sc", "query=bash", COMP_LINE="metalearn train algo=re", COMP_POINT="23")
+    assert "algo=reptile" in completed.stdout
+    assert nothing_left(tmp_path)

@@ -1,0 +1,274 @@
+"""Files on disk to episodes: formats, splits, caches, downloads and what goes wrong with them."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metalearn import composition, config
+from metalearn.data.glyphs import Glyphs
+from metalearn.data.omniglot import vinyals_split
+from metalearn.episodes import Shape
+from metalearn.errors import UserError
+
+_CPU = torch.device("cpu")
+_SHARED = Path(os.environ.get("METALEARN_DATA", Path(__file__).parent.parent.parent / "shared/data"))
+needs_omniglot = pytest.mark.skipif(
+    not (_SHARED / "omniglot/images_background.zip").exists(), reason="real Omniglot is not in METALEARN_DATA"
+)
+
+
+def opened(name: str, data_dir: Path, cache_dir: Path, **changes):
+    settings = config.checked(
+        composition.composed([f"dataset={name}", *(f"dataset.{k}={v}" for k, v in changes.items())])
+    ).dataset
+    return config.make(settings, "dataset").open(data_dir, cache_dir, _CPU)
+
+
+def picture(level: int, mode: str, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(np.full((size[1], size[0]), level, np.uint8)).convert(mode)
+
+
+@pytest.fixture
+def own_pictures(tmp_path):
+    """Ten classes of 4 to 13 pictures: sizes, formats and modes mixed; class k is grey level 20 k."""
+    kinds = [
+        ("RGB", "jpg", (40, 30)),
+        ("L", "png", (21, 50)),
+        ("RGBA", "png", (32, 32)),
+        ("P", "gif", (64, 64)),
+        ("1", "bmp", (9, 9)),
+    ]
+    for k in range(10):
+        folder = tmp_path / "data/pictures" / f"class {k}é"
+        folder.mkdir(parents=True)
+        for i in range(4 + k):
+            mode, suffix, size = kinds[i % len(kinds)]
+            picture(20 * k, mode, size).save(folder / f"{i}.{suffix}")
+    (tmp_path / "data/pictures/class 0é/notes.txt").write_text("not a picture")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("colour", ["rgb", "grey"])
+def test_folder_of_mixed_pictures(own_pictures, tmp_path, colour):
+    data = opened("folder", own_pictures, tmp_path / "c", colour=colour, image_size=16, standardise=False)
+    assert data.input_shape == ((3 if colour == "rgb" else 1), 16, 16)
+    assert [data.num_classes(split) for split in ("train", "val", "test")] == [6, 2, 2]
+    task = data.episodes("train", Shape(5, 1, 3), 0).draw(0, 4)
+    for t in range(4):  # a picture's level tells its class: 1-bit pictures apart, a palette is a few levels coarse
+        for y in range(5):
+            levels = task.query.x[t][task.query.y[t] == y].mean((1, 2, 3))
+            levels = levels[(levels > 0.01) & (levels < 0.99)]
+            assert len(levels) == 0 or levels.max() - levels.min() < 0.035
+
+
+def test_zip_gives_what_the_folder_gives(own_pictures, tmp_path):
+    with zipfile.ZipFile(tmp_path / "data/zipped.zip", "w") as archive:
+        for path in (own_pictures / "pictures").rglob("*.*"):
+            archive.write(path, path.relative_to(own_pictures))
+    folder = opened("folder", own_pictures, tmp_path / "c")
+    zipped = opened("folder", own_pictures, tmp_path / "c", path="zipped.zip")
+    assert folder.content_hash == zipped.content_hash
+
+
+def test_split_file(own_pictures, tmp_path):
+    names = [f"class {k}é" for k in range(10)]
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": names[:5], "val": names[5:7], "test": names[7:]}))
+    data = opened("folder", own_pictures, tmp_path / "c", split=path)
+    assert [data.num_classes(split) for split in ("train", "val", "test")] == [5, 2, 3]
+    path.write_text(json.dumps({"train": names[:5], "val": names[4:7], "test": names[7:]}))
+    with pytest.raises(UserError, match="'class 4é' in both train and val"):
+        opened("folder", own_pictures, tmp_path / "c", split=path)
+    path.write_text(json.dumps({"train": ["ghost"], "val": names[4:7], "test": names[7:]}))
+    with pytest.raises(UserError, match="'ghost'"):
+        opened("folder", own_pictures, tmp_path / "c", split=path)
+    with pytest.raises(UserError, match=r"nowhere\.json"):
+        opened("folder", own_pictures, tmp_path / "c", split="nowhere.json")
+
+
+def test_corrupt_picture_and_archive_are_named(own_pictures, tmp_path):
+    (own_pictures / "pictures/class 3é/0.jpg").write_bytes(b"\xff\xd8 torn")
+    with pytest.raises(UserError, match=r"class 3é/0\.jpg"):
+        opened("folder", own_pictures, tmp_path / "c")
+    (own_pictures / "broken.zip").write_bytes(b"PK no zip")
+    with pytest.raises(UserError, match=r"broken\.zip"):
+        opened("folder", own_pictures, tmp_path / "c", path="broken.zip")
+
+
+def test_cache_is_used_renewed_and_mended(own_pictures, tmp_path):
+    cache = tmp_path / "c"
+    first = opened("folder", own_pictures, cache)
+    (kept,) = cache.glob("*.pt")
+    stamp = kept.stat().st_mtime_ns
+    assert opened("folder", own_pictures, cache).content_hash == first.content_hash
+    assert kept.stat().st_mtime_ns == stamp
+    kept.write_bytes(kept.read_bytes()[:100])  # torn
+    assert opened("folder", own_pictures, cache).content_hash == first.content_hash
+    picture(255, "L", (8, 8)).save(own_pictures / "pictures/class 1é/more.png")
+    assert opened("folder", own_pictures, cache).content_hash != first.content_hash
+
+
+def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pictures, tmp_path):
+    data = opened("folder", own_pictures, tmp_path / "c")
+    table = data._tables["train"]
+    rows = torch.cat([row[:count] for row, count in zip(table.rows, table.counts, strict=True)])
+    x = data._store.pictures(rows, None)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_glyphs_are_deterministic_and_classes_differ(tmp_path):
+    settings = config.checked(composition.composed(["dataset=glyphs"])).dataset
+    assert settings["num_classes"] >= 1000
+    small = {key: value for key, value in settings.items() if key != "_target_"} | {"num_classes": 60}
+    first = Glyphs(**small)._render().images
+    assert torch.equal(first, Glyphs(**small)._render().images)
+    drawings = first.view(60, 20, -1).float()
+    within = (drawings[:, 0] - drawings[:, 1]).square().sum(-1).mean()
+    between = (drawings[:-1, 0] - drawings[1:, 0]).square().sum(-1).mean()
+    assert within < 0.8 * between
+    assert (drawings > 0).any(-1).all()  # no empty picture
+
+
+def test_vinyals_split_is_the_published_one():
+    splits = vinyals_split()
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [1028, 172, 423]
+    assert len({name for names in splits.values() for name in names}) == 1623
+
+
+@needs_omniglot
+def test_real_omniglot(tmp_path):
+    data = opened("omniglot", _SHARED, tmp_path)
+    assert [data.num_classes(split) for split in ("train", "val", "test")] == [4112, 172, 423]
+    task = data.episodes("test", Shape(20, 5, 15), 0).draw(0, 2)
+    assert 0.02 < task.query.x.mean() < 0.2  # ink is 1, and there is little of it
+    everywhere = opened("omniglot", _SHARED, tmp_path, rotations="classes")
+    assert [everywhere.num_classes(split) for split in ("train", "val", "test")] == [4112, 688, 1692]
+    split = opened("omniglot", _SHARED, tmp_path, split="random")
+    assert [split.num_classes(name) // (4 if name == "train" else 1) for name in ("train", "val", "test")] == [
+        1100,
+        100,
+        423,
+    ]
+    alphabets = opened("omniglot", _SHARED, tmp_path, split="alphabet")._tables
+    sets = {name: {cls.split("/")[0] for cls in table.names} for name, table in alphabets.items()}
+    assert [len(sets[name]) for name in ("train", "val", "test")] == [30, 5, 15]
+    assert not (sets["train"] & sets["val"] | sets["train"] & sets["test"] | sets["val"] & sets["test"])
+
+
+def archives(characters: dict[str, int]) -> dict[str, bytes]:
+    """Two archives in Omniglot's layout with so many drawings of each character."""
+    stream = io.BytesIO()
+    picture(255, "1", (105, 105)).save(stream, "png")
+    made = {}
+    for part, names in (("images_background", list(characters)[:3]), ("images_evaluation", list(characters)[3:])):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name in names:
+                for drawing in range(characters[name]):
+                    archive.writestr(f"{part}/{name}/{drawing:04}.png", stream.getvalue())
+        made[part] = buffer.getvalue()
+    return made
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local web server over a folder: (address, folder)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}", folder
+        served.shutdown()
+
+
+@pytest.fixture
+def few_characters(monkeypatch):
+    """Pretends that Omniglot has six characters."""
+    splits = {"train": ["A/1", "A/2"], "val": ["A/3", "B/1"], "test": ["B/2", "B/3"]}
+    monkeypatch.setattr("metalearn.data.omniglot.vinyals_split", lambda: splits)
+    return dict.fromkeys(("A/1", "A/2", "A/3", "B/1", "B/2", "B/3"), 20)
+
+
+def served_omniglot(address: str, content: dict[str, bytes], data_dir: Path, cache: Path):
+    sums = {part: hashlib.md5(data).hexdigest() for part, data in content.items()}
+    return opened("omniglot", data_dir, cache, url=address, **{f"md5.{part}": value for part, value in sums.items()})
+
+
+def test_download_with_checksum_then_no_network_needed(server, few_characters, tmp_path):
+    address, folder = server
+    content = archives(few_characters)
+    for part, data in content.items():
+        (folder / f"{part}.zip").write_bytes(data)
+    first = served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
+    assert first.num_classes("train") == 8
+    again = served_omniglot("http://127.0.0.1:9", content, tmp_path / "d", tmp_path / "c")
+    assert again.content_hash == first.content_hash
+
+
+def test_download_that_lies_is_refused(server, few_characters, tmp_path):
+    address, folder = server
+    content = archives(few_characters)
+    for part, data in content.items():
+        (folder / f"{part}.zip").write_bytes(data[:-50])
+    with pytest.raises(UserError) as caught:
+        served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
+    assert all(word in str(caught.value) for word in [address, str(tmp_path / "d/omniglot"), "glyphs"])
+    assert not list((tmp_path / "d").rglob("*.*")), "a wrong file was left where the next run would take it for data"
+
+
+def test_missing_address_is_named(server, few_characters, tmp_path):
+    address, _ = server
+    with pytest.raises(UserError, match="404"):
+        served_omniglot(address, archives(few_characters), tmp_path / "d", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"A/2": 19}, ["19 drawings", "A/2"]), ({"B/3": 0}, ["5 of Omniglot's 6", "B/3"])]
+)
+def test_archives_of_the_wrong_content_are_refused(change, words, few_characters, tmp_path):
+    (tmp_path / "d/omniglot").mkdir(parents=True)
+    for part, data in archives(few_characters | change).items():
+        (tmp_path / f"d/omniglot/{part}.zip").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        opened("omniglot", tmp_path / "d", tmp_path / "c")
+    assert all(word in str(caught.value) for word in [*words, "images_background.zip"])
+
+
+def test_folders_brought_by_hand(few_characters, tmp_path):
+    for data in archives(few_characters).values():
+        zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "d/omniglot")
+    assert opened("omniglot", tmp_path / "d", tmp_path / "c").num_classes("test") == 2
+
+
+def test_sinusoids_follow_their_formula(tmp_path):
+    source = opened("sinusoid", tmp_path, tmp_path).episodes("train", Shape(1, 10, 5), 0)
+    task = source.draw(0, 200)
+    x, y = task.query.x[..., 0].double(), task.query.y[..., 0].double()
+    assert x.min() >= -5 and x.max() <= 5
+
+    # Least squares on sin x and cos x recovers each task's sinusoid from its support, exactly.
+    def basis(x):
+        return torch.stack([x.sin(), x.cos()], -1)
+
+    fitted = torch.linalg.lstsq(basis(task.support.x[..., 0].double()), task.support.y.double()).solution
+    torch.testing.assert_close((basis(x) @ fitted)[..., 0], y, atol=1e-4, rtol=1e-4)
+    amplitude = fitted.square().sum((1, 2)).sqrt()
+    assert amplitude.min() >= 0.1 and amplitude.max() <= 5.01
+    assert amplitude.std() > 1

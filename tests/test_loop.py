@@ -1,0 +1,127 @@
+"""The loop: what is kept, when it stops, how the step is scheduled and clipped."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from metalearn import checkpoint, composition, config, loop
+from metalearn.build import build
+from metalearn.errors import UserError
+from metalearn.types import Estimate
+
+
+class Rows:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, row):
+        self.rows.append(row)
+
+
+def with_val_scores(monkeypatch, scores):
+    """Validation that returns these means one after the other."""
+    means = iter(scores)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: None)
+    monkeypatch.setattr(loop, "estimate", lambda _: Estimate(next(means), 0.01, 4))
+
+
+def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monkeypatch):
+    run = make_run("algo=protonet", "train.steps=50", "val.every=2", "train.patience=3")
+    with_val_scores(monkeypatch, [0.3, 0.6, 0.5, 0.6, 0.4])
+    tracker = Rows()
+    fitted = loop.fit(run, tracker, tmp_path)
+    assert (fitted.best_step, fitted.best_val.mean, fitted.steps) == (4, 0.6, 10)
+    best = checkpoint.load(tmp_path / "checkpoints/best.pt", torch.device("cpu"))
+    last = checkpoint.load(tmp_path / "checkpoints/last.pt", torch.device("cpu"))
+    assert (best["step"], last["step"]) == (4, 10)
+    assert all(torch.equal(fitted.state.meta[name], best["meta"][name]) for name in best["meta"])
+    assert not torch.equal(best["meta"]["net.conv0.weight"], last["meta"]["net.conv0.weight"])
+
+
+def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
+
+    run = build(config.checked(composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])))
+    with_val_scores(monkeypatch, [3.0, 1.0, 2.0])
+    assert loop.fit(run, Rows(), tmp_path).best_step == 4
+
+
+def test_population_statistics_are_folded_into_fixed(make_run, tmp_path):
+    run = make_run("algo=protonet", "train.steps=1", "train.statistics_momentum=0.25")
+    before = {name: value.clone() for name, value in run.state.fixed.items()}
+    seen = run.train_engine.step(run.state, run.train.draw(0, 1), torch.zeros(())).statistics
+    fitted = loop.fit(run, Rows(), tmp_path)
+    for name, value in fitted.state.fixed.items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * seen[name])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]),
+        ("step", [1, 1, 0.5, 0.5]),
+    ],
+)
+def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
+    run = make_run(
+        "algo=reptile", "train.optimiser=sgd", "train.lr=2", f"train.schedule={schedule}", "train.steps=4",
+        "train.schedule_every=2", "train.schedule_factor=0.5",
+    )  # fmt: skip
+    weights = [run.state.meta["head.weight"].clone()]
+    gradients = []
+    step = type(run.train_engine).step
+
+    def spied(engine, state, tasks, progress):
+        result = step(engine, state, tasks, progress)
+        weights.append(state.meta["head.weight"].clone())
+        gradients.append(result.gradients["head.weight"])
+        return result
+
+    monkeypatch.setattr(type(run.train_engine), "step", spied)
+    loop.fit(run, Rows(), tmp_path)
+    weights = [*weights[2:], run.state.meta["head.weight"]]
+    before = weights[:-1]
+    for number in range(len(before)):
+        torch.testing.assert_close(
+            before[number] - weights[number + 1], 2 * expected[number + 1] * gradients[number + 1]
+        )
+
+
+def test_clipping():
+    @dataclasses.dataclass
+    class Settings:
+        clip_value: float | None = None
+        clip_norm: float | None = None
+
+    gradients = {"a": torch.tensor([3.0, -4.0])}
+    assert loop._clipped(gradients, Settings())[0].tolist() == [3, -4]
+    assert loop._clipped(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
+    torch.testing.assert_close(loop._clipped(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(loop._clipped(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
+    run = make_run("algo=maml", "algo.inner_lr=1e38", "algo.inner_steps=3", "train.steps=3", "train.log_every=1")
+    with pytest.raises(loop.RunFailed, match="at step"):
+        loop.fit(run, Rows(), tmp_path)
+
+
+def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, monkeypatch):
+    run = make_run("algo=maml", "test.episodes=10")
+    whole = loop.test(run, run.state)
+    monkeypatch.setattr(loop, "_EVALUATION_BATCH", 3)
+    torch.testing.assert_close(loop.test(run, run.state), whole)
+    assert not whole.requires_grad
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    for content in (b"", b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.pt"):
+            checkpoint.load(path, torch.device("cpu"))
+    torch.save({"code": loop.RunFailed("x")}, path)
+    with pytest.raises(UserError, match=r"x\.pt"):
+        checkpoint.load(path, torch.device("cpu"))
