@@ -233,13 +233,13 @@ class _Job:
         choices: Any = settings.runtime.choices
         name = f"{choices.algo} {choices.dataset}"
         console = report.console()
-        if not self.multirun:
-            return jobs.train(config, _relative(folder), name, console)
         overrides = list(settings.overrides.task)
+        if not self.multirun:
+            return jobs.train(config, _relative(folder), name, overrides, console)
         console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
         (folder / jobs.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
         try:
-            return jobs.train(config, _relative(folder), name, console)
+            return jobs.train(config, _relative(folder), name, overrides, console)
         except Exception as error:
             # One failed run must not end the others: it is named in the table, and the sweeper is told the worst score.
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

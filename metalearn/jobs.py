@@ -1,6 +1,7 @@
 """What the verbs do once a configuration is checked: one training run, one evaluation, one table over a multirun."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ OVERRIDES_FILE = "overrides.txt"
 ERROR_FILE = "error.txt"
 
 
-def train(config: DictConfig, folder: Path, name: str, console: Console) -> float:
+def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
     """One run, from data to `result.json` in `folder`. Returns: the best validation score.
 
+    Args: name, overrides: what the result says of itself, beside its figures.
     Raises: UserError before anything is written; RunFailed later.
     """
     start = time.perf_counter()
     settings = checked(config)
     run = build(settings)
+    environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     tracker = Tracker(settings, run.score, folder, console)
@@ -42,6 +45,8 @@ def train(config: DictConfig, folder: Path, name: str, console: Console) -> floa
             fitted = loop.fit(run, tracker, folder)
         result = tested(run, fitted.state, folder / "test_scores.csv") | {
             "name": name,
+            "command": shlex.join(["metalearn", "train", *overrides]),
+            "environment": environment,
             "val": {run.score.name: report.as_dict(fitted.best_val)},
             "best_step": fitted.best_step,
             "steps": fitted.steps,
@@ -83,7 +88,7 @@ def evaluate(folder: Path, config: DictConfig, console: Console) -> None:
     target = folder / "evaluations" / f"{run.protocol_id}.json"
     target.parent.mkdir(exist_ok=True)
     result = tested(run, State(kept["meta"], kept["fixed"]), target.with_suffix(".csv"))
-    result |= {"name": name, "seconds": time.perf_counter() - start}
+    result |= {"name": name, "environment": report.environment(str(run.device)), "seconds": time.perf_counter() - start}
     report.write_json(target, result)
     console.print(report.result_table([report.result_row(name, result)]))
     console.print(f"  {target}", highlight=False, soft_wrap=True)
@@ -98,7 +103,6 @@ def tested(run: Run, state: State, scores_file: Path) -> dict[str, Any]:
         "test": {run.score.name: report.as_dict(estimate(scores))},
         "protocol": run.protocol,
         "protocol_id": run.protocol_id,
-        "environment": report.environment(str(run.device)),
     }
 
 
