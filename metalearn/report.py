@@ -80,8 +80,8 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
 def result_table(rows: list[dict[str, Any]]) -> Table:
     """One line a result; each row is a dict of column heading to text."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(rows[0]):
-        table.add_column(column, no_wrap=number > 0)
+    for number, column in enumerate(rows[0]):  # only the first may wrap: figures are never cut
+        table.add_column(column, no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     return table
@@ -93,10 +93,9 @@ def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
     estimate, protocol = result["test"][score], result["protocol"]
     return {
         "run": name,
-        "way/shot/query": f"{protocol['way']}/{protocol['shot']}/{protocol['query']}",
+        "episode": f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q",
         "statistics": protocol["statistics"],
         f"test {score}": f"{shown(score, estimate['mean'])} ± {shown(score, estimate['ci95'])}",
-        "episodes": estimate["episodes"],
         "protocol": result["protocol_id"],
         "minutes": f"{result['seconds'] / 60:.1f}",
     }

@@ -16,7 +16,7 @@ from metalearn.data.files import cached
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
 from metalearn.settings import at_least, choice
 
-_POINTS = 20  # of the pen path, a stroke
+_POINTS = 28  # of the pen path, a stroke
 _STROKES = 4  # at most, a class
 
 
@@ -39,7 +39,7 @@ class Glyphs:
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
         """Renders (or takes from the cache) all drawings; reads no files."""
-        settings = ("1", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
+        settings = ("2", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
         splits = seeded_split(pictures.names, shares(self.num_classes, self.fractions), self.split_seed)
         return ImageData(
