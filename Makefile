@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup  ## MAML on the embedded data, trained and tested for real, in under 3 minutes
-	metalearn train experiment=demo
+	metalearn train experiment=demo $(DEMO)
 
 check: setup  ## the quick loop: format, lint, types, fast tests (under a minute)
 	ruff format --check .

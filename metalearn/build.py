@@ -12,12 +12,15 @@ from metalearn import config, engine, random
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import RunConfig
 from metalearn.engine import Engine
-from metalearn.episodes import Shape, TaskSource
+from metalearn.episodes import STREAMS, Shape, TaskSource
 from metalearn.errors import UserError
 from metalearn.types import SCORES, Score, Spec, State
 
 #: Random stream of the initial weights; those of the tasks are numbered in `metalearn.episodes`.
 _INIT_STREAM = 100
+
+#: Validation and test episodes in flight together; memory does not depend on their number.
+EVALUATION_BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Run:
     score: Score
     device: torch.device
     protocol: dict[str, Any]
+    content_hash: str
+    class_names: dict[str, set[str]]
 
     @property
     def protocol_id(self) -> str:
@@ -59,7 +64,12 @@ def check(settings: RunConfig) -> None:
             f"episode.train.way={episode.train.way} should equal episode.way={episode.way}: "
             f"the number of ways is part of {name}'s weights"
         )
-    if settings.statistics == "population" and settings.backbone.get("normalisation") == "none":
+    if settings.train.source not in algorithm.sources:
+        raise UserError(
+            f"train.source={settings.train.source}: {name} trains on {' or '.join(algorithm.sources)}; "
+            f"use train.source={algorithm.sources[0]}"
+        )
+    if settings.statistics == "population" and not _normalises(settings):
         raise UserError("statistics=population wants a backbone with normalisation")
     _device(settings.device)
 
@@ -70,7 +80,7 @@ def build(settings: RunConfig) -> Run:
     device = _device(settings.device)
     engine.prepare_process(device, settings.engine.threads)
     dataset = config.make(settings.dataset, "dataset")
-    data = dataset.open(_folder(settings.data_dir), _folder(settings.cache_dir), device)
+    data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
     algorithm = _algorithm(settings)
     episode = settings.episode
     test_shape = Shape(episode.way, episode.shot, episode.query)
@@ -85,20 +95,22 @@ def build(settings: RunConfig) -> Run:
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
     unresolved = Engine(algorithm, settings.engine.strategy, settings.engine.task_chunk)
     return Run(
+        content_hash=data.content_hash,
+        class_names={split: data.class_names(split) for split in STREAMS},
         config=settings,
         algorithm=algorithm,
         state=algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device)),
         train=train,
         val=val,
         test=test,
-        train_engine=unresolved.resolved(train.draw(0, settings.train.meta_batch)),
-        test_engine=unresolved.resolved(test.draw(0, 2)),
+        train_engine=unresolved.resolved(train.draw(0, 1), settings.train.meta_batch),
+        test_engine=unresolved.resolved(test.draw(0, 1), EVALUATION_BATCH),
         score=SCORES[data.target],
         device=device,
         protocol={
             **data.protocol("test"),
             **dataclasses.asdict(test_shape),
-            "statistics": settings.statistics,
+            "statistics": settings.statistics if _normalises(settings) else "none",
             "episodes": settings.test.episodes,
             "episode_seed": settings.episode_seed,
         },
@@ -110,6 +122,10 @@ def _algorithm(settings: RunConfig) -> Algorithm:
     return config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
 
 
+def _normalises(settings: RunConfig) -> bool:
+    return settings.backbone.get("normalisation") != "none"
+
+
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -117,5 +133,6 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _folder(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+def _folder(path: str | None, default: str) -> Path:
+    """A folder as given, or the user's own one."""
+    return (Path(path).expanduser() if path else Path.home() / default / "metalearn").absolute()

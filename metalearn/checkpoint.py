@@ -1,24 +1,20 @@
 """Checkpoints: tensors and plain data only, written atomically."""
 
-import os
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metalearn.atomic import replacing
 from metalearn.errors import UserError
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes to a temporary file, flushes it to disk, and renames: a reader never sees half a checkpoint."""
+    """Writes a checkpoint; a reader never sees half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as stream:
+    with replacing(path) as stream:
         torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stream.name, path)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

@@ -69,7 +69,10 @@ def main() -> None:
     try:
         sys.exit(_dispatch(words))
     except KeyboardInterrupt:
-        sys.exit("metalearn: interrupted") if not debug else _reraise()
+        if debug:
+            raise
+        print("metalearn: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if debug:
             raise
@@ -78,10 +81,6 @@ def main() -> None:
             raise
         print(f"metalearn: {error}", file=sys.stderr)
         sys.exit(code)
-
-
-def _reraise() -> None:
-    raise
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -168,11 +167,14 @@ def _train(words: list[str]) -> int:
     created = _made(folder)
     # The folder is settled here once, since its name carries the time.
     where = f"hydra.{'sweep' if multirun else 'run'}.dir={_quoted(str(folder))}"
+    job = _Job(multirun)
     try:
-        _hydra_main(_Job(multirun), [*flags, *overrides, *searched, where])
+        _hydra_main(job, [*flags, *overrides, *searched, where])
     finally:
         for path in reversed(created):
             _remove_empty(path)
+    if job.error is not None:
+        raise job.error
     if not multirun:
         return 0
     from metalearn import jobs, report
@@ -182,6 +184,11 @@ def _train(words: list[str]) -> int:
 
 #: Hydra's options that print something and start nothing.
 _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help")
+
+
+#: Hydra's options that want one of these words.
+_CFG, _INFO = ("job", "hydra", "all"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_CHOICES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 
 
 def _shows_only(config: Any) -> None:
@@ -221,6 +228,7 @@ class _Job:
 
     def __init__(self, multirun: bool) -> None:
         self.multirun = multirun
+        self.error: Exception | None = None
         self.__name__ = "metalearn"
 
     def __call__(self, config: Any) -> float:
@@ -235,7 +243,12 @@ class _Job:
         console = report.console()
         overrides = list(settings.overrides.task)
         if not self.multirun:
-            return jobs.train(config, _relative(folder), name, overrides, console)
+            # Hydra prints lines of its own about a failing job, so the error goes around it.
+            try:
+                return jobs.train(config, _relative(folder), name, overrides, console)
+            except Exception as error:
+                self.error = error
+                return _worst_score(config)
         console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
         (folder / jobs.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
         try:
@@ -283,13 +296,15 @@ def _parsed(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     queue = list(words)
     while queue:
         word = queue.pop(0)
-        if word in ("--cfg", "-c", "--package", "-p", "--info", "-i") and queue and "=" not in queue[0]:
+        if word in _CHOICES:
+            if not queue or queue[0] not in _CHOICES[word]:
+                raise UserError(f"{word} {queue[0] if queue else ''}: should be one of {', '.join(_CHOICES[word])}")
             flags += [word, queue.pop(0)]
         elif word in ("--config-dir", "-cd"):
             if not queue or not Path(queue[0]).is_dir():
                 raise UserError(f"{word} {queue[0] if queue else ''}: should name a folder of configuration files")
             searched.append(f"hydra.searchpath=[{_quoted(f'file://{Path(queue.pop(0)).absolute()}')}]")
-        elif word in ("-m", "--multirun", "--resolve", *_SHOW):
+        elif word in ("-m", "--multirun", "--resolve", "--hydra-help"):
             flags.append(word)
         elif word.startswith("-"):
             raise UserError(f"{word}: there is no such option; see metalearn train --help")
@@ -348,13 +363,14 @@ def _evaluate(words: list[str]) -> int:
     if len(runs) != 1 or flags or searched:
         raise UserError("evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help")
     folder = Path(runs[0])
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run={folder}: no config.yaml there; name the folder of a training run")
+    if not (folder / "result.json").is_file():
+        raise UserError(f"run={folder}: no result.json there; name the folder of a finished training run")
     from omegaconf import OmegaConf
 
     from metalearn import composition, jobs, report
 
     stored: Any = OmegaConf.load(folder / "config.yaml")
-    changed = composition.changed(stored, [word for word in overrides if not word.startswith("run=")])
-    jobs.evaluate(folder, changed, report.console())
+    settings = [word for word in overrides if not word.startswith("run=")]
+    changed = composition.changed(stored, settings)
+    jobs.evaluate(folder, stored, changed, settings, report.console())
     return 0

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config import first_line, leaves, nearest
-from metalearn.errors import UserError
+from metalearn.config import leaves, nearest
+from metalearn.errors import UserError, first_line
 
 _PACKAGE = Path(__file__).parent
 
@@ -33,8 +33,12 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if found := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
         group, name = found[1], found[2]
+        if not (conf_dir() / group).is_dir():
+            return f"{group}={name}: there is no such {group}"
         choices = options(group)
         return f"{group}={name}: there is no such {group}; there are {', '.join(choices)}{nearest(name, choices)}"
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{found[1]}: several values are for a multirun; add -m"
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1].lstrip("+~")
         if "No match in the defaults list" in text:
@@ -86,6 +90,7 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
 def combinations(overrides: list[str]) -> list[list[str]]:
     """Every run of a multirun, as plain overrides; search ranges (for sweepers with a strategy) are left out."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
 
     with _hydra_errors(overrides):
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -93,7 +98,7 @@ def combinations(overrides: list[str]) -> list[list[str]]:
         for override in parsed:
             if not override.is_sweep_override():
                 axes.append([str(override.input_line)])
-            elif override.is_discrete_sweep():
+            elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
                 key = override.get_key_element()
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     return [list(run) for run in itertools.product(*axes)]

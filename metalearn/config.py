@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.errors import UserError
+from metalearn.errors import UserError, first_line
 from metalearn.settings import above, at_least, between, choice
 
 
@@ -98,8 +98,8 @@ class RunConfig:
     episode_seed: int
     statistics: str = choice("query", "support", "support_plus_one", "population")
     device: str = choice("auto", "cpu", "cuda")
-    data_dir: str
-    cache_dir: str
+    data_dir: str | None
+    cache_dir: str | None
 
 
 COMPONENTS = ("algo", "dataset", "backbone")
@@ -220,10 +220,6 @@ def _reason(error: Exception) -> str:
         )
         return f"should be {kind}"
     return line
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _check_bounds(cls: type, values: DictConfig, where: str) -> None:

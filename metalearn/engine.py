@@ -20,8 +20,6 @@ from torch.utils import _pytree as pytree
 from metalearn.algorithms.base import Algorithm
 from metalearn.types import Loss, Params, Score, State, Task
 
-STRATEGIES = ("auto", "vmap", "loop", "mixed")
-
 # Queries of a task from which `mixed` wins on CPU, and input elements batched together that the caches still hold:
 # measured by `make benchmark-engine`, see benchmarks/engine.md.
 _MIXED_FROM_QUERIES = 16
@@ -60,8 +58,8 @@ class Engine:
     strategy: str
     chunk: int
 
-    def resolved(self, tasks: Task) -> "Engine":
-        """The engine with strategy and chunk chosen for tasks of this shape, by a static rule."""
+    def resolved(self, tasks: Task, count: int) -> "Engine":
+        """The engine with strategy and chunk chosen for `count` tasks of this shape at a time, by a static rule."""
         device = tasks.key.device.type
         queries = tasks.query.x.shape[1]
         own_loss = type(self.algorithm).loss is not Algorithm.loss
@@ -69,12 +67,12 @@ class Engine:
         if strategy == "auto":
             mixed = device == "cpu" and not own_loss and queries >= _MIXED_FROM_QUERIES
             strategy = "mixed" if mixed else "vmap"
-            if device == "cpu" and tasks.key.shape[0] == 1:
+            if device == "cpu" and count == 1:
                 strategy = "loop"
         if strategy == "mixed" and own_loss:
             strategy = "vmap"
         batched = tasks.support.x[0].numel() + (0 if strategy == "mixed" else tasks.query.x[0].numel())
-        chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // batched) if device == "cpu" else tasks.key.shape[0])
+        chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if device == "cpu" else count)
         return dataclasses.replace(self, strategy=strategy, chunk=chunk)
 
     def step(self, state: State, tasks: Task, progress: Tensor) -> Step:

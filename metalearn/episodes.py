@@ -88,6 +88,8 @@ class ImageEpisodes:
     def __post_init__(self) -> None:
         shape, table = self.shape, self.table
         different = table.num_classes if table.turned_may_meet else table.rows.shape[0]
+        if shape.way < 2:
+            raise UserError(f"way={shape.way} leaves nothing to tell apart; choose 2 or more")
         if shape.way > different:
             raise UserError(f"way={shape.way} is larger than the {different} classes of the split")
         smallest = int(table.counts.min())
@@ -104,8 +106,10 @@ class ImageEpisodes:
         classes_TN, turns_TN = self._classes(key_T)
         rows_TNM, counts_TN = table.rows[classes_TN], table.counts[classes_TN]
 
-        # The images with the K + Q smallest random numbers; padding never wins.
-        order = random.uniform(random.fold_in(key_T, 2), rows_TNM.shape[1:])
+        # The images with the K + Q smallest random numbers; padding never wins. The numbers belong to the character,
+        # so that where two rotations of one meet, no drawing is support of one and query of the other.
+        key_TN = random.fold_in(random.fold_in(key_T, 2).unsqueeze(-1), classes_TN)
+        order = random.uniform(key_TN, rows_TNM.shape[2:])
         padding = torch.arange(rows_TNM.shape[-1], device=order.device) >= counts_TN[..., None]
         picks = order.masked_fill(padding, 2.0).topk(shape.shot + shape.query, largest=False).indices
         rows = rows_TNM.gather(-1, picks)

@@ -11,13 +11,15 @@ from rich.console import Console
 
 from metalearn import checkpoint, loop, report
 from metalearn.build import Run, build
-from metalearn.config import checked
+from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
 from metalearn.stats import estimate
 from metalearn.tracking import Tracker
 from metalearn.types import State
 
-#: What a run of a multirun leaves besides its results: its overrides, one a line, and why it failed.
+CONFIG_FILE = "config.yaml"
+RESULT_FILE = "result.json"
+#: What a run of a multirun leaves besides: its overrides, one a line, and why it failed.
 OVERRIDES_FILE = "overrides.txt"
 ERROR_FILE = "error.txt"
 
@@ -32,8 +34,10 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     settings = checked(config)
     run = build(settings)
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
+    if (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} holds a run already; choose another hydra.run.dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True))
     tracker = Tracker(settings, run.score, folder, console)
     failed = True
     try:
@@ -55,8 +59,8 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
             "seconds": time.perf_counter() - start,
         }
         table = report.result_table([report.result_row(name, result)])
+        report.write_json(folder / RESULT_FILE, result)
         tracker.finish(result, table)
-        report.write_json(folder / "result.json", result)
         failed = False
     finally:
         tracker.close(failed)
@@ -73,30 +77,62 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     return fitted.best_val.mean
 
 
-def evaluate(folder: Path, config: DictConfig, console: Console) -> None:
-    """Tests the best checkpoint of a run under the protocol of `config`; writes `evaluations/<protocol_id>.json`."""
+def evaluate(folder: Path, stored: DictConfig, changed: DictConfig, overrides: list[str], console: Console) -> None:
+    """Tests the best checkpoint of a run under another configuration; writes `evaluations/<protocol_id>.json`.
+
+    Where `overrides` change the method too (its inner steps, say), the file's name says so besides.
+    Raises: UserError where the checkpoint cannot give what is asked, or has trained on the classes to be tested.
+    """
     start = time.perf_counter()
-    run = build(checked(config))
+    before, after = checked(stored), checked(changed)
+    if after.statistics == "population" != before.statistics:
+        raise UserError("statistics=population: this run gathered none; train with statistics=population")
+    run = build(after)
+    _refuse_known_classes(before, run)
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
     for part in ("meta", "fixed"):
         wanted, found = getattr(run.state, part), kept[part]
         if {n: v.shape for n, v in wanted.items()} != {n: v.shape for n, v in found.items()}:
             raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
-    name = (
-        json.loads((folder / "result.json").read_text())["name"] if (folder / "result.json").exists() else folder.name
-    )
-    target = folder / "evaluations" / f"{run.protocol_id}.json"
-    target.parent.mkdir(exist_ok=True)
-    result = tested(run, State(kept["meta"], kept["fixed"]), target.with_suffix(".csv"))
-    result |= {"name": name, "environment": report.environment(str(run.device)), "seconds": time.perf_counter() - start}
-    report.write_json(target, result)
-    console.print(report.result_table([report.result_row(name, result)]))
-    console.print(f"  {target}", highlight=False, soft_wrap=True)
+    trained = json.loads((folder / RESULT_FILE).read_text())
+    method = [word for word in overrides if word.startswith("algo.")]
+    target = folder / "evaluations" / "-".join([run.protocol_id, *(word.removeprefix("algo.") for word in method)])
+    try:
+        target.parent.mkdir(exist_ok=True)
+        result = tested(run, State(kept["meta"], kept["fixed"]), target.with_name(f"{target.name}.csv"))
+        result |= {
+            "name": trained["name"],
+            "overrides": overrides,
+            "seed": after.seed,
+            "environment": report.environment(str(run.device)),
+            "seconds": time.perf_counter() - start,
+        }
+        report.write_json(target.with_name(f"{target.name}.json"), result)
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be written ({error.strerror})") from None
+    console.print(report.result_table([report.result_row(trained["name"], result)]))
+    console.print(f"  {target}.json", highlight=False, soft_wrap=True)
+
+
+def _refuse_known_classes(trained: RunConfig, run: Run) -> None:
+    """Raises: UserError if classes to be tested were trained or validated on."""
+    if trained.dataset == run.config.dataset:
+        return
+    origin = build(trained)
+    if origin.content_hash == run.content_hash:
+        known = origin.class_names["train"] | origin.class_names["val"]
+        if shared := sorted(known & run.class_names["test"]):
+            raise UserError(
+                f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
+                "keep the split of the run"
+            )
 
 
 def tested(run: Run, state: State, scores_file: Path) -> dict[str, Any]:
     """Scores of the test episodes, into a file, and what they say together with their protocol."""
     scores = loop.test(run, state)
+    if not scores.isfinite().all():
+        raise loop.RunFailed(f"test {run.score.name} is not finite in {int((~scores.isfinite()).sum())} episodes")
     lines = [f"episode,{run.score.name}", *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist()))]
     scores_file.write_text("\n".join(lines) + "\n")
     return {
@@ -114,10 +150,10 @@ def summarise(sweep: Path, console: Console) -> int:
     common = set.intersection(*(set(words) for words in overrides.values())) if len(folders) > 1 else set()
     for folder in folders:
         name = f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
-        if (folder / "result.json").exists():
-            rows.append(report.result_row(name, json.loads((folder / "result.json").read_text())))
-        elif (folder / ERROR_FILE).exists():
+        if (folder / ERROR_FILE).exists():
             failures.append(f"{name} failed: {(folder / ERROR_FILE).read_text().strip()}")
+        elif (folder / RESULT_FILE).exists():
+            rows.append(report.result_row(name, json.loads((folder / RESULT_FILE).read_text())))
     for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(report.result_table([row for row in rows if score in row]))
     if len({row["protocol"] for row in rows}) > 1:

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from metalearn import checkpoint
-from metalearn.build import Run
-from metalearn.engine import Engine
+from metalearn.build import EVALUATION_BATCH, Run
 from metalearn.episodes import TaskSource
 from metalearn.stats import estimate
 from metalearn.types import Estimate, Params, State
-
-#: Test episodes in flight together; memory does not depend on their number.
-_EVALUATION_BATCH = 32
 
 
 class RunFailed(Exception):
@@ -67,7 +63,9 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
 
     def validate() -> dict[str, float]:
         nonlocal best, best_step, validations_since_best
-        estimate_now = estimate(evaluate(run.test_engine, state, run.val, run.config.val.episodes, run))
+        estimate_now = estimate(evaluate(run, state, run.val, run.config.val.episodes))
+        if not math.isfinite(estimate_now.mean):
+            raise RunFailed(f"val.{score.name} is {estimate_now.mean} at step {step}; lower train.lr or the inner rate")
         validations_since_best += 1
         if score.better(estimate_now.mean, best.mean if best else None):
             best, best_step, validations_since_best = estimate_now, step, 0
@@ -92,7 +90,7 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
         if validating or step % settings.log_every == 0:
             row = {"step": step, **meter.read()}
             if not math.isfinite(row["train.loss"]):
-                raise RunFailed(f"train.loss is {row['train.loss']} at step {step}; lower train.lr or algo.inner_lr")
+                raise RunFailed(f"train.loss is {row['train.loss']} at step {step}; lower train.lr or the inner rate")
             if validating:
                 row |= validate()
                 meter.restart_clock()
@@ -108,18 +106,18 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     return Fitted(State(kept["meta"], kept["fixed"]), best, best_step, step)
 
 
-def evaluate(engine: Engine, state: State, source: TaskSource, episodes: int, run: Run) -> Tensor:
+def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
     """One score an episode [episodes], float32 on the host; fetched once."""
     scores = []
-    for first in range(0, episodes, _EVALUATION_BATCH):
-        tasks = source.draw(first, min(_EVALUATION_BATCH, episodes - first))
-        scores.append(engine.scores(state, tasks, run.score))
+    for first in range(0, episodes, EVALUATION_BATCH):
+        tasks = source.draw(first, min(EVALUATION_BATCH, episodes - first))
+        scores.append(run.test_engine.scores(state, tasks, run.score))
     return torch.cat(scores).cpu()
 
 
 def test(run: Run, state: State) -> Tensor:
     """Scores [episodes] on the fixed list of test episodes."""
-    return evaluate(run.test_engine, state, run.test, run.config.test.episodes, run)
+    return evaluate(run, state, run.test, run.config.test.episodes)
 
 
 def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

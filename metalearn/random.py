@@ -50,7 +50,8 @@ def fold_in(key: Tensor, number: int | Tensor) -> Tensor:
 
 def _bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     counter = torch.arange(1, math.prod(shape) + 1, device=key.device) * _GOLDEN
-    return _mix(_mix(key).unsqueeze(-1) + counter).unflatten(-1, shape or (1,))
+    bits = _mix(_mix(key).unsqueeze(-1) + counter)
+    return bits.unflatten(-1, shape) if shape else bits.squeeze(-1)
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -61,8 +62,9 @@ def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 numbers (Box-Muller): key [...] -> [..., *shape]."""
-    radius = (-2 * torch.log1p(-uniform(fold_in(key, 1), shape))).sqrt()
-    return radius * torch.cos(2 * math.pi * uniform(fold_in(key, 2), shape))
+    # In float64, so that processors that round differently agree in float32 all but never.
+    radius = (-2 * torch.log1p(-uniform(fold_in(key, 1), shape).double())).sqrt()
+    return (radius * torch.cos(2 * math.pi * uniform(fold_in(key, 2), shape).double())).float()
 
 
 def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import metalearn
+from metalearn.atomic import replacing
 from metalearn.tracking import shown
 from metalearn.types import Estimate
 
@@ -68,9 +69,9 @@ def _processor() -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Readable JSON, written in one go."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with replacing(path) as stream:
+        stream.write(text.encode())
 
 
 def as_dict(estimate: Estimate) -> dict[str, Any]:

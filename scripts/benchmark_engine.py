@@ -78,6 +78,7 @@ def main() -> None:
         )
         rows += json.loads(done.stdout.splitlines()[-1])
     where = environment("cpu")
+    _OUT.mkdir(exist_ok=True)
     (_OUT / "engine.json").write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
     lines = [
         "# Strategies of the engine on CPU",

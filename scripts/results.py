@@ -4,6 +4,7 @@ python scripts/results.py outputs/maml-omniglot/<time> …     collect these run
 python scripts/results.py                                    only write the table
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def collect(folder: Path) -> None:
     again = [found for found in evaluations if found["protocol_id"] != result["protocol_id"]]
     content = json.dumps({"result": result, "evaluations": again}, indent=1)
     _RESULTS.mkdir(parents=True, exist_ok=True)
-    (_RESULTS / f"{folder.name}.json").write_text(content + "\n")
+    name = f"{result['name'].replace(' ', '-')}-{hashlib.sha256(result['command'].encode()).hexdigest()[:6]}"
+    (_RESULTS / f"{name}.json").write_text(content + "\n")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -55,7 +57,7 @@ def table(runs: list[dict[str, Any]]) -> str:
                 figure,
                 estimate["episodes"],
                 measured["protocol_id"],
-                result["steps"] if own else "same weights",
+                result["steps"] if own else " ".join(measured["overrides"]),
                 f"{result['seconds'] / 60:.0f}" if own else "",
             ]
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")

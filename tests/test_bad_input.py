@@ -42,6 +42,7 @@ MISTAKES = [
     (["algo=null"], ["algo"]),
     (["train=null"], ["train"]),
     (["dataset.fractions=[0.5,a,0.2]"], ["dataset.fractions", "a number"]),
+    (["train.source=batches"], ["train.source=batches", "MAML trains on episodes"]),
 ]
 
 
@@ -61,6 +62,9 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
     [
         (["episode.way=200"], ["way=200", "classes of the split"]),
         (["algo=protonet", "episode.train.way=400"], ["train episodes", "way=400"]),
+        (["dataset.fractions=[0.6,0.2]"], ["dataset.fractions=[0.6, 0.2]", "three shares"]),
+        (["dataset.fractions=[0.1,0.34,0.34]"], ["sum to 1"]),
+        (["episode.way=1"], ["way=1", "2 or more"]),
         (["episode.query=20"], ["1 + 20", "20 images"]),
         (["dataset=folder", "data_dir=/nowhere"], ["dataset.path=pictures", "/nowhere/pictures", "glyphs"]),
         (["dataset.image_size=8", "backbone.downsample=pool"], ["8x8", "fewer blocks"]),
@@ -82,8 +86,6 @@ def test_device_that_is_not_there_is_named(compose, monkeypatch):
 def test_every_choice_composes_and_is_explained(group):
     for name, line in composition.options(group).items():
         settings = [f"{group}={name}"]
-        if group == "backbone" and name.startswith("mlp_"):
-            settings.append("dataset=sinusoid")
         check(config.checked(composition.composed(settings)))
         assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
 

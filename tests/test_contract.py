@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metalearn import loop, random
-from metalearn.algorithms.base import STATISTICS, Algorithm
+from metalearn.algorithms.base import Algorithm
 from metalearn.engine import Engine
 from metalearn.stats import estimate
 from metalearn.types import Labelled, Spec, Task
@@ -15,6 +15,7 @@ from tests.conftest import ALGORITHMS, doubled
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
 _HALF = torch.tensor(0.5)
+STATISTICS = ("query", "support", "support_plus_one", "population")
 
 
 def permuted_classes(task: Task, order: torch.Tensor) -> Task:
@@ -78,16 +79,30 @@ def test_beats_chance_on_separable_classes_but_not_on_shuffled_labels(name, make
     run = make_run(f"algo={name}", "test.episodes=100", "train.meta_batch=1", "dataset.jitter=0.2")
     found = estimate(loop.test(run, run.state))
     assert found.mean - 3 * found.ci95 > 0.2  # chance, for the initialisation already
-    shuffled = estimate(loop.evaluate(run.test_engine, run.state, Noise(run.test), 100, run))
+    shuffled = estimate(loop.evaluate(run, run.state, Noise(run.test), 100))
     assert abs(shuffled.mean - 0.2) < 1.7 * shuffled.ci95
 
 
-def test_queries_do_not_change_adaptation_and_labels_of_queries_are_never_seen(name, make_run):
+@pytest.mark.slow
+def test_training_improves(name, make_run, tmp_path):
+    run = make_run(f"algo={name}", "train.steps=40", "val.every=40", "val.episodes=100", "episode.query=5")
+    before = estimate(loop.evaluate(run, run.state, run.val, 100))
+
+    class Silent:
+        def log(self, row):
+            pass
+
+    after = loop.fit(run, Silent(), tmp_path).best_val
+    assert after.mean > before.mean + before.ci95 / 2
+
+
+def test_labels_of_the_support_are_learned_from(name, make_run):
     run = make_run(f"algo={name}")
-    task = run.test.draw(0, 2)
-    engine = Engine(run.algorithm, "vmap", 2)
-    changed = dataclasses.replace(task, query=dataclasses.replace(task.query, y=(task.query.y + 1) % 5))
-    assert torch.equal(engine.predictions(run.state, task), engine.predictions(run.state, changed))
+    task = run.test.draw(0, 4)
+    wrong = dataclasses.replace(task, support=dataclasses.replace(task.support, y=(task.support.y + 1) % 5))
+    engine = Engine(run.algorithm, "vmap", 4)
+    right, misled = (engine.scores(run.state, t, run.score).mean() for t in (task, wrong))
+    assert misled < right - 0.1
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
@@ -118,7 +133,7 @@ def test_declared_symmetries_hold(name, make_run):
     assert same == (not run.algorithm.support_order_matters)
 
 
-def test_initial_state_lies_on_the_keys_device_and_has_no_bias_before_a_normalisation(name, make_run):
+def test_initial_state_has_no_bias_before_a_normalisation(name, make_run):
     run = make_run(f"algo={name}")
     spec = Spec((1, 16, 16), 5, 100, "class")
     state = run.algorithm.init(spec, random.key_of(0))

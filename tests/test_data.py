@@ -90,6 +90,12 @@ def test_split_file(own_pictures, tmp_path):
     path.write_text(json.dumps({"train": names[:5], "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="'class 4é' in both train and val"):
         opened("folder", own_pictures, tmp_path / "c", split=path)
+    path.write_text(json.dumps({"train": [names[0], names[0]], "val": names[4:7], "test": names[7:]}))
+    with pytest.raises(UserError, match="'class 0é' twice in train"):
+        opened("folder", own_pictures, tmp_path / "c", split=path)
+    path.write_text(json.dumps({"train": 5, "val": names[4:7], "test": names[7:]}))
+    with pytest.raises(UserError, match="should be JSON"):
+        opened("folder", own_pictures, tmp_path / "c", split=path)
     path.write_text(json.dumps({"train": ["ghost"], "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="'ghost'"):
         opened("folder", own_pictures, tmp_path / "c", split=path)
@@ -104,6 +110,31 @@ def test_corrupt_picture_and_archive_are_named(own_pictures, tmp_path):
     (own_pictures / "broken.zip").write_bytes(b"PK no zip")
     with pytest.raises(UserError, match=r"broken\.zip"):
         opened("folder", own_pictures, tmp_path / "c", path="broken.zip")
+
+
+def test_classes_brought_in_several_ways_are_merged_and_never_confused(own_pictures, tmp_path):
+    root = own_pictures / "pictures"
+    with zipfile.ZipFile(root / "more.zip", "w") as archive:
+        for i in range(5):
+            stream = io.BytesIO()
+            picture(9, "L", (8, 8)).save(stream, "png")
+            archive.writestr(f"zipped class/{i}.png", stream.getvalue())
+    data = opened("folder", own_pictures, tmp_path / "c")
+    assert sum(data.num_classes(split) for split in ("train", "val", "test")) == 11
+    (root / "nested/class 1é").mkdir(parents=True)
+    picture(9, "L", (8, 8)).save(root / "nested/class 1é/x.png")
+    with pytest.raises(UserError, match="two folders for class 'class 1é'"):
+        opened("folder", own_pictures, tmp_path / "c")
+
+
+def test_sixteen_bit_pictures_keep_their_levels(own_pictures, tmp_path):
+    for path in (own_pictures / "pictures").rglob("*.*"):
+        if path.suffix != ".txt":
+            path.unlink()
+            Image.fromarray(np.full((9, 9), 100 * 256, np.uint16)).save(path.with_suffix(".png"))
+    data = opened("folder", own_pictures, tmp_path / "c", standardise=False, colour="grey")
+    x = data.episodes("train", Shape(2, 1, 1), 0).draw(0, 1).query.x
+    torch.testing.assert_close(x, torch.full_like(x, 100 / 255))
 
 
 def test_cache_is_used_renewed_and_mended(own_pictures, tmp_path):

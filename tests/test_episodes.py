@@ -31,23 +31,46 @@ def identity(x: torch.Tensor) -> torch.Tensor:
     return (x[..., 0, 0, :] * 255).round().long()
 
 
+def turns_of(x: torch.Tensor) -> torch.Tensor:
+    """Quarter turns of numbered pictures [..., 1, 2, 2]: where the white pixel went from the lower left."""
+    corners = torch.stack([x[..., 0, 1, 0], x[..., 0, 1, 1], x[..., 0, 0, 1], x[..., 0, 0, 0]], -1)
+    return corners.argmax(-1)
+
+
+def upright(x: torch.Tensor) -> torch.Tensor:
+    """The same pictures [B, 1, 2, 2], turned back."""
+    return torch.stack([picture.rot90(-int(turn), (-2, -1)) for picture, turn in zip(x, turns_of(x), strict=True)])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
+    rotations=st.sampled_from(["none", "classes", "episode"]),
     sizes=st.lists(st.integers(4, 9), min_size=5, max_size=12),
-    way=st.integers(1, 5), shot=st.integers(1, 2), query=st.integers(1, 2), seed=st.integers(0, 10**6),
+    way=st.integers(2, 5), shot=st.integers(1, 2), query=st.integers(1, 2), seed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_support_and_query_share_no_image(sizes, way, shot, query, seed):
-    data = numbered({"train": sizes, "val": [4] * 5, "test": [4] * 5})
+def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, seed):
+    data = numbered({"train": sizes, "val": [4] * 5, "test": [4] * 5}, rotations)
     task = data.episodes("train", Shape(way, shot, query), seed).draw(0, 6)
     for t in range(6):
-        support, ask = identity(task.support.x[t]).tolist(), identity(task.query.x[t]).tolist()
-        seen = [tuple(pair) for pair in support + ask]
-        assert len(set(seen)) == way * (shot + query)  # no image twice at all
-        assert all(image < sizes[cls] for cls, image in seen)  # never the padding
+        parts = {"support": task.support, "query": task.query}
+        seen = {
+            name: [
+                (y, turn, cls, image)
+                for y, turn, (cls, image) in zip(
+                    part.y[t].tolist(), turns_of(part.x[t]).tolist(), identity(upright(part.x[t])).tolist(), strict=True
+                )
+            ]
+            for name, part in parts.items()
+        }
+        together = seen["support"] + seen["query"]
+        assert len({entry[1:] for entry in together}) == way * (shot + query)  # no picture twice at all
+        drawings = {name: {entry[2:] for entry in entries} for name, entries in seen.items()}
+        assert not drawings["support"] & drawings["query"]  # not even turned
+        assert all(image < sizes[cls] for _, _, cls, image in together)  # never the padding
         # A label stands for one class, the same in support and query, and each has its number of examples.
-        classes = {}
-        for (cls, _), y in zip(support + ask, task.support.y[t].tolist() + task.query.y[t].tolist(), strict=True):
-            assert classes.setdefault(y, cls) == cls
+        classes: dict[int, tuple[int, int]] = {}
+        for y, turn, cls, _ in together:
+            assert classes.setdefault(y, (cls, turn)) == (cls, turn)
         assert len(set(classes.values())) == way
         assert torch.equal(task.support.y[t].bincount(minlength=way), torch.full((way,), shot))
         assert torch.equal(task.query.y[t].bincount(minlength=way), torch.full((way,), query))
@@ -78,12 +101,6 @@ def test_queries_come_in_no_class_order():
     assert 0.1 < share < 0.3
 
 
-def turns_of(x: torch.Tensor) -> torch.Tensor:
-    """Quarter turns of numbered pictures [..., 1, 2, 2]: where the white pixel went from the lower left."""
-    corners = torch.stack([x[..., 0, 1, 0], x[..., 0, 1, 1], x[..., 0, 0, 1], x[..., 0, 0, 0]], -1)
-    return corners.argmax(-1)
-
-
 @pytest.mark.parametrize("rotations", ["train_classes", "classes", "episode", "none"])
 def test_rotations(rotations):
     data = numbered({"train": [4] * 5, "val": [4] * 5, "test": [4] * 5}, rotations)
@@ -106,8 +123,8 @@ def test_rotations(rotations):
 def test_rotations_of_one_character_meet_only_where_allowed(may_meet):
     data = numbered({"train": [4] * 6, "val": [4] * 5, "test": [4] * 5}, "classes", may_meet)
     x = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 100).support.x
-    upright = torch.stack([torch.stack([p.rot90(-int(turns_of(p)), (-2, -1)) for p in task]) for task in x])
-    met = [len(set(identity(task)[:, 0].tolist())) < 5 for task in upright]
+    turned_back = torch.stack([upright(task) for task in x])
+    met = [len(set(identity(task)[:, 0].tolist())) < 5 for task in turned_back]
     assert any(met) == may_meet
 
 
@@ -116,15 +133,10 @@ def test_batches_carry_global_labels():
     task = data.batches("train", 300, 0).draw(0, 2)
     assert task.support.x.shape == (2, 0, 1, 2, 2)
     turns = turns_of(task.query.x)
-    upright = torch.stack(
-        [
-            torch.stack([p.rot90(-int(k), (-2, -1)) for p, k in zip(*row, strict=True)])
-            for row in zip(task.query.x, turns, strict=True)
-        ]
-    )
-    assert torch.equal(task.query.y, identity(upright)[..., 0] + 3 * turns)
+    pictures = identity(torch.stack([upright(row) for row in task.query.x]))
+    assert torch.equal(task.query.y, pictures[..., 0] + 3 * turns)
     assert task.query.y.unique().numel() == 12
-    share = (identity(upright)[..., 0] == 1).float().mean()
+    share = (pictures[..., 0] == 1).float().mean()
     assert abs(share - 7 / 16) < 0.1  # every image equally often, so larger classes more often
 
 

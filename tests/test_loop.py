@@ -8,7 +8,7 @@ import torch
 from metalearn import checkpoint, composition, config, loop
 from metalearn.build import build
 from metalearn.errors import UserError
-from metalearn.types import Estimate
+from metalearn.types import Estimate, State
 
 
 class Rows:
@@ -111,9 +111,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
 def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, monkeypatch):
     run = make_run("algo=maml", "test.episodes=10")
     whole = loop.test(run, run.state)
-    monkeypatch.setattr(loop, "_EVALUATION_BATCH", 3)
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
     torch.testing.assert_close(loop.test(run, run.state), whole)
-    assert not whole.requires_grad
+    learning = State({name: value.requires_grad_() for name, value in run.state.meta.items()}, run.state.fixed)
+    assert not run.test_engine.predictions(learning, run.test.draw(0, 2)).requires_grad
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
+    wild = ["algo=maml", "dataset=sinusoid", "train.steps=0", "algo.inner_lr=1e30", "val.episodes=4"]
+    run = build(config.checked(composition.composed(wild)))
+    with pytest.raises(loop.RunFailed, match=r"val\.mse"):
+        loop.fit(run, Rows(), tmp_path)
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):

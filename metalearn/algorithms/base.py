@@ -14,9 +14,6 @@ from torch.func import vmap
 from metalearn.settings import given_by_run
 from metalearn.types import SCORES, Backbone, Labelled, Loss, Params, Spec, State, Task
 
-#: What `statistics` may be: the normalisation statistics that predictions use.
-STATISTICS = ("query", "support", "support_plus_one", "population")
-
 
 def objective(prediction: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of logits [Q, N] for class indices [Q], or mean squared error for targets [Q, D]: []."""
@@ -43,6 +40,8 @@ class Algorithm:
 
     #: Kinds of target the method can learn: "class", "value".
     targets: ClassVar[tuple[str, ...]] = ("class",)
+    #: Where the method can train: "episodes", "batches" (ordinary batches with global labels).
+    sources: ClassVar[tuple[str, ...]] = ("episodes",)
     #: Whether the number of ways is part of the weights, so that training and test must agree on it.
     fixed_way: ClassVar[bool] = False
     #: What the method promises under a permutation of the classes and of the support set; the tests hold it to that.

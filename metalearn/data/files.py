@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metalearn.atomic import replacing
 from metalearn.data.images import Pictures
 from metalearn.errors import UserError
 
@@ -58,10 +58,7 @@ def files_hash(containers: list[Path]) -> str:
                 stat = (container / file.name).stat()
                 digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         else:
-            with container.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest()) if hasattr(
-                    hashlib, "file_digest"
-                ) else digest.update(stream.read())
+            digest.update(container.read_bytes())
     return digest.hexdigest()
 
 
@@ -110,14 +107,15 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
     if path.exists():
         try:
             return Pictures(**torch.load(path, weights_only=True))
-        except Exception:  # a torn file of any kind: made again below, and replaced
-            path.unlink(missing_ok=True)
+        except PermissionError:
+            raise UserError(f"{path} cannot be read; choose another cache_dir") from None
+        except Exception:
+            pass  # a torn file of any kind: made again below, and replaced
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".tmp", delete=False) as stream:
+        with replacing(path) as stream:
             torch.save({"images": pictures.images, "counts": pictures.counts, "names": pictures.names}, stream)
-        os.replace(stream.name, path)
     except OSError as error:
         raise UserError(f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another") from None
     return pictures

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from metalearn.data.download import with_network
 from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
-from metalearn.errors import UserError
+from metalearn.errors import UserError, first_line
 from metalearn.settings import at_least, choice
 
 
@@ -70,16 +70,23 @@ class Folder:
                 f"dataset.path={self.path}: no folder or zip at {root}; it should hold one sub-folder a class "
                 "(or use dataset=glyphs, which needs no files)"
             )
-        return [root] if root.is_file() else (_zips(root) or [root])
+        return [root] if root.is_file() else [*_zips(root), root]
 
     def _read(self, root: Path, containers: list[Path]) -> Pictures:
         if self.download == "cifar100" and containers[0].parent.name == "cifar-100-python":
-            return _official_cifar100(root)
+            return self._official_cifar100(root)
         classes: dict[str, list[PictureFile]] = defaultdict(list)
+        folders: dict[str, set[str]] = defaultdict(set)
         for container in containers:
             for file in list_pictures(container):
-                if parent := PurePosixPath(file.name).parent.name:
-                    classes[parent].append(file)
+                parent = PurePosixPath(file.name).parent
+                if parent.name:
+                    classes[parent.name].append(file)
+                    folders[parent.name].add(str(parent))
+        for name, found in folders.items():
+            if len(found) > 1:
+                first, second = sorted(found)[:2]
+                raise UserError(f"{root} has two folders for class '{name}': {first} and {second}; name classes apart")
         if len(classes) < 3:
             raise UserError(
                 f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least"
@@ -89,6 +96,9 @@ class Folder:
         return Pictures(images, [len(classes[name]) for name in names], names)
 
     def _to_array(self, picture: Image.Image) -> np.ndarray:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         picture = picture.convert("RGB" if self.colour == "rgb" else "L")
         size = self.image_size
         if picture.size != (size, size):
@@ -101,6 +111,19 @@ class Folder:
         array = np.asarray(picture)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
+    def _official_cifar100(self, root: Path) -> Pictures:
+        """All 60,000 pictures of torchvision's CIFAR-100 (its checksums hold), class after class."""
+        from torchvision.datasets import CIFAR100
+
+        try:
+            halves = [CIFAR100(str(root), train=train) for train in (True, False)]
+        except (RuntimeError, OSError, EOFError) as error:
+            raise UserError(f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it") from None
+        labels = np.concatenate([half.targets for half in halves])
+        pictures = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
+        images = np.stack([self._to_array(Image.fromarray(picture)) for picture in pictures])
+        return Pictures(torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes))
+
     def _splits(self, names: list[str], root: Path) -> dict[str, list[str]]:
         if self.split == "random":
             return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
@@ -112,7 +135,7 @@ class Folder:
             }
         else:
             splits = _split_file(Path(self.split).expanduser())
-        if unknown := sorted({name for chosen in splits.values() for name in chosen} - set(names)):
+        if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
             raise UserError(f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have")
         return splits
 
@@ -123,10 +146,14 @@ def _split_file(path: Path) -> dict[str, list[str]]:
         splits = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"dataset.split={path} should be random, cifar_fs or a file of {wanted} ({error})") from None
-    if not isinstance(splits, dict) or set(splits) != {"train", "val", "test"}:
+    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
+    if not lists or set(splits) != {"train", "val", "test"}:
         raise UserError(f"dataset.split={path} should be {wanted}")
+    for split, names in splits.items():
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"dataset.split={path} has class '{twice[0]}' twice in {split}")
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := sorted(set(splits[first]) & set(splits[second])):
+        if shared := [name for name in splits[first] if name in splits[second]]:
             raise UserError(f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}")
     return splits
 
@@ -137,15 +164,3 @@ def _zips(root: Path) -> list[Path]:
 
 def _has_pictures(root: Path) -> bool:
     return root.is_dir() and bool(list_pictures(root))
-
-
-def _official_cifar100(root: Path) -> Pictures:
-    """All 60,000 pictures of torchvision's CIFAR-100 (its checksums hold), class after class."""
-    from torchvision.datasets import CIFAR100
-
-    halves = [CIFAR100(str(root), train=train) for train in (True, False)]
-    images = np.concatenate([half.data for half in halves]).transpose(0, 3, 1, 2)
-    labels = np.concatenate([half.targets for half in halves])
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels).tolist()
-    return Pictures(torch.from_numpy(np.ascontiguousarray(images[order])), counts, list(halves[0].classes))

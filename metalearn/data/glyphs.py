@@ -39,7 +39,7 @@ class Glyphs:
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
         """Renders (or takes from the cache) all drawings; reads no files."""
-        settings = ("2", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
+        settings = ("3", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
         splits = seeded_split(pictures.names, shares(self.num_classes, self.fractions), self.split_seed)
         return ImageData(
@@ -80,10 +80,10 @@ class Glyphs:
         path = torch.einsum("pk,cdskx->cdspx", bernstein, control)
         absent = torch.arange(_STROKES) >= num_strokes
         path = path.masked_fill(absent[:, None, :, None, None], 9.0).flatten(2, 3)
-        path = (path @ affine.transpose(-1, -2) + shift).flatten(0, 1)
+        path = (path @ affine.transpose(-1, -2) + shift).flatten(0, 1).double()
 
         # Distance of each pixel to the nearest point of the pen path, then a soft edge one pixel wide.
-        axis = torch.linspace(-1, 1, self.image_size)
+        axis = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
         pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2).expand(len(path), -1, 2)
         distance = torch.cdist(pixels, path, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
         edge = 2 / self.image_size

@@ -46,7 +46,9 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
 
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
     """How many of `total` classes train, val and test get; what rounding leaves over goes to train."""
-    val, test = (int(total * fraction) for fraction in fractions[1:])
+    if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"dataset.fractions={list(fractions)} should be three shares (train, val, test) that sum to 1")
+    val, test = (round(total * fraction) for fraction in fractions[1:])
     return {"train": total - val - test, "val": val, "test": test}
 
 
@@ -99,16 +101,21 @@ class ImageData:
             pictures.images.to(device), shift.view(-1, 1, 1).to(device), 1 / scale.view(-1, 1, 1).to(device)
         )
 
+    def class_names(self, split: str) -> set[str]:
+        return set(self._tables[split].names)
+
     def num_classes(self, split: str) -> int:
         return self._tables[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
         """What of the data a measurement on this split depends on."""
         table = self._tables[split]
+        others = [self._tables[name].names for name in self._tables if name != split]
         rotations = "classes" if table.turned else "episode" if table.turn_in_episode else "none"
         return {
             "data": self.content_hash,
-            "classes": hashlib.sha256("\n".join(table.names).encode()).hexdigest()[:16],
+            "classes": hashlib.sha256(repr(table.names).encode()).hexdigest()[:16],
+            "split": hashlib.sha256(repr(others).encode()).hexdigest()[:16],  # what was left to train and validate on
             "num_classes": table.num_classes,
             "rotations": rotations,
             "rotations_may_meet": table.turned_may_meet if table.turned else None,

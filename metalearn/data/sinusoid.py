@@ -47,6 +47,9 @@ class SinusoidData:
         self.device = device
         self.content_hash = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
+    def class_names(self, split: str) -> set[str]:
+        return set()
+
     def num_classes(self, split: str) -> int:
         return 0
 
