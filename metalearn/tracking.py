@@ -1,9 +1,12 @@
 """Where a run's figures go: console, `metrics.jsonl`, Weights & Biases, and the learning curve as PNG."""
 
 import contextlib
+import dataclasses
 import json
+import netrc
 import os
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,17 +107,15 @@ class Tracker:
         """Flushes everything; safe to call once at the end of any run."""
         self._stream.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed), quiet=True)
+            self._wandb.finish(exit_code=int(failed))
 
 
 def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
     """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    import dataclasses
-
     import wandb
 
-    wanted = os.environ.get("WANDB_MODE", "online" if wandb.api.api_key else "offline")
+    wanted = os.environ.get("WANDB_MODE", "online" if _wandb_key() else "offline")
 
     def start(mode: str) -> Any:
         return wandb.init(
@@ -140,6 +141,17 @@ def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
             f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False
         )
     return run
+
+
+def _wandb_key() -> bool:
+    """Whether a key is configured where W&B looks for one: the environment, or the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
