@@ -17,12 +17,12 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
     Raises: UserError naming the address, the folder and the embedded data set, within ten seconds where the address
     cannot be reached, and where what came is not what the checksum says.
     """
-    from torchvision.datasets.utils import download_url
-
     target = folder / url.rsplit("/", 1)[-1]
     part = target.with_suffix(".part")
 
     def download() -> None:
+        from torchvision.datasets.utils import download_url  # seconds to import: not before there is a network
+
         try:
             download_url(url, str(folder), part.name, md5)
             part.replace(target)  # under its name only once it is what the checksum says

@@ -5,7 +5,7 @@ import json
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from metalearn.data.files import PictureFile, cached, decode, files_hash, list_p
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
 from metalearn.errors import UserError, first_line
 from metalearn.settings import at_least, choice
+
+_CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"  # torchvision's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +62,7 @@ class Folder:
     def _containers(self, root: Path) -> list[Path]:
         official = root / "cifar-100-python"
         if self.download == "cifar100" and not official.exists() and not _zips(root) and not _has_pictures(root):
-            from torchvision.datasets import CIFAR100
-
-            with_network(CIFAR100.url, root, lambda: CIFAR100(str(root), download=True))
+            with_network(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
         if self.download == "cifar100" and official.exists():
             return [official / part for part in ("train", "test", "meta")]
         if not root.exists():
@@ -113,10 +113,8 @@ class Folder:
 
     def _official_cifar100(self, root: Path) -> Pictures:
         """All 60,000 pictures of torchvision's CIFAR-100 (its checksums hold), class after class."""
-        from torchvision.datasets import CIFAR100
-
         try:
-            halves = [CIFAR100(str(root), train=train) for train in (True, False)]
+            halves = [_cifar100(root, train=train) for train in (True, False)]
         except (RuntimeError, OSError, EOFError) as error:
             raise UserError(f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it") from None
         labels = np.concatenate([half.targets for half in halves])
@@ -138,6 +136,13 @@ class Folder:
         if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
             raise UserError(f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have")
         return splits
+
+
+def _cifar100(root: Path, **options: bool) -> Any:
+    """Torchvision's CIFAR-100, which checks what it reads; imported here because that takes seconds."""
+    from torchvision.datasets import CIFAR100
+
+    return CIFAR100(str(root), **options)
 
 
 def _split_file(path: Path) -> dict[str, list[str]]:
