@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from metalearn.algorithms.base import Algorithm
 from metalearn.types import Loss, Params, Score, State, Task
 
-# Queries of a task from which `mixed` wins on CPU, and input elements batched together that the caches still hold:
-# measured by `make benchmark-engine`, see benchmarks/engine.md.
+# Queries of a task from which `mixed` wins on CPU, and input elements batched together that the caches still hold;
+# `make benchmark-engine` measures what these rest on.
 _MIXED_FROM_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 16
 
@@ -29,8 +29,8 @@ _CPU_CHUNK_ELEMENTS = 1 << 16
 def prepare_process(device: torch.device, threads: int) -> None:
     """Settings of the whole process: CPU threads (0: all), and an allocator that keeps what it has.
 
-    glibc returns every large block to the kernel and faults its pages in again at the next step; kept, a step of
-    convolutions takes about two thirds of the time (benchmarks/engine.md).
+    glibc returns every large block to the kernel and faults its pages in again at the next step; kept, steps
+    of large convolutions are faster (`make benchmark-engine` shows both).
     """
     if threads:
         torch.set_num_threads(threads)
