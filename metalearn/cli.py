@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn import __version__
-from metalearn.errors import UserError
+from metalearn.errors import UserError, first_line
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
 
@@ -255,7 +255,7 @@ class _Job:
             return jobs.train(config, _relative(folder), name, overrides, console)
         except Exception as error:
             # One failed run must not end the others: it is named in the table, and the sweeper is told the worst score.
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            line = first_line(error)
             if _exit_code(error) is None:
                 import traceback
 

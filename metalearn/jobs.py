@@ -66,12 +66,12 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         tracker.close(failed)
     console.print(table)
     for file in (
-        "result.json",
+        RESULT_FILE,
         "metrics.jsonl",
         "test_scores.csv",
         "learning_curve.png",
         "checkpoints/best.pt",
-        "config.yaml",
+        CONFIG_FILE,
     ):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
     return fitted.best_val.mean
