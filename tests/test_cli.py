@@ -1,6 +1,9 @@
 """The command line as a user has it: in a subprocess, errors included."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,3 +183,13 @@ def test_help_list_and_config(metalearn, tmp_path):
     completed = metalearn("-sc", "query=bash", COMP_LINE="metalearn train algo=re", COMP_POINT="23")
     assert "algo=reptile" in completed.stdout
     assert nothing_left(tmp_path)
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "metalearn", "list"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
