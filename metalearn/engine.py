@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 from metalearn.algorithms.base import Algorithm
 from metalearn.types import Loss, Params, Score, State, Task
 
-# Queries of a task from which `mixed` wins on CPU, and input elements batched together that the caches still hold;
+# Queries of a task from which `mixed` wins on CPU, and input elements batched together beyond which nothing is gained;
 # `make benchmark-engine` measures what these rest on.
 _MIXED_FROM_QUERIES = 16
-_CPU_CHUNK_ELEMENTS = 1 << 16
+_CPU_CHUNK_ELEMENTS = 1 << 18
 
 
 def prepare_process(device: torch.device, threads: int) -> None:
