@@ -12,7 +12,7 @@ from metalearn import config, engine, random
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import RunConfig
 from metalearn.engine import Engine
-from metalearn.episodes import STREAMS, Shape, TaskSource
+from metalearn.episodes import STREAMS, EpisodeSource, Shape, TaskSource
 from metalearn.errors import UserError
 from metalearn.types import SCORES, Score, Spec, State
 
@@ -31,15 +31,16 @@ class Run:
     algorithm: Algorithm
     state: State
     train: TaskSource
-    val: TaskSource
-    test: TaskSource
+    val: EpisodeSource
+    test: EpisodeSource
     train_engine: Engine
     test_engine: Engine
     score: Score
     device: torch.device
     protocol: dict[str, Any]
     content_hash: str
-    class_names: dict[str, set[str]]
+    class_names: dict[str, tuple[str, ...]]
+    test_split: str
 
     @property
     def protocol_id(self) -> str:
@@ -69,13 +70,16 @@ def check(settings: RunConfig) -> None:
             f"train.source={settings.train.source}: {name} trains on {' or '.join(algorithm.sources)}; "
             f"use train.source={algorithm.sources[0]}"
         )
-    if settings.statistics == "population" and not _normalises(settings):
+    if settings.statistics == "population" and not normalises(settings):
         raise UserError("statistics=population wants a backbone with normalisation")
     _device(settings.device)
 
 
-def build(settings: RunConfig) -> Run:
-    """Reads the data and makes the run. Raises: UserError for what the data cannot give."""
+def build(settings: RunConfig, test_split: str = "test") -> Run:
+    """Reads the data and makes the run, which tests on the classes of `test_split`.
+
+    Raises: UserError for what the data cannot give.
+    """
     check(settings)
     device = _device(settings.device)
     engine.prepare_process(device, settings.engine.threads)
@@ -91,12 +95,13 @@ def build(settings: RunConfig) -> Run:
         else data.batches("train", settings.train.batch_size, settings.seed)
     )
     val = data.episodes("val", test_shape, settings.episode_seed)
-    test = data.episodes("test", test_shape, settings.episode_seed)
+    test = data.episodes(test_split, test_shape, settings.episode_seed)
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
     unresolved = Engine(algorithm, settings.engine.strategy, settings.engine.task_chunk)
     return Run(
         content_hash=data.content_hash,
         class_names={split: data.class_names(split) for split in STREAMS},
+        test_split=test_split,
         config=settings,
         algorithm=algorithm,
         state=algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device)),
@@ -108,9 +113,9 @@ def build(settings: RunConfig) -> Run:
         score=SCORES[data.target],
         device=device,
         protocol={
-            **data.protocol("test"),
+            **data.protocol(test_split),
             **dataclasses.asdict(test_shape),
-            "statistics": settings.statistics if _normalises(settings) else "none",
+            "statistics": settings.statistics if normalises(settings) else "none",
             "episodes": settings.test.episodes,
             "episode_seed": settings.episode_seed,
         },
@@ -122,7 +127,7 @@ def _algorithm(settings: RunConfig) -> Algorithm:
     return config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
 
 
-def _normalises(settings: RunConfig) -> bool:
+def normalises(settings: RunConfig) -> bool:
     return settings.backbone.get("normalisation") != "none"
 
 

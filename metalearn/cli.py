@@ -15,7 +15,9 @@ _HELP = f"""metalearn {__version__}: few-shot and meta-learning experiments
 usage: metalearn <verb> [key=value …]
 
   train      meta-train, meta-validate, meta-test:   metalearn train algo=maml dataset=omniglot
-  evaluate   test a trained run again:               metalearn evaluate run=<folder> statistics=support
+  evaluate   test a trained run again:               metalearn evaluate run=<folder> episode.shot=5
+  compare    runs in one table, with significance:   metalearn compare <folder> <folder>
+  reproduce  train and hold against a paper:         metalearn reproduce maml_omniglot_5w1s budget=quick
   list       algorithms, data sets, backbones, experiments
 
   metalearn <verb> --help    explains the verb
@@ -50,14 +52,38 @@ options
   --debug              show the traceback of an error
 """
 
-_EVALUATE_HELP = """metalearn evaluate run=<folder> [key=value …]
+_EVALUATE_HELP = """metalearn evaluate run=<folder> [key=value …] [split=train|val|test] [curve=shot|steps]
 
-Tests the best checkpoint of a finished run under its own or a changed protocol, and writes
-evaluations/<protocol_id>.json into the run folder.
+Tests the best checkpoint of a finished run under its own or a changed protocol, with transductive and with inductive
+statistics and their paired difference, and writes evaluations/<protocol_id>.json into the run folder.
 
   metalearn evaluate run=outputs/maml-omniglot/<time>
-  metalearn evaluate run=… statistics=support             inductive instead of transductive
-  metalearn evaluate run=… episode.query=1 test.episodes=600
+  metalearn evaluate run=… episode.shot=5 episode.query=1 test.episodes=600
+  metalearn evaluate run=… statistics=support_plus_one       one query at a time
+  metalearn evaluate run=… algo.test_inner_steps=10          more adaptation
+  metalearn evaluate run=… dataset=glyphs                    another data set
+  metalearn evaluate run=… split=train                       how well it knows the classes it was trained on
+  metalearn evaluate run=… curve=shot                        accuracy over shots: table, CSV and PNG
+  metalearn evaluate run=… curve=steps                       accuracy over inner steps 0 to 10
+"""
+
+_COMPARE_HELP = """metalearn compare <folder> … [out=<folder>]
+
+One table over runs, their evaluations, and the runs of multirun folders. Only figures of equal protocols share a column;
+runs that differ in their seed alone share a line. Differences are tested on the shared episodes.
+Writes comparison.md, .csv and .png into `out`, or else into the folder where only one is named, or else into
+outputs/compare/<time>.
+
+  metalearn compare outputs/multirun/<time>
+  metalearn compare outputs/maml-omniglot/<time> outputs/protonet-omniglot/<time>
+"""
+
+_REPRODUCE_HELP = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
+
+Trains and tests a recipe of a published figure, and ends with PASS or FAIL (exit code 0 or 1). At budget=paper (the
+default, hours on a CPU) the published figure is what counts, at smaller budgets the recipe's own measured figure.
+
+{experiments}
 """
 
 
@@ -81,11 +107,11 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        code = _exit_code(error)
-        if code is None:
+        failure = _exit_code(error)
+        if failure is None:
             raise
         print(f"metalearn: {error}", file=sys.stderr)
-        sys.exit(code)
+        sys.exit(failure)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -106,7 +132,7 @@ def _dispatch(words: list[str]) -> int:
     if verb == "--version":
         print(f"metalearn {__version__}")
         return 0
-    verbs = {"train": _train, "evaluate": _evaluate, "list": _list}
+    verbs = {"train": _train, "evaluate": _evaluate, "compare": _compare, "reproduce": _reproduce, "list": _list}
     if verb not in verbs:
         import difflib
 
@@ -154,13 +180,26 @@ def _train(words: list[str]) -> int:
         )
         print(_TRAIN_HELP.format(groups=groups), end="")
         return 0
-    from metalearn import composition
-
     overrides, flags, searched = _parsed(words)
     if any(flag in _SHOW for flag in flags):
-        composition.composed(overrides + searched)
+        from metalearn.composition import composed
+
+        composed(overrides + searched)
         _hydra_main(_shows_only, [*flags, *overrides, *searched])
         return 0
+    folder, multirun = _trained(overrides, flags, searched)
+    if not multirun:
+        return 0
+    from metalearn import report
+    from metalearn.verbs.train import summarise
+
+    return 1 if summarise(folder, report.console()) else 0
+
+
+def _trained(overrides: list[str], flags: list[str], searched: list[str]) -> tuple[Path, bool]:
+    """Trains what a parsed command line says. Returns: the folder of the run or multirun, and whether it is the latter."""
+    from metalearn import composition
+
     if multirun := any(flag in ("-m", "--multirun") for flag in flags):
         _check_multirun(overrides + searched)
         overrides_alone = [word for word in overrides if not _is_sweep(word)]
@@ -180,11 +219,7 @@ def _train(words: list[str]) -> int:
             _remove_empty(path)
     if job.error is not None:
         raise job.error
-    if not multirun:
-        return 0
-    from metalearn import jobs, report
-
-    return 1 if jobs.summarise(folder, report.console()) else 0
+    return folder, multirun
 
 
 #: Hydra's options that print something and start nothing.
@@ -239,7 +274,8 @@ class _Job:
     def __call__(self, config: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
 
-        from metalearn import jobs, report
+        from metalearn import report
+        from metalearn.verbs import train
 
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
@@ -247,28 +283,32 @@ class _Job:
         name = f"{choices.algo} {choices.dataset}"
         console = report.console()
         overrides = list(settings.overrides.task)
-        if not self.multirun:
-            # Hydra prints lines of its own about a failing job, so the error goes around it.
-            try:
-                return jobs.train(config, _relative(folder), name, overrides, console)
-            except Exception as error:
-                self.error = error
-                return _worst_score(config)
-        console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
-        (folder / jobs.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
+        if self.multirun:
+            console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
+            (folder / train.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
         try:
-            return jobs.train(config, _relative(folder), name, overrides, console)
+            return train.train(config, _relative(folder), name, overrides, console)
         except Exception as error:
-            # One failed run must not end the others: it is named in the table, and the sweeper is told the worst score.
-            line = first_line(error)
-            if _exit_code(error) is None:
-                import traceback
-
-                line = f"{type(error).__name__}: {line}"
-                (folder / "traceback.txt").write_text(traceback.format_exc())
-            (folder / jobs.ERROR_FILE).write_text(line + "\n")
-            console.print(f"[red]failed: {line}[/red]", highlight=False)
+            # Hydra prints lines of its own about a failing job, so the error of a single run goes around it; one failed
+            # run of several must not end the others: it is named in the table, and the sweeper is told the worst score.
+            if self.multirun:
+                line = _noted(error, folder / train.ERROR_FILE)
+                console.print(f"[red]failed: {line}[/red]", highlight=False)
+            else:
+                self.error = error
             return _worst_score(config)
+
+
+def _noted(error: Exception, path: Path) -> str:
+    """Writes why a run of a multirun failed, with the traceback of a defect of ours beside it. Returns: the line."""
+    line = first_line(error)
+    if _exit_code(error) is None:
+        import traceback
+
+        line = f"{type(error).__name__}: {line}"
+        path.with_name("traceback.txt").write_text(traceback.format_exc())
+    path.write_text(line + "\n")
+    return line
 
 
 def _worst_score(config: Any) -> float:
@@ -364,18 +404,57 @@ def _evaluate(words: list[str]) -> int:
         print(_EVALUATE_HELP, end="")
         return 0
     overrides, flags, searched = _parsed(words)
-    runs = [word.removeprefix("run=") for word in overrides if word.startswith("run=")]
-    if len(runs) != 1 or flags or searched:
+    own = {key: _taken(overrides, key) for key in ("run", "split", "curve")}
+    if own["run"] is None or flags or searched:
         raise UserError("evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help")
-    folder = Path(runs[0])
-    if not (folder / "result.json").is_file():
-        raise UserError(f"run={folder}: no result.json there; name the folder of a finished training run")
-    from omegaconf import OmegaConf
+    from metalearn import report
+    from metalearn.verbs.evaluate import evaluate
 
-    from metalearn import composition, jobs, report
-
-    stored: Any = OmegaConf.load(folder / "config.yaml")
-    settings = [word for word in overrides if not word.startswith("run=")]
-    changed = composition.changed(stored, settings)
-    jobs.evaluate(folder, stored, changed, settings, report.console())
+    evaluate(Path(own["run"]), overrides, own["split"] or "test", own["curve"], report.console())
     return 0
+
+
+def _compare(words: list[str]) -> int:
+    if _wants_help(words) or not words:
+        print(_COMPARE_HELP, end="")
+        return 0 if words else 2
+    words = list(words)
+    out = _taken(words, "out")
+    if wrong := [word for word in words if not Path(word).is_dir()]:
+        raise UserError(f"{wrong[0]}: there is no such folder; compare takes folders of runs, and out=<folder>")
+    from metalearn import report
+    from metalearn.verbs.compare import compare
+
+    compare([Path(word) for word in words], Path(out) if out else None, report.console())
+    return 0
+
+
+def _reproduce(words: list[str]) -> int:
+    from metalearn.verbs import reproduce
+
+    if _wants_help(words) or not words:
+        experiments = "\n".join(f"  {name:<24} {line}" for name, line in reproduce.experiments().items())
+        print(_REPRODUCE_HELP.format(experiments=experiments), end="")
+        return 0 if words else 2
+    name, rest = words[0], list(words[1:])
+    budget = _taken(rest, "budget") or "paper"
+    recipe = reproduce.Recipe(name, budget)
+    overrides, flags, searched = _parsed(rest)
+    if flags or searched:
+        raise UserError(f"reproduce: takes key=value settings only, not {(flags + searched)[0]}")
+    from metalearn import report
+
+    console = report.console()
+    console.print(recipe.announcement(), highlight=False, soft_wrap=True)
+    folder, _ = _trained(recipe.overrides(overrides), [], [])
+    return 0 if recipe.verdict(folder, console) else 1
+
+
+def _taken(overrides: list[str], key: str) -> str | None:
+    """Takes `key=…`, which is the verb's own and not Hydra's, out of the overrides."""
+    found = [word for word in overrides if word.startswith(f"{key}=")]
+    if len(found) > 1:
+        raise UserError(f"{found[1]}: {key}= stands there twice")
+    for word in found:
+        overrides.remove(word)
+    return found[0].partition("=")[2] if found else None

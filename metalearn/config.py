@@ -81,6 +81,37 @@ class LoggerConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class PublishedConfig:
+    """A published figure: score, half-width of its 95% interval where given, and where it was read."""
+
+    mean: float
+    ci95: float | None
+    source: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasuredConfig:
+    """What this recipe gave here at one budget, and where."""
+
+    mean: float
+    ci95: float
+    minutes: float
+    hardware: str
+    commit: str | None
+    seed: int
+    protocol_id: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReproductionConfig:
+    """What `metalearn reproduce` reads. budgets: the overrides of each; measured: by budget."""
+
+    published: PublishedConfig
+    budgets: dict[str, list[str]]
+    measured: dict[str, MeasuredConfig]
+
+
+@dataclasses.dataclass(kw_only=True)
 class RunConfig:
     """`algo`, `dataset` and `backbone` are checked against the class that their `_target_` names."""
 
@@ -100,6 +131,7 @@ class RunConfig:
     device: str = choice("auto", "cpu", "cuda")
     data_dir: str | None
     cache_dir: str | None
+    reproduction: ReproductionConfig | None
 
 
 COMPONENTS = ("algo", "dataset", "backbone")

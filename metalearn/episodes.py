@@ -33,6 +33,13 @@ class TaskSource(Protocol):
         """Tasks number first .. first + count - 1, batched: a leading T everywhere."""
 
 
+class EpisodeSource(TaskSource, Protocol):
+    """Episodes to test on."""
+
+    def classes(self, first: int, count: int) -> Tensor | None:
+        """Which class of the split each label of these episodes stands for: int64 [T, N]; None for regression."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageStore:
     """Pictures on the device. images: uint8 [I, C, H, W]; shift, scale: float32 [C, 1, 1], applied to x / 255."""
@@ -119,6 +126,10 @@ class ImageEpisodes:
             query=self._labelled(rows[..., shape.shot :], turns_TN, random.fold_in(key_T, 4)),
             key=random.fold_in(key_T, 5),
         )
+
+    def classes(self, first: int, count: int) -> Tensor:
+        number_T = torch.arange(first, first + count, device=self.key.device)
+        return self._classes(random.fold_in(self.key, number_T))[0]
 
     def _classes(self, key_T: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the class table [T, N] and quarter turns [T, N]."""

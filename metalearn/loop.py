@@ -107,17 +107,45 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
 
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
-    """One score an episode [episodes], float32 on the host; fetched once."""
-    scores = []
-    for first in range(0, episodes, EVALUATION_BATCH):
-        tasks = source.draw(first, min(EVALUATION_BATCH, episodes - first))
-        scores.append(run.test_engine.scores(state, tasks, run.score))
+    """One score an episode [E], float32 on the host; fetched once."""
+    scores = [run.test_engine.scores(state, source.draw(*part), run.score) for part in _parts(episodes)]
     return torch.cat(scores).cpu()
 
 
-def test(run: Run, state: State) -> Tensor:
-    """Scores [episodes] on the fixed list of test episodes."""
-    return evaluate(run, state, run.test, run.config.test.episodes)
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """What the fixed list of test episodes gave, on the host.
+
+    scores: float32 [E], one an episode; classes: int64 [E, Q], the class of the split each query belongs to;
+    correct: bool [E, Q]; confidence: float32 [E, Q], the share of the predicted class. The last three are None for
+    regression.
+    """
+
+    scores: Tensor
+    classes: Tensor | None = None
+    correct: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+def test(run: Run, state: State, steps: int | None) -> Tested:
+    """Tests on the fixed list of test episodes. steps: adaptation steps; None: as the method's settings say."""
+    parts: list[tuple[Tensor, ...]] = []
+    for first, count in _parts(run.config.test.episodes):
+        tasks = run.test.draw(first, count)
+        prediction, y = run.test_engine.predictions(state, tasks, steps), tasks.query.y
+        scores = run.score.of(prediction, y)
+        classes = run.test.classes(first, count)
+        if classes is None:
+            parts.append((scores,))
+        else:
+            confidence, chosen = prediction.softmax(-1).max(-1)
+            parts.append((scores, classes.gather(1, y), chosen == y, confidence))
+    return Tested(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def _parts(episodes: int) -> list[tuple[int, int]]:
+    """(first, count) of the episodes in flight together."""
+    return [(first, min(EVALUATION_BATCH, episodes - first)) for first in range(0, episodes, EVALUATION_BATCH)]
 
 
 def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

@@ -15,7 +15,8 @@ from rich.table import Table
 
 import metalearn
 from metalearn.atomic import replacing
-from metalearn.tracking import shown
+from metalearn.figures import shown, shown_interval
+from metalearn.stats import Difference
 from metalearn.types import Estimate
 
 
@@ -74,7 +75,7 @@ def write_json(path: Path, content: Any) -> None:
         stream.write(text.encode())
 
 
-def as_dict(estimate: Estimate) -> dict[str, Any]:
+def as_dict(estimate: Estimate | Difference) -> dict[str, Any]:
     return dataclasses.asdict(estimate)
 
 
@@ -82,10 +83,32 @@ def result_table(rows: list[dict[str, Any]]) -> Table:
     """One line a result; each row is a dict of column heading to text."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(rows[0]):  # only the first may wrap: figures are never cut
-        table.add_column(column, no_wrap=number > 0, overflow="fold")
+        table.add_column(column, no_wrap=number > 0, overflow="fold", min_width=min(16, len(column)) if number else 12)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     return table
+
+
+def print_details(console: Console, result: dict[str, Any]) -> None:
+    """What a mean hides: the worst episodes and classes, calibration, and the episodes a narrower interval wants."""
+    score, details = next(iter(result["test"])), result["details"]
+    parts = [f"worst tenth of the episodes {shown(score, details['worst_decile']['mean'])}"]
+    if "worst_classes" in details:
+        name, share = next(iter(details["worst_classes"].items()))
+        parts.append(f"worst class {name} {shown(score, share)}")
+        parts.append(f"calibration error {shown(score, details['expected_calibration_error'])}")
+        parts.append(f"±0.10% wants {details['episodes_needed']['0.001']:,} episodes")
+    console.print(f"  {'; '.join(parts)}", highlight=False, soft_wrap=True)
+
+
+def shown_difference(score: str, difference: dict[str, Any]) -> str:
+    """A paired difference as people read it, in points where the score is an accuracy."""
+    factor, unit = (100, " points") if score == "accuracy" else (1, "")
+    p = difference["p_value"]
+    return (
+        f"{factor * difference['mean']:+.2f} ± {factor * difference['ci95']:.2f}{unit}"
+        f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
+    )
 
 
 def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "run": name,
         "episode": f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q",
         "statistics": protocol["statistics"],
-        f"test {score}": f"{shown(score, estimate['mean'])} ± {shown(score, estimate['ci95'])}",
+        f"test {score}": shown_interval(score, estimate["mean"], estimate["ci95"]),
         "protocol": result["protocol_id"],
         "minutes": f"{result['seconds'] / 60:.1f}",
     }

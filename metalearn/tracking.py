@@ -16,15 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from metalearn.config import RunConfig
+from metalearn.figures import draw_learning_curve, shown
 from metalearn.types import Score
 
 #: Without a terminal a training row is printed this often at most; every validation is printed.
 _QUIET_SECONDS = 15.0
-
-
-def shown(score: str, value: float) -> str:
-    """A score as people read it: an accuracy as a percentage, an error as it is."""
-    return f"{100 * value:.2f}%" if score == "accuracy" else f"{value:.4f}"
 
 
 class Tracker:
@@ -152,29 +148,3 @@ def _wandb_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
-    """Training and validation score over meta-training steps, with the validation's 95% interval, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    factor = 100 if score == "accuracy" else 1
-    train_key = "train.accuracy" if score == "accuracy" else "train.loss"
-    train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
-    val = [row for row in rows if f"val.{score}" in row]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")
-    axes.errorbar(
-        [row["step"] for row in val],
-        [factor * row[f"val.{score}"] for row in val],
-        [factor * row[f"val.{score}_ci95"] for row in val],
-        marker="o", markersize=3, capsize=2, label="validation, 95% interval",
-    )  # fmt: skip
-    axes.set(xlabel="meta-training step", ylabel="accuracy (%)" if score == "accuracy" else score)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -28,10 +28,12 @@ _ALLOWED = {
     "composition": {"config", "errors"},
     "build": _BASE | {"config", "engine", "episodes", "algorithms"},
     "loop": _RUN,
-    "tracking": {"config", "types"},
-    "report": {"tracking", "types", "atomic"},
-    "jobs": _RUN | {"loop", "report", "tracking"},
-    "cli": _RUN | {"composition", "jobs", "report"},
+    "figures": set(),
+    "tracking": {"config", "types", "figures"},
+    "report": {"figures", "types", "atomic", "stats"},
+    "measure": _RUN | {"loop", "report"},
+    "verbs": _RUN | {"composition", "loop", "measure", "report", "figures", "tracking"},
+    "cli": _RUN | {"composition", "verbs", "report"},
 }  # fmt: skip
 
 

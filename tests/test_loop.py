@@ -110,9 +110,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
 
 def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, monkeypatch):
     run = make_run("algo=maml", "test.episodes=10")
-    whole = loop.test(run, run.state)
+    whole = loop.test(run, run.state, None).scores
     monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
-    torch.testing.assert_close(loop.test(run, run.state), whole)
+    torch.testing.assert_close(loop.test(run, run.state, None).scores, whole)
     learning = State({name: value.requires_grad_() for name, value in run.state.meta.items()}, run.state.fixed)
     assert not run.test_engine.predictions(learning, run.test.draw(0, 2)).requires_grad
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from metalearn import stats
+from metalearn import random, stats
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.protonet import ProtoNet, class_means, squared_distance
 from metalearn.algorithms.reptile import Reptile
 from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
-from metalearn.types import Labelled, State, Task
+from metalearn.types import Labelled, Spec, State, Task
+from tests.conftest import doubled
 
 _PROGRESS = torch.zeros(())
 _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
@@ -79,25 +80,27 @@ def test_anil_changes_the_head_alone_and_equals_maml_with_a_frozen_body():
     assert all(learner.params[name] is state.meta[name] for name in state.meta if name.startswith("net."))
 
 
-def test_reptile_direction_is_theta_minus_phi_of_adam_without_momentum():
+def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_task():
     torch.manual_seed(0)
     algorithm = Reptile(
         backbone=_IDENTITY, statistics="query", inner_lr=0.01, inner_steps=5, test_inner_steps=5, inner_batch=12,
-        test_inner_batch=12, inner_beta2=0.999, inner_eps=1e-8,
+        test_inner_batch=12, inner_beta2=0.99, inner_eps=1e-8,
     )  # fmt: skip
-    x, y = torch.randn(1, 12, 3, dtype=torch.float64), (torch.arange(12) % 3)[None]
-    state = State({"head.weight": torch.randn(3, 3).double(), "head.bias": torch.randn(3).double()}, {})
-    task = Task(Labelled(x, y, 3), Labelled(x, y, 3), torch.zeros(1, dtype=torch.int64))
-    gradients = Engine(algorithm, "vmap", 1).step(state, task, _PROGRESS).gradients
-
+    state = doubled(algorithm.init(Spec((3,), 3, 0, "class"), random.key_of(0)))
     weight, bias = (state.meta[name].clone().requires_grad_() for name in ("head.weight", "head.bias"))
-    optimiser = torch.optim.Adam([weight, bias], lr=0.01, betas=(0.0, 0.999), eps=1e-8)
-    for _ in range(5):  # batches as large as the support set: their order does not matter
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(x[0] @ weight.T + bias, y[0]).backward()
-        optimiser.step()
-    torch.testing.assert_close(gradients["head.weight"], (state.meta["head.weight"] - weight).detach())
-    torch.testing.assert_close(gradients["head.bias"], (state.meta["head.bias"] - bias).detach())
+    optimiser = torch.optim.Adam([weight, bias], lr=0.01, betas=(0.0, 0.99), eps=1e-8)
+    for _ in range(3):
+        x, y = torch.randn(1, 12, 3, dtype=torch.float64), torch.randint(3, (1, 12))
+        task = Task(Labelled(x, y, 3), Labelled(x, y, 3), torch.zeros(1, dtype=torch.int64))
+        step = Engine(algorithm, "vmap", 1).step(state, task, _PROGRESS)
+        for _ in range(5):  # batches as large as the support set: their order does not matter
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(x[0] @ weight.T + bias, y[0]).backward()
+            optimiser.step()
+        torch.testing.assert_close(step.gradients["head.weight"], (state.meta["head.weight"] - weight).detach())
+        torch.testing.assert_close(step.gradients["head.bias"], (state.meta["head.bias"] - bias).detach())
+        meta = {name: value - step.gradients[name] for name, value in state.meta.items()}
+        state = State(meta, state.fixed | step.statistics)
 
 
 def test_prototypes_with_unequal_shots_and_distances():

@@ -193,7 +193,7 @@ def test_toy_goes_through_the_same_engine_and_loop(toy, make_run, tmp_path, monk
     fitted = loop.fit(run, Silent(), tmp_path)
     moved = [name for name in before if not torch.equal(before[name], state.meta[name])]
     assert moved == list(before)
-    assert loop.test(run, fitted.state).shape == (6,)
+    assert loop.test(run, fitted.state, None).scores.shape == (6,)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(state)
     progress = torch.zeros((), dtype=torch.float64)
     for strategy in ("loop", "mixed") if type(algorithm).loss is Algorithm.loss else ("loop",):

@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.func import grad
 
 from metalearn import random
-from metalearn.algorithms.base import objective
+from metalearn.algorithms.base import objective, prefixed, select
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.settings import above, at_least, between
-from metalearn.types import Labelled, Loss, Params, State, Task
+from metalearn.types import Labelled, Loss, Params, Spec, State, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reptile(LinearHeadAlgorithm):
     """phi = Adam steps on mini-batches of the support set from theta; meta-gradient theta - phi (Nichol et al. 2018, alg. 1).
 
-    The inner optimiser is Adam without momentum (beta1 = 0), as the authors use it. Departure: its second moment
-    starts anew for each task, where their code carries it from task to task.
+    The inner optimiser is Adam without momentum (beta1 = 0). As in the authors' code its second moment is carried from
+    task to task, in testing too: started anew it would make the first step of each task as long for a small gradient
+    as for a large one. It stands in `fixed`, with the weight it has gathered, and the loop folds in the mean over tasks
+    (`train.statistics_momentum`: 1 keeps all of it). Departure: tasks of one step start from the same moment.
     inner_batch, test_inner_batch: examples of a mini-batch, drawn without replacement, epoch after epoch.
     """
 
@@ -40,7 +42,15 @@ class Reptile(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
-    def _descend(self, theta: Params, support: Labelled, key: Tensor, steps: int, batch: int) -> Params:
+    def init(self, spec: Spec, key: Tensor) -> State:
+        state = super().init(spec, key)
+        moment = prefixed({name: torch.zeros_like(value) for name, value in state.meta.items()}, "moment")
+        return State(state.meta, state.fixed | moment | {"moment_weight": torch.zeros((), device=key.device)})
+
+    def _descend(
+        self, theta: Params, fixed: Params, support: Labelled, key: Tensor, steps: int, batch: int
+    ) -> tuple[Params, Params]:
+        """The weights that training from theta leads to, and the moments as they are then."""
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
         order = torch.cat(
@@ -50,17 +60,16 @@ class Reptile(LinearHeadAlgorithm):
         def batch_loss(params: Params, chosen: Tensor) -> Tensor:
             return objective(self.head(params, self.embed(params, support.x[chosen])), support.y[chosen])
 
-        phi = theta
-        second = {name: torch.zeros_like(value) for name, value in theta.items()}
+        phi, moment, weight = theta, select(fixed, "moment"), fixed["moment_weight"]
         for step in range(steps):
             gradient = grad(batch_loss)(phi, order[step * batch : (step + 1) * batch])
-            beta2, correction = self.inner_beta2, 1 - self.inner_beta2 ** (step + 1)
-            second = {name: beta2 * second[name] + (1 - beta2) * gradient[name].square() for name in phi}
+            moment = {name: moment[name].lerp(gradient[name].square(), 1 - self.inner_beta2) for name in phi}
+            weight = self.inner_beta2 * weight + (1 - self.inner_beta2)  # 1 - beta2^t: Adam's correction
             phi = {
-                name: phi[name] - self.inner_lr * gradient[name] / ((second[name] / correction).sqrt() + self.inner_eps)
+                name: phi[name] - self.inner_lr * gradient[name] / ((moment[name] / weight).sqrt() + self.inner_eps)
                 for name in phi
             }
-        return phi
+        return phi, prefixed(moment, "moment") | {"moment_weight": weight}
 
     def adapt(
         self,
@@ -72,13 +81,14 @@ class Reptile(LinearHeadAlgorithm):
         steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        return self.adapted(self._descend(state.meta, support, key, steps, self.test_inner_batch), support.x)
+        phi, _ = self._descend(state.meta, state.fixed, support, key, steps, self.test_inner_batch)
+        return self.adapted(phi, support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """A surrogate whose gradient in theta is theta - phi; the query loss of phi is among the logs."""
         theta = {name: value.detach() for name, value in state.meta.items()}
-        phi = self._descend(theta, task.support, task.key, self.inner_steps, self.inner_batch)
+        phi, moments = self._descend(theta, state.fixed, task.support, task.key, self.inner_steps, self.inner_batch)
         direction = {name: theta[name] - phi[name] for name in theta}
         value = torch.stack([(state.meta[name] * direction[name]).sum() for name in theta]).sum()
         held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
-        return Loss(value, held_out.logs, held_out.statistics)
+        return Loss(value, held_out.logs, held_out.statistics | moments)

@@ -101,8 +101,9 @@ class ImageData:
             pictures.images.to(device), shift.view(-1, 1, 1).to(device), 1 / scale.view(-1, 1, 1).to(device)
         )
 
-    def class_names(self, split: str) -> set[str]:
-        return set(self._tables[split].names)
+    def class_names(self, split: str) -> tuple[str, ...]:
+        """Names of the classes of a split; a class keeps its name when it is turned."""
+        return self._tables[split].names
 
     def num_classes(self, split: str) -> int:
         return self._tables[split].num_classes

@@ -47,8 +47,8 @@ class SinusoidData:
         self.device = device
         self.content_hash = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
-    def class_names(self, split: str) -> set[str]:
-        return set()
+    def class_names(self, split: str) -> tuple[str, ...]:
+        return ()
 
     def num_classes(self, split: str) -> int:
         return 0
@@ -76,6 +76,9 @@ class SinusoidEpisodes:
     settings: Sinusoid
     shape: Shape
     key: Tensor
+
+    def classes(self, first: int, count: int) -> None:
+        return None
 
     def draw(self, first: int, count: int) -> Task:
         key_T = random.fold_in(self.key, torch.arange(first, first + count, device=self.key.device))

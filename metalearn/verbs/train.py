@@ -1,21 +1,19 @@
-"""What the verbs do once a configuration is checked: one training run, one evaluation, one table over a multirun."""
+"""`metalearn train`: one run from data to result, and one table over the runs of a multirun."""
 
 import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metalearn import checkpoint, loop, report
-from metalearn.build import Run, build
-from metalearn.config import RunConfig, checked
+from metalearn import loop, report
+from metalearn.build import build
+from metalearn.config import checked
 from metalearn.errors import UserError
-from metalearn.stats import estimate
+from metalearn.measure import measure
 from metalearn.tracking import Tracker
-from metalearn.types import State
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
@@ -47,7 +45,8 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         )  # fmt: skip
         with tracker.training():
             fitted = loop.fit(run, tracker, folder)
-        result = tested(run, fitted.state, folder / "test_scores.csv") | {
+        result, _ = measure(run, fitted.state, folder / "test_")
+        result |= {
             "name": name,
             "command": shlex.join(["metalearn", "train", *overrides]),
             "environment": environment,
@@ -65,81 +64,18 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     finally:
         tracker.close(failed)
     console.print(table)
+    report.print_details(console, result)
     for file in (
         RESULT_FILE,
         "metrics.jsonl",
         "test_scores.csv",
+        *(["test_classes.csv"] if (folder / "test_classes.csv").exists() else []),
         "learning_curve.png",
         "checkpoints/best.pt",
         CONFIG_FILE,
     ):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
     return fitted.best_val.mean
-
-
-def evaluate(folder: Path, stored: DictConfig, changed: DictConfig, overrides: list[str], console: Console) -> None:
-    """Tests the best checkpoint of a run under another configuration; writes `evaluations/<protocol_id>.json`.
-
-    Where `overrides` change the method too (its inner steps, say), the file's name says so besides.
-    Raises: UserError where the checkpoint cannot give what is asked, or has trained on the classes to be tested.
-    """
-    start = time.perf_counter()
-    before, after = checked(stored), checked(changed)
-    if after.statistics == "population" != before.statistics:
-        raise UserError("statistics=population: this run gathered none; train with statistics=population")
-    run = build(after)
-    _refuse_known_classes(before, run)
-    kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
-    for part in ("meta", "fixed"):
-        wanted, found = getattr(run.state, part), kept[part]
-        if {n: v.shape for n, v in wanted.items()} != {n: v.shape for n, v in found.items()}:
-            raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
-    trained = json.loads((folder / RESULT_FILE).read_text())
-    method = [word for word in overrides if word.startswith("algo.")]
-    target = folder / "evaluations" / "-".join([run.protocol_id, *(word.removeprefix("algo.") for word in method)])
-    try:
-        target.parent.mkdir(exist_ok=True)
-        result = tested(run, State(kept["meta"], kept["fixed"]), target.with_name(f"{target.name}.csv"))
-        result |= {
-            "name": trained["name"],
-            "overrides": overrides,
-            "seed": after.seed,
-            "environment": report.environment(str(run.device)),
-            "seconds": time.perf_counter() - start,
-        }
-        report.write_json(target.with_name(f"{target.name}.json"), result)
-    except OSError as error:
-        raise UserError(f"{target.parent} cannot be written ({error.strerror})") from None
-    console.print(report.result_table([report.result_row(trained["name"], result)]))
-    console.print(f"  {target}.json", highlight=False, soft_wrap=True)
-
-
-def _refuse_known_classes(trained: RunConfig, run: Run) -> None:
-    """Raises: UserError if classes to be tested were trained or validated on."""
-    if trained.dataset == run.config.dataset:
-        return
-    origin = build(trained)
-    if origin.content_hash == run.content_hash:
-        known = origin.class_names["train"] | origin.class_names["val"]
-        if shared := sorted(known & run.class_names["test"]):
-            raise UserError(
-                f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
-                "keep the split of the run"
-            )
-
-
-def tested(run: Run, state: State, scores_file: Path) -> dict[str, Any]:
-    """Scores of the test episodes, into a file, and what they say together with their protocol."""
-    scores = loop.test(run, state)
-    if not scores.isfinite().all():
-        raise loop.RunFailed(f"test {run.score.name} is not finite in {int((~scores.isfinite()).sum())} episodes")
-    lines = [f"episode,{run.score.name}", *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist()))]
-    scores_file.write_text("\n".join(lines) + "\n")
-    return {
-        "test": {run.score.name: report.as_dict(estimate(scores))},
-        "protocol": run.protocol,
-        "protocol_id": run.protocol_id,
-    }
 
 
 def summarise(sweep: Path, console: Console) -> int:

@@ -1,0 +1,93 @@
+"""How scores are shown: as text, and as figures in PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def shown(score: str, value: float) -> str:
+    """A score as people read it: an accuracy as a percentage, an error as it is."""
+    return f"{100 * value:.2f}%" if score == "accuracy" else f"{value:.4f}"
+
+
+def shown_interval(score: str, mean: float, ci95: float) -> str:
+    """A mean with the half-width of its interval."""
+    return f"{shown(score, mean)} ± {shown(score, ci95)}"
+
+
+def _axes(title: str | None = None, height: float = 4) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    if title:
+        axes.set_title(title, fontsize=10)
+    return figure, axes
+
+
+def _label(score: str) -> str:
+    return "accuracy (%)" if score == "accuracy" else score
+
+
+def _factor(score: str) -> int:
+    return 100 if score == "accuracy" else 1
+
+
+def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
+    """Training and validation score over meta-training steps, with the validation's 95% interval."""
+    figure, axes = _axes()
+    factor = _factor(score)
+    train_key = "train.accuracy" if score == "accuracy" else "train.loss"
+    train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
+    val = [row for row in rows if f"val.{score}" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")
+    axes.errorbar(
+        [row["step"] for row in val],
+        [factor * row[f"val.{score}"] for row in val],
+        [factor * row[f"val.{score}_ci95"] for row in val],
+        marker="o", markersize=3, capsize=2, label="validation, 95% interval",
+    )  # fmt: skip
+    axes.set(xlabel="meta-training step", ylabel=_label(score))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_curve(points: Sequence[tuple[int, float, float]], label: str, score: str, title: str, path: Path) -> None:
+    """A test score over a whole number. points: (at, mean, half-width of the 95% interval)."""
+    figure, axes = _axes(title)
+    at, mean, ci95 = (list(column) for column in zip(*points, strict=True))
+    factor = _factor(score)
+    axes.errorbar(
+        at, [factor * value for value in mean], [factor * value for value in ci95], marker="o", markersize=4, capsize=2
+    )
+    axes.set_xticks(at)
+    axes.set(xlabel=label, ylabel=f"test {_label(score)}, 95% interval")
+    figure.savefig(path, dpi=120)
+
+
+def draw_comparison(columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path) -> None:
+    """Scores with error bars, one panel a protocol. columns: title of the panel -> (method, mean, half-width)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
+    figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
+    factor = _factor(score)
+    for axes, (title, rows) in zip(panels, columns.items(), strict=True):
+        place = list(range(len(rows)))[::-1]
+        axes.errorbar(
+            [factor * mean for _, mean, _ in rows], place, xerr=[factor * ci95 for *_, ci95 in rows],
+            fmt="o", markersize=4, capsize=3,
+        )  # fmt: skip
+        axes.set_yticks(place, [name for name, *_ in rows], fontsize=8)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3, axis="x")
+    panels[-1].set_xlabel(f"test {_label(score)}, 95% interval")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,103 @@
+"""`metalearn reproduce`: a recipe in `conf/experiment/`, trained, tested, and held against a figure: PASS or FAIL."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from metalearn import composition, report
+from metalearn.config import checked, nearest
+from metalearn.errors import UserError
+from metalearn.figures import shown_interval
+from metalearn.verbs.train import RESULT_FILE
+
+VERDICT_FILE = "reproduction.json"
+#: What may be chosen without making it another experiment.
+_MAY_CHANGE = ("seed", "device", "data_dir", "cache_dir", "engine", "logger", "checkpoint", "hydra")
+
+
+def experiments() -> dict[str, str]:
+    """Names of the experiments that stand for a published figure, with one line each."""
+    return {
+        name: line
+        for name, line in composition.options("experiment").items()
+        if "\nreproduction:" in (composition.conf_dir() / "experiment" / f"{name}.yaml").read_text()
+    }
+
+
+class Recipe:
+    """One experiment at one budget. Raises: UserError where there is no such experiment or budget."""
+
+    def __init__(self, name: str, budget: str) -> None:
+        known = experiments()
+        if name not in known:
+            raise UserError(
+                f"{name}: there is no such experiment to reproduce; there are {', '.join(known)}{nearest(name, known)}"
+            )
+        settings = checked(composition.composed([f"experiment={name}"])).reproduction
+        assert settings is not None
+        if budget not in settings.budgets:
+            raise UserError(f"budget={budget}: should be one of {', '.join(settings.budgets)}")
+        self.name, self.budget, self.settings = name, budget, settings
+        self.measured = settings.measured.get(budget)
+
+    def overrides(self, more: list[str]) -> list[str]:
+        """What to train with. Raises: UserError where `more` would make it another experiment."""
+        for word in more:
+            key = word.split("=")[0]
+            if not any(key == allowed or key.startswith((f"{allowed}.", f"{allowed}/")) for allowed in _MAY_CHANGE):
+                raise UserError(
+                    f"{word}: makes it another experiment; reproduce takes {', '.join(_MAY_CHANGE)}; "
+                    f"use metalearn train experiment={self.name} {word}"
+                )
+        folder = f"outputs/reproduce/{self.name}-{self.budget}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
+        own = [] if any(word.startswith("hydra.run.dir=") for word in more) else [f"hydra.run.dir={folder}"]
+        return [f"experiment={self.name}", *self.settings.budgets[self.budget], *own, *more]
+
+    def _target(self) -> tuple[float, float, str] | None:
+        """Mean, half-width and name of the figure to hold against."""
+        if self.budget == "paper":
+            published = self.settings.published
+            return published.mean, published.ci95 or 0.0, f"published, {published.source}"
+        if self.measured is None:
+            return None
+        return self.measured.mean, self.measured.ci95, f"measured for budget={self.budget}"
+
+    def announcement(self) -> str:
+        """What is about to be tried."""
+        published = self.settings.published
+        lines = [
+            f"{self.name}, budget={self.budget}; published: "
+            f"{shown_interval('accuracy', published.mean, published.ci95 or 0.0)} ({published.source})"
+        ]
+        if self.measured:
+            lines.append(
+                f"expected: {shown_interval('accuracy', self.measured.mean, self.measured.ci95)} after "
+                f"{self.measured.minutes:.1f} minutes on {self.measured.hardware}"
+            )
+        elif self.budget == "paper":
+            lines.append("this budget has not been measured yet: it takes hours on a CPU")
+        else:
+            lines.append("this budget has no measured figure to hold against yet, so it cannot pass")
+        return "\n".join(lines)
+
+    def verdict(self, folder: Path, console: Console) -> bool:
+        """Holds the result in `folder` against the figure: mean + ci95 >= figure - its ci95. Writes it down."""
+        result = json.loads((folder / RESULT_FILE).read_text())
+        score, found = next(iter(result["test"].items()))
+        target = self._target()
+        if target is None:
+            passed, reason = False, f"no measured figure for budget={self.budget} to hold against"
+        elif self.measured and self.budget != "paper" and result["protocol_id"] != self.measured.protocol_id:
+            passed = False
+            reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured figure"
+        else:
+            mean, ci95, where = target
+            passed = found["mean"] + found["ci95"] >= mean - ci95
+            reason = f"{shown_interval(score, found['mean'], found['ci95'])} against {shown_interval(score, mean, ci95)} ({where})"
+        report.write_json(
+            folder / VERDICT_FILE,
+            {"experiment": self.name, "budget": self.budget, "passed": passed, "reason": reason},
+        )
+        console.print(f"[bold]{'PASS' if passed else 'FAIL'}[/bold]: {reason}", highlight=False, soft_wrap=True)
+        return passed
