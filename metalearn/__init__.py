@@ -1,3 +1,16 @@
 """metalearn: few-shot and meta-learning experiments, with figures that can be trusted."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metalearn.model import Model
+
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def load(run_folder: str, statistics: str | None = None, device: str = "auto") -> "Model":
+    """A trained run, to adapt to a few labelled examples and to predict others: see `metalearn.model.load`."""
+    from metalearn import model  # here, because torch takes seconds
+
+    return model.load(run_folder, statistics, device)

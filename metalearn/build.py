@@ -31,12 +31,14 @@ class Run:
     algorithm: Algorithm
     state: State
     train: TaskSource
-    val: EpisodeSource
+    val: EpisodeSource | None  # None in a run that is only tested
     test: EpisodeSource
     train_engine: Engine
     test_engine: Engine
     score: Score
     device: torch.device
+    spec: Spec
+    standardisation: dict[str, list[float]]
     protocol: dict[str, Any]
     content_hash: str
     class_names: dict[str, tuple[str, ...]]
@@ -72,16 +74,17 @@ def check(settings: RunConfig) -> None:
         )
     if settings.statistics == "population" and not normalises(settings):
         raise UserError("statistics=population wants a backbone with normalisation")
-    _device(settings.device)
+    device_of(settings.device)
 
 
-def build(settings: RunConfig, test_split: str = "test") -> Run:
-    """Reads the data and makes the run, which tests on the classes of `test_split`.
+def build(settings: RunConfig, only_test: str | None = None) -> Run:
+    """Reads the data and makes the run.
 
+    Args: only_test: the split to test on, for a run that is not trained again.
     Raises: UserError for what the data cannot give.
     """
     check(settings)
-    device = _device(settings.device)
+    device = device_of(settings.device)
     engine.prepare_process(device, settings.engine.threads)
     dataset = config.make(settings.dataset, "dataset")
     data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
@@ -94,7 +97,8 @@ def build(settings: RunConfig, test_split: str = "test") -> Run:
         if settings.train.source == "episodes"
         else data.batches("train", settings.train.batch_size, settings.seed)
     )
-    val = data.episodes("val", test_shape, settings.episode_seed)
+    val = None if only_test else data.episodes("val", test_shape, settings.episode_seed)
+    test_split = only_test or "test"
     test = data.episodes(test_split, test_shape, settings.episode_seed)
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
     unresolved = Engine(algorithm, settings.engine.strategy, settings.engine.task_chunk)
@@ -112,6 +116,8 @@ def build(settings: RunConfig, test_split: str = "test") -> Run:
         test_engine=unresolved.resolved(test.draw(0, 1), EVALUATION_BATCH),
         score=SCORES[data.target],
         device=device,
+        spec=spec,
+        standardisation=data.standardisation,
         protocol={
             **data.protocol(test_split),
             **dataclasses.asdict(test_shape),
@@ -131,7 +137,8 @@ def normalises(settings: RunConfig) -> bool:
     return settings.backbone.get("normalisation") != "none"
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for. Raises: UserError where there is no such device."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("device=cuda: torch finds no CUDA device here; use device=cpu or device=auto")

@@ -445,8 +445,9 @@ def _reproduce(words: list[str]) -> int:
     from metalearn import report
 
     console = report.console()
+    settings = recipe.overrides(overrides)
     console.print(recipe.announcement(), highlight=False, soft_wrap=True)
-    folder, _ = _trained(recipe.overrides(overrides), [], [])
+    folder, _ = _trained(settings, [], [])
     return 0 if recipe.verdict(folder, console) else 1
 
 

@@ -49,7 +49,7 @@ class ImageStore:
     scale: Tensor
 
     def pictures(self, rows: Tensor, turns: Tensor | None) -> Tensor:
-        """Pictures float32 [*rows, C, H, W], each turned by `turns` [*rows] quarter turns."""
+        """Pictures float32 [*rows, C, H, W], each turned by `turns` [*rows] quarter turns, and standardised."""
         x = self.images[rows]
         if turns is not None:
             turns = turns[..., None, None, None]

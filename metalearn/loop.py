@@ -43,7 +43,8 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     With `train.steps=0` the initialisation is validated and kept.
     Raises: RunFailed when the loss is no longer finite.
     """
-    settings, score, state = run.config.train, run.score, run.state
+    settings, score, state, val = run.config.train, run.score, run.state, run.val
+    assert val is not None
     leaves = list(state.meta.values())
     optimiser, schedule = _optimiser(settings, leaves)
     best: Estimate | None = None
@@ -55,6 +56,8 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
             "step": step,
             "meta": state.meta,
             "fixed": state.fixed,
+            "spec": dataclasses.asdict(run.spec),
+            "standardisation": run.standardisation,
             "optimiser": optimiser.state_dict(),
             "schedule": {"last_epoch": schedule.last_epoch},
             "best": {"step": best_step, "mean": best.mean if best else None},
@@ -63,7 +66,7 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
 
     def validate() -> dict[str, float]:
         nonlocal best, best_step, validations_since_best
-        estimate_now = estimate(evaluate(run, state, run.val, run.config.val.episodes))
+        estimate_now = estimate(evaluate(run, state, val, run.config.val.episodes))
         if not math.isfinite(estimate_now.mean):
             raise RunFailed(f"val.{score.name} is {estimate_now.mean} at step {step}; lower train.lr or the inner rate")
         validations_since_best += 1

@@ -14,6 +14,8 @@ from metalearn.types import State
 
 #: Half-widths of the interval for which the number of episodes is told: half a point, a tenth of a point.
 _HALF_WIDTHS = (0.005, 0.001)
+#: A class is called bad only when it was asked this often.
+_QUERIES_OF_A_CLASS = 30
 
 
 def measure(
@@ -43,7 +45,8 @@ def measure(
         if files:
             lines = ["class,accuracy,queries", *(f"{name},{share:.6f},{count}" for name, share, count in rows if count)]
             files.with_name(f"{files.name}classes.csv").write_text("\n".join(lines) + "\n")
-        details["worst_classes"] = {name: share for name, share, count in rows[:5] if count}
+        judged = [(name, share) for name, share, count in rows if count >= _QUERIES_OF_A_CLASS]
+        details["worst_classes"] = dict(judged[:5])
     result = {
         "test": {run.score.name: as_dict(stats.estimate(scores))},
         "details": details,

@@ -94,8 +94,9 @@ def print_details(console: Console, result: dict[str, Any]) -> None:
     score, details = next(iter(result["test"])), result["details"]
     parts = [f"worst tenth of the episodes {shown(score, details['worst_decile']['mean'])}"]
     if "worst_classes" in details:
-        name, share = next(iter(details["worst_classes"].items()))
-        parts.append(f"worst class {name} {shown(score, share)}")
+        parts += [
+            f"worst class {name} {shown(score, share)}" for name, share in [*details["worst_classes"].items()][:1]
+        ]
         parts.append(f"calibration error {shown(score, details['expected_calibration_error'])}")
         parts.append(f"±0.10% wants {details['episodes_needed']['0.001']:,} episodes")
     console.print(f"  {'; '.join(parts)}", highlight=False, soft_wrap=True)

@@ -58,7 +58,7 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert stored["test"] == result["test"]
     other = metalearn("evaluate", "run=my run", "statistics=support", "episode.query=5")
     assert other.returncode == 0, other.stderr
-    assert len(list((folder / "evaluations").glob("*.json"))) == 2
+    assert len(list((folder / "evaluations").glob("*.json"))) == 4  # both statistics of two protocols
     assert "episode.quer" in one_line(metalearn("evaluate", "run=my run", "episode.quer=5"), 2)
     assert "train with statistics=population" in one_line(
         metalearn("evaluate", "run=my run", "statistics=population"), 2
@@ -69,7 +69,13 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert metalearn("evaluate", "run=my run", "algo.test_inner_steps=9").returncode == 0
     steps = folder / f"evaluations/{result['protocol_id']}-test_inner_steps=9.json"
     assert json.loads(steps.read_text())["overrides"] == ["algo.test_inner_steps=9"]
-    assert "weights" in one_line(metalearn("evaluate", "run=my run", "backbone.filters=9"), 2)
+    assert "cannot change how the run was trained" in one_line(
+        metalearn("evaluate", "run=my run", "backbone.filters=9"), 2
+    )
+    compared = metalearn("compare", "my run")
+    assert compared.returncode == 0, compared.stderr
+    assert (folder / "comparison.md").exists()
+    assert result["protocol_id"] in compared.stdout
 
 
 def test_steps_zero_tests_the_initialisation(metalearn, tmp_path):

@@ -17,7 +17,7 @@ _RUN = _BASE | {"engine", "episodes", "build", "stats", "config", "checkpoint"}
 
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
-    "__init__": set(), "__main__": {"cli"}, "errors": set(), "settings": set(), "atomic": set(), "random": set(),
+    "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "settings": set(), "atomic": set(), "random": set(),
     "types": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
     "backbones": _BASE,
     "algorithms": _BASE | {"backbones"},
@@ -32,6 +32,7 @@ _ALLOWED = {
     "tracking": {"config", "types", "figures"},
     "report": {"figures", "types", "atomic", "stats"},
     "measure": _RUN | {"loop", "report"},
+    "model": _RUN,
     "verbs": _RUN | {"composition", "loop", "measure", "report", "figures", "tracking"},
     "cli": _RUN | {"composition", "verbs", "report"},
 }  # fmt: skip

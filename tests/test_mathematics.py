@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from scipy import stats as scipy_stats
 
-from metalearn import random, stats
+from metalearn import random
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.protonet import ProtoNet, class_means, squared_distance
 from metalearn.algorithms.reptile import Reptile
@@ -119,14 +118,3 @@ def test_protonet_loss_is_cross_entropy_over_negative_squared_distances():
     loss = algorithm.loss(State({}, {}), Task(support, query, torch.tensor(0)), _PROGRESS)
     logits = torch.tensor([-(0.5**2) / 2, -(1.5**2) / 2])
     torch.testing.assert_close(loss.value, torch.logsumexp(logits, 0) - logits[0])
-
-
-def test_interval_equals_a_hand_worked_sample():
-    # 1..5: mean 3, standard deviation sqrt(2.5), t(0.975, 4) = 2.776445.
-    found = stats.estimate(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert (found.mean, found.episodes) == (3.0, 5)
-    assert found.ci95 == pytest.approx(2.7764451 * (2.5 / 5) ** 0.5, rel=1e-6)
-    low, high = scipy_stats.t.interval(0.95, 4, loc=3, scale=(2.5 / 5) ** 0.5)
-    assert found.ci95 == pytest.approx((high - low) / 2)
-    with pytest.raises(ValueError, match="at least two"):
-        stats.estimate(torch.tensor([1.0]))

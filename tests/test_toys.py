@@ -177,6 +177,9 @@ def test_toy_goes_through_the_same_engine_and_loop(toy, make_run, tmp_path, monk
         def draw(self, first, count):
             return dress(self.source.draw(first, count), toy)
 
+        def classes(self, first, count):
+            return self.source.classes(first, count)
+
     spec_classes = 4 * 39 if source == "batches" else 0
     state = algorithm.init(Spec((1, 16, 16), 5, spec_classes, "class"), random.key_of(0))
     engine = Engine(algorithm, "vmap", 2)

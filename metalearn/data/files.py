@@ -93,6 +93,11 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
     return torch.from_numpy(np.concatenate(parts))
 
 
+def ink(picture: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+    """Dark ink on light paper as uint8 [1, size, size], ink 255 on paper 0."""
+    return 255 - np.asarray(picture.convert("L").resize((size, size), resample))[None]
+
+
 def _open(file: PictureFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
     if file.container.is_dir():
         return (file.container / file.name).open("rb")

@@ -92,10 +92,11 @@ class Folder:
                 f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least"
             )
         names = sorted(classes)
-        images = decode([file for name in names for file in classes[name]], self._to_array)
+        images = decode([file for name in names for file in classes[name]], self.to_array)
         return Pictures(images, [len(classes[name]) for name in names], names)
 
-    def _to_array(self, picture: Image.Image) -> np.ndarray:
+    def to_array(self, picture: Image.Image) -> np.ndarray:
+        """A picture of any format and size as the network sees it: uint8 [C, H, W]."""
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
@@ -119,7 +120,7 @@ class Folder:
             raise UserError(f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it") from None
         labels = np.concatenate([half.targets for half in halves])
         pictures = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
-        images = np.stack([self._to_array(Image.fromarray(picture)) for picture in pictures])
+        images = np.stack([self.to_array(Image.fromarray(picture)) for picture in pictures])
         return Pictures(torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes))
 
     def _splits(self, names: list[str], root: Path) -> dict[str, list[str]]:

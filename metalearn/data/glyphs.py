@@ -8,11 +8,13 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from metalearn import random
-from metalearn.data.files import cached
+from metalearn.data.files import cached, ink
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
 from metalearn.settings import at_least, choice
 
@@ -50,6 +52,10 @@ class Glyphs:
             standardise=False,
             device=device,
         )
+
+    def to_array(self, picture: Image.Image) -> np.ndarray:
+        """Somebody's own drawing as the network sees it: uint8 [1, H, W], ink 255 on paper 0."""
+        return ink(picture, self.image_size)
 
     def _render(self) -> Pictures:
         keys = random.fold_in(random.key_of(self.glyph_seed), torch.arange(self.num_classes))

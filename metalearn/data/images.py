@@ -101,6 +101,11 @@ class ImageData:
             pictures.images.to(device), shift.view(-1, 1, 1).to(device), 1 / scale.view(-1, 1, 1).to(device)
         )
 
+    @property
+    def standardisation(self) -> dict[str, list[float]]:
+        """What is subtracted from x / 255, and what multiplied then, for each channel."""
+        return {"shift": self._store.shift.flatten().tolist(), "scale": self._store.scale.flatten().tolist()}
+
     def class_names(self, split: str) -> tuple[str, ...]:
         """Names of the classes of a split; a class keeps its name when it is turned."""
         return self._tables[split].names

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from metalearn.data.download import fetch
-from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
+from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split
 from metalearn.errors import UserError
 from metalearn.settings import at_least, choice
@@ -89,12 +89,12 @@ class Omniglot:
                     "bring the official archives"
                 )
 
-        def to_array(picture: Image.Image) -> np.ndarray:
-            size = (self.image_size, self.image_size)
-            return 255 - np.asarray(picture.convert("L").resize(size, _RESAMPLING[self.resample]))[None]
-
-        images = decode([file for name in names for file in sorted(drawings[name], key=_number)], to_array)
+        images = decode([file for name in names for file in sorted(drawings[name], key=_number)], self.to_array)
         return Pictures(images, [_DRAWINGS] * len(names), names)
+
+    def to_array(self, picture: Image.Image) -> np.ndarray:
+        """A drawing as the network sees it: uint8 [1, H, W], ink 255 on paper 0."""
+        return ink(picture, self.image_size, _RESAMPLING[self.resample])
 
     def _splits(self, names: list[str]) -> dict[str, list[str]]:
         if self.split == "vinyals":

@@ -41,6 +41,7 @@ class SinusoidData:
 
     target = Sinusoid.target
     input_shape = (1,)
+    standardisation: ClassVar[dict[str, list[float]]] = {}
 
     def __init__(self, settings: Sinusoid, device: torch.device) -> None:
         self.settings = settings

@@ -1,0 +1,146 @@
+"""A trained run from Python: adapt it to a few labelled examples, predict others; needs the run folder and no data."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from metalearn import checkpoint, config, random
+from metalearn.build import device_of
+from metalearn.errors import UserError
+from metalearn.types import Labelled, Spec, State
+
+#: Random stream of the choices a method makes while it adapts here.
+_ADAPT_STREAM = 200
+
+
+def load(run_folder: str | Path, statistics: str | None = None, device: str = "auto") -> "Model":
+    """The best checkpoint of a finished run, ready to adapt.
+
+    Args:
+      statistics: of the normalisation at prediction. None: inductive ones ("population" where the run has them, else
+        "support"), so that a prediction does not depend on what else is asked with it; "query" for the transductive
+        ones that most figures of MAML's family stand for.
+    Raises: UserError where no such run lies there, or its statistics are not to be had.
+    """
+    folder = Path(run_folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no config.yaml there; name the folder of a finished training run")
+    composed: Any = OmegaConf.load(folder / "config.yaml")
+    settings = config.checked(composed)
+    if statistics is None:
+        statistics = "population" if settings.statistics == "population" else "support"
+    if statistics == "population" != settings.statistics:
+        raise UserError("statistics=population: this run gathered none; train with statistics=population")
+    settings = config.checked(OmegaConf.merge(composed, {"statistics": statistics}))  # type: ignore[arg-type]
+    kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(device))
+    if "spec" not in kept:
+        raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
+    return Model(composed, settings, kept)
+
+
+class Model:
+    """What `metalearn.load` gives.
+
+    config: the composed configuration; spec: shape of the inputs, number of ways and kind of target of the run;
+    classes: the labels of the last `adapt`, in the order of the columns of `probabilities`.
+    """
+
+    def __init__(self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any]) -> None:
+        backbone = config.make(settings.backbone, "backbone")
+        self.config = composed
+        self.spec = Spec(**kept["spec"] | {"input_shape": tuple(kept["spec"]["input_shape"])})
+        self.classes: list[Hashable] = []
+        self._algorithm = config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
+        self._dataset = config.make(settings.dataset, "dataset")
+        self._state = State(kept["meta"], kept["fixed"])
+        self._standardisation = kept["standardisation"]
+        self._device = next(iter(self._state.meta.values())).device
+        self._learner: Any = None
+
+    def inputs(self, x: Any) -> Tensor:
+        """Inputs [M, *X] as the network sees them.
+
+        Args: x: picture files (paths), which are read as the run's data set reads its own; or an array or tensor
+          [M, C, H, W]: uint8, or floats in [0, 1] (ink 1 for handwriting); or [M, D] for regression.
+        Raises: UserError for a shape the run does not have, or a file that is no picture.
+        """
+        if isinstance(x, Sequence) and x and all(isinstance(item, str | Path) for item in x):
+            x = torch.stack([self._picture(Path(item)) for item in x])
+        found = torch.as_tensor(x)
+        found = found.to(self._device, torch.float32) / (255 if found.dtype == torch.uint8 else 1)
+        if found.shape[1:] != self.spec.input_shape:
+            raise UserError(
+                f"x has shape {tuple(found.shape)}; this run wants [M, {str(self.spec.input_shape)[1:-1].rstrip(',')}]"
+            )
+        if self._standardisation:
+            shift, scale = (
+                torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
+                for name in ("shift", "scale")
+            )
+            found = (found - shift) * scale
+        return found
+
+    def _picture(self, path: Path) -> Tensor:
+        if not hasattr(self._dataset, "to_array"):
+            raise UserError(f"{path}: this run does not take pictures")
+        try:
+            with Image.open(path) as picture:
+                return torch.from_numpy(self._dataset.to_array(picture).copy())
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{path} is not a readable picture ({error})") from None
+
+    @torch.no_grad()
+    def adapt(self, x: Any, y: Any, steps: int | None = None) -> "Model":
+        """Learns from labelled examples, starting from the meta-trained state each time. Returns: self.
+
+        Args:
+          x: see `inputs`; y: a label for each, of any kind that can be compared for equality; for regression
+            targets [M, D]. steps: adaptation steps; None: as the run was tested.
+        Raises: UserError where the numbers of examples, labels or classes do not fit.
+        """
+        x = self.inputs(x)
+        if self.spec.target == "class":
+            labels = [label.item() if isinstance(label, Tensor) or hasattr(label, "item") else label for label in y]
+            classes = list(dict.fromkeys(labels))
+            index = {label: number for number, label in enumerate(classes)}
+            target = torch.tensor([index[label] for label in labels], device=self._device)
+            if self._algorithm.fixed_way and len(classes) != self.spec.way:
+                raise UserError(
+                    f"y has {len(classes)} classes; this run tells {self.spec.way} apart, the number of ways is part of "
+                    "its weights"
+                )
+            way = len(classes)
+        else:
+            classes, target = [], torch.as_tensor(y, dtype=torch.float32, device=self._device)
+            way = self.spec.way
+        if len(target) != len(x) or not len(x):
+            raise UserError(f"x has {len(x)} examples and y {len(target)}; they should be as many, and at least one")
+        key = random.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
+        support = Labelled(x, target, way)
+        self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
+        self.classes = classes
+        return self
+
+    @torch.no_grad()
+    def _outputs(self, x: Any) -> Tensor:
+        if self._learner is None:
+            raise UserError("nothing has been learned yet; call adapt(x, y) first")
+        return self._algorithm.predict(self._state, self._learner, self.inputs(x))
+
+    def predict(self, x: Any) -> Any:
+        """The label of each input, a list [Q]; for regression values [Q, D]."""
+        outputs = self._outputs(x)
+        if self.spec.target != "class":
+            return outputs
+        return [self.classes[number] for number in outputs.argmax(-1).tolist()]
+
+    def probabilities(self, x: Any) -> Tensor:
+        """The share the network gives each class [Q, N], columns as in `classes`."""
+        if self.spec.target != "class":
+            raise UserError("probabilities are for classes; this run predicts values")
+        return self._outputs(x).softmax(-1)

@@ -1,0 +1,129 @@
+"""A trained run from Python, and the notebook that shows it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import metalearn
+from metalearn import composition, loop
+from metalearn.build import build
+from metalearn.config import checked
+from metalearn.errors import UserError
+
+_NOTEBOOK = Path(__file__).parent.parent / "docs" / "from_python.ipynb"
+
+
+class Silent:
+    def log(self, row):
+        pass
+
+
+@pytest.fixture
+def trained(compose, tmp_path):
+    """A short run in a folder of its own, and the run."""
+
+    def made(*overrides):
+        small = "dataset=sinusoid" not in overrides
+        config = compose(*overrides) if small else composition.composed(list(overrides))
+        run = build(checked(config))
+        loop.fit(run, Silent(), tmp_path)
+        OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+        return tmp_path, run
+
+    return made
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_predicts_what_the_test_would(trained, name):
+    folder, run = trained(f"algo={name}", "statistics=query")
+    model = metalearn.load(folder, statistics="query")
+    task = run.test.draw(0, 1)
+    expected = run.test_engine.predictions(run.state, task)[0].softmax(-1)
+    # As raw bytes, and under labels of one's own in an order of one's own.
+    store = run.test.store
+    bytes_of = lambda x: ((x / store.scale + store.shift) * 255).round().to(torch.uint8)  # noqa: E731
+    letters = np.array(["e", "d", "c", "b", "a"])
+    order = task.support.y[0].argsort()
+    model.adapt(bytes_of(task.support.x[0][order]), letters[task.support.y[0][order]])
+    torch.testing.assert_close(model.probabilities(bytes_of(task.query.x[0])), expected, rtol=1e-4, atol=1e-5)
+    assert model.predict(bytes_of(task.query.x[0])) == letters[expected.argmax(-1)].tolist()
+    assert model.classes == letters.tolist()
+    assert model.config.algo._target_ == run.config.algo["_target_"]
+
+
+def test_default_predictions_do_not_depend_on_each_other(trained):
+    folder, run = trained("algo=maml")
+    task = run.test.draw(0, 1)
+    model = metalearn.load(folder).adapt(task.support.x[0], task.support.y[0])
+    together = model.probabilities(task.query.x[0])
+    alone = model.probabilities(task.query.x[0][:1])
+    torch.testing.assert_close(together[:1], alone)
+    with pytest.raises(UserError, match="gathered none"):
+        metalearn.load(folder, statistics="population")
+
+
+def test_adapts_from_the_same_state_each_time(trained):
+    folder, run = trained("algo=maml", "train.steps=1")
+    first, second = (run.test.draw(number, 1) for number in (0, 1))
+    model = metalearn.load(folder)
+    before = model.adapt(first.support.x[0], first.support.y[0]).probabilities(first.query.x[0])
+    model.adapt(second.support.x[0], second.support.y[0])
+    again = model.adapt(first.support.x[0], first.support.y[0]).probabilities(first.query.x[0])
+    assert torch.equal(before, again)
+
+
+def test_reads_picture_files_as_the_data_set_does(trained, tmp_path):
+    folder, _ = trained("algo=protonet", "dataset.image_size=16")
+    paper = np.full((64, 64), 255, np.uint8)
+    paper[:, 20:30] = 0
+    Image.fromarray(paper).save(tmp_path / "drawing.png")
+    x = metalearn.load(folder).inputs([tmp_path / "drawing.png"])
+    assert x.shape == (1, 1, 16, 16)
+    assert x[0, 0, 8, 6] > 0.9 > 0.1 > x[0, 0, 8, 14].abs()
+
+
+def test_regression(trained):
+    folder, _ = trained("dataset=sinusoid", "train.steps=2", "val.episodes=4")
+    model = metalearn.load(folder)
+    x = torch.linspace(-5, 5, 10)[:, None]
+    assert model.adapt(x, x.sin()).predict(x).shape == (10, 1)
+    with pytest.raises(UserError, match="for classes"):
+        model.probabilities(x)
+
+
+def test_mistakes_are_told(trained, tmp_path):
+    folder, run = trained("algo=maml", "train.steps=1")
+    model = metalearn.load(folder)
+    task = run.test.draw(0, 1)
+    x, y = task.support.x[0], task.support.y[0]
+    with pytest.raises(UserError, match="call adapt"):
+        model.predict(x)
+    with pytest.raises(UserError, match="y has 3 classes; this run tells 5 apart"):
+        model.adapt(x[:3], [0, 1, 2])
+    with pytest.raises(UserError, match="5 examples and y 6"):
+        model.adapt(x, [0, 1, 2, 3, 4, 0])
+    with pytest.raises(UserError, match=r"shape \(5, 16, 16\); this run wants \[M, 1, 16, 16\]"):
+        model.adapt(x[:, 0], y)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"broken\.png is not a readable picture"):
+        model.inputs([tmp_path / "broken.png"])
+    with pytest.raises(UserError, match="name the folder of a finished training run"):
+        metalearn.load(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch, cache_dir, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METALEARN_CACHE", str(cache_dir))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    names: dict = {}
+    for cell in json.loads(_NOTEBOOK.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["accuracy"] > 0.5
+    assert "drawings named rightly" in capsys.readouterr().out
