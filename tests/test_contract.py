@@ -25,16 +25,18 @@ def permuted_classes(task: Task, order: torch.Tensor) -> Task:
     return dataclasses.replace(task, support=relabelled(task.support), query=relabelled(task.query))
 
 
-class Noise:
-    """Tasks of pure noise with the true labels shuffled away: nothing can be learned."""
+class Shuffled:
+    """Tasks whose query labels, or whose support labels, are shuffled: nothing can be learned."""
 
-    def __init__(self, source):
-        self.source = source
+    def __init__(self, source, part):
+        self.source, self.part = source, part
 
     def draw(self, first, count):
         task = self.source.draw(first, count)
-        order = random.permutation(random.fold_in(task.key, 77), task.query.y.shape[1])
-        return dataclasses.replace(task, query=dataclasses.replace(task.query, y=task.query.y.gather(1, order)))
+        labelled = getattr(task, self.part)
+        order = random.permutation(random.fold_in(task.key, 77), labelled.y.shape[1])
+        changed = dataclasses.replace(labelled, y=labelled.y.gather(1, order))
+        return dataclasses.replace(task, **{self.part: changed})
 
 
 @pytest.mark.parametrize("statistics", STATISTICS)
@@ -79,8 +81,9 @@ def test_beats_chance_on_separable_classes_but_not_on_shuffled_labels(name, make
     run = make_run(f"algo={name}", "test.episodes=100", "train.meta_batch=1", "dataset.jitter=0.2")
     found = estimate(loop.test(run, run.state, None).scores)
     assert found.mean - 3 * found.ci95 > 0.2  # chance, for the initialisation already
-    shuffled = estimate(loop.evaluate(run, run.state, Noise(run.test), 100))
-    assert abs(shuffled.mean - 0.2) < 1.7 * shuffled.ci95
+    for part in ("query", "support"):
+        shuffled = estimate(loop.evaluate(run, run.state, Shuffled(run.test, part), 400))
+        assert abs(shuffled.mean - 0.2) < 1.5 * shuffled.ci95, part
 
 
 @pytest.mark.slow
@@ -95,8 +98,11 @@ def test_training_improves(name, make_run, tmp_path):
         def log(self, row):
             pass
 
-    after = loop.fit(run, Silent(), tmp_path).best_val
-    assert after.mean > before.mean + before.ci95
+    fitted = loop.fit(run, Silent(), tmp_path)
+    assert fitted.best_val.mean > before.mean + before.ci95
+    for part in ("query", "support"):  # a trained method has nothing but the labels to go by either
+        shuffled = estimate(loop.evaluate(run, fitted.state, Shuffled(run.test, part), 400))
+        assert abs(shuffled.mean - 0.2) < 1.5 * shuffled.ci95, part
 
 
 def test_labels_of_the_support_are_learned_from(name, make_run):
