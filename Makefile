@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo check format test benchmark-engine wheel clean
+.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-engine benchmark-intervals wheel clean
 
 help:  ## this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,16 @@ format: setup  ## mend what format and lint can mend by themselves
 
 test: setup  ## all tests
 	pytest -n 2
+
+BUDGET ?= quick
+benchmark: setup  ## every recipe of a published figure at BUDGET=smoke|quick|paper, skipping what is done
+	python scripts/benchmark.py budget=$(BUDGET) $(BENCHMARK)
+
+benchmark-omniglot: setup  ## the recipes on Omniglot alone
+	python scripts/benchmark.py budget=$(BUDGET) only=omniglot $(BENCHMARK)
+
+benchmark-intervals: setup  ## that the 95% interval covers the truth in 95% of simulated runs, into benchmarks/
+	python scripts/benchmark_intervals.py
 
 benchmark-engine: setup  ## what the engine's static rule rests on: strategies and chunks, into benchmarks/
 	python scripts/benchmark_engine.py

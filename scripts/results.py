@@ -1,83 +1,196 @@
-"""Collects finished runs into benchmarks/results/ and writes README's results table from what lies there.
+"""Collects finished runs into benchmarks/results/ and writes README's results tables from what lies there.
 
-python scripts/results.py outputs/maml-omniglot/<time> …     collect these runs, then write the table
-python scripts/results.py                                    only write the table
+python scripts/results.py outputs/maml-omniglot/<time> …       collect these runs, then write the tables
+python scripts/results.py --measured outputs/benchmark/quick/* …    besides, what recipes are held against from now on
+python scripts/results.py                                      only write the tables
 """
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from metalearn import composition, config
+
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks/results"
 _BEGIN, _END = "<!-- results: written by scripts/results.py -->", "<!-- end of results -->"
+_BUDGETS = ("smoke", "quick", "paper")
 
 
-def collect(folder: Path) -> None:
-    """One file for a run: its result, and every evaluation made of it since."""
+def collect(folder: Path, measured: bool) -> None:
+    """One file for a run: its result, every evaluation made of it since, and what it reproduces.
+
+    Args: measured: whether the experiment's file takes the figure as the one to hold against at this budget.
+    """
     result = json.loads((folder / "result.json").read_text())
     evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
-    again = [found for found in evaluations if found["protocol_id"] != result["protocol_id"]]
-    content = json.dumps({"result": result, "evaluations": again}, indent=1)
-    _RESULTS.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {"result": result, "evaluations": evaluations}
     name = f"{result['name'].replace(' ', '-')}-{hashlib.sha256(result['command'].encode()).hexdigest()[:6]}"
-    (_RESULTS / f"{name}.json").write_text(content + "\n")
+    if (folder / "reproduction.json").exists():
+        found = json.loads((folder / "reproduction.json").read_text())
+        content["reproduction"] = found
+        name = f"reproduce-{found['experiment']}-{found['budget']}"
+        if measured:
+            _hold_against(found["experiment"], found["budget"], result)
+    _RESULTS.mkdir(parents=True, exist_ok=True)
+    (_RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: one line a measurement, the run's own first."""
-    lines = [
-        "| method, data | way/shot/query | statistics | test | episodes | protocol | steps | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    commands = []
+def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
+    """Writes a measured figure into the header of the experiment's file."""
+    path = composition.conf_dir() / "experiment" / f"{experiment}.yaml"
+    before, mark, _ = path.read_text().partition("  measured:")
+    settings = config.checked(composition.composed([f"experiment={experiment}"])).reproduction
+    assert mark and settings is not None
+    estimate = result["test"]["accuracy"]
+    lines = {name: _line(name, vars(one)) for name, one in settings.measured.items()}
+    lines[budget] = _line(
+        budget,
+        {
+            "mean": round(estimate["mean"], 4),
+            "ci95": round(estimate["ci95"], 4),
+            "minutes": round(result["seconds"] / 60, 1),
+            "hardware": result["environment"]["hardware"],
+            "commit": result["environment"]["commit"],
+            "seed": result["seed"],
+            "protocol_id": result["protocol_id"],
+        },
+    )
+    path.write_text("\n".join([f"{before}{mark}", *(lines[name] for name in _BUDGETS if name in lines), ""]))
+
+
+def _line(budget: str, figures: dict[str, Any]) -> str:
+    return f"    {budget}: {{{', '.join(f'{key}: {json.dumps(value)}' for key, value in figures.items())}}}"
+
+
+def _figure(measured: dict[str, Any]) -> str:
+    score, estimate = next(iter(measured["test"].items()))
+    if score == "accuracy":
+        return f"{100 * estimate['mean']:.2f} ± {100 * estimate['ci95']:.2f}%"
+    return f"{score} {estimate['mean']:.3f} ± {estimate['ci95']:.3f}"
+
+
+def _shape(protocol: dict[str, Any]) -> str:
+    return f"{protocol['way']}/{protocol['shot']}/{protocol['query']}"
+
+
+def _markdown(head: list[str], rows: list[list[Any]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
+
+
+def plain(runs: list[dict[str, Any]]) -> list[str]:
+    """Plain commands: one line a measurement, the run's own first; then the commands."""
+    rows, commands = [], []
     for number, run in enumerate(runs, 1):
         result = run["result"]
         environment = result["environment"]
-        versions = environment["versions"]
         commands.append(
             f"{number}. `{result['command']}`, seed {result['seed']}, commit {environment['commit']}, "
-            f"{environment['hardware']}, torch {versions['torch']}"
+            f"{environment['hardware']}, torch {environment['versions']['torch']}"
         )
-        for measured in [result, *sorted(run["evaluations"], key=_order)]:
-            protocol = measured["protocol"]
-            score, estimate = next(iter(measured["test"].items()))
-            figure = (
-                f"{100 * estimate['mean']:.2f} ± {100 * estimate['ci95']:.2f}%"
-                if score == "accuracy"
-                else f"{score} {estimate['mean']:.3f} ± {estimate['ci95']:.3f}"
-            )
+        others = [one for one in run["evaluations"] if one["protocol_id"] != result["protocol_id"] or _method(one)]
+        differences = {one["protocol_id"]: one for one in run["evaluations"] if "transductive_minus_inductive" in one}
+        for measured in [result, *sorted(others, key=_order)]:
             own = measured is result
-            cells = [
-                f"{result['name']} ({number})",
-                f"{protocol['way']}/{protocol['shot']}/{protocol['query']}",
-                protocol["statistics"],
-                figure,
-                estimate["episodes"],
-                measured["protocol_id"],
-                result["steps"] if own else " ".join(measured["overrides"]),
-                f"{result['seconds'] / 60:.0f}" if own else "",
-            ]
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *commands])
+            paired = differences.get(measured["protocol_id"])
+            inductive = paired is not None and measured["protocol"]["statistics"] != "query"
+            rows.append(
+                [
+                    f"{result['name']} ({number})",
+                    _shape(measured["protocol"]),
+                    measured["protocol"]["statistics"],
+                    _figure(measured),
+                    _difference(paired["transductive_minus_inductive"]) if paired and inductive else "",
+                    measured["protocol_id"],
+                    " ".join(_method(measured)),
+                    result["steps"] if own else "",
+                    f"{result['seconds'] / 60:.0f}" if own else "",
+                ]
+            )
+    head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus it", "protocol", "adaptation",
+            "steps", "minutes"]  # fmt: skip
+    return [*_markdown(head, rows), "", *commands]
+
+
+def _method(measured: dict[str, Any]) -> list[str]:
+    return [word for word in measured.get("overrides", []) if word.startswith("algo.")]
+
+
+def _difference(found: dict[str, Any]) -> str:
+    return f"{100 * found['mean']:+.2f} ± {100 * found['ci95']:.2f}"
 
 
 def _order(measured: dict[str, Any]) -> tuple[Any, ...]:
     protocol = measured["protocol"]
-    return protocol["way"], protocol["shot"], protocol["query"], protocol["statistics"]
+    return protocol["way"], protocol["shot"], protocol["query"], protocol["statistics"], _method(measured)
+
+
+def recipes(runs: list[dict[str, Any]]) -> list[str]:
+    """Published figures beside what the recipe gave at the largest budget it was run with."""
+    best: dict[str, dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: _BUDGETS.index(run["reproduction"]["budget"])):
+        best[run["reproduction"]["experiment"]] = run
+    rows, hardware = [], set()
+    for name, run in sorted(best.items()):
+        result = run["result"]
+        settings = config.checked(composition.composed([f"experiment={name}"])).reproduction
+        assert settings is not None
+        published = settings.published
+        interval = f" ± {100 * published.ci95:.2f}" if published.ci95 else ""
+        environment = result["environment"]
+        hardware.add(f"{environment['hardware']}, torch {environment['versions']['torch']}")
+        rows.append(
+            [
+                f"`{name}`",
+                f"{100 * published.mean:.2f}{interval}%",
+                _figure(result),
+                run["reproduction"]["budget"],
+                _shape(result["protocol"]),
+                result["protocol"]["statistics"],
+                result["protocol_id"],
+                result["seed"],
+                f"{result['seconds'] / 60:.0f}",
+                environment["commit"],
+            ]
+        )
+    head = ["experiment", "published", "here", "budget", "way/shot/query", "statistics", "protocol", "seed", "minutes",
+            "commit"]  # fmt: skip
+    return [*_markdown(head, rows), "", f"On {'; '.join(sorted(hardware))}."] if rows else []
+
+
+def write_tables() -> list[str]:
+    """Writes both tables into README. Returns: the one of the recipes."""
+    runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
+    reproduced = recipes([run for run in runs if "reproduction" in run])
+    own = plain([run for run in runs if "reproduction" not in run])
+    text = "\n".join(
+        [
+            _BEGIN,
+            "Recipes of published figures, under the published protocol, at the largest budget they were run with",
+            "(`metalearn reproduce <experiment> budget=…`):",
+            "",
+            *reproduced,
+            "",
+            "Plain commands, whose settings suit a CPU, tested under several protocols:",
+            "",
+            *own,
+            _END,
+        ]
+    )
+    readme = _ROOT / "README.md"
+    readme.write_text(re.sub(f"{_BEGIN}.*{_END}", lambda _: text, readme.read_text(), flags=re.S))
+    return reproduced
 
 
 def main() -> None:
-    for folder in sys.argv[1:]:
-        collect(Path(folder))
-    runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
-    readme = _ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
-    readme.write_text(f"{before}{_BEGIN}\n{table(runs)}\n{_END}{after}")
+    words = sys.argv[1:]
+    for folder in [word for word in words if word != "--measured"]:
+        collect(Path(folder), measured="--measured" in words)
+    write_tables()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Runs recipes of published figures one after the other, skips what is done, and ends with one table.
+
+python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
+
+Each lies in outputs/benchmark/<budget>/<experiment>/; a run that was cut off is made again. Result files go to
+benchmarks/results/, and README's tables are written from them.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import results
+
+from metalearn.verbs.reproduce import VERDICT_FILE, experiments
+
+
+def main() -> None:
+    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    budget, only = given.pop("budget", "quick"), given.pop("only", "")
+    names = [name for name in experiments() if only in name.split("_")] if only else list(experiments())
+    failed = []
+    for number, name in enumerate(names, 1):
+        folder = Path("outputs/benchmark") / budget / name
+        print(f"\n[{number}/{len(names)}] {name}", flush=True)
+        if (folder / VERDICT_FILE).exists():
+            print(f"done already: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left
+            words = [f"{key}={value}" for key, value in {"logger": "none", **given}.items()]
+            command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}"]
+            done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
+            if not (folder / VERDICT_FILE).exists():
+                sys.exit(f"{name} ended with exit code {done.returncode}; run this again to go on from here")
+        if '"passed": false' in (folder / VERDICT_FILE).read_text():
+            failed.append(name)
+        results.collect(folder, measured=False)
+    print("\n" + "\n".join(results.write_tables()))
+    if failed:
+        sys.exit(f"FAIL: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
