@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config import leaves, nearest
@@ -68,8 +69,22 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose(overrides, return_hydra_config=with_hydra)
 
 
+def stored(folder: Path) -> DictConfig:
+    """The configuration in a run folder; a setting of every run that is newer than the run has its usual value.
+
+    Raises: UserError where no configuration lies there.
+    """
+    path = folder / "config.yaml"
+    try:
+        found = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
+    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), found)
+    return merged
+
+
 def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
-    """A stored configuration with plain `key=value` overrides, or another data set by its name."""
+    """A stored configuration with plain `key=value` overrides, or another data set or episode by its name."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     result: Any = OmegaConf.create(OmegaConf.to_container(stored))
@@ -80,6 +95,9 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
         key, value = override.key_or_group, override.value()
         if key == "dataset":
             result.dataset = composed([f"dataset={value}"]).dataset
+        elif key == "episode":  # what is tested; how the run was trained stays
+            shape = composed([f"episode={value}"]).episode
+            result.episode = OmegaConf.merge(result.episode, {name: shape[name] for name in ("way", "shot", "query")})
         elif override.is_sweep_override() or OmegaConf.select(stored, key, default=key) == key:
             raise UserError(f"{override.input_line}: there is no such key{nearest(key, known)}")
         else:

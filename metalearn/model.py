@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from metalearn import checkpoint, config, random
+from metalearn import checkpoint, composition, config, random
 from metalearn.build import device_of
 from metalearn.errors import UserError
 from metalearn.types import Labelled, Spec, State
@@ -28,9 +28,7 @@ def load(run_folder: str | Path, statistics: str | None = None, device: str = "a
     Raises: UserError where no such run lies there, or its statistics are not to be had.
     """
     folder = Path(run_folder)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: no config.yaml there; name the folder of a finished training run")
-    composed: Any = OmegaConf.load(folder / "config.yaml")
+    composed = composition.stored(folder)
     settings = config.checked(composed)
     if statistics is None:
         statistics = "population" if settings.statistics == "population" else "support"

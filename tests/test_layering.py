@@ -32,7 +32,7 @@ _ALLOWED = {
     "tracking": {"config", "types", "figures"},
     "report": {"figures", "types", "atomic", "stats"},
     "measure": _RUN | {"loop", "report"},
-    "model": _RUN,
+    "model": _RUN | {"composition"},
     "verbs": _RUN | {"composition", "loop", "measure", "report", "figures", "tracking"},
     "cli": _RUN | {"composition", "verbs", "report"},
 }  # fmt: skip

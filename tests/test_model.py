@@ -112,7 +112,7 @@ def test_mistakes_are_told(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.png is not a readable picture"):
         model.inputs([tmp_path / "broken.png"])
-    with pytest.raises(UserError, match="name the folder of a finished training run"):
+    with pytest.raises(UserError, match="not a readable configuration"):
         metalearn.load(tmp_path / "nowhere")
 
 

@@ -71,7 +71,13 @@ def test_evaluate_without_normalisation_has_one_measurement(run, console):
 
 def test_evaluate_changes_the_protocol_alone(run, console):
     folder = run("a", "algo=protonet")
-    evaluate(folder, ["episode.way=7", "episode.shot=2", "episode.query=4", "test.episodes=9"], "test", None, console)
+    evaluate(
+        folder,
+        ["episode=20w1s", "episode.way=7", "episode.shot=2", "episode.query=4", "test.episodes=9"],
+        "test",
+        None,
+        console,
+    )
     found = only(folder, statistics="population")
     assert [found["protocol"][key] for key in ("way", "shot", "query")] == [7, 2, 4]
     assert found["test"]["accuracy"]["episodes"] == 9
@@ -99,6 +105,13 @@ def test_evaluate_changes_the_protocol_alone(run, console):
         evaluate(folder, [], "dev", None, console)
     with pytest.raises(UserError, match="curve=steps: ProtoNet does not adapt in steps"):
         evaluate(folder, [], "test", "steps", console)
+
+
+def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
+    folder = run("a", "algo=protonet")
+    lines = (folder / "config.yaml").read_text().splitlines()
+    (folder / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("reproduction:")))
+    evaluate(folder, [], "test", None, console)
 
 
 def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):

@@ -15,11 +15,11 @@ from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
 from metalearn.figures import draw_curve, shown_interval
 from metalearn.measure import measure, trained_state
-from metalearn.verbs.train import CONFIG_FILE, RESULT_FILE
+from metalearn.verbs.train import RESULT_FILE
 
 #: What may be changed for a test; everything else is part of how the run was trained.
 _MAY_CHANGE = (
-    "algo", "dataset", "episode.way", "episode.shot", "episode.query", "episode_seed", "statistics", "test.episodes",
+    "algo", "dataset", "episode", "episode_seed", "statistics", "test.episodes",
     "device", "data_dir", "cache_dir", "engine",
 )  # fmt: skip
 _CURVES = ("shot", "steps")
@@ -38,7 +38,8 @@ def evaluate(folder: Path, overrides: list[str], split: str, curve: str | None, 
     stored = _stored(folder)
     for word in overrides:
         key = word.split("=")[0].lstrip("+~")
-        if not any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE):
+        allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
+        if not allowed or key.startswith("episode.train"):
             composition.changed(stored, [word])  # a mistyped key is told as such
             raise UserError(
                 f"{word}: a test cannot change how the run was trained; it may change {', '.join(_MAY_CHANGE)}"
@@ -83,8 +84,7 @@ def evaluate(folder: Path, overrides: list[str], split: str, curve: str | None, 
 def _stored(folder: Path) -> DictConfig:
     if not (folder / RESULT_FILE).is_file():
         raise UserError(f"run={folder}: no {RESULT_FILE} there; name the folder of a finished training run")
-    stored: Any = OmegaConf.load(folder / CONFIG_FILE)
-    return stored
+    return composition.stored(folder)
 
 
 def _statistics(before: RunConfig, after: RunConfig) -> list[str]:
