@@ -24,7 +24,7 @@ from metalearn.verbs.train import CONFIG_FILE, RESULT_FILE
 #: Settings that make no other method: two runs that differ in these alone are one method, seen twice.
 _NEUTRAL = (
     "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "train.log_every",
-    "test", "episode_seed", "statistics", "episode.query",
+    "test", "episode_seed", "episode.query",
 )  # fmt: skip
 _SHOWN_SETTINGS = 4
 #: Characters of the console that a column of figures takes, and all that stands left of them.
