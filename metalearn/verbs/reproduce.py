@@ -8,7 +8,7 @@ from rich.console import Console
 from metalearn import composition, report
 from metalearn.config import checked, nearest
 from metalearn.errors import UserError
-from metalearn.figures import shown_interval
+from metalearn.figures import shown, shown_interval
 from metalearn.verbs.train import RESULT_FILE
 
 VERDICT_FILE = "reproduction.json"
@@ -54,11 +54,11 @@ class Recipe:
         own = [] if any(word.startswith("hydra.run.dir=") for word in more) else [f"hydra.run.dir={folder}"]
         return [f"experiment={self.name}", *self.settings.budgets[self.budget], *own, *more]
 
-    def _target(self) -> tuple[float, float, str] | None:
-        """Mean, half-width and name of the figure to hold against."""
+    def _target(self) -> tuple[float, float | None, str] | None:
+        """Mean, half-width (where there is one) and name of the figure to hold against."""
         if self.budget == "paper":
             published = self.settings.published
-            return published.mean, published.ci95 or 0.0, f"published, {published.source}"
+            return published.mean, published.ci95, f"published, {published.source}"
         if self.measured is None:
             return None
         return self.measured.mean, self.measured.ci95, f"measured for budget={self.budget}"
@@ -67,12 +67,11 @@ class Recipe:
         """What is about to be tried."""
         published = self.settings.published
         lines = [
-            f"{self.name}, budget={self.budget}; published: "
-            f"{shown_interval('accuracy', published.mean, published.ci95 or 0.0)} ({published.source})"
+            f"{self.name}, budget={self.budget}; published: {_shown(published.mean, published.ci95)} ({published.source})"
         ]
         if self.measured:
             lines.append(
-                f"expected: {shown_interval('accuracy', self.measured.mean, self.measured.ci95)} after "
+                f"expected: {_shown(self.measured.mean, self.measured.ci95)} after "
                 f"{self.measured.minutes:.1f} minutes on {self.measured.hardware}"
             )
         elif self.budget == "paper":
@@ -93,11 +92,15 @@ class Recipe:
             reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured figure"
         else:
             mean, ci95, where = target
-            passed = found["mean"] + found["ci95"] >= mean - ci95
-            reason = f"{shown_interval(score, found['mean'], found['ci95'])} against {shown_interval(score, mean, ci95)} ({where})"
+            passed = found["mean"] + found["ci95"] >= mean - (ci95 or 0)
+            reason = f"{_shown(found['mean'], found['ci95'])} against {_shown(mean, ci95)} ({where})"
         report.write_json(
             folder / VERDICT_FILE,
             {"experiment": self.name, "budget": self.budget, "passed": passed, "reason": reason},
         )
         console.print(f"[bold]{'PASS' if passed else 'FAIL'}[/bold]: {reason}", highlight=False, soft_wrap=True)
         return passed
+
+
+def _shown(mean: float, ci95: float | None) -> str:
+    return shown("accuracy", mean) if ci95 is None else shown_interval("accuracy", mean, ci95)
