@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from metalearn import config, engine, random
+from metalearn import config, engine, processes, random
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import RunConfig
 from metalearn.engine import Engine
 from metalearn.episodes import STREAMS, EpisodeSource, Shape, TaskSource
 from metalearn.errors import UserError
+from metalearn.processes import Processes
 from metalearn.types import SCORES, Score, Spec, State
 
 #: Random stream of the initial weights; those of the tasks are numbered in `metalearn.episodes`.
@@ -37,6 +38,7 @@ class Run:
     test_engine: Engine
     score: Score
     device: torch.device
+    processes: Processes
     spec: Spec
     standardisation: dict[str, list[float]]
     protocol: dict[str, Any]
@@ -86,8 +88,17 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     check(settings)
     device = device_of(settings.device)
     engine.prepare_process(device, settings.engine.threads)
+    together = processes.joined(device)
+    for name, count in (
+        ("train.meta_batch", settings.train.meta_batch),
+        ("val.episodes", settings.val.episodes),
+        ("test.episodes", settings.test.episodes),
+    ):
+        if count < together.size:
+            raise UserError(f"{name}={count}: {together.size} processes want one each at least")
     dataset = config.make(settings.dataset, "dataset")
-    data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
+    with together.leader_first():
+        data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
     algorithm = _algorithm(settings)
     episode = settings.episode
     test_shape = Shape(episode.way, episode.shot, episode.query)
@@ -112,10 +123,11 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
         train=train,
         val=val,
         test=test,
-        train_engine=unresolved.resolved(train.draw(0, 1), settings.train.meta_batch),
+        train_engine=unresolved.resolved(train.draw(0, 1), together.share(settings.train.meta_batch)[1]),
         test_engine=unresolved.resolved(test.draw(0, 1), EVALUATION_BATCH),
         score=SCORES[data.target],
         device=device,
+        processes=together,
         spec=spec,
         standardisation=data.standardisation,
         protocol={
@@ -142,7 +154,7 @@ def device_of(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("device=cuda: torch finds no CUDA device here; use device=cpu or device=auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    return torch.device("cuda", processes.local_rank()) if available and name != "cpu" else torch.device("cpu")
 
 
 def _folder(path: str | None, default: str) -> Path:

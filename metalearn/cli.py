@@ -110,7 +110,8 @@ def main() -> None:
         failure = _exit_code(error)
         if failure is None:
             raise
-        print(f"metalearn: {error}", file=sys.stderr)
+        if _rank() == 0:
+            print(f"metalearn: {error}", file=sys.stderr)
         sys.exit(failure)
 
 
@@ -206,6 +207,8 @@ def _trained(overrides: list[str], flags: list[str], searched: list[str]) -> tup
     else:
         _check(composition.composed(overrides + searched))
         overrides_alone = overrides
+    if _rank() > 0 or ("RANK" in os.environ and multirun):
+        return _followed(overrides + searched, multirun), multirun
     hydra = composition.composed(overrides_alone + searched, with_hydra=True).hydra
     folder = Path(hydra.sweep.dir if multirun else hydra.run.dir)
     created = _made(folder)
@@ -220,6 +223,23 @@ def _trained(overrides: list[str], flags: list[str], searched: list[str]) -> tup
     if job.error is not None:
         raise job.error
     return folder, multirun
+
+
+def _rank() -> int:
+    """The number torchrun gave this process; 0 leads, and alone prints and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _followed(overrides: list[str], multirun: bool) -> Path:
+    """Computes what the leading process of several asks for; writes nothing."""
+    if multirun:
+        raise UserError("--multirun: a sweep runs one process at a time; start torchrun without it")
+    from metalearn import composition, report
+    from metalearn.verbs import train
+
+    nowhere = Path(os.devnull)
+    train.train(composition.composed(overrides), nowhere, "", [], report.console())
+    return nowhere
 
 
 #: Hydra's options that print something and start nothing.

@@ -75,13 +75,14 @@ class Engine:
         chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if device == "cpu" else count)
         return dataclasses.replace(self, strategy=strategy, chunk=chunk)
 
-    def step(self, state: State, tasks: Task, progress: Tensor) -> Step:
+    def step(self, state: State, tasks: Task, progress: Tensor, count: int | None = None) -> Step:
         """Meta-gradients of the mean loss over T tasks.
 
-        Args: tasks: batched, a leading T; progress: [] in [0, 1].
+        Args: tasks: batched, a leading T; progress: [] in [0, 1]; count: what sums over tasks are divided by, where these
+          are only some of the step's tasks; None: T.
         Returns: gradients alike `state.meta`, logs and statistics, all averaged over tasks.
         """
-        count = tasks.key.shape[0]
+        count = count or tasks.key.shape[0]
         meta = {name: value.detach().requires_grad_() for name, value in state.meta.items()}
         leaves = list(meta.values())
         total: Step | None = None

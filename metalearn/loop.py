@@ -40,7 +40,7 @@ class Fitted:
 def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     """Meta-trains, validates every `val.every` steps, keeps `checkpoints/best.pt` and `last.pt` under `folder`.
 
-    With `train.steps=0` the initialisation is validated and kept.
+    With `train.steps=0` the initialisation is validated and kept. Of several processes only the leading one writes.
     Raises: RunFailed when the loss is no longer finite.
     """
     settings, score, state, val = run.config.train, run.score, run.state, run.val
@@ -51,7 +51,12 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     best_step = validations_since_best = step = 0
     meter = _Meter()
 
+    own_first, own_count = run.processes.share(settings.meta_batch)
+    best_state = state
+
     def save(name: str) -> None:
+        if not run.processes.leading:
+            return
         content = {
             "step": step,
             "meta": state.meta,
@@ -65,13 +70,14 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
         checkpoint.save(folder / "checkpoints" / name, content)
 
     def validate() -> dict[str, float]:
-        nonlocal best, best_step, validations_since_best
+        nonlocal best, best_state, best_step, validations_since_best
         estimate_now = estimate(evaluate(run, state, val, run.config.val.episodes))
         if not math.isfinite(estimate_now.mean):
             raise RunFailed(f"val.{score.name} is {estimate_now.mean} at step {step}; lower train.lr or the inner rate")
         validations_since_best += 1
         if score.better(estimate_now.mean, best.mean if best else None):
             best, best_step, validations_since_best = estimate_now, step, 0
+            best_state = State(*({name: value.detach().clone() for name, value in part.items()} for part in state))
             save("best.pt")
         return {f"val.{score.name}": estimate_now.mean, f"val.{score.name}_ci95": estimate_now.ci95}
 
@@ -79,8 +85,8 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
         tracker.log({"step": 0, **validate()})
     for step in range(1, settings.steps + 1):
         progress = torch.full((), (step - 1) / settings.steps, device=run.device)
-        tasks = run.train.draw((step - 1) * settings.meta_batch, settings.meta_batch)
-        result = run.train_engine.step(state, tasks, progress)
+        tasks = run.train.draw((step - 1) * settings.meta_batch + own_first, own_count)
+        result = run.processes.summed(run.train_engine.step(state, tasks, progress, settings.meta_batch))
         for leaf, gradient in zip(leaves, _clipped(result.gradients, settings), strict=True):
             leaf.grad = gradient
         optimiser.step()
@@ -105,14 +111,13 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
             save("last.pt")
     save("last.pt")
     assert best is not None
-    kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
-    return Fitted(State(kept["meta"], kept["fixed"]), best, best_step, step)
+    return Fitted(best_state, best, best_step, step)
 
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
     """One score an episode [E], float32 on the host; fetched once."""
-    scores = [run.test_engine.scores(state, source.draw(*part), run.score) for part in _parts(episodes)]
-    return torch.cat(scores).cpu()
+    parts = {part: run.test_engine.scores(state, source.draw(*part), run.score) for part in _own_parts(run, episodes)}
+    return _gathered(run, parts, episodes).cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,23 +137,36 @@ class Tested:
 
 def test(run: Run, state: State, steps: int | None) -> Tested:
     """Tests on the fixed list of test episodes. steps: adaptation steps; None: as the method's settings say."""
-    parts: list[tuple[Tensor, ...]] = []
-    for first, count in _parts(run.config.test.episodes):
-        tasks = run.test.draw(first, count)
+    episodes = run.config.test.episodes
+    columns: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for part in _own_parts(run, episodes):
+        tasks = run.test.draw(*part)
         prediction, y = run.test_engine.predictions(state, tasks, steps), tasks.query.y
-        scores = run.score.of(prediction, y)
-        classes = run.test.classes(first, count)
-        if classes is None:
-            parts.append((scores,))
-        else:
+        found = {"scores": run.score.of(prediction, y)}
+        classes = run.test.classes(*part)
+        if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            parts.append((scores, classes.gather(1, y), chosen == y, confidence))
-    return Tested(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+            found |= {"classes": classes.gather(1, y), "correct": chosen == y, "confidence": confidence}
+        for name, value in found.items():
+            columns.setdefault(name, {})[part] = value
+    return Tested(**{name: _gathered(run, parts, episodes).cpu() for name, parts in columns.items()})
 
 
-def _parts(episodes: int) -> list[tuple[int, int]]:
-    """(first, count) of the episodes in flight together."""
-    return [(first, min(EVALUATION_BATCH, episodes - first)) for first in range(0, episodes, EVALUATION_BATCH)]
+def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
+    """(first, count) of the episodes in flight together, as far as they are this process's share."""
+    first, count = run.processes.share(episodes)
+    return [(at, min(EVALUATION_BATCH, first + count - at)) for at in range(first, first + count, EVALUATION_BATCH)]
+
+
+def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> Tensor:
+    """What all processes found, in the order of the episodes: [E, …]."""
+    found = torch.cat(list(parts.values()))
+    if run.processes.size == 1:
+        return found
+    whole = found.new_zeros((episodes, *found.shape[1:]), dtype=torch.float64)  # wide enough for any whole number here
+    first, count = run.processes.share(episodes)
+    whole[first : first + count] = found
+    return run.processes.summed(whole).to(found.dtype)
 
 
 def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

@@ -13,12 +13,12 @@ _FILES = sorted(path for path in _PACKAGE.rglob("*.py"))
 
 _BASE = {"types", "errors", "settings", "random", "atomic"}
 _DATA = _BASE | {"episodes"}
-_RUN = _BASE | {"engine", "episodes", "build", "stats", "config", "checkpoint"}
+_RUN = _BASE | {"processes", "engine", "episodes", "build", "stats", "config", "checkpoint"}
 
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
     "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "settings": set(), "atomic": set(), "random": set(),
-    "types": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
+    "types": set(), "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
     "backbones": _BASE,
     "algorithms": _BASE | {"backbones"},
     "episodes": _BASE,
@@ -26,7 +26,7 @@ _ALLOWED = {
     "engine": {"types", "algorithms"},
     "config": {"errors", "settings"},
     "composition": {"config", "errors"},
-    "build": _BASE | {"config", "engine", "episodes", "algorithms"},
+    "build": _BASE | {"config", "engine", "episodes", "algorithms", "processes"},
     "loop": _RUN,
     "figures": set(),
     "tracking": {"config", "types", "figures"},

@@ -73,8 +73,8 @@ def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
     gradients = []
     step = type(run.train_engine).step
 
-    def spied(engine, state, tasks, progress):
-        result = step(engine, state, tasks, progress)
+    def spied(engine, state, tasks, progress, count):
+        result = step(engine, state, tasks, progress, count)
         weights.append(state.meta["head.weight"].clone())
         gradients.append(result.gradients["head.weight"])
         return result

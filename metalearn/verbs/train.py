@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -25,12 +26,17 @@ ERROR_FILE = "error.txt"
 def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
     """One run, from data to `result.json` in `folder`. Returns: the best validation score.
 
+    Of several processes (torchrun) the leading one writes and prints, the others only compute.
     Args: name, overrides: what the result says of itself, beside its figures.
     Raises: UserError before anything is written; RunFailed later.
     """
     start = time.perf_counter()
     settings = checked(config)
     run = build(settings)
+    if not run.processes.leading:
+        fitted = loop.fit(run, _Silent(), folder)
+        loop.test(run, fitted.state, None)
+        return fitted.best_val.mean
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     if (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} holds a run already; choose another hydra.run.dir, or remove it")
@@ -55,6 +61,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
             "steps": fitted.steps,
             "seed": settings.seed,
             "engine": {"strategy": run.train_engine.strategy, "task_chunk": run.train_engine.chunk},
+            "processes": run.processes.size,
             "seconds": time.perf_counter() - start,
         }
         table = report.result_table([report.result_row(name, result)])
@@ -76,6 +83,13 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     ):
         console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
     return fitted.best_val.mean
+
+
+class _Silent:
+    """The tracker of a process that does not write."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
 
 
 def summarise(sweep: Path, console: Console) -> int:
