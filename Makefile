@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-engine benchmark-intervals wheel clean
+.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-speed benchmark-intervals wheel clean
 
 help:  ## this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -46,8 +46,8 @@ benchmark-omniglot: setup  ## the recipes on Omniglot alone
 benchmark-intervals: setup  ## that the 95% interval covers the truth in 95% of simulated runs, into benchmarks/
 	python scripts/benchmark_intervals.py
 
-benchmark-engine: setup  ## what the engine's static rule rests on: strategies and chunks, into benchmarks/
-	python scripts/benchmark_engine.py
+benchmark-speed: setup  ## training speed against a plain loop over tasks, and what it rests on, into benchmarks/
+	python scripts/benchmark_speed.py
 
 wheel: setup  ## a wheel in dist/
 	$(BIN)/uv build --quiet --wheel

