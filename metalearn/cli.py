@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from metalearn import __version__
 from metalearn.errors import UserError, first_line
@@ -207,8 +207,10 @@ def _trained(overrides: list[str], flags: list[str], searched: list[str]) -> tup
     else:
         _check(composition.composed(overrides + searched))
         overrides_alone = overrides
-    if _rank() > 0 or ("RANK" in os.environ and multirun):
-        return _followed(overrides + searched, multirun), multirun
+    if multirun and "RANK" in os.environ:
+        raise UserError("--multirun: a sweep runs one process at a time; start torchrun without it")
+    if _rank() > 0:
+        _follow(overrides + searched)
     hydra = composition.composed(overrides_alone + searched, with_hydra=True).hydra
     folder = Path(hydra.sweep.dir if multirun else hydra.run.dir)
     created = _made(folder)
@@ -230,16 +232,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _followed(overrides: list[str], multirun: bool) -> Path:
-    """Computes what the leading process of several asks for; writes nothing."""
-    if multirun:
-        raise UserError("--multirun: a sweep runs one process at a time; start torchrun without it")
-    from metalearn import composition, report
-    from metalearn.verbs import train
+def _follow(overrides: list[str]) -> NoReturn:
+    """Computes what the leading process of several asks for, writes nothing, and is done."""
+    from metalearn import composition
+    from metalearn.verbs.train import follow
 
-    nowhere = Path(os.devnull)
-    train.train(composition.composed(overrides), nowhere, "", [], report.console())
-    return nowhere
+    follow(composition.composed(overrides))
+    sys.exit(0)
 
 
 #: Hydra's options that print something and start nothing.

@@ -1,5 +1,6 @@
 """Several processes under `torchrun`: each does its share of the tasks, and all hold the same state after every step."""
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -66,10 +67,5 @@ def joined(device: torch.device) -> Processes:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())
-
-
-def leave() -> None:
-    """Ends the communication that `joined` began."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

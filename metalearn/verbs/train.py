@@ -26,17 +26,13 @@ ERROR_FILE = "error.txt"
 def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
     """One run, from data to `result.json` in `folder`. Returns: the best validation score.
 
-    Of several processes (torchrun) the leading one writes and prints, the others only compute.
+    Of several processes (torchrun) this is the leading one's part; the others `follow`.
     Args: name, overrides: what the result says of itself, beside its figures.
     Raises: UserError before anything is written; RunFailed later.
     """
     start = time.perf_counter()
     settings = checked(config)
     run = build(settings)
-    if not run.processes.leading:
-        fitted = loop.fit(run, _Silent(), folder)
-        loop.test(run, fitted.state, None)
-        return fitted.best_val.mean
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     if (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} holds a run already; choose another hydra.run.dir, or remove it")
@@ -90,6 +86,13 @@ class _Silent:
 
     def log(self, row: dict[str, Any]) -> None:
         pass
+
+
+def follow(config: DictConfig) -> None:
+    """The part of a process that does not lead: its share of the tasks and of the test episodes; writes nothing."""
+    run = build(checked(config))
+    assert not run.processes.leading
+    loop.test(run, loop.fit(run, _Silent(), Path()).state, None)
 
 
 def summarise(sweep: Path, console: Console) -> int:
