@@ -3,13 +3,15 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from metalearn.model import Model
 
 __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(run_folder: str, statistics: str | None = None, device: str = "auto") -> "Model":
+def load(run_folder: "str | Path", statistics: str | None = None, device: str = "auto") -> "Model":
     """A trained run, to adapt to a few labelled examples and to predict others: see `metalearn.model.load`."""
     from metalearn import model  # here, because torch takes seconds
 

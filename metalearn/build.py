@@ -54,7 +54,7 @@ class Run:
 
 def check(settings: RunConfig) -> None:
     """Impossible pairings that are known before any data is read. Raises: UserError."""
-    algorithm = _algorithm(settings)
+    algorithm = algorithm_of(settings)
     target = config.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
     if target not in algorithm.targets:
@@ -99,7 +99,7 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     dataset = config.make(settings.dataset, "dataset")
     with together.leader_first():
         data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
-    algorithm = _algorithm(settings)
+    algorithm = algorithm_of(settings)
     episode = settings.episode
     test_shape = Shape(episode.way, episode.shot, episode.query)
     train_shape = Shape(episode.train.way, episode.train.shot, episode.train.query)
@@ -140,9 +140,15 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     )
 
 
-def _algorithm(settings: RunConfig) -> Algorithm:
-    backbone = config.make(settings.backbone, "backbone")
-    return config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
+def algorithm_of(settings: RunConfig) -> Algorithm:
+    """The method with its backbone."""
+    return config.make(
+        settings.algo,
+        "algo",
+        backbone=config.make(settings.backbone, "backbone"),
+        statistics=settings.statistics,
+        statistics_momentum=settings.train.statistics_momentum,
+    )
 
 
 def normalises(settings: RunConfig) -> bool:

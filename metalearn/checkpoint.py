@@ -20,6 +20,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """Reads a checkpoint without running any code in it. Raises: UserError for a missing or foreign file."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        found = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(found, dict) or not {"meta", "fixed"} <= found.keys():
+        raise UserError(f"{path} is no checkpoint of metalearn")
+    return found

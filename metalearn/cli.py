@@ -423,13 +423,13 @@ def _evaluate(words: list[str]) -> int:
         print(_EVALUATE_HELP, end="")
         return 0
     overrides, flags, searched = _parsed(words)
-    own = {key: _taken(overrides, key) for key in ("run", "split", "curve")}
-    if own["run"] is None or flags or searched:
+    run, split, curve = _taken(overrides, "run"), _taken(overrides, "split", "test"), _taken(overrides, "curve")
+    if run is None or flags or searched:
         raise UserError("evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help")
     from metalearn import report
     from metalearn.verbs.evaluate import evaluate
 
-    evaluate(Path(own["run"]), overrides, own["split"] or "test", own["curve"], report.console())
+    evaluate(Path(run), overrides, split, curve, report.console())
     return 0
 
 
@@ -444,7 +444,7 @@ def _compare(words: list[str]) -> int:
     from metalearn import report
     from metalearn.verbs.compare import compare
 
-    compare([Path(word) for word in words], Path(out) if out else None, report.console())
+    compare([Path(word) for word in words], None if out is None else Path(out), report.console())
     return 0
 
 
@@ -455,8 +455,11 @@ def _reproduce(words: list[str]) -> int:
         experiments = "\n".join(f"  {name:<24} {line}" for name, line in reproduce.experiments().items())
         print(_REPRODUCE_HELP.format(experiments=experiments), end="")
         return 0 if words else 2
-    name, rest = words[0], list(words[1:])
-    budget = _taken(rest, "budget") or "paper"
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        raise UserError("reproduce: takes the name of one experiment; see metalearn reproduce --help")
+    name, rest = names[0], [word for word in words if "=" in word]
+    budget = _taken(rest, "budget", "paper")
     recipe = reproduce.Recipe(name, budget)
     overrides, flags, searched = _parsed(rest)
     if flags or searched:
@@ -464,17 +467,20 @@ def _reproduce(words: list[str]) -> int:
     from metalearn import report
 
     console = report.console()
+    from metalearn import composition
+
     settings = recipe.overrides(overrides)
-    console.print(recipe.announcement(), highlight=False, soft_wrap=True)
+    _check(composition.composed(settings))
+    report.print_line(console, recipe.announcement())
     folder, _ = _trained(settings, [], [])
     return 0 if recipe.verdict(folder, console) else 1
 
 
-def _taken(overrides: list[str], key: str) -> str | None:
+def _taken(overrides: list[str], key: str, otherwise: Any = None) -> Any:
     """Takes `key=…`, which is the verb's own and not Hydra's, out of the overrides."""
     found = [word for word in overrides if word.startswith(f"{key}=")]
     if len(found) > 1:
         raise UserError(f"{found[1]}: {key}= stands there twice")
     for word in found:
         overrides.remove(word)
-    return found[0].partition("=")[2] if found else None
+    return found[0].partition("=")[2] if found else otherwise

@@ -79,6 +79,8 @@ def stored(folder: Path) -> DictConfig:
         found = OmegaConf.load(path)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
+    if not isinstance(found, DictConfig):
+        raise UserError(f"{path} is not a configuration")
     merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), found)
     return merged
 
@@ -98,7 +100,9 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
         elif key == "episode":  # what is tested; how the run was trained stays
             shape = composed([f"episode={value}"]).episode
             result.episode = OmegaConf.merge(result.episode, {name: shape[name] for name in ("way", "shot", "query")})
-        elif override.is_sweep_override() or OmegaConf.select(stored, key, default=key) == key:
+        elif override.is_sweep_override():
+            raise UserError(f"{override.input_line}: a test has one value for each setting")
+        elif OmegaConf.select(stored, key, default=key) == key:
             raise UserError(f"{override.input_line}: there is no such key{nearest(key, known)}")
         else:
             OmegaConf.update(result, key, value)

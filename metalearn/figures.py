@@ -15,25 +15,29 @@ def shown_interval(score: str, mean: float, ci95: float) -> str:
     return f"{shown(score, mean)} ± {shown(score, ci95)}"
 
 
-def _axes(title: str | None = None, height: float = 4) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> Any:
+    """An empty figure, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes() -> tuple[Any, Any]:
+    figure = _figure(6.4, 4)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
-    if title:
-        axes.set_title(title, fontsize=10)
     return figure, axes
 
 
 def _label(score: str) -> str:
-    return "accuracy (%)" if score == "accuracy" else score
+    return f"{score} (%)" if score.endswith("accuracy") else score
 
 
 def _factor(score: str) -> int:
-    return 100 if score == "accuracy" else 1
+    return 100 if score.endswith("accuracy") else 1
 
 
 def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
@@ -57,26 +61,23 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
 
 
 def draw_curve(points: Sequence[tuple[int, float, float]], label: str, score: str, title: str, path: Path) -> None:
-    """A test score over a whole number. points: (at, mean, half-width of the 95% interval)."""
-    figure, axes = _axes(title)
+    """A score over a whole number. points: (at, mean, half-width of the 95% interval); score: its split and name."""
+    figure, axes = _axes()
+    axes.set_title(title, fontsize=10)
     at, mean, ci95 = (list(column) for column in zip(*points, strict=True))
     factor = _factor(score)
     axes.errorbar(
         at, [factor * value for value in mean], [factor * value for value in ci95], marker="o", markersize=4, capsize=2
     )
     axes.set_xticks(at)
-    axes.set(xlabel=label, ylabel=f"test {_label(score)}, 95% interval")
+    axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
     figure.savefig(path, dpi=120)
 
 
 def draw_comparison(columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path) -> None:
     """Scores with error bars, one panel a protocol. columns: title of the panel -> (method, mean, half-width)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
-    figure = Figure(figsize=(7.5, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7.5, sum(heights))
     panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
     factor = _factor(score)
     for axes, (title, rows) in zip(panels, columns.items(), strict=True):

@@ -142,6 +142,10 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
     for part in _own_parts(run, episodes):
         tasks = run.test.draw(*part)
         prediction, y = run.test_engine.predictions(state, tasks, steps), tasks.query.y
+        if not prediction.isfinite().all():
+            raise RunFailed(
+                f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; lower the inner rate"
+            )
         found = {"scores": run.score.of(prediction, y)}
         classes = run.test.classes(*part)
         if classes is not None:

@@ -25,12 +25,10 @@ def measure(
 
     Args: files: `<files>scores.csv` and `<files>classes.csv` are written; steps: of adaptation, None for the settings'.
     Returns: what `result.json` says of it, and the scores [E].
-    Raises: RunFailed when a score is not finite.
+    Raises: RunFailed when a prediction is not finite.
     """
     tested = loop.test(run, state, steps)
     scores = tested.scores
-    if not scores.isfinite().all():
-        raise loop.RunFailed(f"test {run.score.name} is not finite in {int((~scores.isfinite()).sum())} episodes")
     if files:
         write_scores(files.with_name(f"{files.name}scores.csv"), run.score.name, scores)
     worst, which = stats.worst_decile(scores, run.score.higher_is_better)
@@ -76,6 +74,8 @@ def trained_state(run: Run, folder: Path) -> State:
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
     for part in ("meta", "fixed"):
         wanted, found = getattr(run.state, part), kept[part]
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise UserError(f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method")
         if {name: value.shape for name, value in wanted.items()} != {
             name: value.shape for name, value in found.items()
         }:

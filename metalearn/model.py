@@ -1,6 +1,6 @@
 """A trained run from Python: adapt it to a few labelled examples, predict others; needs the run folder and no data."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn import checkpoint, composition, config, random
-from metalearn.build import device_of
-from metalearn.errors import UserError
+from metalearn.build import algorithm_of, device_of
+from metalearn.errors import UserError, first_line
 from metalearn.types import Labelled, Spec, State
 
 #: Random stream of the choices a method makes while it adapts here.
@@ -34,8 +34,9 @@ def load(run_folder: str | Path, statistics: str | None = None, device: str = "a
         statistics = "population" if settings.statistics == "population" else "support"
     if statistics == "population" != settings.statistics:
         raise UserError("statistics=population: this run gathered none; train with statistics=population")
-    settings = config.checked(OmegaConf.merge(composed, {"statistics": statistics}))  # type: ignore[arg-type]
-    kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(device))
+    asked: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
+    settings = config.checked(asked)
+    kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
         raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
     return Model(composed, settings, kept)
@@ -49,11 +50,10 @@ class Model:
     """
 
     def __init__(self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any]) -> None:
-        backbone = config.make(settings.backbone, "backbone")
         self.config = composed
         self.spec = Spec(**kept["spec"] | {"input_shape": tuple(kept["spec"]["input_shape"])})
         self.classes: list[Hashable] = []
-        self._algorithm = config.make(settings.algo, "algo", backbone=backbone, statistics=settings.statistics)
+        self._algorithm = algorithm_of(settings)
         self._dataset = config.make(settings.dataset, "dataset")
         self._state = State(kept["meta"], kept["fixed"])
         self._standardisation = kept["standardisation"]
@@ -63,18 +63,31 @@ class Model:
     def inputs(self, x: Any) -> Tensor:
         """Inputs [M, *X] as the network sees them.
 
-        Args: x: picture files (paths), which are read as the run's data set reads its own; or an array or tensor
-          [M, C, H, W]: uint8, or floats in [0, 1] (ink 1 for handwriting); or [M, D] for regression.
-        Raises: UserError for a shape the run does not have, or a file that is no picture.
+        Args:
+          x: picture files, which are read as the run's data set reads its own; or an array, tensor or nested list
+            [M, C, H, W] of uint8 or of floats in [0, 1] (for handwriting, ink is 1); or [M, D] for regression.
+        Raises: UserError for what the run cannot take, or a file that is no picture.
         """
-        if isinstance(x, Sequence) and x and all(isinstance(item, str | Path) for item in x):
-            x = torch.stack([self._picture(Path(item)) for item in x])
-        found = torch.as_tensor(x)
-        found = found.to(self._device, torch.float32) / (255 if found.dtype == torch.uint8 else 1)
+        pictures = self.spec.target == "class" and len(self.spec.input_shape) == 3
+        items = [x] if isinstance(x, str | Path) else x
+        if not hasattr(items, "__len__"):
+            items = list(items)  # a generator, or what Path.glob gives
+        if len(items) and all(isinstance(item, str | Path) for item in items):
+            items = torch.stack([self._picture(Path(item)) for item in items])
+        try:
+            found = torch.as_tensor(items)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"x is no array of numbers and no list of picture files ({first_line(error)})") from None
         if found.shape[1:] != self.spec.input_shape:
-            raise UserError(
-                f"x has shape {tuple(found.shape)}; this run wants [M, {str(self.spec.input_shape)[1:-1].rstrip(',')}]"
-            )
+            wanted = ", ".join(map(str, self.spec.input_shape))
+            raise UserError(f"x has shape {tuple(found.shape)}; this run wants [M, {wanted}]")
+        if pictures and found.dtype == torch.uint8:
+            found = found / 255
+        found = found.to(self._device, torch.float32)
+        if not found.isfinite().all():
+            raise UserError("x holds values that are not finite")
+        if pictures and len(found) and not 0 <= found.min() <= found.max() <= 1:
+            raise UserError("x holds values outside [0, 1]; give pictures as uint8, or as floats in [0, 1]")
         if self._standardisation:
             shift, scale = (
                 torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
@@ -102,20 +115,28 @@ class Model:
         Raises: UserError where the numbers of examples, labels or classes do not fit.
         """
         x = self.inputs(x)
+        if steps is not None and (steps < 0 or "test_inner_steps" not in self.config.algo):
+            raise UserError(
+                f"steps={steps}: should be at least 0, and left out where the method does not adapt in steps"
+            )
+        classes: list[Hashable] = []
+        way = self.spec.way
         if self.spec.target == "class":
-            labels = [label.item() if isinstance(label, Tensor) or hasattr(label, "item") else label for label in y]
-            classes = list(dict.fromkeys(labels))
-            index = {label: number for number, label in enumerate(classes)}
-            target = torch.tensor([index[label] for label in labels], device=self._device)
-            if self._algorithm.fixed_way and len(classes) != self.spec.way:
-                raise UserError(
-                    f"y has {len(classes)} classes; this run tells {self.spec.way} apart, the number of ways is part of "
-                    "its weights"
-                )
+            try:
+                labels = [label.item() if hasattr(label, "item") else label for label in y]
+                classes = list(dict.fromkeys(labels))
+            except (TypeError, ValueError, RuntimeError):
+                raise UserError("y should be one label for each example: numbers, words, or an array [M]") from None
             way = len(classes)
+            target = torch.tensor([classes.index(label) for label in labels], device=self._device)
+            if self._algorithm.fixed_way and way != self.spec.way:
+                raise UserError(
+                    f"y has {way} classes; this run tells {self.spec.way} apart, the number of ways is part of its weights"
+                )
         else:
-            classes, target = [], torch.as_tensor(y, dtype=torch.float32, device=self._device)
-            way = self.spec.way
+            target = torch.as_tensor(y, dtype=torch.float32, device=self._device)
+            if target.shape[1:] != (way,):
+                raise UserError(f"y has shape {tuple(target.shape)}; this run wants [M, {way}]")
         if len(target) != len(x) or not len(x):
             raise UserError(f"x has {len(x)} examples and y {len(target)}; they should be as many, and at least one")
         key = random.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)

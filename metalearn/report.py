@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import metalearn
@@ -85,8 +86,13 @@ def result_table(rows: list[dict[str, Any]]) -> Table:
     for number, column in enumerate(rows[0]):  # only the first may wrap: figures are never cut
         table.add_column(column, no_wrap=number > 0, overflow="fold", min_width=min(16, len(column)) if number else 12)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(escape(str(value)) for value in row.values()))
     return table
+
+
+def print_line(console: Console, line: str) -> None:
+    """A line as it is: paths hold no markup and are never wrapped."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_details(console: Console, result: dict[str, Any]) -> None:
@@ -99,15 +105,15 @@ def print_details(console: Console, result: dict[str, Any]) -> None:
         ]
         parts.append(f"calibration error {shown(score, details['expected_calibration_error'])}")
         parts.append(f"±0.10% wants {details['episodes_needed']['0.001']:,} episodes")
-    console.print(f"  {'; '.join(parts)}", highlight=False, soft_wrap=True)
+    print_line(console, f"  {result['protocol']['statistics']} statistics: {'; '.join(parts)}")
 
 
 def shown_difference(score: str, difference: dict[str, Any]) -> str:
     """A paired difference as people read it, in points where the score is an accuracy."""
-    factor, unit = (100, " points") if score == "accuracy" else (1, "")
-    p = difference["p_value"]
+    factor, digits, unit = (100, 2, " points") if score == "accuracy" else (1, 4, "")
+    p, mean = difference["p_value"], round(factor * difference["mean"], digits) + 0.0  # no minus before a zero
     return (
-        f"{factor * difference['mean']:+.2f} ± {factor * difference['ci95']:.2f}{unit}"
+        f"{mean:+.{digits}f} ± {factor * difference['ci95']:.{digits}f}{unit}"
         f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
     )
 
@@ -120,7 +126,7 @@ def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "run": name,
         "episode": f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q",
         "statistics": protocol["statistics"],
-        f"test {score}": shown_interval(score, estimate["mean"], estimate["ci95"]),
+        f"{result.get('split', 'test')} {score}": shown_interval(score, estimate["mean"], estimate["ci95"]),
         "protocol": result["protocol_id"],
         "minutes": f"{result['seconds'] / 60:.1f}",
     }

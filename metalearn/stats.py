@@ -76,6 +76,23 @@ def paired_difference(a: Tensor, b: Tensor) -> Difference:
     return Difference(mean, half_width, float(2 * stdtr(count - 1, -abs(mean) / error)), count)
 
 
+def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value that two groups of runs have equal means, each seed one value (Welch 1947).
+
+    Raises: ValueError with fewer than two values in a group.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError("a test over seeds wants at least two seeds on each side")
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
+    gap = (x.mean() - y.mean()).abs().item()
+    parts = [values.var().item() / len(values) for values in (x, y)]
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return float(gap == 0)
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True))
+    return float(2 * stdtr(freedom, -gap / error))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values adjusted for several comparisons, so that all are right at once with 95% (Holm 1979)."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)

@@ -2,29 +2,43 @@
 
 python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
 
-Each lies in outputs/benchmark/<budget>/<experiment>/; a run that was cut off is made again. Result files go to
-benchmarks/results/, and README's tables are written from them.
+Each lies in outputs/benchmark/<budget>/<experiment>-seed<seed>/; a run that is done under the same settings is skipped, one
+that was cut off is made again. Result files go to benchmarks/results/, and README's tables are written from them.
 """
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import results
+from omegaconf import OmegaConf
 
-from metalearn.verbs.reproduce import VERDICT_FILE, experiments
+from metalearn import composition
+from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
+
+
+def same_settings(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in this folder was trained and tested as the recipe now says."""
+    stored, wanted = composition.stored(folder), composition.composed(recipe.overrides([]))
+    names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed")
+    return all(
+        OmegaConf.to_container(stored)[name] == OmegaConf.to_container(wanted, resolve=True)[name] for name in names
+    )
 
 
 def main() -> None:
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     budget, only = given.pop("budget", "quick"), given.pop("only", "")
     names = [name for name in experiments() if only in name.split("_")] if only else list(experiments())
+    if not names:
+        sys.exit(f"only={only}: no such recipe; there are {', '.join(experiments())}")
     failed = []
     for number, name in enumerate(names, 1):
-        folder = Path("outputs/benchmark") / budget / name
+        folder = Path("outputs/benchmark") / budget / f"{name}-seed{given.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        if (folder / VERDICT_FILE).exists():
+        if (folder / VERDICT_FILE).exists() and same_settings(folder, Recipe(name, budget)):
             print(f"done already: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left
@@ -33,7 +47,7 @@ def main() -> None:
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
             if not (folder / VERDICT_FILE).exists():
                 sys.exit(f"{name} ended with exit code {done.returncode}; run this again to go on from here")
-        if '"passed": false' in (folder / VERDICT_FILE).read_text():
+        if not json.loads((folder / VERDICT_FILE).read_text())["passed"]:
             failed.append(name)
         results.collect(folder, measured=False)
     print("\n" + "\n".join(results.write_tables()))

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metalearn import composition, config
+from metalearn import composition, config, report
+from metalearn.figures import shown_interval
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks/results"
@@ -32,7 +33,7 @@ def collect(folder: Path, measured: bool) -> None:
     if (folder / "reproduction.json").exists():
         found = json.loads((folder / "reproduction.json").read_text())
         content["reproduction"] = found
-        name = f"reproduce-{found['experiment']}-{found['budget']}"
+        name = f"reproduce-{found['experiment']}-{found['budget']}-seed{result['seed']}"
         if measured:
             _hold_against(found["experiment"], found["budget"], result)
     _RESULTS.mkdir(parents=True, exist_ok=True)
@@ -68,9 +69,7 @@ def _line(budget: str, figures: dict[str, Any]) -> str:
 
 def _figure(measured: dict[str, Any]) -> str:
     score, estimate = next(iter(measured["test"].items()))
-    if score == "accuracy":
-        return f"{100 * estimate['mean']:.2f} ± {100 * estimate['ci95']:.2f}%"
-    return f"{score} {estimate['mean']:.3f} ± {estimate['ci95']:.3f}"
+    return shown_interval(score, estimate["mean"], estimate["ci95"])
 
 
 def _shape(protocol: dict[str, Any]) -> str:
@@ -92,19 +91,23 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
             f"{number}. `{result['command']}`, seed {result['seed']}, commit {environment['commit']}, "
             f"{environment['hardware']}, torch {environment['versions']['torch']}"
         )
-        others = [one for one in run["evaluations"] if one["protocol_id"] != result["protocol_id"] or _method(one)]
-        differences = {one["protocol_id"]: one for one in run["evaluations"] if "transductive_minus_inductive" in one}
+        tests = [one for one in run["evaluations"] if one.get("split", "test") == "test"]
+        others = [one for one in tests if one["protocol_id"] != result["protocol_id"] or _method(one)]
+        same = [one for one in run["evaluations"] if one["protocol_id"] == result["protocol_id"] and not _method(one)]
         for measured in [result, *sorted(others, key=_order)]:
             own = measured is result
-            paired = differences.get(measured["protocol_id"])
-            inductive = paired is not None and measured["protocol"]["statistics"] != "query"
+            paired = next(iter(same), {}) if own else measured
+            difference = paired.get("transductive_minus_inductive")
+            inductive = measured["protocol"]["statistics"] != "query"
             rows.append(
                 [
                     f"{result['name']} ({number})",
                     _shape(measured["protocol"]),
                     measured["protocol"]["statistics"],
                     _figure(measured),
-                    _difference(paired["transductive_minus_inductive"]) if paired and inductive else "",
+                    report.shown_difference(next(iter(measured["test"])), difference)
+                    if difference and inductive
+                    else "",
                     measured["protocol_id"],
                     " ".join(_method(measured)),
                     result["steps"] if own else "",
@@ -118,10 +121,6 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
 
 def _method(measured: dict[str, Any]) -> list[str]:
     return [word for word in measured.get("overrides", []) if word.startswith("algo.")]
-
-
-def _difference(found: dict[str, Any]) -> str:
-    return f"{100 * found['mean']:+.2f} ± {100 * found['ci95']:.2f}"
 
 
 def _order(measured: dict[str, Any]) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import random
+from metalearn import loop, random
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.protonet import ProtoNet, class_means, squared_distance
 from metalearn.algorithms.reptile import Reptile
@@ -83,7 +83,7 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
     torch.manual_seed(0)
     algorithm = Reptile(
         backbone=_IDENTITY, statistics="query", inner_lr=0.01, inner_steps=5, test_inner_steps=5, inner_batch=12,
-        test_inner_batch=12, inner_beta2=0.99, inner_eps=1e-8,
+        test_inner_batch=12, inner_beta2=0.99, inner_eps=1e-8, statistics_momentum=0.25,
     )  # fmt: skip
     state = doubled(algorithm.init(Spec((3,), 3, 0, "class"), random.key_of(0)))
     weight, bias = (state.meta[name].clone().requires_grad_() for name in ("head.weight", "head.bias"))
@@ -99,7 +99,7 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         torch.testing.assert_close(step.gradients["head.weight"], (state.meta["head.weight"] - weight).detach())
         torch.testing.assert_close(step.gradients["head.bias"], (state.meta["head.bias"] - bias).detach())
         meta = {name: value - step.gradients[name] for name, value in state.meta.items()}
-        state = State(meta, state.fixed | step.statistics)
+        state = State(meta, loop._folded(state.fixed, step.statistics, 0.25))
 
 
 def test_prototypes_with_unequal_shots_and_distances():

@@ -85,6 +85,12 @@ def test_reads_picture_files_as_the_data_set_does(trained, tmp_path):
     x = metalearn.load(folder).inputs([tmp_path / "drawing.png"])
     assert x.shape == (1, 1, 16, 16)
     assert x[0, 0, 8, 6] > 0.9 > 0.1 > x[0, 0, 8, 14].abs()
+    clear = np.stack(
+        [paper * 0, paper * 0, paper * 0, 255 - paper], -1
+    )  # black ink on nothing, as drawing programs save
+    Image.fromarray(clear, "RGBA").save(tmp_path / "clear.png")
+    torch.testing.assert_close(metalearn.load(folder).inputs(tmp_path / "clear.png"), x)
+    assert metalearn.load(folder).inputs(tmp_path.glob("*.png")).shape == (2, 1, 16, 16)
 
 
 def test_regression(trained):
@@ -92,6 +98,8 @@ def test_regression(trained):
     model = metalearn.load(folder)
     x = torch.linspace(-5, 5, 10)[:, None]
     assert model.adapt(x, x.sin()).predict(x).shape == (10, 1)
+    with pytest.raises(UserError, match=r"y has shape \(10,\); this run wants \[M, 1\]"):
+        model.adapt(x, x.sin()[:, 0])
     with pytest.raises(UserError, match="for classes"):
         model.probabilities(x)
 
@@ -109,6 +117,21 @@ def test_mistakes_are_told(trained, tmp_path):
         model.adapt(x, [0, 1, 2, 3, 4, 0])
     with pytest.raises(UserError, match=r"shape \(5, 16, 16\); this run wants \[M, 1, 16, 16\]"):
         model.adapt(x[:, 0], y)
+    for wrong, told in [
+        (x.double().numpy() * 255, "outside"),
+        ((x * 255).long(), "outside"),
+        (x / 0, "not finite"),
+        ("nowhere.png", "nowhere.png is not a readable picture"),
+        ([object()], "no array of numbers"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            model.inputs(wrong)
+    with pytest.raises(UserError, match="one label for each example"):
+        model.adapt(x, torch.eye(5))
+    with pytest.raises(UserError, match="steps=-1"):
+        model.adapt(x, y, steps=-1)
+    with pytest.raises(UserError, match="device=gpu: should be one of"):
+        metalearn.load(folder, device="gpu")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.png is not a readable picture"):
         model.inputs([tmp_path / "broken.png"])

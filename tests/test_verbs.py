@@ -9,6 +9,7 @@ from rich.console import Console
 
 from metalearn import cli, config
 from metalearn.errors import UserError
+from metalearn.loop import RunFailed
 from metalearn.measure import read_scores
 from metalearn.stats import estimate, paired_difference
 from metalearn.verbs import reproduce
@@ -114,6 +115,32 @@ def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     evaluate(folder, [], "test", None, console)
 
 
+def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
+    folder = run("a", "algo=maml")
+    evaluate(folder, [], "test", None, console)
+    before = {path.name: path.read_text() for path in (folder / "evaluations").glob("*.json")}
+    evaluate(folder, ["++algo.test_inner_steps=9", "algo.inner_lr=0.1"], "test", None, console)
+    after = {path.name: path.read_text() for path in (folder / "evaluations").glob("*.json")}
+    assert {name: after[name] for name in before} == before
+    added = sorted(after.keys() - before.keys())
+    assert [name.partition("-")[2] for name in added] == ["inner_lr=0.1-test_inner_steps=9.json"] * 2
+    evaluate(folder, ["algo.test_inner_steps=3"], "test", None, console)  # as the run's own: no other adaptation
+    assert len(list((folder / "evaluations").glob("*.json"))) == 4
+    with pytest.raises(UserError, match=r"only training reads this; did you mean algo\.test_inner_steps"):
+        evaluate(folder, ["algo.inner_steps=7"], "test", None, console)
+    with pytest.raises(RunFailed, match="not finite"):
+        evaluate(folder, ["algo.inner_lr=1e30"], "test", None, console)
+
+
+def test_evaluate_refuses_classes_the_run_has_seen_however_they_are_drawn(run, console):
+    folder = run("a", "algo=protonet")
+    for words in (["dataset.split_seed=5"], ["dataset.split_seed=5", "dataset.jitter=1.01"]):
+        with pytest.raises(UserError, match="were trained or validated on"):
+            evaluate(folder, words, "test", None, console)
+    evaluate(folder, ["dataset.rotations=classes"], "train", None, console)  # asked for by its name
+    assert "train accuracy" in console.export_text()
+
+
 def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
     folder = run("a", "algo=maml")
     with pytest.raises(UserError, match=r"episode\.way=7: the run tells 5 classes apart"):
@@ -170,13 +197,46 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     ]
     assert f"{100 * estimate(scores[0]).ci95:.2f}%" in fast[column]
     assert "p adjusted for 3 comparisons (Holm)" in text
-    assert "significant" in text
+    difference = paired_difference(scores[1], scores[0])
+    assert difference.p_value < 0.001  # the slow rate does not adapt at all
+    (line,) = [line for line in text.splitlines() if line.startswith("-   maml glyphs algo.inner_lr=0.001")]
+    assert f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), over seeds p = " in line
+    assert "with one seed on a side" in text  # ProtoNet's
     lines = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))
     assert len(lines) == 6
     assert (tmp_path / "runs/comparison.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished run"):
         compare([tmp_path / "empty"], None, console)
+
+
+def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, console, tmp_path):
+    for name, statistics in (("a", "query"), ("b", "query"), ("c", "support")):
+        folder = run(f"runs/{name}", "algo=maml", f"statistics={statistics}", "test.episodes=20")
+        evaluate(folder, [], "test", None, console)
+    compare([tmp_path / "runs"], None, console)
+    lines = [line for line in (tmp_path / "runs/comparison.md").read_text().splitlines() if line.startswith("| maml")]
+    assert [line.split("|")[2].strip() for line in lines] == ["statistics=query", "statistics=support"]
+    assert [line.split("|")[3].strip() for line in lines] == ["1", "1"]
+    assert "seeds ±" not in lines[0]
+
+
+def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_path):
+    run("runs/good", "algo=maml", "test.episodes=20")
+    for name in ("torn", "empty", "list"):
+        run(f"runs/{name}", "algo=maml", "test.episodes=20")
+    (tmp_path / "runs/torn/test_scores.csv").write_text("episode,accuracy\n0,0.5\n")
+    (tmp_path / "runs/empty/config.yaml").write_text("")
+    (tmp_path / "runs/list/result.json").write_text("[1]")
+    (tmp_path / "runs/unfinished").mkdir()
+    (tmp_path / "runs/unfinished/config.yaml").write_text("seed: 0")
+    compare([tmp_path / "runs"], None, console)
+    text = console.export_text()
+    for name in ("torn", "empty", "list", "unfinished"):
+        assert f"left out: {tmp_path}/runs/{name}" in text, name
+    for name in ("torn", "empty", "list"):
+        with pytest.raises(UserError, match=name):
+            compare([tmp_path / "runs" / name], None, console)
 
 
 def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
@@ -231,6 +291,8 @@ def test_verdict(budget, mean, ci95, passed, tmp_path, console):
 def test_reproduce_refuses_what_makes_another_experiment(capsys):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", "smoke")
     assert "seed=3" in recipe.overrides(["seed=3"])
+    with pytest.raises(UserError, match="there is no such key; did you mean seed"):
+        recipe.overrides(["sed=1"])
     for word in ("train.steps=5", "algo=protonet", "test.episodes=10"):
         with pytest.raises(UserError, match="another experiment"):
             recipe.overrides([word])

@@ -13,7 +13,7 @@ from torch.func import grad
 from metalearn import random
 from metalearn.algorithms.base import objective, prefixed, select
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.settings import above, at_least, between
+from metalearn.settings import above, at_least, between, given_by_run
 from metalearn.types import Labelled, Loss, Params, Spec, State, Task
 
 
@@ -23,8 +23,8 @@ class Reptile(LinearHeadAlgorithm):
 
     The inner optimiser is Adam without momentum (beta1 = 0). As in the authors' code its second moment is carried from
     task to task, in testing too: started anew it would make the first step of each task as long for a small gradient
-    as for a large one. It stands in `fixed`, with the weight it has gathered, and the loop folds in the mean over tasks
-    (`train.statistics_momentum`: 1 keeps all of it). Departure: tasks of one step start from the same moment.
+    as for a large one. It stands in `fixed`, with the weight it has gathered, and becomes the mean over the tasks of
+    each step. Departure: tasks of one step start from the same moment.
     inner_batch, test_inner_batch: examples of a mini-batch, drawn without replacement, epoch after epoch.
     """
 
@@ -37,6 +37,7 @@ class Reptile(LinearHeadAlgorithm):
     test_inner_batch: int = at_least(1)
     inner_beta2: float = between(0, 1)
     inner_eps: float = above(0)
+    statistics_momentum: float = given_by_run()
 
     @property
     def training_steps(self) -> int:
@@ -91,4 +92,7 @@ class Reptile(LinearHeadAlgorithm):
         direction = {name: theta[name] - phi[name] for name in theta}
         value = torch.stack([(state.meta[name] * direction[name]).sum() for name in theta]).sum()
         held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
-        return Loss(value, held_out.logs, held_out.statistics | moments)
+        # The loop moves `fixed` by a share of the way to what it is given; this is as far off as takes it all the way.
+        share = self.statistics_momentum or 1.0
+        seen = {name: state.fixed[name] + (value - state.fixed[name]) / share for name, value in moments.items()}
+        return Loss(value, held_out.logs, held_out.statistics | seen)

@@ -94,7 +94,10 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
 
 
 def ink(picture: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
-    """Dark ink on light paper as uint8 [1, size, size], ink 255 on paper 0."""
+    """Dark ink on light paper as uint8 [1, size, size], ink 255 on paper 0; what is transparent is paper."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return 255 - np.asarray(picture.convert("L").resize((size, size), resample))[None]
 
 

@@ -19,12 +19,12 @@ from metalearn import report, stats
 from metalearn.errors import UserError
 from metalearn.figures import draw_comparison, shown, shown_interval
 from metalearn.measure import read_scores
-from metalearn.verbs.train import CONFIG_FILE, RESULT_FILE
+from metalearn.types import SCORES
+from metalearn.verbs.train import CONFIG_FILE, ERROR_FILE, RESULT_FILE
 
 #: Settings that make no other method: two runs that differ in these alone are one method, seen twice.
 _NEUTRAL = (
-    "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "train.log_every",
-    "test", "episode_seed", "episode.query",
+    "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "train.log_every", "test",
 )  # fmt: skip
 _SHOWN_SETTINGS = 4
 #: Characters of the console that a column of figures takes, and all that stands left of them.
@@ -33,7 +33,7 @@ _COLUMN_WIDTH, _LEFT_WIDTH = 20, 84
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One test of one run."""
+    """One test of one run. variant: adaptation other than in the run's own test; minutes: of the training."""
 
     folder: Path
     name: str
@@ -44,21 +44,30 @@ class Measurement:
     ci95: float
     protocol: dict[str, Any]
     protocol_id: str
+    episodes: int
+    where: str
     variant: str
     minutes: float
     hardware: str
-    scores_file: Path
+    scores: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one method gave under one protocol, over its seeds. scores: [E], averaged over seeds."""
+    """What one method gave under one protocol.
+
+    scores: [E], averaged over seeds; by_seed: the mean of each seed, over the runs that repeat it.
+    """
 
     mean: float
     ci95: float
-    seeds: int
-    seeds_ci95: float | None
+    by_seed: list[float]
     scores: Tensor
+
+    @property
+    def seeds_ci95(self) -> float | None:
+        """Half-width of the interval over seeds, where there are several."""
+        return stats.over_seeds(self.by_seed).ci95 if len(self.by_seed) > 1 else None
 
 
 def compare(folders: list[Path], out: Path | None, console: Console) -> None:
@@ -71,7 +80,15 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
     runs = sorted({path for folder in folders for path in _runs(folder)})
     if not runs:
         raise UserError(f"{folders[0]}: no finished run ({RESULT_FILE}) there or below")
-    measurements = [found for run in runs for found in _measurements(run)]
+    measurements: list[Measurement] = []
+    unreadable: list[str] = []
+    for run in runs:
+        try:
+            measurements += _measurements(run)
+        except UserError as error:
+            unreadable.append(str(error))
+    if not measurements:
+        raise UserError(unreadable[0])
     if out is None:
         time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         out = folders[0] if len(folders) == 1 else Path("outputs/compare") / time
@@ -89,13 +106,17 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
         for first in range(0, len(protocols), fit):  # as many columns side by side as the console can show
             console.print(report.result_table(table.rows(protocols[first : first + fit], "\n")))
         for line in table.notes():
-            console.print(f"  {line}", highlight=False, soft_wrap=True)
+            report.print_line(console, f"  {line}")
         text += [*_markdown(table.rows(protocols, " ")), "", *(f"- {line}" for line in table.notes()), ""]
         files.append(f"comparison_{score}.png" if number else "comparison.png")
         draw_comparison(table.panels(), score, out / files[-1])
     (out / "comparison.md").write_text("\n".join(text))
+    for line in unreadable:
+        report.print_line(console, f"  left out: {line}")
+    for folder in _unfinished(folders):
+        report.print_line(console, f"  left out: {folder} has no result; its run failed or has not ended")
     for name in files:
-        console.print(f"  {out / name}", highlight=False, soft_wrap=True)
+        report.print_line(console, f"  {out / name}")
 
 
 def _runs(folder: Path) -> Iterator[Path]:
@@ -107,6 +128,12 @@ def _runs(folder: Path) -> Iterator[Path]:
             yield from _runs(path)
 
 
+def _unfinished(folders: list[Path]) -> list[Path]:
+    """Folders of runs without a result."""
+    started = {path.parent for folder in folders for name in (CONFIG_FILE, ERROR_FILE) for path in folder.rglob(name)}
+    return sorted(folder for folder in started if not (folder / RESULT_FILE).exists())
+
+
 def _measurements(folder: Path) -> Iterator[Measurement]:
     """The run's own test, and its evaluations under other protocols or with other adaptation."""
     try:
@@ -114,6 +141,7 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
         with (folder / CONFIG_FILE).open() as stream:
             # The C parser, because a multirun may have a thousand of these.
             settings = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        settings = {"reproduction": None} | settings
         tests = [(own, folder / "test_scores.csv", "")]
         for path in sorted((folder / "evaluations").glob("*.json")):
             found = json.loads(path.read_text())
@@ -121,14 +149,21 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
             if variant or found["protocol_id"] != own["protocol_id"]:
                 tests.append((found, path.with_name(f"{path.stem}_scores.csv"), variant))
         for found, scores_file, variant in tests:
-            score, estimate = next(iter(found["test"].items()))
+            (score, estimate), *_ = found["test"].items()
+            split = found.get("split", "test")
+            where = [] if split == "test" else [f"split {split}"]
+            if "dataset" in found and found["protocol"]["data"] != own["protocol"]["data"]:
+                where.append(found["dataset"])
+            scores = read_scores(scores_file)
+            if len(scores) != estimate["episodes"]:
+                raise UserError(f"{scores_file} has {len(scores)} scores, not {estimate['episodes']}")
             yield Measurement(
                 folder=folder, name=own["name"], settings=dict(_leaves(settings)), seed=own["seed"], score=score,
                 mean=estimate["mean"], ci95=estimate["ci95"], protocol=found["protocol"],
-                protocol_id=found["protocol_id"], variant=variant, minutes=own["seconds"] / 60,
-                hardware=own["environment"]["hardware"], scores_file=scores_file,
+                protocol_id=found["protocol_id"], episodes=estimate["episodes"], where=" ".join(where), variant=variant, minutes=own["seconds"] / 60,
+                hardware=own["environment"]["hardware"], scores=scores,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder} is not a readable run ({type(error).__name__}: {error})") from None
 
 
@@ -151,6 +186,7 @@ class _Table:
             self.methods[found.name, json.dumps([kept, found.variant], sort_keys=True)].append(found)
         self.labels = self._labels()
         self.protocols = {found.protocol_id: found.protocol for found in measurements}
+        self.where = {found.protocol_id: found.where for found in measurements}
         self.cells = {
             (method, protocol): _cell(group)
             for method, found in self.methods.items()
@@ -175,7 +211,10 @@ class _Table:
     def heading(self, protocol_id: str, separator: str = " ") -> str:
         protocol = self.protocols[protocol_id]
         shape = f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q"
-        return separator.join([shape, protocol["statistics"], protocol_id])
+        special = [self.where[protocol_id]] if self.where[protocol_id] else []
+        if len({found["episodes"] for found in self.protocols.values()}) > 1:
+            special.append(f"{protocol['episodes']} episodes")
+        return separator.join([shape, protocol["statistics"], *special, protocol_id])
 
     def rows(self, protocols: list[str], separator: str) -> list[dict[str, Any]]:
         """A line a method, a column a protocol. separator: between the parts of a heading and of a cell."""
@@ -204,16 +243,17 @@ class _Table:
         parts = [shown_interval(self.score, cell.mean, cell.ci95)]
         if cell.seeds_ci95 is not None:
             parts.append(f"seeds ± {shown(self.score, cell.seeds_ci95)}")
-        if cell.seeds < seeds:
-            parts.append(f"{cell.seeds} of {seeds} seeds")
+        if len(cell.by_seed) < seeds:
+            parts.append(f"{len(cell.by_seed)} of {seeds} seeds")
         return separator.join(parts)
 
     def notes(self) -> list[str]:
         """How to read it, and which differences are more than chance."""
-        lines = ["± is the 95% interval over the shared test episodes (Student's t)"]
+        lines = ["± is the 95% interval over the shared episodes (Student's t), of each figure by itself"]
         if any(cell.seeds_ci95 is not None for cell in self.cells.values()):
             lines[0] += "; beside it the one over seeds, each seed one value"
-        higher = self.score == "accuracy"
+        higher = next(score for score in SCORES.values() if score.name == self.score).higher_is_better
+        alone = False
         for protocol in self.protocols:
             found = {method: cell for (method, other), cell in self.cells.items() if other == protocol}
             pairs = list(itertools.combinations(found, 2))
@@ -223,6 +263,12 @@ class _Table:
                 pair: stats.paired_difference(found[pair[0]].scores, found[pair[1]].scores) for pair in pairs
             }
             adjusted = dict(zip(pairs, stats.holm([one.p_value for one in differences.values()]), strict=True))
+            over_seeds = {
+                pair: stats.unpaired_p_value(*(found[one].by_seed for one in pair))
+                for pair in pairs
+                if all(len(found[one].by_seed) > 1 for one in pair)
+            }
+            over_seeds = dict(zip(over_seeds, stats.holm(list(over_seeds.values())), strict=True))
             best = max(found, key=lambda method: found[method].mean * (1 if higher else -1))
             lines.append(
                 f"{self.heading(protocol)}: best is {self._called(best)}; paired differences to it, p adjusted for "
@@ -235,8 +281,17 @@ class _Table:
                 difference = dataclasses.asdict(differences[pair]) | {"p_value": adjusted[pair]}
                 if other == pair[1]:
                     difference["mean"] = -difference["mean"]
-                verdict = "significant" if adjusted[pair] < 0.05 else "not significant"
-                lines.append(f"  {self._called(other)}: {report.shown_difference(self.score, difference)}, {verdict}")
+                text = f"  {self._called(other)}: {report.shown_difference(self.score, difference)}"
+                if pair in over_seeds:
+                    text += f", over seeds p = {over_seeds[pair]:.3f}"
+                significant = max(adjusted[pair], over_seeds.get(pair, 0.0)) < 0.05
+                alone = alone or pair not in over_seeds
+                lines.append(f"{text}: {'significant' if significant else 'not significant'}")
+        if alone:
+            lines.append(
+                "with one seed on a side, a significant difference is one of these trained weights; "
+                "for a statement about the methods train several seeds"
+            )
         return lines
 
     def _called(self, method: tuple[str, str]) -> str:
@@ -259,11 +314,13 @@ def _neutral(key: str) -> bool:
 
 
 def _cell(found: list[Measurement]) -> Cell:
-    scores = torch.stack([read_scores(one.scores_file) for one in found]).mean(0)
+    by_seed: dict[int, list[Tensor]] = defaultdict(list)
+    for one in found:
+        by_seed[one.seed].append(one.scores)
+    means = [torch.stack(scores).mean(0) for scores in by_seed.values()]  # a seed that was run twice counts once
+    scores = torch.stack(means).mean(0)
     over_episodes = stats.estimate(scores)
-    seeds = {one.seed: one.mean for one in found}
-    over_seeds = stats.over_seeds(list(seeds.values())).ci95 if len(seeds) > 1 else None
-    return Cell(over_episodes.mean, over_episodes.ci95, len(seeds), over_seeds, scores)
+    return Cell(over_episodes.mean, over_episodes.ci95, [mean.mean().item() for mean in means], scores)
 
 
 def _write_csv(path: Path, measurements: list[Measurement]) -> None:

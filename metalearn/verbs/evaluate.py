@@ -1,5 +1,6 @@
 """`metalearn evaluate`: tests a finished run again, under its own or a changed protocol, from its folder alone."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ _MAY_CHANGE = (
     "algo", "dataset", "episode", "episode_seed", "statistics", "test.episodes",
     "device", "data_dir", "cache_dir", "engine",
 )  # fmt: skip
-_CURVES = ("shot", "steps")
+_SPLITS = ("train", "val", "test")
+_CURVES = {"shot": "shots", "steps": "inner steps"}
 _SHOTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 _STEPS = range(11)
 
@@ -33,155 +35,179 @@ def evaluate(folder: Path, overrides: list[str], split: str, curve: str | None, 
     Where the backbone normalises, transductive and inductive statistics are both tested, on the same episodes.
     Args: overrides: of the test's protocol and the method's adaptation; split: whose classes are tested; curve: "shot",
       "steps" or None.
-    Raises: UserError where the run cannot give what is asked.
+    Raises: UserError where the run cannot give what is asked; RunFailed where its predictions are not finite.
     """
-    stored = _stored(folder)
-    for word in overrides:
-        key = word.split("=")[0].lstrip("+~")
-        allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
-        if not allowed or key.startswith("episode.train"):
-            composition.changed(stored, [word])  # a mistyped key is told as such
-            raise UserError(
-                f"{word}: a test cannot change how the run was trained; it may change {', '.join(_MAY_CHANGE)}"
-            )
-    changed = composition.changed(stored, overrides)
-    before, after = checked(stored), checked(changed)
-    fixed_way = config.component(after.algo, "algo").fixed_way
-    if fixed_way and after.episode.way != before.episode.way:
-        raise UserError(
-            f"episode.way={after.episode.way}: the run tells {before.episode.way} classes apart, the number of ways is "
-            "part of its weights; train with that number"
-        )
-    if split not in ("train", "val", "test"):
-        raise UserError(f"split={split}: should be one of train, val, test")
+    if split not in _SPLITS:
+        raise UserError(f"split={split}: should be one of {', '.join(_SPLITS)}")
+    if curve is not None and curve not in _CURVES:
+        raise UserError(f"curve={curve}: should be one of {', '.join(_CURVES)}")
+    asked = _Asked.of(folder, overrides, split)
+    try:
+        asked.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{asked.folder} cannot be written ({error.strerror})") from None
     if curve is not None:
-        _curve(folder, changed, before, overrides, split, curve, console)
-        return
-    results, scores = [], []
-    for statistics in _statistics(before, after):
-        result, found = _tested(folder, changed, statistics, before, overrides, split)
-        results.append(result)
+        _curve(asked, curve, console)
+    else:
+        _both(asked, console)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A finished run and what is asked of it.
+
+    folder: where the answers go; variant: how the method adapts otherwise than in the run's own test.
+    """
+
+    folder: Path
+    name: str
+    before: RunConfig
+    changed: DictConfig
+    variant: list[str]
+    overrides: list[str]
+    split: str
+
+    @staticmethod
+    def of(folder: Path, overrides: list[str], split: str) -> "_Asked":
+        try:
+            name = json.loads((folder / RESULT_FILE).read_text())["name"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise UserError(
+                f"run={folder}: no {RESULT_FILE} of a run there; name the folder of a finished training run"
+            ) from None
+        stored = composition.stored(folder)
+        for word in overrides:
+            _check_may_change(stored, word)
+        changed = composition.changed(stored, overrides)
+        before, after = checked(stored), checked(changed)
+        old, new = (config.component(settings.dataset, "dataset").target for settings in (before, after))
+        if old != new:
+            kinds = {"class": "classes", "value": "values (regression)"}
+            raise UserError(f"dataset: the run learned {kinds[old]}, but this data set has {kinds[new]}")
+        if config.component(after.algo, "algo").fixed_way and after.episode.way != before.episode.way:
+            raise UserError(
+                f"episode.way={after.episode.way}: the run tells {before.episode.way} classes apart, the number of ways "
+                "is part of its weights; train with that number"
+            )
+        variant = [f"{key}={value}" for key, value in sorted(after.algo.items()) if before.algo[key] != value]
+        return _Asked(folder / "evaluations", name, before, changed, variant, overrides, split)
+
+    @property
+    def statistics(self) -> list[str]:
+        """The statistics asked for first, then their counterpart; alone where nothing is normalised."""
+        after = checked(self.changed)
+        if not normalises(after):
+            return [after.statistics]
+        inductive = "population" if self.before.statistics == "population" else "support"
+        return [after.statistics, inductive if after.statistics == "query" else "query"]
+
+    def run(self, statistics: str, **episode: int) -> Run:
+        """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
+        settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
+        after, before = checked(settings), self.before
+        if after.statistics == "population" != before.statistics:
+            raise UserError("statistics=population: this run gathered none; train with statistics=population")
+        run = build(after, self.split)
+        same_source = all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
+        if self.split == "test" and same_source and before.dataset != after.dataset:
+            names = build(before).class_names
+            if shared := sorted({*names["train"], *names["val"]} & set(run.class_names[self.split])):
+                raise UserError(
+                    f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
+                    "keep the split of the run"
+                )
+        return run
+
+    def file(self, protocol_id: str, ending: str) -> Path:
+        """Where the method adapts otherwise (its inner steps, say), the file's name says so besides."""
+        return self.folder / ("-".join([protocol_id, *self.variant]) + ending)
+
+    def described(self, run: Run) -> dict[str, Any]:
+        """What a result says beside its figures."""
+        return {
+            "name": self.name,
+            "overrides": self.overrides,
+            "variant": self.variant,
+            "split": self.split,
+            "dataset": config.component(run.config.dataset, "dataset").__name__,
+            "seed": run.config.seed,
+            "environment": report.environment(str(run.device)),
+        }
+
+
+def _check_may_change(stored: DictConfig, word: str) -> None:
+    """Raises: UserError for a setting that a test does not have, or that only training reads."""
+    key = word.split("=")[0].lstrip("+~")
+    if key in ("algo", "backbone"):
+        raise UserError(f"{word}: a run is tested with what it was trained with; train another one")
+    allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
+    if not allowed or key.startswith("episode.train"):
+        composition.changed(stored, [word])  # a mistyped key is told as such
+        raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(_MAY_CHANGE)}")
+    group, _, name = key.rpartition(".")
+    if group == "algo" and f"test_{name}" in stored.algo:
+        raise UserError(f"{word}: only training reads this; did you mean algo.test_{name}?")
+
+
+def _both(asked: _Asked, console: Console) -> None:
+    """Tests under the statistics asked for and under their counterpart."""
+    results: list[dict[str, Any]] = []
+    scores: list[Tensor] = []
+    for statistics in asked.statistics:
+        start = time.perf_counter()
+        run = asked.run(statistics)
+        result, found = measure(run, trained_state(run, asked.folder.parent), asked.file(run.protocol_id, "_"))
+        results.append(result | asked.described(run) | {"seconds": time.perf_counter() - start})
         scores.append(found)
+    lines = []
     if len(results) == 2:
         transductive, inductive = sorted((0, 1), key=lambda i: results[i]["protocol"]["statistics"] != "query")
         difference = report.as_dict(stats.paired_difference(scores[transductive], scores[inductive]))
         for result in results:
             result["transductive_minus_inductive"] = difference
+        shown = report.shown_difference(next(iter(results[0]["test"])), difference)
+        lines.append(f"  transductive minus inductive, on the same episodes: {shown}")
     for result in results:
-        report.write_json(_file(folder, result["protocol_id"], overrides, ".json"), result)
-    console.print(report.result_table([report.result_row(result["name"], result) for result in results]))
+        file = asked.file(result["protocol_id"], ".json")
+        report.write_json(file, result)
+        lines.append(f"  {file}")
+    name = " ".join([asked.name, *asked.variant])
+    console.print(report.result_table([report.result_row(name, result) for result in results]))
     report.print_details(console, results[0])
-    if len(results) == 2:
-        score = next(iter(results[0]["test"]))
-        console.print(
-            f"  transductive minus inductive, on the same episodes: {report.shown_difference(score, difference)}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    for result in results:
-        console.print(f"  {_file(folder, result['protocol_id'], overrides, '.json')}", highlight=False, soft_wrap=True)
+    for line in lines:
+        report.print_line(console, line)
 
 
-def _stored(folder: Path) -> DictConfig:
-    if not (folder / RESULT_FILE).is_file():
-        raise UserError(f"run={folder}: no {RESULT_FILE} there; name the folder of a finished training run")
-    return composition.stored(folder)
-
-
-def _statistics(before: RunConfig, after: RunConfig) -> list[str]:
-    """The statistics asked for first, then their counterpart; alone where nothing is normalised."""
-    if not normalises(after):
-        return [after.statistics]
-    inductive = "population" if before.statistics == "population" else "support"
-    return [after.statistics, inductive if after.statistics == "query" else "query"]
-
-
-def _run(changed: DictConfig, statistics: str, before: RunConfig, split: str, **episode: int) -> Run:
-    """The run with another protocol. Raises: UserError if the classes to be tested were trained or validated on."""
-    settings = OmegaConf.merge(changed, {"statistics": statistics, "episode": episode})
-    after = checked(settings)  # type: ignore[arg-type]
-    if after.statistics == "population" != before.statistics:
-        raise UserError("statistics=population: this run gathered none; train with statistics=population")
-    run = build(after, split)
-    if before.dataset != after.dataset:
-        origin = build(before)
-        known = {*origin.class_names["train"], *origin.class_names["val"]}
-        shared = sorted(known & set(run.class_names[split]))
-        if shared and origin.content_hash == run.content_hash:
-            raise UserError(
-                f"class '{shared[0]}' and {len(shared) - 1} others of this {split} split were trained or validated on; "
-                "keep the split of the run"
-            )
-    return run
-
-
-def _tested(
-    folder: Path, changed: DictConfig, statistics: str, before: RunConfig, overrides: list[str], split: str
-) -> tuple[dict[str, Any], Tensor]:
-    start = time.perf_counter()
-    run = _run(changed, statistics, before, split)
-    state = trained_state(run, folder)
-    try:
-        files = _file(folder, run.protocol_id, overrides, "_")
-        files.parent.mkdir(exist_ok=True)
-        result, scores = measure(run, state, files)
-    except OSError as error:
-        raise UserError(f"{folder / 'evaluations'} cannot be written ({error.strerror})") from None
-    return result | {
-        "name": json.loads((folder / RESULT_FILE).read_text())["name"],
-        "overrides": overrides,
-        "split": split,
-        "seed": run.config.seed,
-        "environment": report.environment(str(run.device)),
-        "seconds": time.perf_counter() - start,
-    }, scores
-
-
-def _file(folder: Path, protocol_id: str, overrides: list[str], ending: str) -> Path:
-    """A file under `evaluations/`. Where the method changes too (its inner steps, say), the name says so besides."""
-    method = [word.removeprefix("algo.") for word in overrides if word.startswith("algo.")]
-    return folder / "evaluations" / ("-".join([protocol_id, *method]) + ending)
-
-
-def _curve(
-    folder: Path, changed: DictConfig, before: RunConfig, overrides: list[str], split: str, curve: str, console: Console
-) -> None:
-    """Accuracy over shots or over inner steps, as a table, a CSV and a PNG."""
-    if curve not in _CURVES:
-        raise UserError(f"curve={curve}: should be one of {', '.join(_CURVES)}")
-    statistics = checked(changed).statistics
-    run = _run(changed, statistics, before, split)
-    state = trained_state(run, folder)
+def _curve(asked: _Asked, curve: str, console: Console) -> None:
+    """A score over shots or over inner steps, as a table, a CSV and a PNG."""
+    statistics = asked.statistics[0]
+    run = asked.run(statistics)
     if curve == "steps" and "test_inner_steps" not in run.config.algo:
         raise UserError(f"curve=steps: {type(run.algorithm).__name__} does not adapt in steps; use curve=shot")
-    files = _file(folder, run.protocol_id, overrides, f"_{curve}_")
-    files.parent.mkdir(exist_ok=True)
-    score = run.score.name
-    rows = []
+    state = trained_state(run, asked.folder.parent)
+    protocol, score = run.protocol, run.score.name
+    csv, png = (asked.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png"))
+    results = {}
     if curve == "steps":
-        for steps in _STEPS:
-            result, _ = measure(run, state, steps=steps)
-            rows.append((steps, result))
+        results = {steps: measure(run, state, steps=steps)[0] for steps in _STEPS}
     else:
         for shot in _SHOTS:
             try:
-                run = _run(changed, statistics, before, split, shot=shot)
-            except UserError:  # a class has fewer pictures than these shots and the queries want
+                run = asked.run(statistics, shot=shot)
+            except UserError:  # the run's own protocol was possible, so a class is too small for these shots
                 break
-            result, _ = measure(run, state)
-            rows.append((shot, result))
-    label = {"steps": "inner steps", "shot": "shots"}[curve]
-    points = [(at, result["test"][score]["mean"], result["test"][score]["ci95"]) for at, result in rows]
-    lines = [f"{curve},mean,ci95,episodes,protocol_id"]
-    for at, result in rows:
+            results[shot] = measure(run, state)[0]
+    label = _CURVES[curve]
+    table, lines = [], [f"{curve},mean,ci95,episodes,protocol_id"]
+    for at, result in results.items():
         found = result["test"][score]
+        table.append({label: at, f"{asked.split} {score}": shown_interval(score, found["mean"], found["ci95"])})
         lines.append(f"{at},{found['mean']:.6f},{found['ci95']:.6f},{found['episodes']},{result['protocol_id']}")
-    csv, png = files.with_name(f"{files.name}curve.csv"), files.with_name(f"{files.name}curve.png")
     csv.write_text("\n".join(lines) + "\n")
-    name = json.loads((folder / RESULT_FILE).read_text())["name"]
-    protocol = run.protocol
-    title = f"{name}, {protocol['way']}-way, {protocol['query']} queries, statistics {protocol['statistics']}"
-    draw_curve(points, label, score, title, png)
-    table = [{label: at, f"test {score}": shown_interval(score, mean, ci95)} for at, mean, ci95 in points]
+    shape = [f"{protocol['way']}-way", *([] if curve == "shot" else [f"{protocol['shot']}-shot"])]
+    title = f"{asked.name}, {', '.join(shape)}, {protocol['query']} queries, statistics {protocol['statistics']}"
+    points = [(at, found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
+    draw_curve(points, label, f"{asked.split} {score}", title, png)
     console.print(report.result_table(table))
-    for path in (csv, png):
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+    for file in (csv, png):
+        report.print_line(console, f"  {file}")

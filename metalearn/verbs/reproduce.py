@@ -34,7 +34,8 @@ class Recipe:
             raise UserError(
                 f"{name}: there is no such experiment to reproduce; there are {', '.join(known)}{nearest(name, known)}"
             )
-        settings = checked(composition.composed([f"experiment={name}"])).reproduction
+        self._composed = checked(composition.composed([f"experiment={name}"]))
+        settings = self._composed.reproduction
         assert settings is not None
         if budget not in settings.budgets:
             raise UserError(f"budget={budget}: should be one of {', '.join(settings.budgets)}")
@@ -43,8 +44,11 @@ class Recipe:
 
     def overrides(self, more: list[str]) -> list[str]:
         """What to train with. Raises: UserError where `more` would make it another experiment."""
+        known = [*composition.groups(), *vars(self._composed), "hydra"]
         for word in more:
             key = word.split("=")[0]
+            if key.partition(".")[0] not in known:
+                raise UserError(f"{word}: there is no such key{nearest(key, known)}")
             if not any(key == allowed or key.startswith((f"{allowed}.", f"{allowed}/")) for allowed in _MAY_CHANGE):
                 raise UserError(
                     f"{word}: makes it another experiment; reproduce takes {', '.join(_MAY_CHANGE)}; "
@@ -98,7 +102,7 @@ class Recipe:
             folder / VERDICT_FILE,
             {"experiment": self.name, "budget": self.budget, "passed": passed, "reason": reason},
         )
-        console.print(f"[bold]{'PASS' if passed else 'FAIL'}[/bold]: {reason}", highlight=False, soft_wrap=True)
+        report.print_line(console, f"{'PASS' if passed else 'FAIL'}: {reason}")
         return passed
 
 
