@@ -5,86 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalearn import __version__
+from metalearn import __version__, help_texts
 from metalearn.errors import UserError, first_line
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
-
-_HELP = f"""metalearn {__version__}: few-shot and meta-learning experiments
-
-usage: metalearn <verb> [key=value …]
-
-  train      meta-train, meta-validate, meta-test:   metalearn train algo=maml dataset=omniglot
-  evaluate   test a trained run again:               metalearn evaluate run=<folder> episode.shot=5
-  compare    runs in one table, with significance:   metalearn compare <folder> <folder>
-  reproduce  train and hold against a paper:         metalearn reproduce maml_omniglot_5w1s budget=quick
-  list       algorithms, data sets, backbones, experiments
-
-  metalearn <verb> --help    explains the verb
-  --debug                    shows the traceback of an error
-  --version                  prints the version
-"""
-
-_TRAIN_HELP = """metalearn train [key=value …] [-m] [--cfg job]
-
-Meta-trains, keeps the best checkpoint by validation, tests it once, and writes everything into its run folder.
-
-  metalearn train algo=maml dataset=omniglot             a method on a data set, with the settings that suit both
-  metalearn train algo=protonet dataset=glyphs           embedded data, no download
-  metalearn train algo=maml algo.inner_lr=0.1 train.steps=2000 seed=1
-  metalearn train -m algo=maml,protonet episode.shot=1,5 seed=0,1     all combinations, one table at the end
-
-choose
-{groups}
-often changed
-  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.way|shot|query: training
-  statistics=query|support|support_plus_one|population   normalisation at prediction (query is transductive)
-  train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10
-  val.every=500 val.episodes=300 test.episodes=1000
-  seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
-  hydra.run.dir=my/folder                         the run folder
-
-options
-  -m, --multirun       every combination of comma-separated values, each in its own folder
-  --cfg job            print the composed configuration and stop
-  --config-dir DIR     also look for configuration files in DIR
-  -sc install=bash     shell completion: eval "$(metalearn -sc install=bash)"
-  --debug              show the traceback of an error
-"""
-
-_EVALUATE_HELP = """metalearn evaluate run=<folder> [key=value …] [split=train|val|test] [curve=shot|steps]
-
-Tests the best checkpoint of a finished run under its own or a changed protocol, with transductive and with inductive
-statistics and their paired difference, and writes evaluations/<protocol_id>.json into the run folder.
-
-  metalearn evaluate run=outputs/maml-omniglot/<time>
-  metalearn evaluate run=… episode.shot=5 episode.query=1 test.episodes=600
-  metalearn evaluate run=… statistics=support_plus_one       one query at a time
-  metalearn evaluate run=… algo.test_inner_steps=10          more adaptation
-  metalearn evaluate run=… dataset=glyphs                    another data set
-  metalearn evaluate run=… split=train                       how well it knows the classes it was trained on
-  metalearn evaluate run=… curve=shot                        accuracy over shots: table, CSV and PNG
-  metalearn evaluate run=… curve=steps                       accuracy over inner steps 0 to 10
-"""
-
-_COMPARE_HELP = """metalearn compare <folder> … [out=<folder>]
-
-One table over runs, their evaluations, and the runs of multirun folders. Only figures of equal protocols share a column;
-runs that differ in their seed alone share a line. Differences are tested on the shared episodes.
-Writes comparison.md, .csv and .png into `out`, or else into the folder where only one is named, or else into
-outputs/compare/<time>.
-
-  metalearn compare outputs/multirun/<time>
-  metalearn compare outputs/maml-omniglot/<time> outputs/protonet-omniglot/<time>
-"""
-
-_REPRODUCE_HELP = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
-
-Trains and tests a recipe of a published figure, and ends with PASS or FAIL (exit code 0 or 1). At budget=paper (the
-default, hours on a CPU) the published figure is what counts, at smaller budgets the recipe's own measured figure.
-
-{experiments}
-"""
 
 
 def main() -> None:
@@ -127,7 +51,7 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-sc", "--shell-completion") for word in words):
         return _completion(words)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_HELP, end="")
+        print(help_texts.MAIN, end="")
         return 0
     verb, rest = words[0], words[1:]
     if verb == "--version":
@@ -179,7 +103,7 @@ def _train(words: list[str]) -> int:
             f"  {group + '=':<12}{', '.join(options(group))}\n"
             for group in ("algo", "dataset", "backbone", "episode", "logger", "experiment")
         )
-        print(_TRAIN_HELP.format(groups=groups), end="")
+        print(help_texts.TRAIN.format(groups=groups), end="")
         return 0
     overrides, flags, searched = _parsed(words)
     if any(flag in _SHOW for flag in flags):
@@ -420,7 +344,7 @@ def _remove_empty(path: Path) -> None:
 
 def _evaluate(words: list[str]) -> int:
     if _wants_help(words):
-        print(_EVALUATE_HELP, end="")
+        print(help_texts.EVALUATE, end="")
         return 0
     overrides, flags, searched = _parsed(words)
     run, split, curve = _taken(overrides, "run"), _taken(overrides, "split", "test"), _taken(overrides, "curve")
@@ -435,7 +359,7 @@ def _evaluate(words: list[str]) -> int:
 
 def _compare(words: list[str]) -> int:
     if _wants_help(words) or not words:
-        print(_COMPARE_HELP, end="")
+        print(help_texts.COMPARE, end="")
         return 0 if words else 2
     words = list(words)
     out = _taken(words, "out")
@@ -453,7 +377,7 @@ def _reproduce(words: list[str]) -> int:
 
     if _wants_help(words) or not words:
         experiments = "\n".join(f"  {name:<24} {line}" for name, line in reproduce.experiments().items())
-        print(_REPRODUCE_HELP.format(experiments=experiments), end="")
+        print(help_texts.REPRODUCE.format(experiments=experiments), end="")
         return 0 if words else 2
     names = [word for word in words if "=" not in word]
     if len(names) != 1:

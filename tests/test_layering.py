@@ -17,7 +17,7 @@ _RUN = _BASE | {"processes", "engine", "episodes", "build", "stats", "config", "
 
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
-    "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "settings": set(), "atomic": set(), "random": set(),
+    "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "help_texts": set(), "settings": set(), "atomic": set(), "random": set(),
     "types": set(), "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
     "backbones": _BASE,
     "algorithms": _BASE | {"backbones"},
@@ -34,7 +34,7 @@ _ALLOWED = {
     "measure": _RUN | {"loop", "report"},
     "model": _RUN | {"composition"},
     "verbs": _RUN | {"composition", "loop", "measure", "report", "figures", "tracking"},
-    "cli": _RUN | {"composition", "verbs", "report"},
+    "cli": _RUN | {"composition", "help_texts", "verbs", "report"},
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_nothing_outside_its_own_file_knows_a_method_or_a_data_set():
             target = re.search(rf"metalearn\.{folder}\.(\w+)\.(\w+)", text)
             own.setdefault(target[1], set()).update({name, target[2].lower(), target[1]})
         for path in _FILES:
-            if path.name == "cli.py":  # its help shows examples
+            if path.name == "help_texts.py":  # shows examples
                 continue
             code = ast.unparse(ast.parse(path.read_text()))
             code = re.sub(r"(\"\"\".*?\"\"\"|'''.*?''')", "", code, flags=re.S).lower()
