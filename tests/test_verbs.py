@@ -223,16 +223,17 @@ def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, cons
 
 def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_path):
     run("runs/good", "algo=maml", "test.episodes=20")
-    for name in ("torn", "empty", "list"):
+    for name in ("torn", "empty", "list", "foreign"):
         run(f"runs/{name}", "algo=maml", "test.episodes=20")
     (tmp_path / "runs/torn/test_scores.csv").write_text("episode,accuracy\n0,0.5\n")
+    (tmp_path / "runs/foreign/test_scores.csv").write_text("episode,accuracy\n" + "0,0.01\n" * 20)
     (tmp_path / "runs/empty/config.yaml").write_text("")
     (tmp_path / "runs/list/result.json").write_text("[1]")
     (tmp_path / "runs/unfinished").mkdir()
     (tmp_path / "runs/unfinished/config.yaml").write_text("seed: 0")
     compare([tmp_path / "runs"], None, console)
     text = console.export_text()
-    for name in ("torn", "empty", "list", "unfinished"):
+    for name in ("torn", "empty", "list", "foreign", "unfinished"):
         assert f"left out: {tmp_path}/runs/{name}" in text, name
     for name in ("torn", "empty", "list"):
         with pytest.raises(UserError, match=name):

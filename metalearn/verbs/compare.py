@@ -157,6 +157,8 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
             scores = read_scores(scores_file)
             if len(scores) != estimate["episodes"]:
                 raise UserError(f"{scores_file} has {len(scores)} scores, not {estimate['episodes']}")
+            if abs(scores.mean().item() - estimate["mean"]) > 1e-4 * max(1.0, abs(estimate["mean"])):
+                raise UserError(f"{scores_file} has mean {scores.mean().item():.4f}, the result {estimate['mean']:.4f}")
             yield Measurement(
                 folder=folder, name=own["name"], settings=dict(_leaves(settings)), seed=own["seed"], score=score,
                 mean=estimate["mean"], ci95=estimate["ci95"], protocol=found["protocol"],
