@@ -16,6 +16,7 @@ setup: $(VENV)/.ready  ## make .venv with everything in it (quick when nothing c
 # uv, because it picks a torch and a torchvision that fit each other; into .venv itself, so that the machine needs only Python.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,sweep]'
 	touch $@
