@@ -77,6 +77,7 @@ def test_same_seed_same_result(name, make_run):
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
 
+@pytest.mark.slow
 def test_beats_chance_on_separable_classes_but_not_on_shuffled_labels(name, make_run):
     run = make_run(f"algo={name}", "test.episodes=100", "train.meta_batch=1", "dataset.jitter=0.2")
     found = estimate(loop.test(run, run.state, None).scores)

@@ -179,6 +179,7 @@ def test_vinyals_split_is_the_published_one():
 
 
 @needs_omniglot
+@pytest.mark.slow
 def test_real_omniglot(tmp_path):
     data = opened("omniglot", _SHARED, tmp_path)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [4112, 172, 423]

@@ -44,6 +44,7 @@ def check_repeated(cold, warm, other):
         assert same(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_repeated_run_is_bitwise_identical_with_a_cold_and_a_warm_cache(name, compose, tmp_path):
     folders = [tmp_path / "cold", tmp_path / "warm", tmp_path / "other"]

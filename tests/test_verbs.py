@@ -147,6 +147,7 @@ def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
         evaluate(folder, ["episode.way=7"], "test", None, console)
 
 
+@pytest.mark.slow
 def test_curves(run, console):
     folder = run("a", "algo=maml")
     result = json.loads((folder / "result.json").read_text())
@@ -163,6 +164,7 @@ def test_curves(run, console):
         assert own["protocol_id"] == result["protocol_id"]
 
 
+@pytest.mark.slow
 def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     for seed in (0, 1):
         run(f"runs/maml-{seed}", "algo=maml", f"seed={seed}", "test.episodes=20")
@@ -210,6 +212,7 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
         compare([tmp_path / "empty"], None, console)
 
 
+@pytest.mark.slow
 def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, console, tmp_path):
     for name, statistics in (("a", "query"), ("b", "query"), ("c", "support")):
         folder = run(f"runs/{name}", "algo=maml", f"statistics={statistics}", "test.episodes=20")
@@ -221,6 +224,7 @@ def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, cons
     assert "seeds ±" not in lines[0]
 
 
+@pytest.mark.slow
 def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_path):
     run("runs/good", "algo=maml", "test.episodes=20")
     for name in ("torn", "empty", "list", "foreign"):
