@@ -118,6 +118,12 @@ def shown_difference(score: str, difference: dict[str, Any]) -> str:
     )
 
 
+def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a Markdown table; each row is a dict of column heading to text."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
+
+
 def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
     """A result as people read it, its protocol beside the figure."""
     score = next(iter(result["test"]))

@@ -76,11 +76,6 @@ def _shape(protocol: dict[str, Any]) -> str:
     return f"{protocol['way']}/{protocol['shot']}/{protocol['query']}"
 
 
-def _markdown(head: list[str], rows: list[list[Any]]) -> list[str]:
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
-
-
 def plain(runs: list[dict[str, Any]]) -> list[str]:
     """Plain commands: one line a measurement, the run's own first; then the commands."""
     rows, commands = [], []
@@ -116,7 +111,7 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
             )
     head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus it", "protocol", "adaptation",
             "steps", "minutes"]  # fmt: skip
-    return [*_markdown(head, rows), "", *commands]
+    return [*report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]), "", *commands]
 
 
 def _method(measured: dict[str, Any]) -> list[str]:
@@ -158,7 +153,15 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
         )
     head = ["experiment", "published", "here", "budget", "way/shot/query", "statistics", "protocol", "seed", "minutes",
             "commit"]  # fmt: skip
-    return [*_markdown(head, rows), "", f"On {'; '.join(sorted(hardware))}."] if rows else []
+    return (
+        [
+            *report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
+            "",
+            f"On {'; '.join(sorted(hardware))}.",
+        ]
+        if rows
+        else []
+    )
 
 
 def write_tables() -> list[str]:

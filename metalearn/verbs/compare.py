@@ -107,7 +107,7 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
             console.print(report.result_table(table.rows(protocols[first : first + fit], "\n")))
         for line in table.notes():
             report.print_line(console, f"  {line}")
-        text += [*_markdown(table.rows(protocols, " ")), "", *(f"- {line}" for line in table.notes()), ""]
+        text += [*report.markdown_table(table.rows(protocols, " ")), "", *(f"- {line}" for line in table.notes()), ""]
         files.append(f"comparison_{score}.png" if number else "comparison.png")
         draw_comparison(table.panels(), score, out / files[-1])
     (out / "comparison.md").write_text("\n".join(text))
@@ -340,12 +340,3 @@ def _write_csv(path: Path, measurements: list[Measurement]) -> None:
                  protocol["query"], protocol["statistics"], one.score, one.mean, one.ci95, f"{one.minutes:.2f}",
                  one.hardware]
             )  # fmt: skip
-
-
-def _markdown(rows: list[dict[str, Any]]) -> list[str]:
-    columns = list(rows[0])
-    return [
-        "| " + " | ".join(columns) + " |",
-        "|" + "---|" * len(columns),
-        *("| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows),
-    ]

@@ -77,7 +77,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         "checkpoints/best.pt",
         CONFIG_FILE,
     ):
-        console.print(f"  {folder / file}", highlight=False, soft_wrap=True)
+        report.print_line(console, f"  {folder / file}")
     return fitted.best_val.mean
 
 
@@ -113,7 +113,7 @@ def summarise(sweep: Path, console: Console) -> int:
         console.print("Figures with different protocols are different measurements.", highlight=False)
     for line in failures:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
-    console.print(f"  {sweep}", highlight=False, soft_wrap=True)
+    report.print_line(console, f"  {sweep}")
     return len(failures)
 
 
