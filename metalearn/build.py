@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from metalearn import config, engine, processes, random
+from metalearn import config, processes, random
 from metalearn.algorithms.base import Algorithm
-from metalearn.config import RunConfig
-from metalearn.engine import Engine
+from metalearn.config import EngineConfig, RunConfig
+from metalearn.engine import Engine, process
 from metalearn.episodes import STREAMS, EpisodeSource, Shape, TaskSource
 from metalearn.errors import UserError
 from metalearn.processes import Processes
-from metalearn.types import SCORES, Score, Spec, State
+from metalearn.types import SCORES, Score, Spec, State, Task
 
 #: Random stream of the initial weights; those of the tasks are numbered in `metalearn.episodes`.
 _INIT_STREAM = 100
@@ -51,6 +51,12 @@ class Run:
         """Identifies the measurement alone: equal for all that may stand in one column."""
         return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:10]
 
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What the engine chose: `engine.json`, with which another run computes just as this one."""
+        engines = {"train": self.train_engine.choices, "test": self.test_engine.choices}
+        return {"threads": torch.get_num_threads(), **engines}
+
 
 def check(settings: RunConfig) -> None:
     """Impossible pairings that are known before any data is read. Raises: UserError."""
@@ -76,6 +82,8 @@ def check(settings: RunConfig) -> None:
         )
     if settings.statistics == "population" and not normalises(settings):
         raise UserError("statistics=population wants a backbone with normalisation")
+    if settings.engine.rematerialise and not hasattr(algorithm, "rematerialise"):
+        raise UserError(f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept")
     device_of(settings.device)
 
 
@@ -87,7 +95,9 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     """
     check(settings)
     device = device_of(settings.device)
-    engine.prepare_process(device, settings.engine.threads)
+    choices = _stored_choices(settings.engine)
+    threads = choices["threads"] if choices else settings.engine.threads
+    process.prepare(device, threads, settings.engine.precision)
     together = processes.joined(device)
     for name, count in (
         ("train.meta_batch", settings.train.meta_batch),
@@ -112,19 +122,23 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     test_split = only_test or "test"
     test = data.episodes(test_split, test_shape, settings.episode_seed)
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
-    unresolved = Engine(algorithm, settings.engine.strategy, settings.engine.task_chunk)
+    train_engine, test_engine = _engines(settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices)
+    state = algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device))
+    if settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps and not choices:
+        train_engine = train_engine.timed(state, train.draw(0, together.share(settings.train.meta_batch)[1]))
+        test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
         content_hash=data.content_hash,
         class_names={split: data.class_names(split) for split in STREAMS},
         test_split=test_split,
         config=settings,
         algorithm=algorithm,
-        state=algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device)),
+        state=state,
         train=train,
         val=val,
         test=test,
-        train_engine=unresolved.resolved(train.draw(0, 1), together.share(settings.train.meta_batch)[1]),
-        test_engine=unresolved.resolved(test.draw(0, 1), EVALUATION_BATCH),
+        train_engine=train_engine,
+        test_engine=test_engine,
         score=SCORES[data.target],
         device=device,
         processes=together,
@@ -140,6 +154,44 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     )
 
 
+def _engines(
+    settings: RunConfig,
+    algorithm: Algorithm,
+    train: Task,
+    test: Task,
+    together: Processes,
+    choices: dict[str, Any] | None,
+) -> tuple[Engine, Engine]:
+    """The engines of training and of testing, for tasks of these shapes."""
+    if choices:
+        return Engine(algorithm, **choices["train"]), Engine(algorithm, **choices["test"])
+    asked = settings.engine
+    convolution = "plain" if asked.convolution == "auto" else asked.convolution
+    unresolved = Engine(algorithm, asked.strategy, asked.task_chunk, asked.precision, convolution)
+    count = together.share(settings.train.meta_batch)[1]
+    return unresolved.resolved(train, count), unresolved.resolved(test, EVALUATION_BATCH)
+
+
+def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
+    """What another run's engine chose. Raises: UserError where its file is none, or where something else is asked too."""
+    if settings.choices is None:
+        return None
+    for name, free in (("strategy", "auto"), ("task_chunk", 0), ("threads", 0), ("convolution", "auto")):
+        if (given := getattr(settings, name)) != free:
+            raise UserError(f"engine.{name}={given}: engine.choices says that already; leave one out")
+    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
+    try:
+        found = json.loads(Path(settings.choices).read_text())
+        right = isinstance(found["threads"], int) and all(found[part].keys() == fields for part in ("train", "test"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        right = False
+    if not right:
+        raise UserError(f"engine.choices={settings.choices}: is not an engine.json of a run")
+    if found["train"]["precision"] != settings.precision:
+        raise UserError(f"engine.precision={settings.precision}: that run had {found['train']['precision']}")
+    return found
+
+
 def algorithm_of(settings: RunConfig) -> Algorithm:
     """The method with its backbone."""
     return config.make(
@@ -148,6 +200,7 @@ def algorithm_of(settings: RunConfig) -> Algorithm:
         backbone=config.make(settings.backbone, "backbone"),
         statistics=settings.statistics,
         statistics_momentum=settings.train.statistics_momentum,
+        rematerialise=settings.engine.rematerialise,
     )
 
 

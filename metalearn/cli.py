@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metalearn import __version__, help_texts
-from metalearn.errors import UserError, first_line
+from metalearn.errors import RunFailed, UserError, first_line
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
 
@@ -41,10 +41,7 @@ def main() -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """2 for a user's mistake, 1 for a run that could not go on, None for a defect of ours."""
-    if isinstance(error, UserError):
-        return 2
-    loop = sys.modules.get("metalearn.loop")
-    return 1 if loop is not None and isinstance(error, loop.RunFailed) else None
+    return 2 if isinstance(error, UserError) else 1 if isinstance(error, RunFailed) else None
 
 
 def _dispatch(words: list[str]) -> int:

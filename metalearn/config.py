@@ -71,6 +71,12 @@ class EngineConfig:
     strategy: str = choice("auto", "vmap", "loop", "mixed")
     task_chunk: int = at_least(0)
     threads: int = at_least(0)
+    precision: str = choice("fp32", "tf32", "bf16")
+    convolution: str = choice("auto", "plain", "unfold")
+    cuda_graph: bool
+    rematerialise: bool
+    profile: bool
+    choices: str | None
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -4,6 +4,7 @@ Legend: T tasks, N ways, K shots, Q queries a class, C classes, M images of the 
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import torch
@@ -29,8 +30,11 @@ class Shape:
 class TaskSource(Protocol):
     """Anything the loop can train or test on."""
 
-    def draw(self, first: int, count: int) -> Task:
-        """Tasks number first .. first + count - 1, batched: a leading T everywhere."""
+    def draw(self, first: int | Tensor, count: int) -> Task:
+        """Tasks number first .. first + count - 1, batched: a leading T everywhere.
+
+        first: a number, or int64 [] on the device, which is never fetched from there.
+        """
 
 
 class EpisodeSource(TaskSource, Protocol):
@@ -73,9 +77,18 @@ class ClassTable:
     turned_may_meet: bool
     turn_in_episode: bool
 
+    @functools.cached_property
+    def num_images(self) -> int:
+        return int(self.counts.sum())
+
     @property
     def num_classes(self) -> int:
         return self.rows.shape[0] * (4 if self.turned else 1)
+
+
+def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
+    """Keys of the tasks number first .. first + count - 1: int64 [T]."""
+    return random.fold_in(key, first + torch.arange(count, device=key.device))
 
 
 def _choose(key: Tensor, size: int, count: int) -> Tensor:
@@ -106,10 +119,9 @@ class ImageEpisodes:
                 f"shot + query = {shape.shot} + {shape.query} is larger than class '{name}' with its {smallest} images"
             )
 
-    def draw(self, first: int, count: int) -> Task:
+    def draw(self, first: int | Tensor, count: int) -> Task:
         shape, table = self.shape, self.table
-        number_T = torch.arange(first, first + count, device=self.key.device)
-        key_T = random.fold_in(self.key, number_T)
+        key_T = numbered_keys(self.key, first, count)
         classes_TN, turns_TN = self._classes(key_T)
         rows_TNM, counts_TN = table.rows[classes_TN], table.counts[classes_TN]
 
@@ -128,8 +140,7 @@ class ImageEpisodes:
         )
 
     def classes(self, first: int, count: int) -> Tensor:
-        number_T = torch.arange(first, first + count, device=self.key.device)
-        return self._classes(random.fold_in(self.key, number_T))[0]
+        return self._classes(numbered_keys(self.key, first, count))[0]
 
     def _classes(self, key_T: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the class table [T, N] and quarter turns [T, N]."""
@@ -165,13 +176,12 @@ class ImageBatches:
     batch: int
     key: Tensor
 
-    def draw(self, first: int, count: int) -> Task:
+    def draw(self, first: int | Tensor, count: int) -> Task:
         table = self.table
-        number_T = torch.arange(first, first + count, device=self.key.device)
-        key_T = random.fold_in(self.key, number_T)
+        key_T = numbered_keys(self.key, first, count)
         # Uniform over images, not over classes: image number -> class by its place in the running sum of the counts.
         ends = table.counts.cumsum(0)
-        image = random.integers(random.fold_in(key_T, 0), (self.batch,), int(ends[-1]))
+        image = random.integers(random.fold_in(key_T, 0), (self.batch,), table.num_images)
         row = torch.searchsorted(ends, image, right=True)
         rows = table.rows[row, image - (ends[row] - table.counts[row])]
         turns = None

@@ -1,9 +1,13 @@
-"""The one exception for a user's mistake: a single line, exit code 2, no traceback."""
+"""What ends in one line and no traceback: a user's mistake (exit code 2), a run that cannot go on (1)."""
 
 
 def first_line(error: Exception) -> str:
     """An exception in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class RunFailed(Exception):
+    """A run that cannot go on: one line, exit code 1."""
 
 
 class UserError(Exception):

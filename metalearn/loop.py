@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from metalearn import checkpoint
 from metalearn.build import EVALUATION_BATCH, Run
+from metalearn.engine.capture import Captured
+from metalearn.engine.profile import Profile
 from metalearn.episodes import TaskSource
+from metalearn.errors import RunFailed
 from metalearn.stats import estimate
 from metalearn.types import Estimate, Params, State
-
-
-class RunFailed(Exception):
-    """A run that cannot go on: one line, exit code 1."""
 
 
 class Tracker(Protocol):
@@ -25,6 +25,19 @@ class Tracker(Protocol):
 
     def log(self, row: dict[str, Any]) -> None:
         """One row: `step` and what is known at it."""
+
+    def note(self, line: str) -> None:
+        """What the user should know once."""
+
+
+class Silent:
+    """A tracker that tells nobody."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +56,10 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     With `train.steps=0` the initialisation is validated and kept. Of several processes only the leading one writes.
     Raises: RunFailed when the loss is no longer finite.
     """
-    settings, score, state, val = run.config.train, run.score, run.state, run.val
+    settings, score, val = run.config.train, run.score, run.val
     assert val is not None
+    # The same tensors throughout, changed in place: a CUDA graph reads and writes them where they lie.
+    state = State(run.state.meta, {name: value.clone() for name, value in run.state.fixed.items()})
     leaves = list(state.meta.values())
     optimiser, schedule = _optimiser(settings, leaves)
     best: Estimate | None = None
@@ -53,6 +68,27 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
 
     own_first, own_count = run.processes.share(settings.meta_batch)
     best_state = state
+    steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
+
+    def meta_step() -> None:
+        progress = steps_done.to(torch.float32) / settings.steps
+        with record_function("draw tasks"):
+            tasks = run.train.draw(steps_done * settings.meta_batch + own_first, own_count)
+        with record_function("gradients"):
+            result = run.processes.summed(run.train_engine.step(state, tasks, progress, settings.meta_batch))
+        with record_function("optimiser"):
+            for leaf, gradient in zip(leaves, _clipped(result.gradients, settings), strict=True):
+                leaf.grad = gradient
+            optimiser.step()
+            fold(state.fixed, result.statistics, settings.statistics_momentum)
+            meter.add(result.logs)
+            steps_done.add_(1)
+
+    take_step = Captured(meta_step, run.device, _why_no_graph(run), tracker.note)
+    profile = None
+    if run.config.engine.profile and run.processes.leading:
+        header = f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks a step on {run.device}, {run.choices}"
+        profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
 
     def save(name: str) -> None:
         if not run.processes.leading:
@@ -84,15 +120,13 @@ def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
     if settings.steps == 0:
         tracker.log({"step": 0, **validate()})
     for step in range(1, settings.steps + 1):
-        progress = torch.full((), (step - 1) / settings.steps, device=run.device)
-        tasks = run.train.draw((step - 1) * settings.meta_batch + own_first, own_count)
-        result = run.processes.summed(run.train_engine.step(state, tasks, progress, settings.meta_batch))
-        for leaf, gradient in zip(leaves, _clipped(result.gradients, settings), strict=True):
-            leaf.grad = gradient
-        optimiser.step()
+        if profile:
+            profile.before(step - 1)
+        take_step()
+        if profile:
+            profile.after(step - 1)
         schedule.step()
-        state = State(state.meta, _folded(state.fixed, result.statistics, settings.statistics_momentum))
-        meter.add(result.logs, settings.meta_batch)
+        meter.count(settings.meta_batch)
 
         last = step == settings.steps
         validating = last or step % run.config.val.every == 0
@@ -174,8 +208,15 @@ def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> 
 
 
 def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    optimiser = kinds[settings.optimiser](leaves, lr=settings.lr)
+    lr: Any = settings.lr
+    capturable = leaves[0].device.type == "cuda"
+    if capturable:  # a CUDA graph reads the rate from the device
+        lr = torch.tensor(lr, device=leaves[0].device)
+    optimiser: torch.optim.Optimizer
+    if settings.optimiser == "adam":
+        optimiser = torch.optim.Adam(leaves, lr=lr, capturable=capturable)
+    else:
+        optimiser = torch.optim.SGD(leaves, lr=lr)
     factors = {
         "constant": lambda step: 1.0,
         "linear": lambda step: 1 - step / max(1, settings.steps),
@@ -196,9 +237,17 @@ def _clipped(gradients: Params, settings: Any) -> list[Tensor]:
     return values
 
 
-def _folded(fixed: Params, seen: Params, momentum: float) -> Params:
-    """Exponential moving average of the statistics of each step."""
-    return {name: value.lerp(seen[name], momentum) if name in seen else value for name, value in fixed.items()}
+def fold(fixed: Params, seen: Params, momentum: float) -> None:
+    """Moves `fixed`, in place, by a share of the way to the statistics of a step: an exponential moving average."""
+    for name, value in seen.items():
+        fixed[name].lerp_(value.to(fixed[name].dtype), momentum)
+
+
+def _why_no_graph(run: Run) -> str | None:
+    """Why a meta-step is not to be captured as a CUDA graph, or None."""
+    if not run.config.engine.cuda_graph:
+        return "engine.cuda_graph=false"
+    return "several processes exchange gradients within a step" if run.processes.size > 1 else None
 
 
 class _Meter:
@@ -209,16 +258,26 @@ class _Meter:
         self.steps = self.tasks = 0
         self.restart_clock()
 
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
+    def add(self, logs: Params) -> None:
+        """What a step says, into the sums where they lie."""
+        for name, value in logs.items():
+            if name in self.sums:
+                self.sums[name].add_(value)
+            else:
+                self.sums[name] = value.clone()
 
-    def add(self, logs: Params, tasks: int) -> None:
-        self.sums = {name: self.sums[name] + value if self.steps else value for name, value in logs.items()}
+    def count(self, tasks: int) -> None:
+        """A step with so many tasks is done."""
         self.steps += 1
         self.tasks += tasks
 
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
     def read(self) -> dict[str, float]:
         row = {f"train.{name}": value.item() / self.steps for name, value in self.sums.items()}
+        for value in self.sums.values():
+            value.zero_()
         now = time.perf_counter()
         row["tasks_per_second"] = self.tasks / (now - self.clock)
         self.clock, self.steps, self.tasks = now, 0, 0

@@ -27,6 +27,6 @@ def between(low: float, high: float) -> Any:
     return dataclasses.field(metadata={"minimum": low, "maximum": high})
 
 
-def given_by_run() -> Any:
-    """A field that `metalearn.build` supplies at run time; it never stands in YAML."""
-    return dataclasses.field(metadata={"runtime": True})
+def given_by_run(default: Any = dataclasses.MISSING) -> Any:
+    """A field that `metalearn.build` or the engine supplies at run time; it never stands in YAML."""
+    return dataclasses.field(default=default, metadata={"runtime": True})

@@ -71,6 +71,10 @@ class Tracker:
             self._console.print(f"step {row['step']:>6}/{self._steps}  {line}", highlight=False)
             self._printed = time.monotonic()
 
+    def note(self, line: str) -> None:
+        """What the user should know once."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
     def _line(self, row: dict[str, Any]) -> str:
         parts = []
         if "tasks_per_second" in row:

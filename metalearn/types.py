@@ -99,8 +99,20 @@ class Loss(NamedTuple):
     statistics: Params
 
 
+class Kernels(NamedTuple):
+    """How the same mathematics is computed; the engine chooses by what is fast where.
+
+    convolution: "plain", which with weights of each task's own becomes a grouped one under `vmap`; or "unfold", patches
+    times weights, which becomes a batched matrix product. fused_norm: scale and shift inside `F.batch_norm`, which is
+    faster but wrong in second derivatives under `vmap` with weights of each task's own.
+    """
+
+    convolution: str = "plain"
+    fused_norm: bool = False
+
+
 class Backbone(Protocol):
-    """A function x -> embedding that knows nothing of classes."""
+    """A function x -> embedding that knows nothing of classes. Where it has a field `kernels`, the engine sets it."""
 
     def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
         """Parameters and initial population statistics, both on the key's device."""

@@ -95,11 +95,7 @@ def test_training_improves(name, make_run, tmp_path):
     run = make_run(*hard, *quick, *rate)
     before = estimate(loop.evaluate(run, run.state, run.val, 100))
 
-    class Silent:
-        def log(self, row):
-            pass
-
-    fitted = loop.fit(run, Silent(), tmp_path)
+    fitted = loop.fit(run, loop.Silent(), tmp_path)
     assert fitted.best_val.mean > before.mean + before.ci95
     for part in ("query", "support"):  # a trained method has nothing but the labels to go by either
         shuffled = estimate(loop.evaluate(run, fitted.state, Shuffled(run.test, part), 400))

@@ -23,7 +23,7 @@ _ALLOWED = {
     "algorithms": _BASE | {"backbones"},
     "episodes": _BASE,
     "data": _DATA,
-    "engine": {"types", "algorithms"},
+    "engine": {"types", "errors", "algorithms"},
     "config": {"errors", "settings"},
     "composition": {"config", "errors"},
     "build": _BASE | {"config", "engine", "episodes", "algorithms", "processes"},

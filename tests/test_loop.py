@@ -7,7 +7,7 @@ import torch
 
 from metalearn import checkpoint, composition, config, loop
 from metalearn.build import build
-from metalearn.errors import UserError
+from metalearn.errors import RunFailed, UserError
 from metalearn.types import Estimate, State
 
 
@@ -17,6 +17,9 @@ class Rows:
 
     def log(self, row):
         self.rows.append(row)
+
+    def note(self, line):
+        raise AssertionError(line)
 
 
 def with_val_scores(monkeypatch, scores):
@@ -104,7 +107,7 @@ def test_clipping():
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
     run = make_run("algo=maml", "algo.inner_lr=1e38", "algo.inner_steps=3", "train.steps=3", "train.log_every=1")
-    with pytest.raises(loop.RunFailed, match="at step"):
+    with pytest.raises(RunFailed, match="at step"):
         loop.fit(run, Rows(), tmp_path)
 
 
@@ -120,7 +123,7 @@ def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, 
 def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
     wild = ["algo=maml", "dataset=sinusoid", "train.steps=0", "algo.inner_lr=1e30", "val.episodes=4"]
     run = build(config.checked(composition.composed(wild)))
-    with pytest.raises(loop.RunFailed, match=r"val\.mse"):
+    with pytest.raises(RunFailed, match=r"val\.mse"):
         loop.fit(run, Rows(), tmp_path)
 
 
@@ -130,6 +133,6 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"x\.pt"):
             checkpoint.load(path, torch.device("cpu"))
-    torch.save({"code": loop.RunFailed("x")}, path)
+    torch.save({"code": RunFailed("x")}, path)
     with pytest.raises(UserError, match=r"x\.pt"):
         checkpoint.load(path, torch.device("cpu"))

@@ -99,7 +99,8 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         torch.testing.assert_close(step.gradients["head.weight"], (state.meta["head.weight"] - weight).detach())
         torch.testing.assert_close(step.gradients["head.bias"], (state.meta["head.bias"] - bias).detach())
         meta = {name: value - step.gradients[name] for name, value in state.meta.items()}
-        state = State(meta, loop._folded(state.fixed, step.statistics, 0.25))
+        loop.fold(state.fixed, step.statistics, 0.25)
+        state = State(meta, state.fixed)
 
 
 def test_prototypes_with_unequal_shots_and_distances():

@@ -18,11 +18,6 @@ from metalearn.errors import UserError
 _NOTEBOOK = Path(__file__).parent.parent / "docs" / "from_python.ipynb"
 
 
-class Silent:
-    def log(self, row):
-        pass
-
-
 @pytest.fixture
 def trained(compose, tmp_path):
     """A short run in a folder of its own, and the run."""
@@ -31,7 +26,7 @@ def trained(compose, tmp_path):
         small = "dataset=sinusoid" not in overrides
         config = compose(*overrides) if small else composition.composed(list(overrides))
         run = build(checked(config))
-        loop.fit(run, Silent(), tmp_path)
+        loop.fit(run, loop.Silent(), tmp_path)
         OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
         return tmp_path, run
 

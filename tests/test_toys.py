@@ -188,12 +188,12 @@ def test_toy_goes_through_the_same_engine_and_loop(toy, make_run, tmp_path, monk
         test=Dressed(source_test), train_engine=engine, test_engine=engine,
     )  # fmt: skip
 
-    class Silent:
+    class Positive(loop.Silent):
         def log(self, row):
             assert row["train.loss"] > 0
 
     before = {name: value.clone() for name, value in state.meta.items()}
-    fitted = loop.fit(run, Silent(), tmp_path)
+    fitted = loop.fit(run, Positive(), tmp_path)
     moved = [name for name in before if not torch.equal(before[name], state.meta[name])]
     assert moved == list(before)
     assert loop.test(run, fitted.state, None).scores.shape == (6,)

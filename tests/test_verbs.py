@@ -8,8 +8,7 @@ import torch
 from rich.console import Console
 
 from metalearn import cli, config
-from metalearn.errors import UserError
-from metalearn.loop import RunFailed
+from metalearn.errors import RunFailed, UserError
 from metalearn.measure import read_scores
 from metalearn.stats import estimate, paired_difference
 from metalearn.verbs import reproduce

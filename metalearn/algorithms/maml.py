@@ -6,12 +6,15 @@ Raghu et al. (2020), "Rapid learning or feature reuse? Towards understanding the
 
 import dataclasses
 
+import torch
 from torch import Tensor
 from torch.func import grad
+from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import objective
+from metalearn.algorithms.inner_loop import rematerialised
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.settings import above, at_least, choice
+from metalearn.settings import above, at_least, choice, given_by_run
 from metalearn.types import Labelled, Params, State
 
 
@@ -34,6 +37,7 @@ class MAML(LinearHeadAlgorithm):
     adapted_part: str = choice("all", "head")
     adapt_normalisation: bool
     inner_loss: str = choice("mean", "sum")
+    rematerialise: bool = given_by_run(False)
 
     @property
     def training_steps(self) -> int:
@@ -58,21 +62,25 @@ class MAML(LinearHeadAlgorithm):
         fast = {name: value for name, value in state.meta.items() if self.adapts(name)}
         slow = {name: value for name, value in state.meta.items() if name not in fast}
         # With an unchanged backbone the embeddings are the same at every step.
-        z_support = self.embed(slow, support.x) if self.adapted_part == "head" else None
+        seen = support
+        if self.adapted_part == "head":
+            seen = dataclasses.replace(support, x=self.embed(slow, support.x))
+        # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
+        fixed = pytree.tree_map(torch.detach, (slow, seen)) if self.first_order else (slow, seen)
+        descend = rematerialised(self.descend) if self.rematerialise and not self.first_order else self.descend
+        for _ in range(steps):
+            fast = descend(fast, *fixed)
+        return self.adapted({name: {**slow, **fast}[name] for name in state.meta}, support.x)
+
+    def descend(self, fast: Params, slow: Params, seen: Labelled) -> Params:
+        """One inner step: `fast` after it. seen: the support set, or its embeddings where only the head adapts."""
 
         def support_loss(fast: Params) -> Tensor:
             params = slow | fast
-            z = self.embed(params, support.x) if z_support is None else z_support
-            value = objective(self.head(params, z), support.y)
-            return value * support.way if self.inner_loss == "sum" else value
+            z = seen.x if self.adapted_part == "head" else self.embed(params, seen.x)
+            value = objective(self.head(params, z), seen.y)
+            return value * seen.way if self.inner_loss == "sum" else value
 
-        if self.first_order:
-            # d(grad)/d(theta) is dropped by never recording it: the inner gradient is taken at a detached point.
-            slow = {name: value.detach() for name, value in slow.items()}
-            z_support = None if z_support is None else z_support.detach()
-        for _ in range(steps):
-            point = {name: value.detach() for name, value in fast.items()} if self.first_order else fast
-            gradient = grad(support_loss)(point)
-            fast = {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}
-        slow = {name: state.meta[name] for name in slow}
-        return self.adapted({name: {**slow, **fast}[name] for name in state.meta}, support.x)
+        point = {name: value.detach() for name, value in fast.items()} if self.first_order else fast
+        gradient = grad(support_loss)(point)
+        return {name: value - self.inner_lr * gradient[name] for name, value in fast.items()}

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn import random
-from metalearn.backbones import normalisation
+from metalearn.backbones import layers, normalisation
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
 from metalearn.errors import UserError
-from metalearn.settings import above, at_least, choice
-from metalearn.types import Params
+from metalearn.settings import above, at_least, choice, given_by_run
+from metalearn.types import Kernels, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Conv4:
     normalisation: str = choice("batch", "none")
     activation: str = choice(*ACTIVATIONS)
     eps: float = above(0)
+    kernels: Kernels = given_by_run(Kernels())
 
     def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
@@ -67,9 +68,10 @@ class Conv4:
         stride = 2 if self.downsample == "stride" else 1
         statistics: Params = {}
         for block in range(self.blocks):
-            x = F.conv2d(x, params[f"conv{block}.weight"], params.get(f"conv{block}.bias"), stride, padding=1)
+            weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")
+            x = layers.convolution(x, weight, bias, stride, self.kernels)
             if self.normalisation == "batch":
-                x, seen = normalisation.normalise(f"norm{block}", params, x, given, collect, self.eps)
+                x, seen = normalisation.normalise(f"norm{block}", params, x, given, collect, self.eps, self.kernels)
                 statistics |= seen
             x = activation(x)
             if self.downsample == "pool":

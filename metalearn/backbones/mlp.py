@@ -10,8 +10,8 @@ from torch import Tensor
 from metalearn import random
 from metalearn.backbones import normalisation
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
-from metalearn.settings import above, at_least, choice
-from metalearn.types import Params
+from metalearn.settings import above, at_least, choice, given_by_run
+from metalearn.types import Kernels, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class MLP:
     normalisation: str = choice("batch", "none")
     activation: str = choice(*ACTIVATIONS)
     eps: float = above(0)
+    kernels: Kernels = given_by_run(Kernels())
 
     def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
@@ -50,7 +51,7 @@ class MLP:
         for layer in range(len(self.hidden)):
             x = F.linear(x, params[f"linear{layer}.weight"], params.get(f"linear{layer}.bias"))
             if self.normalisation == "batch":
-                x, seen = normalisation.normalise(f"norm{layer}", params, x, given, collect, self.eps)
+                x, seen = normalisation.normalise(f"norm{layer}", params, x, given, collect, self.eps, self.kernels)
                 statistics |= seen
             x = ACTIVATIONS[self.activation](x)
         return x, statistics

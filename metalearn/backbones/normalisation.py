@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.types import Params
+from metalearn.types import Kernels, Params
 
 
 def init(name: str, features: int, device: torch.device) -> tuple[Params, Params]:
@@ -17,7 +17,7 @@ def init(name: str, features: int, device: torch.device) -> tuple[Params, Params
 
 
 def normalise(
-    name: str, params: Params, x: Tensor, given: Params | None, collect: bool, eps: float
+    name: str, params: Params, x: Tensor, given: Params | None, collect: bool, eps: float, kernels: Kernels
 ) -> tuple[Tensor, Params]:
     """(x - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
 
@@ -34,6 +34,8 @@ def normalise(
         var, mean = torch.var_mean(x, axes, correction=0)
         collected = {f"{name}.mean": mean, f"{name}.var": var}
     if given is None:
+        if kernels.fused_norm:
+            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), collected
         # The affine part stands outside, because under vmap the second derivative of F.batch_norm is wrong when its
         # weight differs between tasks (torch 2.15; tests/test_backbones.py holds it).
         standard = F.batch_norm(x, None, None, training=True, eps=eps)

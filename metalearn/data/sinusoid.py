@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalearn import random
-from metalearn.episodes import STREAMS, Shape
+from metalearn.episodes import STREAMS, Shape, numbered_keys
 from metalearn.errors import UserError
 from metalearn.settings import at_least
 from metalearn.types import Labelled, Task
@@ -81,8 +81,8 @@ class SinusoidEpisodes:
     def classes(self, first: int, count: int) -> None:
         return None
 
-    def draw(self, first: int, count: int) -> Task:
-        key_T = random.fold_in(self.key, torch.arange(first, first + count, device=self.key.device))
+    def draw(self, first: int | Tensor, count: int) -> Task:
+        key_T = numbered_keys(self.key, first, count)
 
         def between(number: int, bounds: list[float], size: int) -> Tensor:
             low, high = bounds
@@ -108,7 +108,7 @@ class SinusoidBatches:
     episodes: SinusoidEpisodes
     batch: int
 
-    def draw(self, first: int, count: int) -> Task:
+    def draw(self, first: int | Tensor, count: int) -> Task:
         points = self.episodes.draw(first * self.batch, count * self.batch)
         x, y = (part.view(count, self.batch, 1) for part in (points.query.x, points.query.y))
         return Task(Labelled(x[:, :0], y[:, :0], 1), Labelled(x, y, 1), points.key.view(count, self.batch)[:, 0])

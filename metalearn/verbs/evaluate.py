@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
 from metalearn.figures import draw_curve, shown_interval
 from metalearn.measure import measure, trained_state
-from metalearn.verbs.train import RESULT_FILE
+from metalearn.verbs.train import ENGINE_FILE, RESULT_FILE
 
 #: What may be changed for a test; everything else is part of how the run was trained.
 _MAY_CHANGE = (
@@ -104,6 +105,8 @@ class _Asked:
     def run(self, statistics: str, **episode: int) -> Run:
         """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
         settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
+        if not self.overrides and not episode and self.split == "test":
+            settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
         after, before = checked(settings), self.before
         if after.statistics == "population" != before.statistics:
             raise UserError("statistics=population: this run gathered none; train with statistics=population")
@@ -117,6 +120,18 @@ class _Asked:
                     "keep the split of the run"
                 )
         return run
+
+    def _as_in_the_run(self) -> dict[str, Any]:
+        """Engine settings with which the run's own test is repeated bit for bit, where this machine has its threads."""
+        path = self.folder.parent / ENGINE_FILE
+        try:
+            threads = json.loads(path.read_text())["threads"]
+        except (OSError, ValueError, KeyError, TypeError):  # a run of an older version
+            return {}
+        if threads > (os.cpu_count() or 1):
+            return {}
+        free = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto"}
+        return {**free, "choices": str(path)}
 
     def file(self, protocol_id: str, ending: str) -> Path:
         """Where the method adapts otherwise (its inner steps, say), the file's name says so besides."""

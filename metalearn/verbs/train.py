@@ -4,7 +4,6 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -18,6 +17,7 @@ from metalearn.tracking import Tracker
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+ENGINE_FILE = "engine.json"
 #: What a run of a multirun leaves besides: its overrides, one a line, and why it failed.
 OVERRIDES_FILE = "overrides.txt"
 ERROR_FILE = "error.txt"
@@ -38,6 +38,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         raise UserError(f"{folder} holds a run already; choose another hydra.run.dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True))
+    report.write_json(folder / ENGINE_FILE, run.choices)
     tracker = Tracker(settings, run.score, folder, console)
     failed = True
     try:
@@ -56,7 +57,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
             "best_step": fitted.best_step,
             "steps": fitted.steps,
             "seed": settings.seed,
-            "engine": {"strategy": run.train_engine.strategy, "task_chunk": run.train_engine.chunk},
+            "engine": run.choices,
             "processes": run.processes.size,
             "seconds": time.perf_counter() - start,
         }
@@ -76,23 +77,18 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         "learning_curve.png",
         "checkpoints/best.pt",
         CONFIG_FILE,
+        ENGINE_FILE,
+        *(["profile/summary.md"] if settings.engine.profile else []),
     ):
         report.print_line(console, f"  {folder / file}")
     return fitted.best_val.mean
-
-
-class _Silent:
-    """The tracker of a process that does not write."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        pass
 
 
 def follow(config: DictConfig) -> None:
     """The part of a process that does not lead: its share of the tasks and of the test episodes; writes nothing."""
     run = build(checked(config))
     assert not run.processes.leading
-    loop.test(run, loop.fit(run, _Silent(), Path()).state, None)
+    loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)
 
 
 def summarise(sweep: Path, console: Console) -> int:

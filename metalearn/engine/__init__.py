@@ -1,0 +1,226 @@
+"""From functions of one task to functions of T tasks, and their meta-gradients; every speed trick lives in this package.
+
+Strategies, alike in what they return:
+  vmap   all of a task is batched over tasks;
+  loop   task after task, each with plain convolutions, and its graph freed before the next;
+  mixed  adaptation batched, queries task after task: with per-task weights a batched convolution becomes a grouped
+         one, which is slow on CPU when there are many queries. Wants the default `loss`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from metalearn.algorithms.base import Algorithm
+from metalearn.engine import memory
+from metalearn.types import Kernels, Loss, Params, Score, State, Task
+
+# Queries of a task from which batching them no longer pays on CPU, and input elements batched together beyond which
+# nothing is gained; benchmarks/speed-cpu.md is what these rest on.
+_FEW_QUERIES = 16
+_CPU_CHUNK_ELEMENTS = 1 << 18
+
+
+class Step(NamedTuple):
+    """What one meta-step needs: mean over tasks of the gradients, the logs and the statistics."""
+
+    gradients: Params
+    logs: Params
+    statistics: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Batches an algorithm over tasks.
+
+    chunk: tasks in flight together (0: chosen here), a bound on memory; precision: "fp32", "tf32" or "bf16" (autocast);
+    convolution: see `Kernels`, for weights of each task's own.
+    """
+
+    algorithm: Algorithm
+    strategy: str
+    chunk: int
+    precision: str = "fp32"
+    convolution: str = "plain"
+
+    def resolved(self, tasks: Task, count: int) -> "Engine":
+        """The engine with strategy and chunk chosen for `count` tasks of this shape at a time, by a static rule."""
+        cpu = tasks.key.device.type == "cpu"
+        few = tasks.query.x.shape[1] < _FEW_QUERIES
+        own_loss = type(self.algorithm).loss is not Algorithm.loss
+        strategy = self.strategy
+        if strategy == "auto":
+            if not cpu or (few and count > 1):
+                strategy = "vmap"
+            elif count == 1 or (own_loss and self.algorithm.training_steps is None):
+                strategy = "loop"  # without inner steps there is nothing small to batch
+            else:
+                strategy = "vmap" if own_loss else "mixed"
+        if strategy == "mixed" and own_loss:
+            strategy = "vmap"
+        batched = tasks.support.x[0].numel() + (0 if strategy == "mixed" else tasks.query.x[0].numel())
+        chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count)
+        return dataclasses.replace(self, strategy=strategy, chunk=1 if strategy == "loop" else min(chunk, count))
+
+    def timed(self, state: State, tasks: Task) -> "Engine":
+        """The engine with the faster convolution for weights of each task's own, by the clock. For a GPU."""
+        progress = torch.zeros((), device=tasks.key.device)
+        seconds: dict[str, float] = {}
+        for convolution in ("plain", "unfold"):
+            engine = dataclasses.replace(self, convolution=convolution)
+            for number in range(4):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                engine.step(state, tasks, progress)
+                torch.cuda.synchronize()
+                if number:  # the first chooses kernels and allocates
+                    seconds[convolution] = min(time.perf_counter() - start, seconds.get(convolution, math.inf))
+        return dataclasses.replace(self, convolution=min(seconds, key=seconds.__getitem__))
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """All that was chosen, as plain data."""
+        return {name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")}
+
+    def step(self, state: State, tasks: Task, progress: Tensor, count: int | None = None) -> Step:
+        """Meta-gradients of the mean loss over T tasks.
+
+        Args: tasks: batched, a leading T; progress: [] in [0, 1]; count: what sums over tasks are divided by, where these
+          are only some of the step's tasks; None: T.
+        Returns: gradients alike `state.meta`, logs and statistics, all averaged over tasks.
+        Raises: RunFailed when memory does not suffice; it says what would fit.
+        """
+        count = count or tasks.key.shape[0]
+
+        def with_chunk(size: int, few: Task = tasks) -> Step:
+            return dataclasses.replace(self, chunk=size)._step(state, few, progress, count)
+
+        with memory.explained(with_chunk, tasks, self.chunk):
+            return with_chunk(self.chunk)
+
+    def _step(self, state: State, tasks: Task, progress: Tensor, count: int) -> Step:
+        meta = {name: value.detach().requires_grad_() for name, value in state.meta.items()}
+        leaves = list(meta.values())
+        total: Step | None = None
+        for chunk in _split(tasks, self.chunk):
+            with self._precision(chunk):
+                losses = self._losses(State(meta, state.fixed), chunk, progress)
+            gradients = torch.autograd.grad(losses.value.sum() / count, leaves, materialize_grads=True)
+            part = Step(
+                dict(zip(meta, gradients, strict=True)),
+                _sum_over_tasks(losses.logs, count),
+                _sum_over_tasks(losses.statistics, count),
+            )
+            total = part if total is None else pytree.tree_map(torch.add, total, part)
+        assert total is not None
+        return total
+
+    def _precision(self, tasks: Task) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(tasks.key.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _with_kernels(self, batched: bool) -> Algorithm:
+        """The algorithm, computed by what is fast and right under `vmap` (batched), or task by task."""
+        backbone: Any = self.algorithm.backbone
+        if not hasattr(backbone, "kernels"):
+            return self.algorithm
+        kernels = Kernels(self.convolution if batched else "plain", fused_norm=not batched)
+        return dataclasses.replace(self.algorithm, backbone=dataclasses.replace(backbone, kernels=kernels))
+
+    def _losses(self, state: State, tasks: Task, progress: Tensor) -> Loss:
+        """Losses of T tasks, each field with a leading T."""
+        if self.strategy == "vmap":
+            loss = self._with_kernels(batched=True).loss
+            return Loss(*vmap(loss, in_dims=(None, 0, None))(state, tasks, progress))
+        algorithm = self._with_kernels(batched=False)
+        if self.strategy == "loop":
+            state = _channels_last(state)
+            return _stack([algorithm.loss(state, task, progress) for task in _unbind(tasks)])
+        learners = self._adapt(state, tasks, algorithm.training_steps)
+        pairs = zip(_unbind(learners), _unbind(tasks.query), strict=True)
+        return _stack([algorithm.query_loss(state, learner, query) for learner, query in pairs])
+
+    def _adapt(self, state: State, tasks: Task, steps: int | None) -> Any:
+        algorithm = self._with_kernels(batched=True)
+
+        def adapt(task: Task) -> Any:
+            return algorithm.adapt(state, task.support, task.unlabelled, key=task.key, steps=steps)
+
+        return vmap(adapt)(tasks)
+
+    @torch.no_grad()
+    def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
+        """Predictions [T, Q, N] for the queries of T tasks after adapting to their support sets; keeps no graph.
+
+        Raises: RunFailed when memory does not suffice; it says what would fit.
+        """
+
+        def with_chunk(size: int, few: Task = tasks) -> Tensor:
+            parts = []
+            for chunk in _split(few, size):
+                with self._precision(chunk):
+                    parts.append(self._predictions(state, chunk, steps))
+            return torch.cat(parts)
+
+        with memory.explained(with_chunk, tasks, self.chunk):
+            return with_chunk(self.chunk)
+
+    def _predictions(self, state: State, tasks: Task, steps: int | None) -> Tensor:
+        algorithm = self._with_kernels(batched=self.strategy == "vmap")
+
+        def predict(task: Task) -> Tensor:
+            learner = algorithm.adapt(state, task.support, task.unlabelled, key=task.key, steps=steps)
+            return algorithm.predict(state, learner, task.query.x)
+
+        if self.strategy == "vmap":
+            found = vmap(predict)(tasks)
+        elif self.strategy == "loop":
+            found = torch.stack([predict(task) for task in _unbind(tasks)])
+        else:
+            learners = _unbind(self._adapt(state, tasks, steps))
+            pairs = zip(learners, _unbind(tasks.query), strict=True)
+            found = torch.stack([algorithm.predict(state, learner, query.x) for learner, query in pairs])
+        return found.float() if found.dtype == torch.bfloat16 else found
+
+    def scores(self, state: State, tasks: Task, score: Score, steps: int | None = None) -> Tensor:
+        """One score a task [T]."""
+        return score.of(self.predictions(state, tasks, steps), tasks.query.y)
+
+
+def _split(tasks: Task, size: int) -> list[Task]:
+    """Chunks of at most `size` tasks."""
+    count = tasks.key.shape[0]
+    if size >= count:
+        return [tasks]
+    starts = range(0, count, size)
+    return [pytree.tree_map(lambda leaf, start=start: leaf[start : start + size], tasks) for start in starts]
+
+
+def _unbind(tree: Any) -> list[Any]:
+    """The T trees of a batched tree."""
+    leaves, spec = pytree.tree_flatten(tree)
+    rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+    return [_channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
+
+
+def _channels_last(tree: Any) -> Any:
+    """Pictures and convolution weights in the layout that plain convolutions on CPU are fastest in."""
+
+    def convert(leaf: Tensor) -> Tensor:
+        return leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf
+
+    return pytree.tree_map(convert, tree)
+
+
+def _stack(losses: list[Loss]) -> Loss:
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), losses[0], *losses[1:])
+
+
+def _sum_over_tasks(values: Params, count: int) -> Params:
+    return {name: value.detach().sum(0) / count for name, value in values.items()}

@@ -1,0 +1,61 @@
+"""Out of memory: what would fit."""
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from metalearn.engine.process import release_memory
+from metalearn.errors import RunFailed
+from metalearn.types import Task
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory did not suffice, on whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
+    )
+
+
+@contextlib.contextmanager
+def explained(attempt: Callable[[int, Task], Any], tasks: Task, chunk: int) -> Iterator[None]:
+    """Turns running out of memory into a line that names the `engine.task_chunk` that fits, found by trying.
+
+    attempt: computes the given tasks, so many in flight together.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        tried = min(chunk, tasks.key.shape[0])
+        traceback.clear_frames(error.__traceback__)  # they hold on to the memory in question
+    else:
+        return
+    release_memory()
+    raise RunFailed(_advice(attempt, tasks, tried))
+
+
+def _advice(attempt: Callable[[int, Task], Any], tasks: Task, tried: int) -> str:
+    size = tried // 2
+    while size:
+        try:
+            attempt(size, pytree.tree_map(lambda leaf, size=size: leaf[:size], tasks))
+            return f"out of memory with {tried} tasks in flight together; engine.task_chunk={size} fits"
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            traceback.clear_frames(error.__traceback__)
+        release_memory()
+        size //= 2
+    tasks_tried = "a single task" if tried == 1 else f"{tried} tasks in flight together"
+    return (
+        f"out of memory with {tasks_tried}, and not even one fits into what is left; try engine.task_chunk=1, fewer inner "
+        "steps or queries (episode.train.query), smaller pictures, or engine.rematerialise=true"
+    )

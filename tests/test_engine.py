@@ -1,0 +1,290 @@
+"""What the engine chooses, and that none of it changes the mathematics."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from metalearn import loop
+from metalearn.engine import Engine, memory
+from metalearn.engine.capture import Captured
+from metalearn.errors import RunFailed, UserError
+from metalearn.verbs.train import train
+from tests.conftest import SMALL, doubled
+
+_HALF = torch.tensor(0.5)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+
+
+def cosine(first, second):
+    first, second = (torch.cat([leaf.flatten().double() for leaf in tree.values()]) for tree in (first, second))
+    return float(first @ second / first.norm() / second.norm())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["algo=maml", "episode.train.query=1", "train.meta_batch=4"], "vmap"),
+        (["algo=maml", "episode.train.query=15", "train.meta_batch=4"], "mixed"),
+        (["algo=maml", "train.meta_batch=1"], "loop"),
+        (["algo=reptile", "episode.train.query=15", "train.meta_batch=4"], "vmap"),
+        (["algo=protonet", "episode.train.query=15", "train.meta_batch=4"], "loop"),
+        (["algo=maml", "engine.strategy=loop", "train.meta_batch=4"], "loop"),
+        (["algo=reptile", "engine.strategy=mixed", "train.meta_batch=4"], "vmap"),
+    ],
+)
+def test_auto_picks_by_its_rule(words, expected, make_run):
+    assert make_run(*words, "device=cpu").train_engine.strategy == expected
+
+
+def test_a_chunk_is_a_bound_and_no_more_than_there_is(make_run):
+    assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3
+    assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=9").train_engine.chunk == 4
+
+
+@pytest.mark.parametrize("downsample", ["pool", "stride"])
+@pytest.mark.parametrize("normalisation", ["batch", "none"])
+def test_patches_times_weights_are_a_convolution(downsample, normalisation, make_run):
+    backbone = [f"backbone.downsample={downsample}", f"backbone.normalisation={normalisation}"]
+    run = make_run("algo=maml", "algo.inner_steps=2", *backbone)
+    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    plain = Engine(run.algorithm, "vmap", 3).step(state, tasks, _HALF.double())
+    unfolded = Engine(run.algorithm, "vmap", 3, convolution="unfold").step(state, tasks, _HALF.double())
+    torch.testing.assert_close(unfolded.gradients, plain.gradients, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop", "mixed"])
+@pytest.mark.parametrize("part", ["all", "head"])
+def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
+    run = make_run("algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}")
+    again = make_run("algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}", "engine.rematerialise=true")
+    assert again.algorithm.rematerialise
+    assert not run.algorithm.rematerialise
+    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    kept, computed = (
+        Engine(algorithm, strategy, 3).step(state, tasks, _HALF.double()).gradients
+        for algorithm in (run.algorithm, again.algorithm)
+    )
+    torch.testing.assert_close(computed, kept, rtol=1e-7, atol=1e-9)
+
+
+_MEMORY = """
+import resource, sys, torch
+from metalearn import composition, config
+from metalearn.build import build
+run = build(config.checked(composition.composed(sys.argv[1:])))
+tasks = run.train.draw(0, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run.train_engine.step(run.state, tasks, torch.zeros(()))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_rematerialisation_saves_the_memory_of_long_inner_loops(cache_dir):
+    words = ["algo=maml", "dataset=glyphs", "dataset.num_classes=60", "algo.inner_steps=25", "train.meta_batch=8"]
+    words += ["engine.strategy=vmap", "device=cpu", f"cache_dir={cache_dir}"]
+    kept, computed = (
+        int(subprocess.run([sys.executable, "-c", _MEMORY, *words, *more], capture_output=True, check=True).stdout)
+        for more in ([], ["engine.rematerialise=true"])
+    )
+    assert computed < kept / 2
+
+
+def test_rematerialisation_without_inner_steps_is_refused(make_run):
+    with pytest.raises(UserError, match=r"engine\.rematerialise=true: ProtoNet"):
+        make_run("algo=protonet", "engine.rematerialise=true")
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
+def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
+    run = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "test.episodes=40")
+    rough = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "engine.precision=bf16")
+    tasks = run.train.draw(0, 4)
+    exact, found = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
+    assert 0.9 < cosine(exact.gradients, found.gradients) < 0.999999  # the lower precision is really used
+    assert all(value.dtype == torch.float32 for value in found.gradients.values())
+    tested = run.test.draw(0, 40)
+    first, second = (one.test_engine.predictions(run.state, tested) for one in (run, rough))
+    assert second.dtype == torch.float32
+    accuracies = [float(run.score.of(found, tested.query.y).mean()) for found in (first, second)]
+    assert abs(accuracies[0] - accuracies[1]) < 0.03
+
+
+def test_bf16_goes_through_a_run(compose, tmp_path):
+    config = compose("algo=protonet", "engine.precision=bf16", "train.steps=2", "val.every=1")
+    train(config, tmp_path / "run", "protonet", [], Console(quiet=True))
+    assert json.loads((tmp_path / "run/result.json").read_text())["engine"]["train"]["precision"] == "bf16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without CUDA")
+def test_tf32_wants_a_gpu(make_run):
+    with pytest.raises(UserError, match=r"engine\.precision=tf32: only CUDA"):
+        make_run("algo=maml", "engine.precision=tf32")
+
+
+def test_out_of_memory_names_the_chunk_that_fits(make_run):
+    run = make_run("algo=protonet")
+    tasks = run.train.draw(0, 12)
+
+    def attempt(size, few):
+        if few.key.shape[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with (
+        pytest.raises(RunFailed, match=r"12 tasks in flight together; engine\.task_chunk=3 fits"),
+        memory.explained(attempt, tasks, 30),
+    ):
+        attempt(30, tasks)
+
+    def hopeless(size, few):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(RunFailed, match="out of memory with a single task"), memory.explained(hopeless, tasks, 4):
+        hopeless(4, tasks)
+
+    def broken(size, few):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"), memory.explained(broken, tasks, 4):
+        broken(4, tasks)
+
+
+@pytest.mark.slow
+def test_a_command_that_runs_out_of_memory_says_what_fits(cache_dir, tmp_path):
+    words = ["train", "algo=maml", *SMALL, "dataset.image_size=28", "backbone.filters=64", "train.meta_batch=400"]
+    words += ["engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5", f"cache_dir={cache_dir}"]
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); sys.argv[0] = 'metalearn'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limited}; runpy.run_module('metalearn', run_name='__main__')", *words, "device=cpu"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    # Which chunk fits is hard to foresee here: freed address space is not given back, unlike a GPU's memory.
+    assert "out of memory with 400 tasks in flight together" in done.stderr
+    assert "engine.task_chunk=" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_choices_are_stored_and_used_again(compose, tmp_path):
+    first = compose("algo=maml", "train.meta_batch=4", "train.steps=2", "engine.strategy=loop")
+    train(first, tmp_path / "first", "maml", [], Console(quiet=True))
+    file = tmp_path / "first/engine.json"
+    chosen = json.loads(file.read_text())
+    assert (chosen["train"]["strategy"], chosen["train"]["chunk"]) == ("loop", 1)
+    assert chosen["threads"] == torch.get_num_threads()
+    again = compose("algo=maml", "train.meta_batch=4", "train.steps=2", f"engine.choices={file}")
+    train(again, tmp_path / "again", "maml", [], Console(quiet=True))
+    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("first", "again")]
+    assert results[0]["engine"] == results[1]["engine"]
+    states = [torch.load(tmp_path / folder / "checkpoints/last.pt", weights_only=True) for folder in ("first", "again")]
+    assert all(torch.equal(states[0]["meta"][name], states[1]["meta"][name]) for name in states[0]["meta"])
+
+
+def test_choices_that_are_none_are_refused(make_run, tmp_path):
+    for content in ("", "{}", '{"threads": 1, "train": {}, "test": {}}', "[1]"):
+        (tmp_path / "engine.json").write_text(content)
+        with pytest.raises(UserError, match=r"is not an engine\.json"):
+            make_run("algo=maml", f"engine.choices={tmp_path}/engine.json")
+    with pytest.raises(UserError, match=r"engine\.strategy=vmap: engine\.choices says that already"):
+        make_run("algo=maml", "engine.strategy=vmap", f"engine.choices={tmp_path}/engine.json")
+
+
+def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
+    config = compose("algo=maml", "engine.profile=true", "train.steps=4", "val.every=4")
+    train(config, tmp_path / "run", "maml", [], Console(quiet=True))
+    page = (tmp_path / "run/profile/summary.md").read_text()
+    assert "Steps 3 to 4" in page
+    assert "draw tasks" in page
+    assert "convolution" in page
+    assert page.count("\n") < 60
+    with gzip.open(tmp_path / "run/profile/trace.json.gz") as stream:
+        assert json.load(stream)["traceEvents"]
+
+
+def test_without_cuda_a_step_is_called_as_it_is():
+    calls, said = [], []
+    step = Captured(lambda: calls.append(1), torch.device("cpu"), "engine.cuda_graph=false", said.append)
+    for _ in range(5):
+        step()
+    assert (len(calls), said, step.captured) == (5, [], False)
+
+
+def on_cuda(make_run, *words):
+    return make_run("device=cuda", "train.meta_batch=8", "train.steps=12", "val.every=12", "train.log_every=12", *words)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+def test_a_captured_run_is_the_run_launched_step_by_step(name, make_run, tmp_path):
+    class Noted(loop.Silent):
+        def note(self, line):
+            notes.append(line)
+
+    notes: list[str] = []
+    words = [f"algo={name}", "engine.convolution=plain", "train.schedule=cosine"]
+    captured = loop.fit(on_cuda(make_run, *words), Noted(), tmp_path / "graph").state
+    assert notes == []  # nothing stood in the way of the capture
+    launched = loop.fit(on_cuda(make_run, *words, "engine.cuda_graph=false"), Noted(), tmp_path / "plain").state
+    assert notes == ["no CUDA graph: engine.cuda_graph=false"]
+    for part in ("meta", "fixed"):
+        torch.testing.assert_close(getattr(captured, part), getattr(launched, part), rtol=1e-3, atol=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+@pytest.mark.parametrize("graph", ["true", "false"])
+def test_no_step_waits_for_the_device(name, graph, make_run, tmp_path, monkeypatch):
+    run = on_cuda(make_run, f"algo={name}", f"engine.cuda_graph={graph}")
+    call = Captured.__call__
+
+    def watched(captured):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(captured)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Captured, "__call__", watched)
+    loop.fit(run, loop.Silent(), tmp_path)
+
+
+@needs_cuda
+def test_what_cannot_be_captured_goes_on_and_says_why():
+    value, said = torch.zeros((), device="cuda"), []
+
+    def step():
+        value.add_(1)
+        value.item()
+
+    taken = Captured(step, value.device, None, said.append)
+    for _ in range(6):
+        taken()
+    assert value.item() == 6
+    assert not taken.captured
+    assert said[0].startswith("no CUDA graph: capture failed (")
+
+
+@needs_cuda
+def test_the_faster_convolution_is_chosen_by_the_clock(make_run):
+    run = on_cuda(make_run, "algo=maml")
+    assert run.train_engine.convolution in ("plain", "unfold")
+    assert run.test_engine.convolution == run.train_engine.convolution
+
+
+@needs_cuda
+def test_tf32_is_near(make_run):
+    tasks = on_cuda(make_run, "algo=maml").train.draw(0, 8)
+    exact = on_cuda(make_run, "algo=maml")
+    gradients = exact.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients
+    rough = on_cuda(make_run, "algo=maml", "engine.precision=tf32")
+    assert torch.backends.cudnn.allow_tf32
+    assert cosine(gradients, rough.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients) > 0.99
+    on_cuda(make_run, "algo=maml")
+    assert not torch.backends.cudnn.allow_tf32
