@@ -19,6 +19,7 @@ def main() -> None:
     try:
         code = _dispatch(words)
         sys.stdout.flush()
+        _leave_siblings(code)
         sys.exit(code)
     except BrokenPipeError:  # the reader has left, as in `metalearn list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,6 +38,14 @@ def main() -> None:
         if _rank() == 0:
             print(f"metalearn: {error}", file=sys.stderr)
         sys.exit(failure)
+
+
+def _leave_siblings(code: int) -> None:
+    """Ends one of several processes at once: the threads of torch.distributed now and then outlive the interpreter's
+    orderly end, which aborts the process (torch 2.15: "terminate called without an active exception")."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -159,6 +168,7 @@ def _follow(overrides: list[str]) -> NoReturn:
     from metalearn.verbs.train import follow
 
     follow(composition.composed(overrides))
+    _leave_siblings(0)
     sys.exit(0)
 
 
