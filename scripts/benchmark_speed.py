@@ -1,9 +1,9 @@
 """Training speed of the engine against a plain PyTorch loop over tasks, on the same tasks, in the same run.
 
 Writes benchmarks/speed-<device>.json and .md: tasks a second, median of alternating repeats with the slowest and the
-fastest, for the plain loop, for each strategy, and what `engine.strategy=auto` picks; seconds of 1,000 test episodes; seconds
-from the command to the first step; peak memory against inner steps and against the meta-batch; and the share of a step
-that is not the model.
+fastest, for the plain loop, for each strategy, what `engine.strategy=auto` picks, that in bf16, and second-order MAML by
+`higher`, `torchopt` and `learn2learn` where they are installed; seconds of 1,000 test episodes; seconds from the command to
+the first step; peak memory against inner steps and against the meta-batch; and the share of a step that is not the model.
 
 The plain loop is what the field's libraries do: one task after the other, an `nn.Module` run through
 `torch.func.functional_call` with the adapted weights, `torch.autograd.grad(create_graph=True)` for the inner step, and
@@ -12,6 +12,7 @@ The plain loop is what the field's libraries do: one task after the other, an `n
 
 import argparse
 import dataclasses
+import importlib
 import json
 import resource
 import statistics
@@ -27,11 +28,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metalearn import composition, config
+from metalearn import composition, config, loop
 from metalearn.algorithms.base import Algorithm
 from metalearn.build import Run, build
 from metalearn.report import environment
 
+
+def installed(name: str) -> Any:
+    """The library, or None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+LIBRARIES = ("higher", "torchopt", "learn2learn")
+higher, torchopt, learn2learn = map(installed, LIBRARIES)
 _OUT = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -99,6 +111,49 @@ def plain_metric_step(run: Run, tasks: Any) -> Callable[[], None]:
     return step
 
 
+def library_steps(run: Run, tasks: Any) -> dict[str, Callable[[], None]]:
+    """One meta-step of second-order MAML by each of the field's libraries that is installed, as its examples write it."""
+    settings, count = run.config.algo, tasks.key.shape[0]
+    if settings.get("first_order") is not False or settings["adapted_part"] != "all":
+        return {}
+    rate, inner_steps = settings["inner_lr"], settings["inner_steps"]
+    model = PlainConv4(run.config.backbone["filters"], True, True, tasks.support.way).to(run.device)
+    support, query = (list(zip(part.x, part.y, strict=True)) for part in (tasks.support, tasks.query))
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate)
+
+    def with_higher() -> None:
+        model.zero_grad()
+        for task in range(count):
+            with higher.innerloop_ctx(model, optimiser, copy_initial_weights=False) as (adapted, inner):
+                for _ in range(inner_steps):
+                    inner.step(F.cross_entropy(adapted(support[task][0]), support[task][1]))
+                (F.cross_entropy(adapted(query[task][0]), query[task][1]) / count).backward()
+
+    def with_torchopt() -> None:
+        model.zero_grad()
+        inner = torchopt.MetaSGD(model, lr=rate)
+        weights, state = torchopt.extract_state_dict(model), torchopt.extract_state_dict(inner)
+        for task in range(count):
+            for _ in range(inner_steps):
+                inner.step(F.cross_entropy(model(support[task][0]), support[task][1]))
+            (F.cross_entropy(model(query[task][0]), query[task][1]) / count).backward()
+            torchopt.recover_state_dict(model, weights)
+            torchopt.recover_state_dict(inner, state)
+
+    def with_learn2learn() -> None:
+        model.zero_grad()
+        maml = learn2learn.algorithms.MAML(model, lr=rate, first_order=False)
+        for task in range(count):
+            learner = maml.clone()
+            for _ in range(inner_steps):
+                learner.adapt(F.cross_entropy(learner(support[task][0]), support[task][1]))
+            (F.cross_entropy(learner(query[task][0]), query[task][1]) / count).backward()
+
+    found = {"higher": (higher, with_higher), "torchopt": (torchopt, with_torchopt)}
+    found["learn2learn"] = (learn2learn, with_learn2learn)
+    return {name: step for name, (module, step) in found.items() if module is not None}
+
+
 def cases(quick: bool) -> list[tuple[str, list[str]]]:
     """Name and settings of each comparison."""
     found = []
@@ -134,9 +189,12 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     strategies = ["loop", "vmap"] + (["mixed"] if type(run.algorithm).loss is Algorithm.loss else [])
     steps: dict[str, Callable[[], Any]] = {"plain": plain(run, tasks)}
     for strategy in strategies:
-        settled = dataclasses.replace(run.train_engine, strategy=strategy)
+        free = dataclasses.replace(run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk)
+        settled = free.resolved(run.train.draw(0, 1), batch)
         steps[strategy] = lambda settled=settled: settled.step(run.state, tasks, progress)
-    steps["auto"] = lambda: run.train_engine.step(run.state, tasks, progress)
+    for name, engine in (("auto", run.train_engine), ("bf16", dataclasses.replace(run.train_engine, precision="bf16"))):
+        steps[name] = lambda engine=engine: engine.step(run.state, tasks, progress)
+    steps |= library_steps(run, tasks)
     found: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
@@ -247,8 +305,6 @@ def main() -> None:
             flush=True,
         )
     maml = made(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
-    from metalearn import loop
-
     start = time.perf_counter()
     loop.test(maml, maml.state, None)
     content = {
@@ -259,9 +315,10 @@ def main() -> None:
         "first_step_seconds": first_step_seconds(device),
         "share_outside_model": share_outside_model(maml),
         "memory": [
-            {"inner_steps": steps, "meta_batch": batch, "mib": peak_memory(
-                ["algo=maml", f"algo.inner_steps={steps}", f"train.meta_batch={batch}", "episode.train.query=5"], device)}
-            for steps, batch in ((1, 8), (5, 8), (10, 8), (1, 32), (1, 128))
+            {"inner_steps": steps, "meta_batch": batch, "rematerialise": again, "mib": peak_memory(
+                ["algo=maml", f"algo.inner_steps={steps}", f"train.meta_batch={batch}", "episode.train.query=5",
+                 f"engine.rematerialise={again}"], device)}
+            for again in (False, True) for steps, batch in ((1, 8), (5, 8), (20, 8), (1, 32), (1, 128))
         ],
     }  # fmt: skip
     if not arguments.quick:
@@ -279,8 +336,8 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
         f"`make benchmark-speed`: tasks a second, median of {repeats} (slowest to fastest). Commit {where['commit']},",
         f"{where['hardware']}, torch {where['versions']['torch']}. Conv4-64; MAML's family with stride 2 and spatial mean.",
         "",
-        "| case | plain loop | loop | vmap | mixed | auto picks | auto over plain |",
-        "|---|---|---|---|---|---|---|",
+        "| case | plain loop | loop | vmap | mixed | auto picks | auto over plain | auto in bf16 | by libraries |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
         cells = []
@@ -289,7 +346,11 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
             cells.append(f"{median:.1f} ({row['slowest'][name]:.1f} to {row['fastest'][name]:.1f})" if median else "")
         lines.append(
             f"| {row['case']} | {' | '.join(cells)} | {row['chosen']}: {row['tasks_per_second']['auto']:.1f} | "
-            f"{row['speedup']:.2f} |"
+            f"{row['speedup']:.2f} | {row['tasks_per_second']['bf16']:.1f} | "
+            + "; ".join(
+                f"{name} {row['tasks_per_second'][name]:.1f}" for name in LIBRARIES if name in row["tasks_per_second"]
+            )
+            + " |"
         )
     lines += [
         "",
@@ -299,7 +360,9 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
         f"{content['share_outside_model']:.1%}",
         "- memory of one meta-step of MAML, 5 queries: "
         + "; ".join(
-            f"{one['inner_steps']} steps, {one['meta_batch']} tasks {one['mib']:.0f} MiB" for one in content["memory"]
+            f"{one['inner_steps']} inner steps, {one['meta_batch']} tasks"
+            f"{', rematerialised' if one['rematerialise'] else ''} {one['mib']:.0f} MiB"
+            for one in content["memory"]
         ),
     ]
     return lines

@@ -32,7 +32,7 @@ def cosine(first, second):
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4"], "mixed"),
         (["algo=maml", "train.meta_batch=1"], "loop"),
         (["algo=reptile", "episode.train.query=15", "train.meta_batch=4"], "vmap"),
-        (["algo=protonet", "episode.train.query=15", "train.meta_batch=4"], "loop"),
+        (["algo=protonet", "episode.train.query=1", "train.meta_batch=4"], "loop"),
         (["algo=maml", "engine.strategy=loop", "train.meta_batch=4"], "loop"),
         (["algo=reptile", "engine.strategy=mixed", "train.meta_batch=4"], "vmap"),
     ],

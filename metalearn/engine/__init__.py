@@ -57,12 +57,12 @@ class Engine:
         own_loss = type(self.algorithm).loss is not Algorithm.loss
         strategy = self.strategy
         if strategy == "auto":
-            if not cpu or (few and count > 1):
+            if not cpu:
                 strategy = "vmap"
-            elif count == 1 or (own_loss and self.algorithm.training_steps is None):
+            elif count == 1 or self.algorithm.training_steps is None:
                 strategy = "loop"  # without inner steps there is nothing small to batch
             else:
-                strategy = "vmap" if own_loss else "mixed"
+                strategy = "vmap" if few or own_loss else "mixed"
         if strategy == "mixed" and own_loss:
             strategy = "vmap"
         batched = tasks.support.x[0].numel() + (0 if strategy == "mixed" else tasks.query.x[0].numel())
