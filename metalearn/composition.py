@@ -81,8 +81,18 @@ def stored(folder: Path) -> DictConfig:
         raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
     if not isinstance(found, DictConfig):
         raise UserError(f"{path} is not a configuration")
-    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), found)
+    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), {"algo": _usual(found)}, found)
     return merged
+
+
+def _usual(found: DictConfig) -> Any:
+    """The settings of a stored run's method as conf/algo/ has them, for those that are newer than the run."""
+    for path in sorted((conf_dir() / "algo").glob("*.yaml")):
+        usual: Any = OmegaConf.load(path)
+        target = OmegaConf.select(found, "algo._target_")
+        if target is not None and OmegaConf.select(usual, "algo._target_") == target:
+            return usual.algo
+    return {}
 
 
 def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:

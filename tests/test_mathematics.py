@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from metalearn import loop, random
+from metalearn.algorithms.geometry import class_means, squared_distance
 from metalearn.algorithms.maml import MAML
-from metalearn.algorithms.protonet import ProtoNet, class_means, squared_distance
+from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
 from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
@@ -19,7 +20,7 @@ _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 def maml(**changes):
     settings = dict(
         backbone=_IDENTITY, statistics="query", inner_lr=0.1, inner_steps=1, test_inner_steps=1, first_order=False,
-        adapted_part="all", adapt_normalisation=False, inner_loss="mean",
+        adapted_part="all", adapt_normalisation=False, inner_loss="mean", pull=0.0,
     )  # fmt: skip
     return MAML(**(settings | changes))
 

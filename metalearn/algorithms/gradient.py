@@ -1,0 +1,116 @@
+"""Adaptation by gradient descent on the support set, differentiated through; MAML's family derives from it.
+
+Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks".
+Raghu et al. (2020), "Rapid learning or feature reuse? Towards understanding the effectiveness of MAML" (ANIL).
+Oh et al. (2021), "BOIL: Towards representation change for few-shot learning".
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import grad
+from torch.utils import _pytree as pytree
+
+from metalearn.algorithms.base import objective
+from metalearn.algorithms.inner_loop import rematerialised
+from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.settings import above, at_least, choice, given_by_run
+from metalearn.types import Labelled, Params, State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientAdaptation(LinearHeadAlgorithm):
+    """theta_k+1 = theta_k - inner_lr * grad L_support(theta_k); meta-loss L_query(theta_K) (Finn et al. 2017, eq. 1).
+
+    inner_steps, test_inner_steps: K in meta-training and in testing.
+    first_order: drop the derivative of the inner gradient (Finn et al. 2017, 5.2).
+    adapted_part: "all", the "head" alone (ANIL), or the "body" alone (BOIL).
+    pull: lambda of a term lambda / 2 |theta_k - theta_0|^2 in the inner loss, which pulls adaptation back to the initialisation
+      (L2-regularised MAML; the regulariser of Rajeswaran et al. 2019, eq. 3, differentiated through); 0: none.
+    adapt_normalisation: whether scale and shift of normalisation layers adapt too; the authors' code keeps them fixed.
+    inner_loss: "mean" over the support set; "sum" as the authors' code has it: summed over the classes, mean over the
+      shots, so N times the mean.
+    """
+
+    inner_lr: float = above(0)
+    inner_steps: int = at_least(0)
+    test_inner_steps: int = at_least(0)
+    first_order: bool
+    adapted_part: str = choice("all", "head", "body")
+    pull: float = at_least(0)
+    adapt_normalisation: bool
+    inner_loss: str = choice("mean", "sum")
+    rematerialise: bool = given_by_run(False)
+
+    @property
+    def training_steps(self) -> int:
+        return self.inner_steps
+
+    def adapts(self, name: str) -> bool:
+        """Whether the inner loop changes the weight of this name."""
+        if name.startswith("head."):
+            return self.adapted_part != "body"
+        if not name.startswith("net."):
+            return False
+        return self.adapted_part != "head" and (self.adapt_normalisation or not name.startswith("net.norm"))
+
+    def adapt(
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
+    ) -> Adapted:
+        steps = self.test_inner_steps if steps is None else steps
+        return self.adapted(self.trajectory(state.meta, support, steps)[-1], support.x)
+
+    def trajectory(self, theta: Params, support: Labelled, steps: int) -> list[Params]:
+        """All weights before and after each of the inner steps: theta_0 ... theta_K."""
+        start = {name: value for name, value in theta.items() if self.adapts(name)}
+        slow = {name: value for name, value in theta.items() if name not in start}
+        # With an unchanged backbone the embeddings are the same at every step.
+        seen = support
+        if self.adapted_part == "head":
+            seen = dataclasses.replace(support, x=self.embed(slow, support.x))
+        # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
+        fixed = pytree.tree_map(torch.detach, (slow, seen)) if self.first_order else (slow, seen)
+        fast, found = start, [theta]
+        for step in range(steps):
+            descend: Callable[..., Params] = functools.partial(self.descend, step)
+            if self.rematerialise and not self.first_order:
+                descend = rematerialised(descend)
+            fast = descend(fast, start, *fixed)
+            found.append({**slow, **fast})
+        return found
+
+    def descend(self, step: int, fast: Params, start: Params, slow: Params, seen: Labelled) -> Params:
+        """`fast` after inner step number `step`.
+
+        start: what `fast` was before the first; slow: the weights that do not adapt; seen: the support set, or its
+        embeddings where only the head adapts.
+        """
+
+        def support_loss(fast: Params) -> Tensor:
+            params = self.at_step(slow | fast, step)
+            z = seen.x if self.adapted_part == "head" else self.embed(params, seen.x)
+            value = objective(self.head(params, z), seen.y)
+            return value * seen.way if self.inner_loss == "sum" else value
+
+        point = {name: value.detach() for name, value in fast.items()} if self.first_order else fast
+        gradient = grad(support_loss)(point)
+        if self.pull:
+            gradient = {name: value + self.pull * (fast[name] - start[name]) for name, value in gradient.items()}
+        return {name: value - self.rate(slow, name, step) * gradient[name] for name, value in fast.items()}
+
+    def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
+        """The inner learning rate of a weight in a step."""
+        return self.inner_lr
+
+    def at_step(self, params: Params, step: int) -> Params:
+        """The weights that the network has in a step, where some belong to one step alone."""
+        return params

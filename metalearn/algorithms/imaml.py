@@ -1,0 +1,116 @@
+"""iMAML: the meta-gradient of a regularised inner problem by the implicit function theorem, whatever solved it.
+
+Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients".
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from metalearn.algorithms.base import objective
+from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.settings import above, at_least
+from metalearn.types import Labelled, Loss, Params, State, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IMAML(LinearHeadAlgorithm):
+    """phi = argmin L_support(phi) + lambda / 2 |phi - theta|^2; meta-gradient (I + H / lambda)^-1 grad L_query(phi), H the
+    Hessian of L_support at phi (Rajeswaran et al. 2019, eq. 3 and 6).
+
+    strength: lambda. inner_steps, test_inner_steps: gradient steps towards phi. cg_steps: of conjugate gradients, a fixed
+    number. damping: added to the matrix, as the authors' code does (1 + damping in place of 1).
+    Every weight adapts, those of normalisation too.
+    """
+
+    inner_lr: float = above(0)
+    inner_steps: int = at_least(0)
+    test_inner_steps: int = at_least(0)
+    strength: float = above(0)
+    cg_steps: int = at_least(0)
+    damping: float = at_least(0)
+
+    @property
+    def training_steps(self) -> int:
+        return self.inner_steps
+
+    def support_loss(self, params: Params, support: Labelled) -> Tensor:
+        return objective(self.head(params, self.embed(params, support.x)), support.y)
+
+    def solved(self, theta: Params, support: Labelled, steps: int) -> Params:
+        """phi, approached by gradient descent from theta."""
+        phi = theta
+        for _ in range(steps):
+            gradient = grad(self.support_loss)(phi, support)
+            phi = {
+                name: value - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
+                for name, value in phi.items()
+            }
+        return phi
+
+    def adapt(
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
+    ) -> Adapted:
+        steps = self.test_inner_steps if steps is None else steps
+        return self.adapted(self.solved(state.meta, support, steps), support.x)
+
+    def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
+        """A surrogate whose gradient in theta is the implicit meta-gradient; the query loss of phi is among the logs."""
+        theta = {name: value.detach() for name, value in state.meta.items()}
+        phi = self.solved(theta, task.support, self.inner_steps)
+
+        def query_loss(phi: Params) -> Loss:
+            return self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
+
+        gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
+
+        def product(v: Params) -> Params:
+            """(I + H / lambda) v, by the gradient of <grad L_support, v>."""
+
+            def along(phi: Params) -> Tensor:
+                return dot(grad(self.support_loss)(phi, task.support), v)
+
+            hessian_v = grad(along)(phi)
+            return {name: (1 + self.damping) * v[name] + hessian_v[name] / self.strength for name in v}
+
+        direction = conjugate_gradients(product, gradient, self.cg_steps)
+        value = torch.stack([(state.meta[name] * direction[name].detach()).sum() for name in theta]).sum()
+        return Loss(value, held_out.logs, held_out.statistics)
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """The inner product of two trees: []."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
+    """x with product(x) near b, from x = 0, after a fixed number of steps (Hestenes and Stiefel 1952); 0 steps: b itself.
+
+    product: a symmetric matrix times a tree. A residual that is exactly zero stays so.
+    """
+    if steps == 0:
+        return b
+    x = {name: torch.zeros_like(value) for name, value in b.items()}
+    residual = direction = b
+    squared = dot(residual, residual)
+
+    def ratio(above: Tensor, below: Tensor) -> Tensor:
+        return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
+
+    for _ in range(steps):
+        image = product(direction)
+        length = ratio(squared, dot(direction, image))
+        x = {name: x[name] + length * direction[name] for name in x}
+        residual = {name: residual[name] - length * image[name] for name in x}
+        before, squared = squared, dot(residual, residual)
+        direction = {name: residual[name] + ratio(squared, before) * direction[name] for name in x}
+    return x

@@ -1,0 +1,108 @@
+"""MAML++: MAML with what makes its training stable and its inner loop learnable, each a switch.
+
+Antoniou, Edwards and Storkey (2019), "How to train your MAML". Their cosine schedule of the meta-learning rate is
+`train.schedule=cosine`.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.algorithms.linear_head import Adapted
+from metalearn.settings import between
+from metalearn.types import Labelled, Loss, Params, Spec, State, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAMLPlusPlus(GradientAdaptation):
+    """Meta-loss sum_k w_k L_query(theta_k), with rates and normalisation weights of each inner step (Antoniou et al. 2019).
+
+    multi_step_share: share of meta-training over which w goes from 1 / K each to the last step's alone (4.1; with their
+      code's floor of 0.03 / K for the other steps); 0: the last step's alone throughout.
+    learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr.
+    normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB). Departure: running statistics of each
+      step (BNRS) are left out, since in the authors' code they never reach an output.
+    first_order_share: share of meta-training in which second derivatives are dropped (DA); 0 in all their recipes.
+    Steps beyond the number in meta-training use what belongs to the last one.
+    """
+
+    multi_step_share: float = between(0, 1)
+    learned_rates: bool
+    normalisation_per_step: bool
+    first_order_share: float = between(0, 1)
+
+    def init(self, spec: Spec, key: Tensor) -> State:
+        state = super().init(spec, key)
+        steps = max(1, self.inner_steps)
+        meta = dict(state.meta)
+        if self.normalisation_per_step:
+            for name in [name for name in meta if name.startswith("net.norm")]:
+                meta[f"step.{name}"] = meta.pop(name).repeat(steps, 1)
+        if self.learned_rates:
+            rates = {
+                f"rate.{name}": torch.full((steps,), self.inner_lr, device=key.device)
+                for name in meta
+                if self.adapts(name)
+            }
+            meta |= rates
+        return State(meta, state.fixed)
+
+    def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
+        if not self.learned_rates:
+            return self.inner_lr
+        rates = slow[f"rate.{name}"]
+        return rates[min(step, len(rates) - 1)]
+
+    def at_step(self, params: Params, step: int) -> Params:
+        own = {name[len("step.") :]: value for name, value in params.items() if name.startswith("step.")}
+        return params | {name: value[min(step, len(value) - 1)] for name, value in own.items()}
+
+    def after(self, trajectory: list[Params], steps: int, support: Labelled) -> Adapted:
+        """The learner after so many of the steps; its network is that of the last of them."""
+        return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
+
+    def adapt(
+        self,
+        state: State,
+        support: Labelled,
+        unlabelled: Tensor | None = None,
+        *,
+        key: Tensor,
+        steps: int | None = None,
+    ) -> Adapted:
+        steps = self.test_inner_steps if steps is None else steps
+        return self.after(self.trajectory(state.meta, support, steps), steps, support)
+
+    def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
+        trajectory = self.trajectory(state.meta, task.support, self.inner_steps)
+        if self.first_order_share:
+            # Known only on the device, so the second derivatives are computed and then dropped.
+            kept = (progress >= self.first_order_share).to(progress.dtype)
+            dropped = self._first_order().trajectory(state.meta, task.support, self.inner_steps)
+            trajectory = [
+                {
+                    name: first + kept * (second - first)
+                    for (name, second), first in zip(whole.items(), part.values(), strict=True)
+                }
+                for whole, part in zip(trajectory, dropped, strict=True)
+            ]
+        losses = [
+            self.query_loss(state, self.after(trajectory, steps, task.support), task.query)
+            for steps in (range(1, self.inner_steps + 1) if self.multi_step_share else [self.inner_steps])
+        ]
+        if len(losses) == 1:
+            return losses[0]
+        weights = self.step_weights(len(losses), progress)
+        value = (weights * torch.stack([loss.value for loss in losses])).sum()
+        return Loss(value, losses[-1].logs, losses[-1].statistics)
+
+    def _first_order(self) -> "MAMLPlusPlus":
+        return dataclasses.replace(self, first_order=True)
+
+    def step_weights(self, steps: int, progress: Tensor) -> Tensor:
+        """w [K], which sums to 1."""
+        done = (progress / self.multi_step_share).clamp(max=1)
+        others = ((1 - done) / steps).clamp(min=0.03 / steps)
+        return torch.cat([others.expand(steps - 1), (1 - (steps - 1) * others).reshape(1)])

@@ -1,0 +1,79 @@
+"""Matching networks: a query takes the labels of the support examples it resembles.
+
+Vinyals et al. (2016), "Matching networks for one shot learning".
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn import random
+from metalearn.algorithms.base import prefixed, select
+from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
+from metalearn.algorithms.geometry import cosine
+from metalearn.algorithms.lstm import init_lstm, lstm_cell
+from metalearn.settings import above, at_least
+from metalearn.types import Labelled, Params, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchingNetwork(EmbeddingAlgorithm):
+    """p(y | x) = sum_i a(x, x_i) y_i, a the softmax of cosine similarities (Vinyals et al. 2016, eq. 1 and 2.1.1);
+    predictions are log p.
+
+    temperature: divides the similarities; the paper has none (1), with which p stays flat, since cosines lie in [-1, 1].
+    full_context: embeddings of the support set pass through a bidirectional LSTM over the set in its order, those of
+      queries through `processing_steps` steps of an LSTM that attends to it (appendix A.1, A.2).
+    """
+
+    temperature: float = above(0)
+    full_context: bool
+    processing_steps: int = at_least(1)
+
+    @property
+    def support_order_matters(self) -> bool:  # type: ignore[override]
+        return self.full_context
+
+    def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
+        if not self.full_context:
+            return {}
+        recurrent = {"forward": size, "backward": size, "attend": 2 * size}
+        return {
+            name: value
+            for number, (part, hidden) in enumerate(recurrent.items())
+            for name, value in prefixed(init_lstm(random.fold_in(key, number), size, hidden), part).items()
+        }
+
+    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Examples:
+        y = F.one_hot(support.y, support.way).to(z.dtype)
+        return Examples(self.in_context(meta, z) if self.full_context else z, y)
+
+    def in_context(self, meta: Params, z: Tensor) -> Tensor:
+        """g(x_i, S) = h_i forward + h_i backward + z_i (Vinyals et al. 2016, A.2): [M, D] -> [M, D]."""
+
+        def passed(name: str, z: Tensor) -> Tensor:
+            weights, hidden, cell, found = select(meta, name), torch.zeros_like(z[:1]), torch.zeros_like(z[:1]), []
+            for row in z.split(1):
+                hidden, cell = lstm_cell(weights, row, hidden, cell)
+                found.append(hidden)
+            return torch.cat(found)
+
+        return passed("forward", z) + passed("backward", z.flip(0)).flip(0) + z
+
+    def attending(self, meta: Params, z: Tensor, support_z: Tensor) -> Tensor:
+        """f(x, S) after the processing steps (Vinyals et al. 2016, A.1): [Q, D] -> [Q, D]."""
+        weights, hidden, cell, read = select(meta, "attend"), z, torch.zeros_like(z), torch.zeros_like(z)
+        for _ in range(self.processing_steps):
+            found, cell = lstm_cell(weights, z, torch.cat([hidden, read], -1), cell)
+            hidden = found + z
+            read = (hidden @ support_z.T).softmax(-1) @ support_z
+        return hidden
+
+    def compare(self, meta: Params, learned: Examples, z: Tensor) -> Tensor:
+        if self.full_context:
+            z = self.attending(meta, z, learned.z)
+        attention = (cosine(z, learned.z) / self.temperature).log_softmax(-1)
+        # log sum_i a_i y_i, over the examples of each class.
+        return torch.where(learned.y.T > 0, attention[:, None, :], -torch.inf).logsumexp(-1)

@@ -1,0 +1,36 @@
+"""Meta-SGD: MAML whose inner learning rate is learned for every single weight.
+
+Li, Zhou, Chen and Li (2017), "Meta-SGD: Learning to learn quickly for few-shot learning".
+"""
+
+import dataclasses
+
+from torch import Tensor
+
+from metalearn import random
+from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.settings import above
+from metalearn.types import Params, Spec, State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaSGD(GradientAdaptation):
+    """theta_k+1 = theta_k - alpha * grad L_support(theta_k), alpha of theta's shape and meta-learned (Li et al. 2017, eq. 1).
+
+    inner_lr, inner_lr_max: alpha starts uniform between them. A rate may become negative, as in the paper.
+    """
+
+    inner_lr_max: float = above(0)
+
+    def init(self, spec: Spec, key: Tensor) -> State:
+        state = super().init(spec, key)
+        width = self.inner_lr_max - self.inner_lr
+        rates = {
+            f"rate.{name}": self.inner_lr + width * random.uniform(random.fold_in(key, 100 + number), value.shape)
+            for number, (name, value) in enumerate(state.meta.items())
+            if self.adapts(name)
+        }
+        return State(state.meta | rates, state.fixed)
+
+    def rate(self, slow: Params, name: str, step: int) -> Tensor:
+        return slow[f"rate.{name}"]

@@ -1,0 +1,49 @@
+"""R2D2: a ridge regression on the support set, differentiated through its closed form.
+
+Bertinetto, Henriques, Torr and Vedaldi (2019), "Meta-learning with differentiable closed-form solvers".
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.algorithms.embedding import EmbeddingAlgorithm
+from metalearn.settings import above
+from metalearn.types import Labelled, Params, Spec
+
+
+def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+    """argmin_W |z W - y|^2 + strength |W|^2 = z' (z z' + strength I)^-1 y (Bertinetto et al. 2019, eq. 4 and 6, by Woodbury's
+    identity a system of the size of the support set).
+
+    Args: z [M, D]; y [M, N]; strength [], positive.
+    Returns: [D, N].
+    """
+    gram = z @ z.T + strength * torch.eye(len(z), dtype=z.dtype, device=z.device)
+    return z.T @ torch.linalg.solve_ex(gram, y)[0]  # unlike solve, never waits for the device to look for errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class R2D2(EmbeddingAlgorithm):
+    """logits = scale * z W, W the ridge regression from embeddings to one-hot labels (Bertinetto et al. 2019, eq. 4 to 7);
+    its strength and the scale are meta-learned.
+
+    strength, scale: where they start; both are learned by their logarithm, so they stay positive.
+    A one stands beside each embedding, as in the authors' code. Their bias of all logits alike is left out: no softmax sees it.
+    """
+
+    strength: float = above(0)
+    scale: float = above(0)
+
+    def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
+        start = {"ridge.log_strength": self.strength, "ridge.log_scale": self.scale}
+        return {name: torch.full((), value, device=key.device).log() for name, value in start.items()}
+
+    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
+        y = F.one_hot(support.y, support.way).to(z.dtype)
+        return ridge(F.pad(z, (0, 1), value=1.0), y, meta["ridge.log_strength"].exp())
+
+    def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
+        return meta["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)
