@@ -55,7 +55,7 @@ class Run:
     def choices(self) -> dict[str, Any]:
         """What the engine chose: `engine.json`, with which another run computes just as this one."""
         engines = {"train": self.train_engine.choices, "test": self.test_engine.choices}
-        return {"threads": torch.get_num_threads(), **engines}
+        return {"device": self.device.type, "threads": torch.get_num_threads(), **engines}
 
 
 def check(settings: RunConfig) -> None:
@@ -82,7 +82,9 @@ def check(settings: RunConfig) -> None:
         )
     if settings.statistics == "population" and not normalises(settings):
         raise UserError("statistics=population wants a backbone with normalisation")
-    if settings.engine.rematerialise and not hasattr(algorithm, "rematerialise"):
+    if settings.engine.rematerialise and (
+        not hasattr(algorithm, "rematerialise") or getattr(algorithm, "first_order", False)
+    ):
         raise UserError(f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept")
     device_of(settings.device)
 
@@ -124,7 +126,9 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
     train_engine, test_engine = _engines(settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices)
     state = algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device))
-    if settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps and not choices:
+    timing = settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps
+    # Several processes would each find their own.
+    if timing and not choices and not only_test and train_engine.strategy != "loop" and together.size == 1:
         train_engine = train_engine.timed(state, train.draw(0, together.share(settings.train.meta_batch)[1]))
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
@@ -164,12 +168,15 @@ def _engines(
 ) -> tuple[Engine, Engine]:
     """The engines of training and of testing, for tasks of these shapes."""
     if choices:
-        return Engine(algorithm, **choices["train"]), Engine(algorithm, **choices["test"])
+        stored = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
+        if stored[0].strategy == "mixed" and stored[0].has_own_loss:
+            raise UserError("engine.choices: that run's strategy, mixed, does not suit a method with its own loss")
+        return stored[0], stored[1]
     asked = settings.engine
     convolution = "plain" if asked.convolution == "auto" else asked.convolution
     unresolved = Engine(algorithm, asked.strategy, asked.task_chunk, asked.precision, convolution)
     count = together.share(settings.train.meta_batch)[1]
-    return unresolved.resolved(train, count), unresolved.resolved(test, EVALUATION_BATCH)
+    return unresolved.resolved(train, count, True), unresolved.resolved(test, EVALUATION_BATCH, False)
 
 
 def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
@@ -179,10 +186,10 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     for name, free in (("strategy", "auto"), ("task_chunk", 0), ("threads", 0), ("convolution", "auto")):
         if (given := getattr(settings, name)) != free:
             raise UserError(f"engine.{name}={given}: engine.choices says that already; leave one out")
-    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
     try:
         found = json.loads(Path(settings.choices).read_text())
-        right = isinstance(found["threads"], int) and all(found[part].keys() == fields for part in ("train", "test"))
+        right = all(_is_choice(found[part]) for part in ("train", "test"))
+        right = right and type(found["threads"]) is int and found["threads"] > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         right = False
     if not right:
@@ -190,6 +197,22 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     if found["train"]["precision"] != settings.precision:
         raise UserError(f"engine.precision={settings.precision}: that run had {found['train']['precision']}")
     return found
+
+
+def _is_choice(found: dict[str, Any]) -> bool:
+    """Whether these are the choices of an engine, with values it can have."""
+    words = {
+        "strategy": {"vmap", "loop", "mixed"},
+        "precision": {"fp32", "tf32", "bf16"},
+        "convolution": {"plain", "unfold"},
+    }
+    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
+    return (
+        found.keys() == fields
+        and all(found[name] in allowed for name, allowed in words.items())
+        and type(found["chunk"]) is int
+        and found["chunk"] > 0
+    )
 
 
 def algorithm_of(settings: RunConfig) -> Algorithm:

@@ -216,7 +216,8 @@ def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimiz
     if settings.optimiser == "adam":
         optimiser = torch.optim.Adam(leaves, lr=lr, capturable=capturable)
     else:
-        optimiser = torch.optim.SGD(leaves, lr=lr)
+        # torch's other implementations fetch a rate that lies on the device.
+        optimiser = torch.optim.SGD(leaves, lr=lr, fused=capturable)
     factors = {
         "constant": lambda step: 1.0,
         "linear": lambda step: 1 - step / max(1, settings.steps),

@@ -189,7 +189,7 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     steps: dict[str, Callable[[], Any]] = {"plain": plain(run, tasks)}
     for strategy in strategies:
         free = dataclasses.replace(run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk)
-        settled = free.resolved(run.train.draw(0, 1), batch)
+        settled = free.resolved(run.train.draw(0, 1), batch, True)
         steps[strategy] = lambda settled=settled: settled.step(run.state, tasks, progress)
     for name, engine in (("auto", run.train_engine), ("bf16", dataclasses.replace(run.train_engine, precision="bf16"))):
         steps[name] = lambda engine=engine: engine.step(run.state, tasks, progress)

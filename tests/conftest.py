@@ -13,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from metalearn import composition, config
 from metalearn.build import Run, build
+from metalearn.engine import process
 
 torch.set_num_threads(1)
+process._ALL_THREADS = 1  # several tests run at a time
 
 ALGORITHMS = sorted(composition.options("algo"))
 

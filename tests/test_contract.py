@@ -122,7 +122,7 @@ def test_labels_of_the_support_are_learned_from(name, trained):
 @pytest.mark.slow
 def test_training_improves(name, make_run, tmp_path):
     hard = [f"algo={name}", "dataset.jitter=1.5", "backbone.filters=16", "episode.query=5", "val.episodes=100"]
-    quick = ["train.steps=80", "val.every=80", "train.meta_batch=8"]
+    quick = ["train.steps=160", "val.every=160", "train.meta_batch=4"]
     run = make_run(*hard, *quick, *usual_rate(make_run, *hard))
     before = estimate(loop.evaluate(run, run.state, run.val, 100))
 

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from metalearn import loop
-from metalearn.engine import Engine, memory
+from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
 from metalearn.errors import RunFailed, UserError
 from metalearn.verbs.train import train
@@ -44,6 +44,11 @@ def test_auto_picks_by_its_rule(words, expected, make_run):
 def test_a_chunk_is_a_bound_and_no_more_than_there_is(make_run):
     assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3
     assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=9").train_engine.chunk == 4
+
+
+def test_testing_a_transfer_method_batches_its_adaptation(make_run):
+    assert make_run("algo=finetune", "episode.query=15", "device=cpu").test_engine.strategy == "mixed"
+    assert make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
 
 
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
@@ -191,12 +196,45 @@ def test_choices_are_stored_and_used_again(compose, tmp_path):
 
 
 def test_choices_that_are_none_are_refused(make_run, tmp_path):
-    for content in ("", "{}", '{"threads": 1, "train": {}, "test": {}}', "[1]"):
+    right = {"strategy": "vmap", "chunk": 2, "precision": "fp32", "convolution": "plain"}
+    wrong = [right | change for change in ({"strategy": "foo"}, {"chunk": 0}, {"chunk": True}, {"precision": "fp16"})]
+    contents = ["", "{}", '{"threads": 1, "train": {}, "test": {}}', "[1]"]
+    contents += [json.dumps({"threads": 1, "train": right, "test": one}) for one in wrong]
+    contents += [json.dumps({"threads": -1, "train": right, "test": right})]
+    for content in contents:
         (tmp_path / "engine.json").write_text(content)
         with pytest.raises(UserError, match=r"is not an engine\.json"):
             make_run("algo=maml", f"engine.choices={tmp_path}/engine.json")
     with pytest.raises(UserError, match=r"engine\.strategy=vmap: engine\.choices says that already"):
         make_run("algo=maml", "engine.strategy=vmap", f"engine.choices={tmp_path}/engine.json")
+
+
+def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective(make_run, tmp_path):
+    run = make_run("algo=maml", "train.meta_batch=4", "episode.train.query=15")
+    assert run.train_engine.strategy == "mixed"
+    (tmp_path / "engine.json").write_text(json.dumps(run.choices))
+    with pytest.raises(UserError, match="a method with its own loss"):
+        make_run("algo=reptile", "train.meta_batch=4", f"engine.choices={tmp_path}/engine.json")
+
+
+def test_rematerialisation_computes_again_in_the_same_precision(make_run):
+    words = ["algo=maml", "algo.inner_steps=3", "train.meta_batch=4", "engine.precision=bf16", "backbone.filters=32"]
+    kept, again = make_run(*words), make_run(*words, "engine.rematerialise=true")
+    tasks = kept.train.draw(0, 4)
+    gradients = [run.train_engine.step(run.state, tasks, _HALF).gradients for run in (kept, again)]
+    assert cosine(*gradients) > 0.9999
+
+
+def test_all_threads_are_all_again_after_a_run_with_fewer(make_run, monkeypatch):
+    monkeypatch.setattr(process, "_ALL_THREADS", 2)
+    before = torch.get_num_threads()
+    try:
+        make_run("algo=protonet", "engine.threads=1")
+        assert torch.get_num_threads() == 1
+        make_run("algo=protonet", "engine.threads=0")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):

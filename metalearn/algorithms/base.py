@@ -56,6 +56,11 @@ class Algorithm:
         """The number of adaptation steps while meta-training; None: as in testing."""
         return None
 
+    @property
+    def adapts_in_steps(self) -> bool:
+        """Whether adaptation is a chain of small steps, which are worth batching over tasks."""
+        return self.training_steps is not None
+
     def init(self, spec: Spec, key: Tensor) -> State:
         """The initial state, on the key's device."""
         raise NotImplementedError

@@ -20,6 +20,9 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.function = inputs[0]
+        device = inputs[1].device.type
+        # As it was computed, so it is computed again.
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
@@ -33,7 +36,8 @@ class _Again(torch.autograd.Function):
                 values[place] = value
             return ctx.function(*values)
 
-        pull = torch.func.vjp(of_floats, *(leaves[place] for place in places))[1]
+        with torch.autocast(*ctx.autocast):
+            pull = torch.func.vjp(of_floats, *(leaves[place] for place in places))[1]
         found: list[Tensor | None] = [None] * len(leaves)
         for place, gradient in zip(places, pull(cotangents), strict=True):
             found[place] = gradient

@@ -24,6 +24,10 @@ class TransferAlgorithm(Algorithm):
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
 
+    @property
+    def adapts_in_steps(self) -> bool:
+        return True
+
     def learn(self, z: Tensor, support: Labelled, key: Tensor) -> Any:
         """Any pytree, from embeddings z [M, D] and the labels of the support set."""
         raise NotImplementedError

@@ -31,7 +31,7 @@ def normalise(
     collected: Params = {}
     if collect:
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        var, mean = torch.var_mean(x, axes, correction=0)
+        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0)
         collected = {f"{name}.mean": mean, f"{name}.var": var}
     if given is None:
         if kernels.fused_norm:

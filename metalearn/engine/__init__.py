@@ -50,20 +50,27 @@ class Engine:
     precision: str = "fp32"
     convolution: str = "plain"
 
-    def resolved(self, tasks: Task, count: int) -> "Engine":
-        """The engine with strategy and chunk chosen for `count` tasks of this shape at a time, by a static rule."""
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the method's objective is another than predicting the query set: then queries cannot be looped apart."""
+        return type(self.algorithm).loss is not Algorithm.loss
+
+    def resolved(self, tasks: Task, count: int, training: bool) -> "Engine":
+        """The engine with strategy and chunk chosen for `count` tasks of this shape at a time, by a static rule.
+
+        training: whether it is for `step`, and not for predictions alone.
+        """
         cpu = tasks.key.device.type == "cpu"
         few = tasks.query.x.shape[1] < _FEW_QUERIES
-        own_loss = type(self.algorithm).loss is not Algorithm.loss
         strategy = self.strategy
         if strategy == "auto":
             if not cpu:
                 strategy = "vmap"
-            elif count == 1 or self.algorithm.training_steps is None:
-                strategy = "loop"  # without inner steps there is nothing small to batch
+            elif count == 1 or not self.algorithm.adapts_in_steps:
+                strategy = "loop"  # a task is one large batch already
             else:
-                strategy = "vmap" if few or own_loss else "mixed"
-        if strategy == "mixed" and own_loss:
+                strategy = "vmap" if few else "mixed"
+        if strategy == "mixed" and training and self.has_own_loss:
             strategy = "vmap"
         batched = tasks.support.x[0].numel() + (0 if strategy == "mixed" else tasks.query.x[0].numel())
         chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count)
@@ -223,4 +230,8 @@ def _stack(losses: list[Loss]) -> Loss:
 
 
 def _sum_over_tasks(values: Params, count: int) -> Params:
-    return {name: value.detach().sum(0) / count for name, value in values.items()}
+    """In float32 at least, whatever the precision of the pass."""
+    return {
+        name: value.detach().to(torch.promote_types(value.dtype, torch.float32)).sum(0) / count
+        for name, value in values.items()
+    }

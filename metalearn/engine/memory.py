@@ -19,7 +19,14 @@ def ran_out(error: BaseException) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         words in str(error)
-        for words in ("can't allocate memory", "not enough memory", "bad_alloc", "could not create a primitive")
+        for words in (
+            "can't allocate memory",
+            "not enough memory",
+            "bad_alloc",
+            "could not create a primitive",
+            "out of memory",
+            "ALLOC_FAILED",
+        )
     )
 
 
@@ -32,7 +39,8 @@ def explained(attempt: Callable[[int, Task], Any], tasks: Task, chunk: int) -> I
     try:
         yield
     except Exception as error:
-        if not ran_out(error):
+        # A capture cannot try again; who captures knows that the step fits without.
+        if not ran_out(error) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             raise
         tried = min(chunk, tasks.key.shape[0])
         traceback.clear_frames(error.__traceback__)  # they hold on to the memory in question

@@ -8,6 +8,9 @@ import torch
 
 from metalearn.errors import UserError
 
+#: As torch finds it, before any run of this process asks for fewer.
+_ALL_THREADS = torch.get_num_threads()
+
 
 def prepare(device: torch.device, threads: int, precision: str) -> None:
     """CPU threads (0: all), the precision of products on a GPU, and an allocator that keeps what it has.
@@ -19,8 +22,7 @@ def prepare(device: torch.device, threads: int, precision: str) -> None:
     if precision == "tf32" and device.type != "cuda":
         raise UserError("engine.precision=tf32: only CUDA devices have it; use fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"  # type: ignore[union-attr]
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or _ALL_THREADS)
     if device.type == "cpu" and (glibc := _glibc()) is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         glibc.mallopt(m_mmap_threshold, 1 << 30)

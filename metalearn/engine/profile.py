@@ -60,7 +60,9 @@ class Profile:
         def own(event: Any) -> float:
             return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-        operations = [event for event in averages if event.key not in PARTS and own(event) > 0]
+        # On a GPU an operator and its kernels both carry the kernels' time, so kernels alone are counted.
+        kernels = [event for event in averages if str(event.device_type).endswith("CUDA")] if cuda else averages
+        operations = [event for event in kernels if event.key not in PARTS and own(event) > 0]
         operations.sort(key=own, reverse=True)
         whole = sum(map(own, operations))
         lines = [
@@ -71,7 +73,9 @@ class Profile:
             f"- {1e3 * seconds / steps:.1f} ms a step, {self._meta_batch * steps / seconds:.1f} tasks/s",
             f"- {sum(event.count for event in operations) / steps:.0f} operations a step",
         ]
-        parts = {event.key: event.cpu_time_total / 1e6 for event in averages if event.key in PARTS}
+        parts = {
+            event.key: event.cpu_time_total / 1e6 for event in averages if event.key in PARTS and event.cpu_time_total
+        }
         if parts:  # one captured graph has none
             shown = ", ".join(f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts)
             lines.append(f"- share of the time on the host: {shown}")

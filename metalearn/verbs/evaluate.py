@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn import composition, config, report, stats
-from metalearn.build import Run, build, normalises
+from metalearn.build import Run, build, device_of, normalises
 from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
 from metalearn.figures import draw_curve, shown_interval
@@ -91,6 +91,8 @@ class _Asked:
                 "is part of its weights; train with that number"
             )
         variant = [f"{key}={value}" for key, value in sorted(after.algo.items()) if before.algo[key] != value]
+        if after.engine.precision != before.engine.precision:
+            variant.append(f"precision={after.engine.precision}")
         return _Asked(folder / "evaluations", name, before, changed, variant, overrides, split)
 
     @property
@@ -105,6 +107,8 @@ class _Asked:
     def run(self, statistics: str, **episode: int) -> Run:
         """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
         settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
+        if not any(word.startswith("engine.choices=") for word in self.overrides):
+            settings.engine.choices = None  # what the training used; its file may be gone
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
         after, before = checked(settings), self.before
@@ -124,14 +128,13 @@ class _Asked:
     def _as_in_the_run(self) -> dict[str, Any]:
         """Engine settings with which the run's own test is repeated bit for bit, where this machine has its threads."""
         path = self.folder.parent / ENGINE_FILE
+        free = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto", "choices": None}
         try:
-            threads = json.loads(path.read_text())["threads"]
+            found = json.loads(path.read_text())
+            here = found["threads"] <= (os.cpu_count() or 1) and found["device"] == device_of(self.before.device).type
         except (OSError, ValueError, KeyError, TypeError):  # a run of an older version
             return {}
-        if threads > (os.cpu_count() or 1):
-            return {}
-        free = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto"}
-        return {**free, "choices": str(path)}
+        return {**free, "choices": str(path)} if here else free
 
     def file(self, protocol_id: str, ending: str) -> Path:
         """Where the method adapts otherwise (its inner steps, say), the file's name says so besides."""

@@ -78,7 +78,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         "checkpoints/best.pt",
         CONFIG_FILE,
         ENGINE_FILE,
-        *(["profile/summary.md"] if settings.engine.profile else []),
+        *(["profile/summary.md"] if (folder / "profile/summary.md").exists() else []),
     ):
         report.print_line(console, f"  {folder / file}")
     return fitted.best_val.mean
