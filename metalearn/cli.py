@@ -83,9 +83,14 @@ def _list(words: list[str]) -> int:
         return 0
     if words:
         raise UserError(f"list {words[0]}: list takes no arguments")
-    from metalearn.composition import options
+    from metalearn.composition import families, options
 
-    for group in ("algo", "dataset", "backbone", "episode", "experiment"):
+    lines = options("algo")
+    for family, names in families().items():
+        print(f"algo=    {help_texts.FAMILIES.get(family, family)}")
+        for name in names:
+            print(f"  {name:<16} {lines[name]}")
+    for group in ("dataset", "backbone", "episode", "experiment"):
         print(f"{group}=")
         for name, line in options(group).items():
             print(f"  {name:<16} {line}")

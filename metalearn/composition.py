@@ -145,6 +145,19 @@ def options(group: str) -> dict[str, str]:
     """The choices of a group, each with the first comment line of its file."""
     found = {}
     for path in sorted((conf_dir() / group).glob("*.yaml")):
-        comments = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-        found[path.stem] = next((line for line in comments if not line.startswith("@package")), "")
+        found[path.stem] = next((line for line in _comments(path) if not line.startswith("@package")), "")
     return found
+
+
+def families() -> dict[str, list[str]]:
+    """The algorithms of each family, which a comment `# family: …` in their file names; "other" where none does."""
+    found: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
+    for name in options("algo"):
+        comments = _comments(conf_dir() / "algo" / f"{name}.yaml")
+        family = next((line.partition(":")[2].strip() for line in comments if line.startswith("family:")), "other")
+        found.setdefault(family, []).append(name)
+    return found
+
+
+def _comments(path: Path) -> list[str]:
+    return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]

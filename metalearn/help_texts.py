@@ -17,6 +17,14 @@ usage: metalearn <verb> [key=value …]
   --version                  prints the version
 """
 
+#: Families of algorithms, as `metalearn list` groups them.
+FAMILIES = {
+    "gradient": "gradient-based: adapt weights by gradient steps",
+    "metric": "metric: compare with the support set in an embedding",
+    "memory": "memory and weights written from the support set",
+    "transfer": "transfer baselines: trained on ordinary batches",
+}
+
 TRAIN = """metalearn train [key=value …] [-m] [--cfg job]
 
 Meta-trains, keeps the best checkpoint by validation, tests it once, and writes everything into its run folder.

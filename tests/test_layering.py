@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metalearn.composition import conf_dir, options
+from metalearn.composition import conf_dir, families, options
 
 _PACKAGE = Path(__file__).parent.parent / "metalearn"
 _FILES = sorted(path for path in _PACKAGE.rglob("*.py"))
@@ -81,3 +81,10 @@ def test_nothing_outside_its_own_file_knows_a_method_or_a_data_set():
                     continue
                 for name in names - {"folder"}:
                     assert not re.search(rf"['\"]{name}['\"]|import {name}\b", code), f"{path} knows {name}"
+
+
+def test_every_method_says_its_family_and_its_paper():
+    assert sorted(name for names in families().values() for name in names) == sorted(options("algo"))
+    assert list(families()) == ["gradient", "metric", "memory", "transfer"]
+    for name, line in options("algo").items():
+        assert re.search(r"\d{4}", line), f"conf/algo/{name}.yaml should name its paper's year"

@@ -108,10 +108,20 @@ def test_evaluate_changes_the_protocol_alone(run, console):
 
 
 def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
-    folder = run("a", "algo=protonet")
+    folder = run("a", "algo=maml")
     lines = (folder / "config.yaml").read_text().splitlines()
-    (folder / "config.yaml").write_text("\n".join(line for line in lines if not line.startswith("reproduction:")))
+    newer = ("reproduction:", "  pull:", "  cuda_graph:")  # of every run, of its method, of the engine
+    kept = [line for line in lines if not line.startswith(newer)]
+    assert len(kept) == len(lines) - 3
+    (folder / "config.yaml").write_text("\n".join(kept))
+    (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
+
+
+def test_evaluate_tells_another_precision_from_the_plain_one(run, console):
+    folder = run("a", "algo=protonet")
+    evaluate(folder, ["engine.precision=bf16"], "test", None, console)
+    assert all("-precision=bf16" in path.name for path in (folder / "evaluations").glob("*.json"))
 
 
 def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):

@@ -67,7 +67,7 @@ class GradientAdaptation(LinearHeadAlgorithm):
         steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        return self.adapted(self.trajectory(state.meta, support, steps)[-1], support.x)
+        return self.after(self.trajectory(state.meta, support, steps), steps, support)
 
     def trajectory(self, theta: Params, support: Labelled, steps: int) -> list[Params]:
         """All weights before and after each of the inner steps: theta_0 ... theta_K."""
@@ -87,6 +87,10 @@ class GradientAdaptation(LinearHeadAlgorithm):
             fast = descend(fast, start, *fixed)
             found.append({**slow, **fast})
         return found
+
+    def after(self, trajectory: list[Params], steps: int, support: Labelled) -> Adapted:
+        """The learner after so many of the steps; its network is that of the last of them."""
+        return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
 
     def descend(self, step: int, fast: Params, start: Params, slow: Params, seen: Labelled) -> Params:
         """`fast` after inner step number `step`.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.algorithms.linear_head import Adapted
 from metalearn.settings import between
-from metalearn.types import Labelled, Loss, Params, Spec, State, Task
+from metalearn.types import Loss, Params, Spec, State, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,22 +57,6 @@ class MAMLPlusPlus(GradientAdaptation):
     def at_step(self, params: Params, step: int) -> Params:
         own = {name[len("step.") :]: value for name, value in params.items() if name.startswith("step.")}
         return params | {name: value[min(step, len(value) - 1)] for name, value in own.items()}
-
-    def after(self, trajectory: list[Params], steps: int, support: Labelled) -> Adapted:
-        """The learner after so many of the steps; its network is that of the last of them."""
-        return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
-
-    def adapt(
-        self,
-        state: State,
-        support: Labelled,
-        unlabelled: Tensor | None = None,
-        *,
-        key: Tensor,
-        steps: int | None = None,
-    ) -> Adapted:
-        steps = self.test_inner_steps if steps is None else steps
-        return self.after(self.trajectory(state.meta, support, steps), steps, support)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         trajectory = self.trajectory(state.meta, task.support, self.inner_steps)
