@@ -15,7 +15,9 @@ from tests.conftest import ALGORITHMS, doubled
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
 _HALF = torch.tensor(0.5)
-STATISTICS = ("query", "support", "support_plus_one", "population")
+STATISTICS = [
+    "query", *(pytest.param(name, marks=pytest.mark.slow) for name in ("support", "support_plus_one", "population"))
+]  # fmt: skip
 
 
 def permuted_classes(task: Task, order: torch.Tensor) -> Task:
@@ -68,6 +70,7 @@ def test_gradients_are_finite_and_reach_every_meta_parameter(name, make_run):
         assert value.abs().max() > 1e-9, f"{key} gets no gradient"
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(name, make_run):
     def first_step(seed):
         run = make_run(f"algo={name}", f"seed={seed}")

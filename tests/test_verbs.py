@@ -262,6 +262,7 @@ def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
     assert "train.lr=0.001" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", reproduce.experiments())
 def test_recipes_compose_at_every_budget(name):
     from metalearn import build, composition
