@@ -24,6 +24,10 @@ _INIT_STREAM = 100
 EVALUATION_BATCH = 32
 
 
+#: Engine settings with which everything is chosen here, or by `engine.choices`.
+FREE_CHOICES: dict[str, Any] = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Everything the loop needs; it asks neither which algorithm nor which data set it has."""
@@ -183,7 +187,7 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     """What another run's engine chose. Raises: UserError where its file is none, or where something else is asked too."""
     if settings.choices is None:
         return None
-    for name, free in (("strategy", "auto"), ("task_chunk", 0), ("threads", 0), ("convolution", "auto")):
+    for name, free in FREE_CHOICES.items():
         if (given := getattr(settings, name)) != free:
             raise UserError(f"engine.{name}={given}: engine.choices says that already; leave one out")
     try:
@@ -201,11 +205,8 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
 
 def _is_choice(found: dict[str, Any]) -> bool:
     """Whether these are the choices of an engine, with values it can have."""
-    words = {
-        "strategy": {"vmap", "loop", "mixed"},
-        "precision": {"fp32", "tf32", "bf16"},
-        "convolution": {"plain", "unfold"},
-    }
+    settings = {field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(EngineConfig)}
+    words = {name: set(settings[name]) - {"auto"} for name in ("strategy", "precision", "convolution")}
     fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
     return (
         found.keys() == fields

@@ -114,6 +114,12 @@ class Algorithm:
             return self.backbone.embed(params, support_x, collect=True)[1]
         return {"x": support_x} if self.statistics == "support_plus_one" else {}
 
+    def embed_support(self, state: State, x: Tensor) -> tuple[Tensor, Params]:
+        """Embeddings [M, D] of x [M, *X] by an unadapted backbone, and the reference that queries are normalised by."""
+        net = select(state.meta, "net")
+        given = select(state.fixed, "net") if self.statistics == "population" else None
+        return self.backbone.embed(net, x, given)[0], self.reference(net, x)
+
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, training: bool
     ) -> tuple[Tensor, Params]:

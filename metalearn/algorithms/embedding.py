@@ -64,10 +64,8 @@ class EmbeddingAlgorithm(Algorithm):
         key: Tensor,
         steps: int | None = None,
     ) -> Learned:
-        net = select(state.meta, "net")
-        given = select(state.fixed, "net") if self.statistics == "population" else None
-        z, _ = self.backbone.embed(net, support.x, given)
-        return Learned(self.learn(state.meta, z, support), self.reference(net, support.x))
+        z, reference = self.embed_support(state, support.x)
+        return Learned(self.learn(state.meta, z, support), reference)
 
     def forward(self, state: State, learner: Learned, x: Tensor, training: bool) -> tuple[Tensor, Params]:
         z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, training)

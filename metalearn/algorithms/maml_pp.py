@@ -63,7 +63,8 @@ class MAMLPlusPlus(GradientAdaptation):
         if self.first_order_share:
             # Known only on the device, so the second derivatives are computed and then dropped.
             kept = (progress >= self.first_order_share).to(progress.dtype)
-            dropped = self._first_order().trajectory(state.meta, task.support, self.inner_steps)
+            first_order = dataclasses.replace(self, first_order=True)
+            dropped = first_order.trajectory(state.meta, task.support, self.inner_steps)
             trajectory = [
                 {
                     name: first + kept * (second - first)
@@ -80,9 +81,6 @@ class MAMLPlusPlus(GradientAdaptation):
         weights = self.step_weights(len(losses), progress)
         value = (weights * torch.stack([loss.value for loss in losses])).sum()
         return Loss(value, losses[-1].logs, losses[-1].statistics)
-
-    def _first_order(self) -> "MAMLPlusPlus":
-        return dataclasses.replace(self, first_order=True)
 
     def step_weights(self, steps: int, progress: Tensor) -> Tensor:
         """w [K], which sums to 1."""

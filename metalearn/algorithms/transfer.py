@@ -58,10 +58,8 @@ class TransferAlgorithm(Algorithm):
         key: Tensor,
         steps: int | None = None,
     ) -> Learned:
-        net = select(state.meta, "net")
-        given = select(state.fixed, "net") if self.statistics == "population" else None
-        z = self.backbone.embed(net, support.x, given)[0].detach()
-        return Learned(self.learn(z, support, key), self.reference(net, support.x))
+        z, reference = self.embed_support(state, support.x)
+        return Learned(self.learn(z.detach(), support, key), reference)
 
     def forward(self, state: State, learner: Learned, x: Tensor, training: bool) -> tuple[Tensor, Params]:
         z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, training)

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn import composition, config, report, stats
-from metalearn.build import Run, build, device_of, normalises
+from metalearn.build import FREE_CHOICES, Run, build, device_of, normalises
 from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
 from metalearn.figures import draw_curve, shown_interval
@@ -128,7 +128,7 @@ class _Asked:
     def _as_in_the_run(self) -> dict[str, Any]:
         """Engine settings with which the run's own test is repeated bit for bit, where this machine has its threads."""
         path = self.folder.parent / ENGINE_FILE
-        free = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto", "choices": None}
+        free = {**FREE_CHOICES, "choices": None}
         try:
             found = json.loads(path.read_text())
             here = found["threads"] <= (os.cpu_count() or 1) and found["device"] == device_of(self.before.device).type
