@@ -60,6 +60,19 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
+def draw_learning_curves(curves: dict[str, list[dict[str, Any]]], score: str, path: Path) -> None:
+    """Validation scores of several methods over meta-training steps, with their 95% intervals. curves: method -> rows."""
+    figure, axes = _axes()
+    factor = _factor(score)
+    for method, rows in curves.items():
+        at = [row["step"] for row in rows]
+        mean, ci95 = ([factor * row[f"val.{score}{end}"] for row in rows] for end in ("", "_ci95"))
+        axes.errorbar(at, mean, ci95, marker="o", markersize=3, capsize=2, label=method)
+    axes.set(xlabel="meta-training step", ylabel=f"validation {_label(score)}")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def draw_curve(points: Sequence[tuple[int, float, float]], label: str, score: str, title: str, path: Path) -> None:
     """A score over a whole number. points: (at, mean, half-width of the 95% interval); score: its split and name."""
     figure, axes = _axes()

@@ -19,9 +19,9 @@ from metalearn import composition
 from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
 
 
-def same_settings(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in this folder was trained and tested as the recipe now says."""
-    stored, wanted = composition.stored(folder), composition.composed(recipe.overrides([]))
+def same_settings(folder: Path, overrides: list[str]) -> bool:
+    """Whether the run in this folder was trained and tested as these overrides now say."""
+    stored, wanted = composition.stored(folder), composition.composed(overrides)
     names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed")
     return all(
         OmegaConf.to_container(stored)[name] == OmegaConf.to_container(wanted, resolve=True)[name] for name in names
@@ -38,7 +38,7 @@ def main() -> None:
     for number, name in enumerate(names, 1):
         folder = Path("outputs/benchmark") / budget / f"{name}-seed{given.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        if (folder / VERDICT_FILE).exists() and same_settings(folder, Recipe(name, budget)):
+        if (folder / VERDICT_FILE).exists() and same_settings(folder, Recipe(name, budget).overrides([])):
             print(f"done already: {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left

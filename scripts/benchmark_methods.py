@@ -1,0 +1,151 @@
+"""Trains and tests every method that benchmarks/methods.yaml names, and writes the tables of methods.
+
+python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,protonet] [jobs=2] [key=value …]
+
+Each run lies in outputs/benchmark/methods/<table>/<method>/, and beside it, in …-untrained/, a test of the same method before any
+training. What is done under the same settings is skipped; a run that was cut off is made again. Figures go to
+benchmarks/methods/<table>/<method>.json, the tables into README, the curves to docs/figures/. `jobs` runs go side by side, one
+thread each. Without a key, `only=none` writes the tables from what lies in benchmarks/methods/.
+"""
+
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmark import same_settings
+
+from metalearn import composition, report
+from metalearn.figures import draw_learning_curves, shown_interval
+from metalearn.verbs.train import RESULT_FILE
+
+_ROOT = Path(__file__).parent.parent
+_RESULTS = _ROOT / "benchmarks/methods"
+_RUNS = Path("outputs/benchmark/methods")
+_BEGIN, _END = "<!-- methods: written by scripts/benchmark_methods.py -->", "<!-- end of methods -->"
+#: Points by which a method may be below its published figure without being named.
+_SHORT = 0.01
+
+
+def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
+    """The result of a run in this folder, made unless it is there already."""
+    if not ((folder / RESULT_FILE).exists() and same_settings(folder, overrides)):
+        shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left
+        command = [sys.executable, "-m", "metalearn", "train", *overrides, "logger=none", *more]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".log").open("w") as log:
+            subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log)
+    found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+    return found
+
+
+def with_queries(folder: Path, query: int) -> dict[str, Any]:
+    """The test of the same weights with another number of queries a class."""
+    command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", f"episode.query={query}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    own = json.loads((folder / RESULT_FILE).read_text())["protocol"]
+    found = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
+    return next(one for one in found if one["protocol"] == own | {"query": query})
+
+
+def measure(table: str, method: str, wanted: dict[str, Any], more: list[str]) -> None:
+    """Trains and tests one method of one table, and keeps the figures."""
+    print(f"{table}: {method}", flush=True)
+    one = wanted["methods"][method]
+    folder, overrides = _RUNS / table / method, [f"algo={method}", *wanted["settings"], *one["settings"]]
+    untrained = run(folder.with_name(f"{method}-untrained"), [*overrides, "train.steps=0"], more)
+    result = run(folder, overrides, more)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    content = {
+        "result": result,
+        "untrained": untrained["test"],
+        "as_published": with_queries(folder, one["published"]["query"]) if "query" in one.get("published", {}) else None,
+        "tasks_per_second": statistics.median(row["tasks_per_second"] for row in rows),
+        "curve": [{name: row[name] for name in row if name == "step" or name.startswith("val.")} for row in rows if "val.accuracy" in row],
+    }  # fmt: skip
+    (_RESULTS / table).mkdir(parents=True, exist_ok=True)
+    report.write_json(_RESULTS / table / f"{method}.json", content)
+    print(f"{table}: {method} {_figure(result['test'])}", flush=True)
+
+
+def _figure(test: dict[str, Any]) -> str:
+    score, estimate = next(iter(test.items()))
+    return shown_interval(score, estimate["mean"], estimate["ci95"])
+
+
+def _row(method: str, found: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
+    result, as_published = found["result"], found["as_published"]
+    held = (as_published or result)["test"]["accuracy"]["mean"]
+    short = published and held < published["mean"] - _SHORT
+    return {
+        "`algo=`": f"`{method}`",
+        "test": _figure(result["test"]),
+        "with 1 query": _figure(as_published["test"]) if as_published else "",
+        "published": f"{100 * published['mean']:.1f} ({published['source']})" if published else "",
+        "points short": f"{100 * (published['mean'] - held):.1f}" if published and short else "",
+        "untrained": f"{100 * found['untrained']['accuracy']['mean']:.1f}%",
+        "statistics": result["protocol"]["statistics"],
+        "steps": result["steps"],
+        "best step": result["best_step"],
+        "tasks/s": f"{found['tasks_per_second']:.1f}",
+        "minutes": f"{result['seconds'] / 60:.0f}",
+        "commit": result["environment"]["commit"],
+    }
+
+
+def write_tables(definition: dict[str, Any]) -> None:
+    """Writes the tables into README and draws the curves of validation."""
+    order = [method for family in composition.families().values() for method in family]
+    lines = [_BEGIN]
+    for table, wanted in definition.items():
+        found = {path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")}
+        found = {method: found[method] for method in order if method in found}
+        if not found:
+            continue
+        rows = [_row(method, one, wanted["methods"][method].get("published")) for method, one in found.items()]
+        results = [one["result"] for one in found.values()]
+        settings = {
+            f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}" for one in results
+        }
+        lines += [
+            f"{wanted['title']} ({results[0]['protocol']['episodes']} test episodes, "
+            f"{results[0]['protocol']['query']} queries a class, seed {results[0]['seed']}; {'; '.join(sorted(settings))}):",
+            "",
+            *report.markdown_table(rows),
+            "",
+        ]  # fmt: skip
+        for family, methods in composition.families().items():
+            curves = {method: found[method]["curve"] for method in methods if method in found}
+            if curves:
+                draw_learning_curves(curves, "accuracy", _ROOT / f"docs/figures/{table}_{family}.png")
+    text = "\n".join([*lines, _END])
+    readme = _ROOT / "README.md"
+    readme.write_text(re.sub(f"{_BEGIN}.*{_END}", lambda _: text, readme.read_text(), flags=re.S))
+
+
+def main() -> None:
+    definition = yaml.safe_load((_RESULTS.with_suffix(".yaml")).read_text())
+    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    only, methods, jobs = given.pop("only", ""), given.pop("methods", ""), int(given.pop("jobs", "1"))
+    more = [f"{key}={value}" for key, value in ({"engine.threads": "1"} if jobs > 1 else {} | given).items()]
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [
+            pool.submit(measure, table, method, wanted, more)
+            for table, wanted in definition.items()
+            if not only or table in only.split(",")
+            for method in (methods.split(",") if methods else wanted["methods"])
+            if method in wanted["methods"]
+        ]
+        for one in pending:
+            one.result()
+    write_tables(definition)
+
+
+if __name__ == "__main__":
+    main()
