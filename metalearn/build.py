@@ -130,6 +130,11 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
     spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
     train_engine, test_engine = _engines(settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices)
     state = algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device))
+    frozen = getattr(algorithm.backbone, "frozen", False) and all(name.startswith("net.") for name in state.meta)
+    if frozen and settings.train.steps and not only_test:
+        raise UserError(
+            f"backbone.frozen=true: {type(algorithm).__name__} has nothing else to learn; test it as it is with train.steps=0"
+        )
     timing = settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps
     # Several processes would each find their own.
     if timing and not choices and not only_test and train_engine.strategy != "loop" and together.size == 1:

@@ -67,7 +67,7 @@ class Task:
 
 
 class State(NamedTuple):
-    """All tensors of a method: `meta` gets gradients, `fixed` does not (population statistics, frozen weights)."""
+    """All tensors of a method: `meta` gets gradients, `fixed` does not (population statistics)."""
 
     meta: Params
     fixed: Params
@@ -112,7 +112,11 @@ class Kernels(NamedTuple):
 
 
 class Backbone(Protocol):
-    """A function x -> embedding that knows nothing of classes. Where it has a field `kernels`, the engine sets it."""
+    """A function x -> embedding that knows nothing of classes.
+
+    Where it has a field `kernels`, the engine sets it. Where it has a field `frozen` that is true, no gradient reaches its
+    parameters and its population statistics stay what they are at first.
+    """
 
     def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
         """Parameters and initial population statistics, both on the key's device."""
@@ -121,9 +125,18 @@ class Backbone(Protocol):
         """Number of features of one embedding."""
 
     def embed(
-        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        given: Params | None = None,
+        collect: bool = False,
+        key: Tensor | None = None,
     ) -> tuple[Tensor, Params]:
-        """x [B, *X] -> z [B, D] and, if `collect`, the normalisation statistics of this batch."""
+        """x [B, *X] -> z [B, D] and, if `collect`, the normalisation statistics of this batch.
+
+        Args: given: the statistics to use, None for those of the batch; key: int64 [], of the noise that a backbone may have
+          while meta-training (dropout, DropBlock); None: no noise.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Shared pieces of the tests: small data sets, small runs, and the command line in a subprocess."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +68,19 @@ def metalearn(cache_dir: Path, tmp_path: Path):
         return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local web server over a folder: (address, folder)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}", folder
+        served.shutdown()

@@ -1,13 +1,22 @@
 """Backbones against independent computations."""
 
+import dataclasses
+import hashlib
+
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torch.func import grad, vmap
 
-from metalearn import random
-from metalearn.backbones import normalisation
+from metalearn import composition, config, loop, random
+from metalearn.backbones import layers, normalisation, resnet18
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.mlp import MLP
+from metalearn.backbones.r2d2_conv import R2D2Conv
+from metalearn.backbones.resnet12 import ResNet12
+from metalearn.backbones.resnet18 import ResNet18
+from metalearn.build import build
 from metalearn.errors import UserError
 from metalearn.types import Kernels
 
@@ -15,6 +24,15 @@ from metalearn.types import Kernels
 def conv4(**changes):
     settings = dict(filters=6, blocks=3, downsample="pool", output="flatten", normalisation="batch", activation="relu")
     return Conv4(**(settings | {"eps": 1e-5} | changes))
+
+
+def r2d2_conv(**changes):
+    return R2D2Conv(**({"filters": [4, 5, 6, 7], "dropout": 0.0, "eps": 1e-5} | changes))
+
+
+def resnet12(**changes):
+    settings = dict(filters=[3, 4, 5, 6], output="mean", dropout=0.0, drop_block=False, block_size=2, eps=1e-5)
+    return ResNet12(**(settings | changes))
 
 
 def plain(x, weight, bias, eps=1e-5):
@@ -79,6 +97,204 @@ def test_size_is_the_size_of_an_embedding(downsample, output, size):
     net = conv4(downsample=downsample, output=output)
     params, _ = net.init((3, size, size), random.key_of(0))
     assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, net.size((3, size, size)))
+
+
+@pytest.mark.parametrize("net", [r2d2_conv(), resnet12(), resnet12(output="flatten")])
+@pytest.mark.parametrize("size", [28, 32, 21])
+def test_size_of_the_larger_networks(net, size):
+    params, _ = net.init((3, size, size), random.key_of(0))
+    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, net.size((3, size, size)))
+
+
+def layer(params, name, stride=1):
+    """torch's own convolution and normalisation, with the weights of one layer."""
+    weight = params[f"conv{name}.weight"]
+    out, channels, size = weight.shape[:3]
+    convolution, norm = nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out)
+    convolution.weight.data, norm.weight.data, norm.bias.data = (
+        weight, params[f"norm{name}.weight"], params[f"norm{name}.bias"],
+    )  # fmt: skip
+    return nn.Sequential(convolution, norm)
+
+
+def spread(params):
+    """The same weights, scales and shifts of normalisations no longer 1 and 0."""
+    torch.manual_seed(1)
+    return {name: value + 0.2 * torch.randn_like(value) for name, value in params.items()}
+
+
+def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
+    net = r2d2_conv()
+    params = spread(net.init((3, 32, 32), random.key_of(0))[0])
+    x = torch.randn(5, 3, 32, 32)
+    outputs = [x]
+    for block in range(4):
+        activation = nn.LeakyReLU(0.1) if block < 3 else nn.Identity()
+        outputs.append(nn.Sequential(layer(params, str(block)), nn.MaxPool2d(2), activation)(outputs[-1]))
+    expected = torch.cat([outputs[3].flatten(1), outputs[4].flatten(1)], 1)
+    torch.testing.assert_close(net.embed(params, x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5).size((3, 32, 32)) == 8192  # as the paper has it
+
+
+def test_resnet12_is_four_residual_blocks():
+    net = resnet12()
+    params = spread(net.init((3, 32, 32), random.key_of(0))[0])
+    x = torch.randn(5, 3, 32, 32)
+    z = x
+    for block in range(4):
+        act = nn.LeakyReLU(0.1)
+        through = layer(params, f"{block}_2")(act(layer(params, f"{block}_1")(act(layer(params, f"{block}_0")(z)))))
+        z = nn.MaxPool2d(2)(act(through + layer(params, f"{block}_beside")(z)))
+    torch.testing.assert_close(net.embed(params, x)[0], z.mean((-2, -1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def torchvision_weights(tmp_path):
+    """torchvision's network with random weights and statistics, and a file of them."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18()
+    net.fc = nn.Identity()
+    for name, value in net.state_dict().items():
+        if name.endswith(("running_mean", "bias")):
+            value.normal_(0, 0.1)
+        elif name.endswith("running_var") or ("bn" in name and name.endswith("weight")):
+            value.uniform_(0.5, 1.5)
+    path = tmp_path / "resnet18.pth"
+    torch.save(net.state_dict(), path)
+    return net, path
+
+
+@pytest.mark.parametrize("size", [32, 84])
+def test_resnet18_is_torchvisions(torchvision_weights, size):
+    theirs, path = torchvision_weights
+    ours = ResNet18(weights=str(path), frozen=False, eps=1e-5)
+    params, population = ours.init((3, size, size), random.key_of(0))
+    x = torch.randn(4, 3, size, size)
+    with torch.no_grad():
+        inductive = theirs.eval()(x)
+        transductive = theirs.train()(x)
+    torch.testing.assert_close(ours.embed(params, x, given=population)[0], inductive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.embed(params, x)[0], transductive, rtol=1e-3, atol=1e-3)
+    assert inductive.shape[1] == ours.size((3, size, size))
+
+
+def resnet18_run(cache_dir, *words):
+    small = ["dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=32", "episode.query=2", "train.steps=2"]
+    few = ["val.episodes=2", "test.episodes=2", "train.meta_batch=1", f"cache_dir={cache_dir}", "logger=none"]
+    return config.checked(composition.composed(["backbone=resnet18", *small, *few, *words]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["relation", "baseline", "maml", "finetune"])
+def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weights, cache_dir, tmp_path):
+    words = [f"algo={algo}", "statistics=population", f"backbone.weights={torchvision_weights[1]}"]
+    changed = {}
+    for frozen in ("true", "false"):
+        run = build(resnet18_run(cache_dir, *words, f"backbone.frozen={frozen}"))
+        before = {name: value.clone() for part in run.state for name, value in part.items()}
+        state = loop.fit(run, loop.Silent(), tmp_path / frozen).state
+        task = run.test.draw(0, 1)
+        learner = run.algorithm.adapt(
+            state, dataclasses.replace(task.support, x=task.support.x[0], y=task.support.y[0]), key=task.key[0]
+        )
+        adapted = getattr(learner, "params", {})
+        after = {name: value for part in state for name, value in part.items()}
+        changed[frozen] = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        changed[frozen] |= {
+            name for name in adapted if not torch.equal(adapted[name], state.meta.get(name, adapted[name]))
+        }
+    assert not [name for name in changed["true"] if name.startswith("net.")]
+    assert {"net.conv_stem.weight", "net.norm_stem.mean"} <= changed["false"]
+
+
+def test_nothing_to_learn_is_refused_and_tested_as_it_is(cache_dir):
+    with pytest.raises(UserError, match=r"train\.steps=0"):
+        build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true"))
+    assert build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")).state.meta
+
+
+def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
+    key = random.key_of(0)
+    weights = torch.load(torchvision_weights[1])
+    cases = {
+        "conv1.weight is missing": {name: value for name, value in weights.items() if name != "conv1.weight"},
+        "conv1.weight is of shape": weights | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
+        "should be a state dict": [1, 2],
+    }
+    for number, (words, content) in enumerate(cases.items()):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path)
+        with pytest.raises(UserError, match=words):
+            ResNet18(weights=str(path), frozen=False, eps=1e-5).init((3, 32, 32), key)
+    (tmp_path / "text.pth").write_text("no weights")
+    for name in ("text.pth", "absent.pth"):
+        with pytest.raises(UserError, match=name):
+            ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init((3, 32, 32), key)
+
+
+def test_torchvisions_weights_are_downloaded_once_and_checked(torchvision_weights, server, tmp_path, monkeypatch):
+    address, folder = server
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    content = torchvision_weights[1].read_bytes()
+    name = f"resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content[:-1])
+    net = ResNet18(weights="imagenet", frozen=True, eps=1e-5)
+    monkeypatch.setattr(resnet18, "_address", lambda: f"{address}/{name}")
+    with pytest.raises(UserError, match=r"invalid hash.*backbone\.weights"):
+        net.init((3, 32, 32), random.key_of(0))
+    (folder / name).write_bytes(content)
+    first, _ = net.init((3, 32, 32), random.key_of(0))
+    (folder / name).unlink()
+    again, _ = net.init((3, 32, 32), random.key_of(1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_dropout_and_drop_block_keep_the_mean():
+    x = torch.ones(8, 6, 20, 20)
+    for noise in (lambda key: layers.dropout(x, 0.2, key), lambda key: layers.drop_block(x, 0.2, 5, key)):
+        found = torch.stack([noise(random.key_of(number)) for number in range(20)])
+        assert abs(found.mean().item() - 1) < 0.01
+        assert 0.15 < (found == 0).double().mean().item() < 0.22
+        assert not torch.equal(found[0], found[1])
+        torch.testing.assert_close(noise(random.key_of(3)), found[3])
+
+
+def test_drop_block_drops_squares():
+    x = torch.ones(1, 200, 12, 12)
+    dropped = layers.drop_block(x, 0.02, 3, random.key_of(0)) == 0
+    # Where one corner fell, its whole square is gone: each dropped place lies in a dropped 3x3 square.
+    whole = dropped.unfold(2, 3, 1).unfold(3, 3, 1).all(-1).all(-1).to(torch.float32)
+    covered = torch.nn.functional.max_pool2d(torch.nn.functional.pad(whole, [2] * 4), 3, 1) > 0
+    assert dropped.any() and torch.equal(covered, dropped)
+    assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, random.key_of(0)).isnan().any()
+
+
+@pytest.mark.parametrize("algo", ["protonet", "maml"])
+@pytest.mark.parametrize("backbone", ["r2d2_conv", "resnet12"])
+def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make_run):
+    noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]
+    noisy += ["backbone.drop_block=true", "backbone.block_size=2"] if backbone == "resnet12" else []
+    run = make_run(f"algo={algo}", f"backbone={backbone}", *noisy)
+    tasks, state, half = run.train.draw(0, 3), run.state, torch.tensor(0.5)
+
+    def step(strategy, tasks, backbone=run.algorithm.backbone):
+        algorithm = dataclasses.replace(run.algorithm, backbone=backbone)
+        return (
+            dataclasses.replace(run.train_engine, algorithm=algorithm, strategy=strategy)
+            .step(state, tasks, half)
+            .logs["loss"]
+        )
+
+    first = step("vmap", tasks)
+    torch.testing.assert_close(step("loop", tasks), first, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(step("loop", dataclasses.replace(tasks, key=tasks.key + 1)), first)
+    assert not torch.allclose(step("loop", tasks, dataclasses.replace(run.algorithm.backbone, dropout=0.0)), first)
+    quiet = dataclasses.replace(run.algorithm, backbone=dataclasses.replace(run.algorithm.backbone, dropout=0.0))
+    predictions = [
+        dataclasses.replace(run.test_engine, algorithm=one).predictions(state, run.test.draw(0, 2))
+        for one in (run.algorithm, quiet)
+    ]
+    assert torch.equal(*predictions)
 
 
 def test_bias_stands_exactly_where_no_normalisation_follows():

@@ -1,12 +1,9 @@
 """Files on disk to episodes: formats, splits, caches, downloads and what goes wrong with them."""
 
-import functools
 import hashlib
-import http.server
 import io
 import json
 import os
-import threading
 import zipfile
 from pathlib import Path
 
@@ -212,22 +209,6 @@ def archives(characters: dict[str, int]) -> dict[str, bytes]:
                     archive.writestr(f"{part}/{name}/{drawing:04}.png", stream.getvalue())
         made[part] = buffer.getvalue()
     return made
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A local web server over a folder: (address, folder)."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *words):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{served.server_address[1]}", folder
-        served.shutdown()
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from metalearn.composition import conf_dir, families, options
 _PACKAGE = Path(__file__).parent.parent / "metalearn"
 _FILES = sorted(path for path in _PACKAGE.rglob("*.py"))
 
-_BASE = {"types", "errors", "settings", "random", "atomic"}
+_BASE = {"types", "errors", "settings", "random", "atomic", "download"}
 _DATA = _BASE | {"episodes"}
 _RUN = _BASE | {"processes", "engine", "episodes", "build", "stats", "config", "checkpoint"}
 
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
     "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "help_texts": set(), "settings": set(), "atomic": set(), "random": set(),
-    "types": set(), "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
+    "types": set(), "download": {"errors"}, "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
     "backbones": _BASE,
     "algorithms": _BASE | {"backbones"},
     "episodes": _BASE,

@@ -36,8 +36,8 @@ class TransferToy(Algorithm):
         member = F.one_hot(support.y, support.way).to(z.dtype)
         return member.T @ z / member.sum(0)[:, None]
 
-    def forward(self, state, learner, x, training):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, training)
+    def forward(self, state, learner, x, key):
+        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
         return -torch.cdist(z, learner), seen
 
     def loss(self, state, task, progress):
@@ -71,7 +71,7 @@ class MultiStepToy(LinearHeadAlgorithm):
 
     def loss(self, state, task, progress):
         losses = [
-            self.query_loss(state, self.adapted(theta, task.support.x), task.query)
+            self.query_loss(state, self.adapted(theta, task.support.x), task.query, task.key)
             for theta in self.trajectory(state, task.support, 3)
         ]
         return Loss(torch.stack([loss.value for loss in losses]).mean(), losses[-1].logs, losses[-1].statistics)
@@ -105,8 +105,8 @@ class SequenceToy(Algorithm):
             hidden = torch.tanh(state.meta["cell.weight"] @ torch.cat([row, hidden]))
         return Memory(hidden)
 
-    def forward(self, state, learner, x, training):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, training)
+    def forward(self, state, learner, x, key):
+        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
         hidden = learner.hidden.expand(len(z), -1)
         return torch.cat([z, hidden], -1) @ state.meta["read.weight"].T, seen
 
@@ -124,8 +124,8 @@ class RidgeToy(Algorithm):
         gram = z @ z.T + state.meta["log_lambda"].exp() * torch.eye(len(z), dtype=z.dtype)
         return z.T @ torch.linalg.solve(gram, y)
 
-    def forward(self, state, learner, x, training):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, training)
+    def forward(self, state, learner, x, key):
+        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
         return z @ learner, seen
 
 
@@ -146,8 +146,8 @@ class UnlabelledToy(Algorithm):
             member = torch.cat([member, (-torch.cdist(z_more, means).square()).softmax(-1)])
         return member.T @ z / member.sum(0)[:, None]
 
-    def forward(self, state, learner, x, training):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, training)
+    def forward(self, state, learner, x, key):
+        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
         return -torch.cdist(z, learner).square(), seen
 
 

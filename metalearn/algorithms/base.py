@@ -80,13 +80,16 @@ class Algorithm:
         """
         raise NotImplementedError
 
-    def forward(self, state: State, learner: Any, x: Tensor, training: bool) -> tuple[Tensor, Params]:
-        """Logits or values [Q, N] for x [Q, *X], and the normalisation statistics seen (named as in `fixed`)."""
+    def forward(self, state: State, learner: Any, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+        """Logits or values [Q, N] for x [Q, *X], and the normalisation statistics seen (named as in `fixed`).
+
+        Args: key: int64 [], for the backbone's noise while meta-training; None: a prediction, without noise.
+        """
         raise NotImplementedError
 
     def predict(self, state: State, learner: Any, x: Tensor) -> Tensor:
         """Logits or values [Q, N] for new inputs x [Q, *X]; labels are never seen."""
-        return self.forward(state, learner, x, training=False)[0]
+        return self.forward(state, learner, x, None)[0]
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """The objective of predicting the query set after adapting to the support set.
@@ -94,11 +97,11 @@ class Algorithm:
         Args: progress: [] share of meta-training done, in [0, 1].
         """
         learner = self.adapt(state, task.support, task.unlabelled, key=task.key, steps=self.training_steps)
-        return self.query_loss(state, learner, task.query)
+        return self.query_loss(state, learner, task.query, task.key)
 
-    def query_loss(self, state: State, learner: Any, query: Labelled) -> Loss:
+    def query_loss(self, state: State, learner: Any, query: Labelled, key: Tensor) -> Loss:
         """The default objective, given what adaptation returned."""
-        prediction, statistics = self.forward(state, learner, query.x, training=True)
+        prediction, statistics = self.forward(state, learner, query.x, key)
         return self.scored(objective(prediction, query.y), prediction, query.y, statistics)
 
     def scored(self, value: Tensor, prediction: Tensor, y: Tensor, statistics: Params) -> Loss:
@@ -121,22 +124,29 @@ class Algorithm:
         return self.backbone.embed(net, x, given)[0], self.reference(net, x)
 
     def embed_queries(
-        self, state: State, params: Params, reference: Params, x: Tensor, training: bool
+        self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embeddings [Q, D] of x [Q, *X] under the run's statistics, and the statistics seen.
-
-        `population`: while meta-training the queries' own are used and returned, to be folded into `state.fixed`.
-        """
+        """Embeddings [Q, D] of x [Q, *X] under the run's statistics, and the statistics seen; key: see `forward`."""
+        embed = self.backbone.embed
         if self.statistics == "support":
-            return self.backbone.embed(params, x, given=reference)[0], {}
+            return embed(params, x, given=reference, key=key)[0], {}
         if self.statistics == "support_plus_one":
             support_x = reference["x"]
 
             def embed_one(x_one: Tensor) -> Tensor:
-                return self.backbone.embed(params, torch.cat([support_x, x_one[None]]))[0][-1]
+                return embed(params, torch.cat([support_x, x_one[None]]), key=key)[0][-1]
 
             return vmap(embed_one)(x), {}
-        if self.statistics == "population" and not training:
-            return self.backbone.embed(params, x, given=select(state.fixed, "net"))[0], {}
-        z, seen = self.backbone.embed(params, x, collect=self.statistics == "population")
+        if self.statistics == "population" and key is None:
+            return embed(params, x, given=select(state.fixed, "net"))[0], {}
+        return self.embed_training(state, params, x, key)
+
+    def embed_training(self, state: State, params: Params, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+        """Embeddings [B, D] of a batch while meta-training, and the statistics to fold into the population's, if it has any.
+
+        A batch is normalised by its own statistics; a frozen backbone keeps those it came with.
+        """
+        if self.statistics == "population" and getattr(self.backbone, "frozen", False):
+            return self.backbone.embed(params, x, given=select(state.fixed, "net"), key=key)[0], {}
+        z, seen = self.backbone.embed(params, x, collect=self.statistics == "population", key=key)
         return z, prefixed(seen, "net")

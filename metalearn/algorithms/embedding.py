@@ -67,18 +67,16 @@ class EmbeddingAlgorithm(Algorithm):
         z, reference = self.embed_support(state, support.x)
         return Learned(self.learn(state.meta, z, support), reference)
 
-    def forward(self, state: State, learner: Learned, x: Tensor, training: bool) -> tuple[Tensor, Params]:
-        z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, training)
+    def forward(self, state: State, learner: Learned, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+        z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, key)
         return self.compare(state.meta, learner.head, z), seen
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         support, query, net = task.support, task.query, select(state.meta, "net")
         if self.statistics == "population":
-            z, seen = self.backbone.embed(net, torch.cat([support.x, query.x]), collect=True)
+            z, seen = self.embed_training(state, net, torch.cat([support.x, query.x]), task.key)
             z_support, z_query = z.split([support.x.shape[0], query.x.shape[0]])
-            return self.judged(
-                state.meta, self.learn(state.meta, z_support, support), z_query, query, prefixed(seen, "net")
-            )
+            return self.judged(state.meta, self.learn(state.meta, z_support, support), z_query, query, seen)
         learner = self.adapt(state, support, task.unlabelled, key=task.key)
-        z, seen = self.embed_queries(state, net, learner.reference, query.x, training=True)
+        z, seen = self.embed_queries(state, net, learner.reference, query.x, task.key)
         return self.judged(state.meta, learner.head, z, query, seen)

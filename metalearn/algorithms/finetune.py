@@ -52,6 +52,6 @@ class FineTuning(TransferAlgorithm):
             params = {name: value - self.inner_lr * gradient[name] for name, value in params.items()}
         return Adapted(params, self.reference(select(params, "net"), support.x))
 
-    def forward(self, state: State, learner: Adapted, x: Tensor, training: bool) -> tuple[Tensor, Params]:  # type: ignore[override]
-        z, seen = self.embed_queries(state, select(learner.params, "net"), learner.reference, x, training)
+    def forward(self, state: State, learner: Adapted, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:  # type: ignore[override]
+        z, seen = self.embed_queries(state, select(learner.params, "net"), learner.reference, x, key)
         return F.linear(z, learner.params["head.weight"], learner.params["head.bias"]), seen

@@ -69,7 +69,7 @@ class IMAML(LinearHeadAlgorithm):
         phi = self.solved(theta, task.support, self.inner_steps)
 
         def query_loss(phi: Params) -> Loss:
-            return self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
+            return self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query, task.key)
 
         gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
 

@@ -49,7 +49,7 @@ class LinearHeadAlgorithm(Algorithm):
         """The learner with these weights."""
         return Adapted(params, self.reference(select(params, "net"), support_x))
 
-    def forward(self, state: State, learner: Adapted, x: Tensor, training: bool) -> tuple[Tensor, Params]:
+    def forward(self, state: State, learner: Adapted, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
         net = select(learner.params, "net")
-        z, statistics = self.embed_queries(state, net, learner.reference, x, training)
+        z, statistics = self.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics

@@ -73,7 +73,7 @@ class MAMLPlusPlus(GradientAdaptation):
                 for whole, part in zip(trajectory, dropped, strict=True)
             ]
         losses = [
-            self.query_loss(state, self.after(trajectory, steps, task.support), task.query)
+            self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)
             for steps in (range(1, self.inner_steps + 1) if self.multi_step_share else [self.inner_steps])
         ]
         if len(losses) == 1:

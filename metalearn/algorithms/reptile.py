@@ -91,7 +91,7 @@ class Reptile(LinearHeadAlgorithm):
         phi, moments = self._descend(theta, state.fixed, task.support, task.key, self.inner_steps, self.inner_batch)
         direction = {name: theta[name] - phi[name] for name in theta}
         value = torch.stack([(state.meta[name] * direction[name]).sum() for name in theta]).sum()
-        held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query)
+        held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query, task.key)
         # The loop moves `fixed` by a share of the way to what it is given; this is as far off as takes it all the way.
         share = self.statistics_momentum or 1.0
         seen = {name: state.fixed[name] + (value - state.fixed[name]) / share for name, value in moments.items()}

@@ -61,12 +61,11 @@ class TransferAlgorithm(Algorithm):
         z, reference = self.embed_support(state, support.x)
         return Learned(self.learn(z.detach(), support, key), reference)
 
-    def forward(self, state: State, learner: Learned, x: Tensor, training: bool) -> tuple[Tensor, Params]:
-        z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, training)
+    def forward(self, state: State, learner: Learned, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+        z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, key)
         return self.compare(learner.head, z), seen
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        collect = self.statistics == "population"
-        z, seen = self.backbone.embed(select(state.meta, "net"), task.query.x, collect=collect)
+        z, seen = self.embed_training(state, select(state.meta, "net"), task.query.x, task.key)
         prediction = self.trained_logits(state.meta, z)
-        return self.scored(objective(prediction, task.query.y), prediction, task.query.y, prefixed(seen, "net"))
+        return self.scored(objective(prediction, task.query.y), prediction, task.query.y, seen)

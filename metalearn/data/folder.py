@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from metalearn.data.download import with_network
 from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
+from metalearn.download import with_network
 from metalearn.errors import UserError, first_line
 from metalearn.settings import at_least, choice
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metalearn.data.download import fetch
 from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
 from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split
+from metalearn.download import fetch
 from metalearn.errors import UserError
 from metalearn.settings import at_least, choice
 

@@ -150,8 +150,8 @@ class Engine:
             state = _channels_last(state)
             return _stack([algorithm.loss(state, task, progress) for task in _unbind(tasks)])
         learners = self._adapt(state, tasks, algorithm.training_steps)
-        pairs = zip(_unbind(learners), _unbind(tasks.query), strict=True)
-        return _stack([algorithm.query_loss(state, learner, query) for learner, query in pairs])
+        each = zip(_unbind(learners), _unbind(tasks.query), tasks.key.unbind(), strict=True)
+        return _stack([algorithm.query_loss(state, learner, query, key) for learner, query, key in each])
 
     def _adapt(self, state: State, tasks: Task, steps: int | None) -> Any:
         algorithm = self._with_kernels(batched=True)

@@ -109,6 +109,8 @@ class _Asked:
         settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
         if not any(word.startswith("engine.choices=") for word in self.overrides):
             settings.engine.choices = None  # what the training used; its file may be gone
+        if settings.backbone.get("weights"):
+            settings.backbone.weights = None  # likewise: the checkpoint has them
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
         after, before = checked(settings), self.before

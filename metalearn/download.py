@@ -1,4 +1,4 @@
-"""Downloads with a checksum through torchvision, and one clear line where there is no network."""
+"""Downloads with a checksum, and one clear line where there is no network."""
 
 import socket
 import threading
@@ -33,12 +33,16 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
     return target
 
 
-def with_network(url: str, folder: Path, download: Callable[[], object]) -> None:
-    """Runs a download of torchvision's after making sure that its address answers."""
-    way_out = f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
+def with_network(url: str, folder: Path, download: Callable[[], object], way_out: str | None = None) -> None:
+    """Runs a download of torchvision's after making sure that its address answers.
+
+    Args: way_out: what the user can do without a network; None: what to do about a data set.
+    Raises: UserError, see `fetch`.
+    """
+    way_out = way_out or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
     problem = _unreachable(url)
     if problem:
-        raise UserError(f"no data in {folder} and {url} cannot be reached ({problem}); {way_out}")
+        raise UserError(f"nothing in {folder} and {url} cannot be reached ({problem}); {way_out}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
