@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-speed benchmark-intervals wheel clean
+.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-speed benchmark-intervals wheel clean
 
 help:  ## this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -43,6 +43,13 @@ benchmark: setup  ## every recipe of a published figure at BUDGET=smoke|quick|pa
 
 benchmark-omniglot: setup  ## the recipes on Omniglot alone
 	python scripts/benchmark.py budget=$(BUDGET) only=omniglot $(BENCHMARK)
+
+METHODS ?= jobs=1
+benchmark-methods: setup  ## every method on Omniglot, some on CIFAR-FS, up to 20 minutes each: METHODS="only=omniglot_5w1s jobs=2"
+	python scripts/benchmark_methods.py $(METHODS)
+
+benchmark-sinusoid: setup  ## four methods on sinusoids: error over inner steps, fitted curves
+	python scripts/benchmark_sinusoid.py
 
 benchmark-intervals: setup  ## that the 95% interval covers the truth in 95% of simulated runs, into benchmarks/
 	python scripts/benchmark_intervals.py

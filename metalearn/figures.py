@@ -1,6 +1,6 @@
 """How scores are shown: as text, and as figures in PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,39 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def draw_learning_curves(curves: dict[str, list[dict[str, Any]]], score: str, path: Path) -> None:
-    """Validation scores of several methods over meta-training steps, with their 95% intervals. curves: method -> rows."""
+def draw_lines(lines: Mapping[str, Sequence[tuple[float, float, float]]], label: str, score: str, path: Path) -> None:
+    """A score of several methods over a number. lines: method -> (at, mean, half-width of the 95% interval)."""
     figure, axes = _axes()
     factor = _factor(score)
-    for method, rows in curves.items():
-        at = [row["step"] for row in rows]
-        mean, ci95 = ([factor * row[f"val.{score}{end}"] for row in rows] for end in ("", "_ci95"))
-        axes.errorbar(at, mean, ci95, marker="o", markersize=3, capsize=2, label=method)
-    axes.set(xlabel="meta-training step", ylabel=f"validation {_label(score)}")
+    for method, points in lines.items():
+        at, mean, ci95 = ([row[column] for row in points] for column in range(3))
+        axes.errorbar(
+            at, [factor * value for value in mean], [factor * value for value in ci95],
+            marker="o", markersize=3, capsize=2, label=method,
+        )  # fmt: skip
+    axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def draw_curve(points: Sequence[tuple[int, float, float]], label: str, score: str, title: str, path: Path) -> None:
-    """A score over a whole number. points: (at, mean, half-width of the 95% interval); score: its split and name."""
-    figure, axes = _axes()
-    axes.set_title(title, fontsize=10)
-    at, mean, ci95 = (list(column) for column in zip(*points, strict=True))
-    factor = _factor(score)
-    axes.errorbar(
-        at, [factor * value for value in mean], [factor * value for value in ci95], marker="o", markersize=4, capsize=2
-    )
-    axes.set_xticks(at)
-    axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
+def draw_fits(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Fitted curves, a column a method, a row a support set.
+
+    methods: method -> title of the row -> {"points": (x, y), "truth": (x, y), "curves": label -> y}.
+    """
+    titles = list(next(iter(methods.values())))
+    figure = _figure(3 * len(methods), 2.6 * len(titles))
+    panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
+    for column, (method, found) in enumerate(methods.items()):
+        for row, title in enumerate(titles):
+            axes, one = panels[row][column], found[title]
+            axes.plot(*one["truth"], color="0.7", linewidth=3, label="truth")
+            for label, y in one["curves"].items():
+                axes.plot(one["truth"][0], y, linewidth=1, label=label)
+            axes.plot(*one["points"], "k^", markersize=5, label="support set")
+            axes.set_title(f"{method}, {title}", fontsize=9)
+            axes.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 

@@ -4,7 +4,7 @@ python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,protonet]
 
 Each run lies in outputs/benchmark/methods/<table>/<method>/, and beside it, in …-untrained/, a test of the same method before any
 training. What is done under the same settings is skipped; a run that was cut off is made again. Figures go to
-benchmarks/methods/<table>/<method>.json, the tables into README, the curves to docs/figures/. `jobs` runs go side by side, one
+benchmarks/methods/<table>/<method>.json, the tables into README and docs/algorithms/, the curves to docs/figures/. `jobs` runs go side by side, one
 thread each. Without a key, `only=none` writes the tables from what lies in benchmarks/methods/.
 """
 
@@ -22,13 +22,12 @@ import yaml
 from benchmark import same_settings
 
 from metalearn import composition, report
-from metalearn.figures import draw_learning_curves, shown_interval
+from metalearn.figures import draw_lines, shown_interval
 from metalearn.verbs.train import RESULT_FILE
 
 _ROOT = Path(__file__).parent.parent
 _RESULTS = _ROOT / "benchmarks/methods"
 _RUNS = Path("outputs/benchmark/methods")
-_BEGIN, _END = "<!-- methods: written by scripts/benchmark_methods.py -->", "<!-- end of methods -->"
 #: Points by which a method may be below its published figure without being named.
 _SHORT = 0.01
 
@@ -100,33 +99,51 @@ def _row(method: str, found: dict[str, Any], published: dict[str, Any] | None) -
 
 
 def write_tables(definition: dict[str, Any]) -> None:
-    """Writes the tables into README and draws the curves of validation."""
-    order = [method for family in composition.families().values() for method in family]
-    lines = [_BEGIN]
+    """Writes the tables into README and the pages of the methods, and draws the curves of validation."""
+    families = composition.families()
+    order = [method for family in families.values() for method in family]
+    lines: list[str] = []
+    pages: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
     for table, wanted in definition.items():
-        found = {path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")}
-        found = {method: found[method] for method in order if method in found}
+        stored = {path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")}
+        found = {method: stored[method] for method in order if method in stored}
         if not found:
             continue
-        rows = [_row(method, one, wanted["methods"][method].get("published")) for method, one in found.items()]
-        results = [one["result"] for one in found.values()]
-        settings = {
-            f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}" for one in results
-        }
-        lines += [
-            f"{wanted['title']} ({results[0]['protocol']['episodes']} test episodes, "
-            f"{results[0]['protocol']['query']} queries a class, seed {results[0]['seed']}; {'; '.join(sorted(settings))}):",
-            "",
-            *report.markdown_table(rows),
-            "",
-        ]  # fmt: skip
-        for family, methods in composition.families().items():
-            curves = {method: found[method]["curve"] for method in methods if method in found}
+        rows = {m: _row(m, one, wanted["methods"][m].get("published")) for m, one in found.items()}
+        for method, row in rows.items():
+            pages[method].append({"data": wanted["title"]} | {name: row[name] for name in list(row)[1:]})
+        lines += [_heading(wanted["title"], [one["result"] for one in found.values()]), ""]
+        lines += [*report.markdown_table(list(rows.values())), ""]
+        for family, methods in families.items():
+            curves = {
+                method: [(row["step"], row["val.accuracy"], row["val.accuracy_ci95"]) for row in found[method]["curve"]]
+                for method in methods
+                if method in found
+            }
             if curves:
-                draw_learning_curves(curves, "accuracy", _ROOT / f"docs/figures/{table}_{family}.png")
-    text = "\n".join([*lines, _END])
-    readme = _ROOT / "README.md"
-    readme.write_text(re.sub(f"{_BEGIN}.*{_END}", lambda _: text, readme.read_text(), flags=re.S))
+                path = _ROOT / f"docs/figures/{table}_{family}.png"
+                draw_lines(curves, "meta-training step", "validation accuracy", path)
+    fill(_ROOT / "README.md", "methods: written by scripts/benchmark_methods.py", lines)
+    for method, entries in pages.items():
+        page = _ROOT / f"docs/algorithms/{method}.md"
+        fill(page, "figures", report.markdown_table(entries) if entries else ["No trained figure yet."])
+
+
+def _heading(title: str, results: list[dict[str, Any]]) -> str:
+    """What all rows of a table share."""
+    protocol = results[0]["protocol"]
+    machines = {f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}" for one in results}
+    return (
+        f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, seed {results[0]['seed']}; "
+        f"{'; '.join(sorted(machines))}):"
+    )
+
+
+def fill(path: Path, name: str, lines: list[str]) -> None:
+    """Puts lines between the two comments in a page that belong to `name`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name.partition(':')[0]} -->"
+    text = "\n".join([begin, *lines, end])
+    path.write_text(re.sub(f"{begin}.*{end}", lambda _: text, path.read_text(), flags=re.S))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from metalearn import composition, config, report, stats
 from metalearn.build import FREE_CHOICES, Run, build, device_of, normalises
 from metalearn.config import RunConfig, checked
 from metalearn.errors import UserError
-from metalearn.figures import draw_curve, shown_interval
+from metalearn.figures import draw_lines, shown_interval
 from metalearn.measure import measure, trained_state
 from metalearn.verbs.train import ENGINE_FILE, RESULT_FILE
 
@@ -227,7 +227,7 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     shape = [f"{protocol['way']}-way", *([] if curve == "shot" else [f"{protocol['shot']}-shot"])]
     title = f"{asked.name}, {', '.join(shape)}, {protocol['query']} queries, statistics {protocol['statistics']}"
     points = [(at, found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
-    draw_curve(points, label, f"{asked.split} {score}", title, png)
+    draw_lines({title: points}, label, f"{asked.split} {score}", png)
     console.print(report.result_table(table))
     for file in (csv, png):
         report.print_line(console, f"  {file}")

@@ -1,0 +1,84 @@
+"""MAML, Reptile, Meta-SGD and fine-tuning on sinusoids: error over inner steps, and fitted curves (Finn et al. 2017, figures 2 and 3).
+
+python scripts/benchmark_sinusoid.py [key=value …]
+
+Runs lie in outputs/benchmark/sinusoid/<method>/; what is done under the same settings is skipped. Writes
+benchmarks/sinusoid.json, the table in docs/results.md, and docs/figures/sinusoid_steps.png and sinusoid_fits.png.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_methods import fill, run
+
+import metalearn
+from metalearn import random, report
+from metalearn.figures import draw_fits, draw_lines, shown_interval
+
+_ROOT = Path(__file__).parent.parent
+_RUNS = Path("outputs/benchmark/sinusoid")
+_METHODS = ("maml", "meta_sgd", "reptile", "finetune")
+_STEPS = (0, 1, 10)
+_AMPLITUDE, _PHASE = 3.0, 1.0
+#: Where the ten support points of a fitted curve lie.
+_RANGES = {"points anywhere": (-5.0, 5.0), "points in one half": (0.0, 5.0)}
+
+
+def steps_curve(folder: Path) -> list[dict[str, float]]:
+    """Test error after each number of inner steps: steps, mean, ci95, episodes."""
+    command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=steps"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with next((folder / "evaluations").glob("*_steps_curve.csv")).open() as file:
+        return [
+            {name: float(row[name]) for name in ("steps", "mean", "ci95", "episodes")} for row in csv.DictReader(file)
+        ]
+
+
+def fits(folder: Path) -> dict[str, Any]:
+    """What a method makes of ten points of one sinusoid: for each range of points, the curve after each number of steps."""
+    model = metalearn.load(folder)
+    grid = torch.linspace(-5, 5, 201)[:, None]
+    found: dict[str, Any] = {}
+    for number, (name, (low, high)) in enumerate(_RANGES.items()):
+        x = low + (high - low) * random.uniform(random.key_of(number), (10, 1))
+        y = _AMPLITUDE * torch.sin(x - _PHASE)
+        found[name] = {
+            "points": (x.flatten().tolist(), y.flatten().tolist()),
+            "truth": (grid.flatten().tolist(), (_AMPLITUDE * torch.sin(grid - _PHASE)).flatten().tolist()),
+            "curves": {
+                f"{steps} steps": model.adapt(x, y, steps=steps).predict(grid).flatten().tolist() for steps in _STEPS
+            },
+        }
+    return found
+
+
+def main() -> None:
+    results = {name: run(_RUNS / name, [f"algo={name}", "dataset=sinusoid"], sys.argv[1:]) for name in _METHODS}
+    curves = {name: steps_curve(_RUNS / name) for name in _METHODS}
+    report.write_json(_ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves})
+    at = {name: {int(row["steps"]): row for row in rows} for name, rows in curves.items()}
+    rows = [
+        {
+            "`algo=`": f"`{name}`",
+            **{f"{steps} steps": shown_interval("mse", at[name][steps]["mean"], at[name][steps]["ci95"]) for steps in (0, 1, 5, 10)},
+            "training steps": result["steps"],
+            "minutes": f"{result['seconds'] / 60:.1f}",
+            "commit": result["environment"]["commit"],
+        }
+        for name, result in results.items()
+    ]  # fmt: skip
+    fill(_ROOT / "docs/results.md", "sinusoid: written by scripts/benchmark_sinusoid.py", report.markdown_table(rows))
+    figures = _ROOT / "docs/figures"
+    lines = {name: [(row["steps"], row["mean"], row["ci95"]) for row in rows] for name, rows in curves.items()}
+    draw_lines(lines, "inner steps", "test mse", figures / "sinusoid_steps.png")
+    draw_fits({name: fits(_RUNS / name) for name in _METHODS}, figures / "sinusoid_fits.png")
+    print(json.dumps({name: result["test"] for name, result in results.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

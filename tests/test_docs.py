@@ -1,0 +1,41 @@
+"""Every method has its page, and the table of methods names settings that exist."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from metalearn import composition, config
+from metalearn.build import check
+from tests.conftest import ALGORITHMS
+
+_ROOT = Path(__file__).parent.parent
+_TABLES = yaml.safe_load((_ROOT / "benchmarks/methods.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_method_has_its_page(name):
+    page = (_ROOT / f"docs/algorithms/{name}.md").read_text()
+    for part in (
+        f"`algo={name}`",
+        "```math",
+        "**Meta-learned**",
+        "**Adapts**",
+        "**Cost per task**",
+        "**When to use it**",
+    ):
+        assert part in page, part
+    assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
+
+
+def test_the_table_of_methods_is_complete():
+    assert sorted(_TABLES["omniglot_5w1s"]["methods"]) == ALGORITHMS
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(table, name) for table, wanted in _TABLES.items() for name in wanted["methods"]]
+)
+def test_commands_of_the_table_of_methods_are_valid(table, name):
+    wanted = _TABLES[table]
+    words = [f"algo={name}", *wanted["settings"], *wanted["methods"][name]["settings"], "device=cpu"]
+    check(config.checked(composition.composed(words)))
