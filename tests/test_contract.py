@@ -1,16 +1,22 @@
 """One contract for every method, found by listing conf/algo."""
 
 import dataclasses
+import io
+import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils import _pytree as pytree
 
-from metalearn import loop, random
+from metalearn import load, loop, random
 from metalearn.algorithms.base import Algorithm
 from metalearn.engine import Engine
 from metalearn.stats import estimate
 from metalearn.types import Labelled, Spec, Task
+from metalearn.verbs.compare import compare
+from metalearn.verbs.evaluate import evaluate
+from metalearn.verbs.train import train
 from tests.conftest import ALGORITHMS, doubled
 
 pytestmark = pytest.mark.parametrize("name", ALGORITHMS)
@@ -169,3 +175,22 @@ def test_initial_state_has_no_bias_before_a_normalisation(name, make_run):
     spec = Spec((1, 16, 16), 5, 100, "class")
     state = run.algorithm.init(spec, random.key_of(0))
     assert not any(key.startswith("net.conv") and key.endswith("bias") for key in state.meta)
+
+
+@pytest.mark.slow
+def test_goes_through_every_verb(name, compose, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    words = [f"algo={name}", "train.batch_size=16"]
+    folders = [tmp_path / str(seed) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        train(compose(*words, f"seed={seed}"), folder, f"{name} glyphs", words, console)
+    evaluate(folders[0], [], "test", None, console)
+    own = json.loads((folders[0] / "result.json").read_text())
+    again = json.loads((folders[0] / f"evaluations/{own['protocol_id']}.json").read_text())
+    assert again["test"] == own["test"]
+    compare(folders, tmp_path / "compared", console)
+    assert f"{name} glyphs" in (tmp_path / "compared/comparison.md").read_text()
+    model = load(folders[0])
+    pictures = torch.rand(10, *model.spec.input_shape)
+    found = model.adapt(pictures, [f"class {number % 5}" for number in range(10)]).predict(pictures)
+    assert set(found) <= set(model.classes) == {f"class {number}" for number in range(5)}
