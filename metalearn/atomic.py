@@ -8,14 +8,29 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content takes the place of `path` once it is complete and on disk; nothing is left on failure."""
+def replacing(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+    """A stream whose content takes the place of `path` once it is complete and on disk; nothing is left on failure.
+
+    Args: previous: where what `path` held goes.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts names on disk too: without it a rename may be undone by a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

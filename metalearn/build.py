@@ -114,7 +114,9 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
             raise UserError(f"{name}={count}: {together.size} processes want one each at least")
     dataset = config.make(settings.dataset, "dataset")
     with together.leader_first():
-        data = dataset.open(_folder(settings.data_dir, ".local/share"), _folder(settings.cache_dir, ".cache"), device)
+        data = dataset.open(
+            folder_of(settings.data_dir, ".local/share"), folder_of(settings.cache_dir, ".cache"), device
+        )
     algorithm = algorithm_of(settings)
     episode = settings.episode
     test_shape = Shape(episode.way, episode.shot, episode.query)
@@ -245,6 +247,6 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda", processes.local_rank()) if available and name != "cpu" else torch.device("cpu")
 
 
-def _folder(path: str | None, default: str) -> Path:
-    """A folder as given, or the user's own one."""
+def folder_of(path: str | None, default: str) -> Path:
+    """`data_dir` or `cache_dir` as given, or the user's own one below `default`."""
     return (Path(path).expanduser() if path else Path.home() / default / "metalearn").absolute()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalearn import __version__, help_texts
+from metalearn import __version__, help_texts, interrupts
 from metalearn.errors import RunFailed, UserError, first_line
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
@@ -17,6 +17,7 @@ def main() -> None:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
+        interrupts.listen()
         code = _dispatch(words)
         sys.stdout.flush()
         _leave_siblings(code)
@@ -24,11 +25,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader has left, as in `metalearn list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("metalearn: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except interrupts.Stopped as stopped:
+        if _rank() == 0:
+            print(f"metalearn: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except Exception as error:
         if debug:
             raise
@@ -63,7 +63,8 @@ def _dispatch(words: list[str]) -> int:
     if verb == "--version":
         print(f"metalearn {__version__}")
         return 0
-    verbs = {"train": _train, "evaluate": _evaluate, "compare": _compare, "reproduce": _reproduce, "list": _list}
+    verbs = {"train": _train, "evaluate": _evaluate, "compare": _compare, "reproduce": _reproduce,
+             "resume": _resume, "doctor": _doctor, "list": _list}  # fmt: skip
     if verb not in verbs:
         import difflib
 
@@ -170,9 +171,12 @@ def _rank() -> int:
 def _follow(overrides: list[str]) -> NoReturn:
     """Computes what the leading process of several asks for, writes nothing, and is done."""
     from metalearn import composition
-    from metalearn.verbs.train import follow
+    from metalearn.verbs.train import RESULT_FILE, follow
 
-    follow(composition.composed(overrides))
+    config = composition.composed(overrides, with_hydra=True)
+    finished = config.resume == "auto" and (Path(config.hydra.run.dir) / RESULT_FILE).exists()
+    if not finished:
+        follow(composition.composed(overrides))
     _leave_siblings(0)
     sys.exit(0)
 
@@ -228,6 +232,7 @@ class _Job:
 
     def __call__(self, config: Any) -> float:
         from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
 
         from metalearn import report
         from metalearn.verbs import train
@@ -240,7 +245,10 @@ class _Job:
         overrides = list(settings.overrides.task)
         if self.multirun:
             console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
-            (folder / train.OVERRIDES_FILE).write_text("\n".join(overrides) + "\n")
+            train.note_command(folder, name, overrides)
+            (folder / train.ERROR_FILE).unlink(missing_ok=True)
+            # Given again with the same hydra.sweep.dir, a multirun skips what is finished and goes on with what is not.
+            config = OmegaConf.merge(config, {"resume": "auto"})
         try:
             return train.train(config, _relative(folder), name, overrides, console)
         except Exception as error:
@@ -352,6 +360,36 @@ def _remove_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         pass
+
+
+def _resume(words: list[str]) -> int:
+    if _wants_help(words) or not words:
+        print(help_texts.RESUME, end="")
+        return 0 if words else 2
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UserError(f"resume {words[-1]}: resume takes one folder, that of a run")
+    from metalearn import report
+    from metalearn.verbs.train import resume
+
+    resume(Path(words[0]), report.console())
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    if _wants_help(words):
+        print(help_texts.DOCTOR, end="")
+        return 0
+    overrides, flags, searched = _parsed(words)
+    if (
+        flags
+        or searched
+        or any(word.partition("=")[0] not in ("data_dir", "cache_dir", "device") for word in overrides)
+    ):
+        raise UserError("doctor: takes data_dir=, cache_dir= and device= alone")
+    from metalearn import report
+    from metalearn.verbs.doctor import doctor
+
+    return 0 if doctor(overrides, report.console()) else 1
 
 
 def _evaluate(words: list[str]) -> int:

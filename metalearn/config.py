@@ -46,6 +46,7 @@ class TrainConfig:
     statistics_momentum: float = between(0, 1)
     log_every: int = at_least(1)
     patience: int = at_least(0)
+    nonfinite: str = choice("stop", "skip")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -137,6 +138,7 @@ class RunConfig:
     device: str = choice("auto", "cpu", "cuda")
     data_dir: str | None
     cache_dir: str | None
+    resume: str = choice("never", "auto")
     reproduction: ReproductionConfig | None
 
 

@@ -1,6 +1,5 @@
 """How scores are shown: as text, and as figures in PNG."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def draw_lines(lines: Mapping[str, Sequence[tuple[float, float, float]]], label: str, score: str, path: Path) -> None:
+def draw_lines(lines: dict[str, list[tuple[float, float, float]]], label: str, score: str, path: Path) -> None:
     """A score of several methods over a number. lines: method -> (at, mean, half-width of the 95% interval)."""
     figure, axes = _axes()
     factor = _factor(score)
@@ -75,7 +74,7 @@ def draw_lines(lines: Mapping[str, Sequence[tuple[float, float, float]]], label:
     figure.savefig(path, dpi=120)
 
 
-def draw_fits(methods: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
     """Fitted curves, a column a method, a row a support set.
 
     methods: method -> title of the row -> {"points": (x, y), "truth": (x, y), "curves": label -> y}.

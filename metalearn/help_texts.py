@@ -10,7 +10,9 @@ usage: metalearn <verb> [key=value …]
   evaluate   test a trained run again:               metalearn evaluate run=<folder> episode.shot=5
   compare    runs in one table, with significance:   metalearn compare <folder> <folder>
   reproduce  train and hold against a paper:         metalearn reproduce maml_omniglot_5w1s budget=quick
+  resume     go on with a run that was stopped:      metalearn resume <folder>
   list       algorithms, data sets, backbones, experiments
+  doctor     versions, device, data, a self-test: what to paste into a bug report
 
   metalearn <verb> --help    explains the verb
   --debug                    shows the traceback of an error
@@ -43,6 +45,7 @@ often changed
   val.every=500 val.episodes=300 test.episodes=1000
   seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
   hydra.run.dir=my/folder                         the run folder
+  resume=auto                                     go on with what lies there, or show it again if it is finished
 
 options
   -m, --multirun       every combination of comma-separated values, each in its own folder
@@ -84,4 +87,17 @@ Trains and tests a recipe of a published figure, and ends with PASS or FAIL (exi
 default, hours on a CPU) the published figure is what counts, at smaller budgets the recipe's own measured figure.
 
 {experiments}
+"""
+
+RESUME = """metalearn resume <folder>
+
+Goes on with a run that was stopped, from its last whole checkpoint, and ends just as if it had never been stopped; shows the
+result again if it is finished. The same as its command with hydra.run.dir=<folder> resume=auto.
+A multirun is gone on with by its own command with the same hydra.sweep.dir.
+"""
+
+DOCTOR = """metalearn doctor [data_dir=…] [cache_dir=…] [device=auto|cpu|cuda]
+
+Prints versions, device, free disk, which data sets are there, what Weights & Biases would do, and the outcome of a self-test of some
+ten seconds. Exit code 1 where that fails. Paste it into a bug report.
 """

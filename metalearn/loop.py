@@ -1,23 +1,26 @@
 """Meta-train, meta-validate, meta-test: once, for every method and every data set."""
 
 import dataclasses
-import math
-import time
+import signal
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
-from metalearn import checkpoint
+from metalearn import checkpoint, interrupts
+from metalearn.atomic import replacing
 from metalearn.build import EVALUATION_BATCH, Run
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
 from metalearn.episodes import TaskSource
 from metalearn.errors import RunFailed
 from metalearn.stats import estimate
-from metalearn.types import Estimate, Params, State
+from metalearn.training import Training
+from metalearn.types import Estimate, State, Task
+
+#: Tasks with a loss that is not finite that are kept in a run folder at most.
+_KEPT_TASKS = 10
 
 
 class Tracker(Protocol):
@@ -50,102 +53,127 @@ class Fitted:
     steps: int
 
 
-def fit(run: Run, tracker: Tracker, folder: Path) -> Fitted:
-    """Meta-trains, validates every `val.every` steps, keeps `checkpoints/best.pt` and `last.pt` under `folder`.
+def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = None) -> Fitted:
+    """Meta-trains, validates every `val.every` steps, keeps `checkpoints/best.pt`, `last.pt` and `previous.pt` under `folder`.
 
     With `train.steps=0` the initialisation is validated and kept. Of several processes only the leading one writes.
-    Raises: RunFailed when the loss is no longer finite.
+    Args: kept: a checkpoint to go on from, of the leading process.
+    Raises: RunFailed when a loss or a validation is not finite; Stopped, once all is saved, on a signal.
     """
-    settings, score, val = run.config.train, run.score, run.val
+    settings, val, checkpoints = run.config.train, run.val, folder / "checkpoints"
     assert val is not None
-    # The same tensors throughout, changed in place: a CUDA graph reads and writes them where they lie.
-    state = State(run.state.meta, {name: value.clone() for name, value in run.state.fixed.items()})
-    leaves = list(state.meta.values())
-    optimiser, schedule = _optimiser(settings, leaves)
-    best: Estimate | None = None
-    best_step = validations_since_best = step = 0
-    meter = _Meter()
-
-    own_first, own_count = run.processes.share(settings.meta_batch)
-    best_state = state
-    steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
-
-    def meta_step() -> None:
-        progress = steps_done.to(torch.float32) / settings.steps
-        with record_function("draw tasks"):
-            tasks = run.train.draw(steps_done * settings.meta_batch + own_first, own_count)
-        with record_function("gradients"):
-            result = run.processes.summed(run.train_engine.step(state, tasks, progress, settings.meta_batch))
-        with record_function("optimiser"):
-            for leaf, gradient in zip(leaves, _clipped(result.gradients, settings), strict=True):
-                leaf.grad = gradient
-            optimiser.step()
-            fold(state.fixed, result.statistics, settings.statistics_momentum)
-            meter.add(result.logs)
-            steps_done.add_(1)
-
-    take_step = Captured(meta_step, run.device, _why_no_graph(run), tracker.note)
+    training = Training(run)
+    kept = run.processes.from_leader(kept)
+    if kept is not None:
+        training.restore(kept)
+    take_step = Captured(training.meta_step, run.device, _why_no_graph(run), tracker.note)
     profile = None
     if run.config.engine.profile and run.processes.leading:
         header = f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks a step on {run.device}, {run.choices}"
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
 
-    def save(name: str) -> None:
-        if not run.processes.leading:
+    def save_last() -> None:
+        if settings.nonfinite == "stop":
+            judge_finite()
+        if run.processes.leading:
+            checkpoint.save(checkpoints / checkpoint.LAST, training.kept(), checkpoints / checkpoint.PREVIOUS)
+
+    def save_best() -> None:
+        if run.processes.leading:
+            checkpoint.save(checkpoints / checkpoint.BEST, training.kept_best())
+
+    def judge_finite() -> None:
+        """Raises: RunFailed where a step was not finite, unless such steps are to be skipped."""
+        skipped, step, task = training.meter.skipped()
+        if not skipped:
             return
-        content = {
-            "step": step,
-            "meta": state.meta,
-            "fixed": state.fixed,
-            "spec": dataclasses.asdict(run.spec),
-            "standardisation": run.standardisation,
-            "optimiser": optimiser.state_dict(),
-            "schedule": {"last_epoch": schedule.last_epoch},
-            "best": {"step": best_step, "mean": best.mean if best else None},
-        }
-        checkpoint.save(folder / "checkpoints" / name, content)
+        where = f"step {step + 1}"
+        if task is not None:
+            where += f", task {task} of {settings.meta_batch}"
+            file = folder / "nonfinite" / f"step{step + 1}-task{task}.pt"
+            if run.processes.leading and _keep(run.train.draw(step * settings.meta_batch + task, 1), file):
+                where += f", kept in {file}"
+        line = f"the loss or its gradient is not finite at {where}"
+        if settings.nonfinite == "skip" and skipped < training.meter.steps:
+            tracker.note(f"{line}: skipped")
+        elif settings.nonfinite == "skip":
+            raise RunFailed(f"{line}, nor at any of the {skipped} steps since; lower train.lr or the inner rate")
+        else:
+            raise RunFailed(
+                f"{line}; lower train.lr or the inner rate, or leave such steps out with train.nonfinite=skip"
+            )
 
     def validate() -> dict[str, float]:
-        nonlocal best, best_state, best_step, validations_since_best
-        estimate_now = estimate(evaluate(run, state, val, run.config.val.episodes))
-        if not math.isfinite(estimate_now.mean):
-            raise RunFailed(f"val.{score.name} is {estimate_now.mean} at step {step}; lower train.lr or the inner rate")
-        validations_since_best += 1
-        if score.better(estimate_now.mean, best.mean if best else None):
-            best, best_step, validations_since_best = estimate_now, step, 0
-            best_state = State(*({name: value.detach().clone() for name, value in part.items()} for part in state))
-            save("best.pt")
-        return {f"val.{score.name}": estimate_now.mean, f"val.{score.name}_ci95": estimate_now.ci95}
+        estimate_now = estimate(
+            _finite(run, evaluate(run, training.state, val, run.config.val.episodes), training.step)
+        )
+        if training.validated(estimate_now):
+            save_best()
+        return {f"val.{run.score.name}": estimate_now.mean, f"val.{run.score.name}_ci95": estimate_now.ci95}
 
-    if settings.steps == 0:
-        tracker.log({"step": 0, **validate()})
-    for step in range(1, settings.steps + 1):
-        if profile:
-            profile.before(step - 1)
-        take_step()
-        if profile:
-            profile.after(step - 1)
-        schedule.step()
-        meter.count(settings.meta_batch)
+    def stop_if_asked() -> None:
+        # Several processes must stop at the same step, and agree on it when they wait for each other anyway.
+        if run.processes.size > 1 and training.step % settings.log_every:
+            return
+        if run.processes.any(interrupts.asked() is not None):
+            save_last()
+            raise interrupts.Stopped(interrupts.asked() or signal.SIGTERM, f"stopped at step {training.step}, saved")
 
-        last = step == settings.steps
-        validating = last or step % run.config.val.every == 0
-        if validating or step % settings.log_every == 0:
-            row = {"step": step, **meter.read()}
-            if not math.isfinite(row["train.loss"]):
-                raise RunFailed(f"train.loss is {row['train.loss']} at step {step}; lower train.lr or the inner rate")
-            if validating:
-                row |= validate()
-                meter.restart_clock()
-            tracker.log(row)
-            stopping = settings.patience and validations_since_best >= settings.patience
-            if stopping:
-                break
-        if step % run.config.checkpoint.every == 0:
-            save("last.pt")
-    save("last.pt")
-    assert best is not None
-    return Fitted(best_state, best, best_step, step)
+    if kept is not None and training.best is not None:
+        save_best()  # what is there may be of a later step, or damaged
+    with interrupts.deferred():
+        if settings.steps == 0:
+            tracker.log({"step": 0, **validate()})
+        while training.step < settings.steps and not _patience_is_over(training, settings):
+            if profile:
+                profile.before(training.step)
+            take_step()
+            if profile:
+                profile.after(training.step)
+            training.count()
+            step = training.step
+            validating = step == settings.steps or step % run.config.val.every == 0
+            if validating or step % settings.log_every == 0:
+                judge_finite()
+                row = {"step": step, **training.meter.read()}
+                if validating:
+                    row |= validate()
+                    training.meter.restart_clock()
+                tracker.log(row)
+            if step % run.config.checkpoint.every == 0:
+                save_last()
+            stop_if_asked()
+        save_last()
+    assert training.best is not None
+    best = training.best
+    return Fitted(best.state, best.estimate, best.step, training.step)
+
+
+def _patience_is_over(training: Training, settings: Any) -> bool:
+    return bool(settings.patience and training.best and training.best.since >= settings.patience)
+
+
+def _finite(run: Run, scores: Tensor, step: int) -> Tensor:
+    """The scores of a validation. Raises: RunFailed where one is not finite; it says which."""
+    bad = (~scores.isfinite()).nonzero()
+    if len(bad):
+        number = int(bad[0])
+        raise RunFailed(
+            f"val.{run.score.name} of validation episode {number} is {scores[number]} at step {step}; lower train.lr or the "
+            "inner rate"
+        )
+    return scores
+
+
+def _keep(task: Task, file: Path) -> bool:
+    """Writes one task [1, …] down for inspection, unless there are enough already. Returns: whether it is there."""
+    file.parent.mkdir(exist_ok=True)
+    if len(list(file.parent.iterdir())) >= _KEPT_TASKS:
+        return file.exists()
+    parts = {name: {"x": one.x[0], "y": one.y[0]} for name, one in (("support", task.support), ("query", task.query))}
+    with replacing(file) as stream:
+        torch.save(parts | {"key": task.key[0]}, stream)
+    return True
 
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
@@ -207,79 +235,8 @@ def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> 
     return run.processes.summed(whole).to(found.dtype)
 
 
-def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    lr: Any = settings.lr
-    capturable = leaves[0].device.type == "cuda"
-    if capturable:  # a CUDA graph reads the rate from the device
-        lr = torch.tensor(lr, device=leaves[0].device)
-    optimiser: torch.optim.Optimizer
-    if settings.optimiser == "adam":
-        optimiser = torch.optim.Adam(leaves, lr=lr, capturable=capturable)
-    else:
-        # torch's other implementations fetch a rate that lies on the device.
-        optimiser = torch.optim.SGD(leaves, lr=lr, fused=capturable)
-    factors = {
-        "constant": lambda step: 1.0,
-        "linear": lambda step: 1 - step / max(1, settings.steps),
-        "cosine": lambda step: (1 + math.cos(math.pi * step / max(1, settings.steps))) / 2,
-        "step": lambda step: settings.schedule_factor ** (step // settings.schedule_every),
-    }
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factors[settings.schedule])
-
-
-def _clipped(gradients: Params, settings: Any) -> list[Tensor]:
-    values = list(gradients.values())
-    if settings.clip_value is not None:
-        values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
-    if settings.clip_norm is not None:
-        norm = torch.stack([value.square().sum() for value in values]).sum().sqrt()
-        scale = (settings.clip_norm / (norm + 1e-12)).clamp_max(1)
-        values = [value * scale for value in values]
-    return values
-
-
-def fold(fixed: Params, seen: Params, momentum: float) -> None:
-    """Moves `fixed`, in place, by a share of the way to the statistics of a step: an exponential moving average."""
-    for name, value in seen.items():
-        fixed[name].lerp_(value.to(fixed[name].dtype), momentum)
-
-
 def _why_no_graph(run: Run) -> str | None:
     """Why a meta-step is not to be captured as a CUDA graph, or None."""
     if not run.config.engine.cuda_graph:
         return "engine.cuda_graph=false"
     return "several processes exchange gradients within a step" if run.processes.size > 1 else None
-
-
-class _Meter:
-    """Means since the last reading, summed on the device and fetched when read; tasks a second."""
-
-    def __init__(self) -> None:
-        self.sums: Params = {}
-        self.steps = self.tasks = 0
-        self.restart_clock()
-
-    def add(self, logs: Params) -> None:
-        """What a step says, into the sums where they lie."""
-        for name, value in logs.items():
-            if name in self.sums:
-                self.sums[name].add_(value)
-            else:
-                self.sums[name] = value.clone()
-
-    def count(self, tasks: int) -> None:
-        """A step with so many tasks is done."""
-        self.steps += 1
-        self.tasks += tasks
-
-    def restart_clock(self) -> None:
-        self.clock = time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        row = {f"train.{name}": value.item() / self.steps for name, value in self.sums.items()}
-        for value in self.sums.values():
-            value.zero_()
-        now = time.perf_counter()
-        row["tasks_per_second"] = self.tasks / (now - self.clock)
-        self.clock, self.steps, self.tasks = now, 0, 0
-        return row

@@ -44,6 +44,22 @@ class Processes:
                 found[place] = part.view(leaves[place].shape)
         return pytree.tree_unflatten(found, spec)
 
+    def from_leader(self, content: Any) -> Any:
+        """What the leading process has of this, in all of them."""
+        if self.size == 1:
+            return content
+        parts = [content]
+        dist.broadcast_object_list(parts, src=0)
+        return parts[0]
+
+    def any(self, condition: bool) -> bool:
+        """Whether it holds in any process."""
+        if self.size == 1:
+            return condition
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, condition)
+        return any(found)
+
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
         """What the leader makes here, like a cache, the others find."""

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import netrc
 import os
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from metalearn.atomic import replacing
 from metalearn.config import RunConfig
+from metalearn.errors import first_line
 from metalearn.figures import draw_learning_curve, shown
 from metalearn.types import Score
 
@@ -26,14 +29,23 @@ _QUIET_SECONDS = 15.0
 class Tracker:
     """Sends each row of figures to all places; the loop's only listener."""
 
-    def __init__(self, settings: RunConfig, score: Score, folder: Path, console: Console) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(
+        self, settings: RunConfig, score: Score, folder: Path, console: Console, identifier: str, step: int
+    ) -> None:
+        """identifier: of the run at W&B; step: the step a stopped run goes on from: later rows are cut."""
+        file = folder / "metrics.jsonl"
+        self.rows = [row for row in _read_rows(file) if row["step"] <= step] if step else []
         self.score = score.name
         self.folder = folder
         self._console = console
         self._printed = 0.0
-        self._stream = (folder / "metrics.jsonl").open("w", buffering=1)
-        self._wandb = _start_wandb(settings, folder, console) if settings.logger.name == "wandb" else None
+        with replacing(file) as stream:
+            stream.writelines(_as_line(row).encode() for row in self.rows)
+        self._stream = file.open("a", buffering=1)
+        self._wandb: Any = None
+        if settings.logger.name == "wandb":
+            self._start_wandb = functools.partial(_start_wandb, settings, folder, console, identifier)
+            self._wandb = self._start_wandb()
         self._steps = settings.train.steps
         self._progress: Progress | None = None
 
@@ -59,9 +71,8 @@ class Tracker:
     def log(self, row: dict[str, Any]) -> None:
         """One row of figures: into the file at once, to W&B, and onto the console."""
         self.rows.append(row)
-        self._stream.write(json.dumps(row) + "\n")
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        self._stream.write(_as_line(row))
+        self._to_wandb(lambda run: run.log({key: row[key] for key in row if key != "step"}, step=row["step"]))
         line = self._line(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], figures=line)
@@ -70,6 +81,21 @@ class Tracker:
         if validated or due:
             self._console.print(f"step {row['step']:>6}/{self._steps}  {line}", highlight=False)
             self._printed = time.monotonic()
+
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        """Sends something to W&B; where that fails, the run goes on offline, and where that fails too, without it."""
+        if self._wandb is None:
+            return
+        try:
+            send(self._wandb)
+        except Exception as error:  # whatever W&B raises, it is no reason to lose a run
+            self.note(f"W&B: failed ({first_line(error)}); going on offline")
+            try:
+                self._wandb = self._start_wandb("offline")
+                send(self._wandb)
+            except Exception as again:
+                self.note(f"W&B: offline failed too ({first_line(again)}); going on without it")
+                self._wandb = None
 
     def note(self, line: str) -> None:
         """What the user should know once."""
@@ -95,33 +121,57 @@ class Tracker:
         import wandb
 
         estimate = result["test"][self.score]
-        self._wandb.summary.update(
-            {f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]}
-        )
-        self._wandb.summary["protocol_id"] = result["protocol_id"]
+        summary = {f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]}
+        summary |= {"protocol_id": result["protocol_id"]}
         cells = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
         columns: list[str | int] = [str(column.header) for column in table.columns]
-        self._wandb.log({"result": wandb.Table(columns=columns, data=cells), "learning_curve": wandb.Image(str(curve))})
+
+        def send(run: Any) -> None:
+            run.summary.update(summary)
+            run.log({"result": wandb.Table(columns=columns, data=cells), "learning_curve": wandb.Image(str(curve))})
+
+        self._to_wandb(send)
 
     def close(self, failed: bool = False) -> None:
         """Flushes everything; safe to call once at the end of any run."""
         self._stream.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+            try:
+                self._wandb.finish(exit_code=int(failed))
+            except Exception as error:
+                self.note(f"W&B: failed at the end ({first_line(error)})")
 
 
-def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
-    """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line."""
+def _as_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows as `Tracker.log` wrote them; a last one that was cut off is left out."""
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _start_wandb(settings: RunConfig, folder: Path, console: Console, identifier: str, mode: str | None = None) -> Any:
+    """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line.
+
+    mode: the one to take without asking, after a failure.
+    """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    wanted = os.environ.get("WANDB_MODE", "online" if _wandb_key() else "offline")
+    wanted = mode or os.environ.get("WANDB_MODE", "online" if _wandb_key() else "offline")
 
     def start(mode: str) -> Any:
         return wandb.init(
             project=settings.logger.project,
             entity=settings.logger.entity,
             name="-".join(folder.parts[-2:]),
+            id=identifier,
+            resume="allow",
             dir=folder,
             mode=mode,  # type: ignore[arg-type]
             config=dataclasses.asdict(settings),
@@ -136,11 +186,18 @@ def _start_wandb(settings: RunConfig, folder: Path, console: Console) -> Any:
         return start("offline")
     if wanted == "online":
         console.print(f"W&B: online, {run.url}", highlight=False)
-    elif wanted == "offline":
+    elif wanted == "offline" and mode is None:
         console.print(
             f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False
         )
     return run
+
+
+def wandb_state() -> str:
+    """In one line, what a run with `logger=wandb` would do."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return f"WANDB_MODE={mode}"
+    return "a key is configured: online" if _wandb_key() else "no key is configured: offline"
 
 
 def _wandb_key() -> bool:

@@ -45,7 +45,7 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     for name in ("best.pt", "last.pt"):
         content = torch.load(folder / "checkpoints" / name, weights_only=True)
-        assert {"step", "meta", "fixed", "optimiser"} <= content.keys()
+        assert {"step", "meta", "fixed", "spec", "standardisation"} <= content.keys()
     assert content["step"] == 6
     assert "steps: 6" in (folder / "config.yaml").read_text()
     assert result["protocol_id"] in done.stdout

@@ -13,7 +13,18 @@ _FILES = sorted(path for path in _PACKAGE.rglob("*.py"))
 
 _BASE = {"types", "errors", "settings", "random", "atomic", "download"}
 _DATA = _BASE | {"episodes"}
-_RUN = _BASE | {"processes", "engine", "episodes", "build", "stats", "config", "checkpoint"}
+_RUN = _BASE | {
+    "interrupts",
+    "lock",
+    "training",
+    "processes",
+    "engine",
+    "episodes",
+    "build",
+    "stats",
+    "config",
+    "checkpoint",
+}
 
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
@@ -26,10 +37,11 @@ _ALLOWED = {
     "engine": {"types", "errors", "algorithms"},
     "config": {"errors", "settings"},
     "composition": {"config", "errors"},
+    "interrupts": set(), "lock": {"errors"}, "training": _BASE | {"build"},
     "build": _BASE | {"config", "engine", "episodes", "algorithms", "processes"},
     "loop": _RUN,
     "figures": set(),
-    "tracking": {"config", "types", "figures"},
+    "tracking": {"config", "types", "figures", "errors", "atomic"},
     "report": {"figures", "types", "atomic", "stats"},
     "measure": _RUN | {"loop", "report"},
     "model": _RUN | {"composition"},

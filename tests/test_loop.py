@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from metalearn import checkpoint, composition, config, loop
+from metalearn import checkpoint, composition, config, loop, training
 from metalearn.build import build
 from metalearn.errors import RunFailed, UserError
 from metalearn.types import Estimate, State
@@ -25,7 +25,7 @@ class Rows:
 def with_val_scores(monkeypatch, scores):
     """Validation that returns these means one after the other."""
     means = iter(scores)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: None)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.zeros(4))
     monkeypatch.setattr(loop, "estimate", lambda _: Estimate(next(means), 0.01, 4))
 
 
@@ -99,10 +99,10 @@ def test_clipping():
         clip_norm: float | None = None
 
     gradients = {"a": torch.tensor([3.0, -4.0])}
-    assert loop._clipped(gradients, Settings())[0].tolist() == [3, -4]
-    assert loop._clipped(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
-    torch.testing.assert_close(loop._clipped(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
-    torch.testing.assert_close(loop._clipped(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+    assert training._clipped(gradients, Settings())[0].tolist() == [3, -4]
+    assert training._clipped(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
+    torch.testing.assert_close(training._clipped(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(training._clipped(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):

@@ -46,7 +46,7 @@ class Folder:
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
         """Reads the pictures once, keeps them in the cache, and splits them."""
-        root = data_dir / Path(self.path).expanduser()
+        root = self.files(data_dir)[0]
         containers = self._containers(root)
         settings = ("1", self.image_size, self.colour, files_hash(containers))
         pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
@@ -58,6 +58,10 @@ class Folder:
             standardise=self.standardise,
             device=device,
         )
+
+    def files(self, data_dir: Path) -> list[Path]:
+        """The folder or zip that is read."""
+        return [data_dir / Path(self.path).expanduser()]
 
     def _containers(self, root: Path) -> list[Path]:
         official = root / "cifar-100-python"

@@ -39,6 +39,10 @@ class Glyphs:
 
     target: ClassVar[str] = ImageData.target
 
+    def files(self, data_dir: Path) -> list[Path]:
+        """None are read."""
+        return []
+
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
         """Renders (or takes from the cache) all drawings; reads no files."""
         settings = ("3", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)

@@ -49,7 +49,10 @@ class Omniglot:
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
         """Finds or downloads the two archives (or their folders), decodes them once, and splits them."""
-        parts = [self._find(data_dir, part) for part in _PARTS]
+        parts = [
+            path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
+            for part, path in zip(_PARTS, self.files(data_dir), strict=True)
+        ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
         return ImageData(
@@ -61,13 +64,14 @@ class Omniglot:
             device=device,
         )
 
-    def _find(self, data_dir: Path, part: str) -> Path:
-        folder = data_dir / "omniglot"
-        for place in (folder, data_dir / "omniglot-py", data_dir):  # the second is torchvision's
-            for candidate in (place / part, place / f"{part}.zip"):
-                if candidate.exists():
-                    return candidate
-        return fetch(f"{self.url}/{part}.zip", folder, self.md5[part])
+    def files(self, data_dir: Path) -> list[Path]:
+        """The two archives or folders that are read, or where they would be downloaded to."""
+        places = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]  # the second is torchvision's
+        found = []
+        for part in _PARTS:
+            candidates = [place / name for place in places for name in (part, f"{part}.zip")]
+            found.append(next((path for path in candidates if path.exists()), places[0] / f"{part}.zip"))
+        return found
 
     def _read(self, parts: list[Path]) -> Pictures:
         drawings: dict[str, list[PictureFile]] = defaultdict(list)

@@ -31,6 +31,10 @@ class Sinusoid:
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise UserError(f"dataset.{name}={list(bounds)} should be [low, high] with low <= high")
 
+    def files(self, data_dir: Path) -> list[Path]:
+        """None are read."""
+        return []
+
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "SinusoidData":
         """Needs no files."""
         return SinusoidData(self, device)

@@ -29,11 +29,12 @@ _CPU_CHUNK_ELEMENTS = 1 << 18
 
 
 class Step(NamedTuple):
-    """What one meta-step needs: mean over tasks of the gradients, the logs and the statistics."""
+    """What one meta-step needs: mean over tasks of the gradients, the logs and the statistics; the loss of each task [T]."""
 
     gradients: Params
     logs: Params
     statistics: Params
+    losses: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +116,20 @@ class Engine:
     def _step(self, state: State, tasks: Task, progress: Tensor, count: int) -> Step:
         meta = {name: value.detach().requires_grad_() for name, value in state.meta.items()}
         leaves = list(meta.values())
-        total: Step | None = None
+        total: Any = None
+        values: list[Tensor] = []
         for chunk in _split(tasks, self.chunk):
             with self._precision(chunk):
                 losses = self._losses(State(meta, state.fixed), chunk, progress)
             gradients = torch.autograd.grad(losses.value.sum() / count, leaves, materialize_grads=True)
-            part = Step(
+            part = (
                 dict(zip(meta, gradients, strict=True)),
                 _sum_over_tasks(losses.logs, count),
                 _sum_over_tasks(losses.statistics, count),
             )
             total = part if total is None else pytree.tree_map(torch.add, total, part)
-        assert total is not None
-        return total
+            values.append(losses.logs["loss"].detach())
+        return Step(total[0], total[1], total[2], torch.cat(values))
 
     def _precision(self, tasks: Task) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(tasks.key.device.type, torch.bfloat16, enabled=self.precision == "bf16")

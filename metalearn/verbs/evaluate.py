@@ -226,7 +226,7 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     csv.write_text("\n".join(lines) + "\n")
     shape = [f"{protocol['way']}-way", *([] if curve == "shot" else [f"{protocol['shot']}-shot"])]
     title = f"{asked.name}, {', '.join(shape)}, {protocol['query']} queries, statistics {protocol['statistics']}"
-    points = [(at, found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
+    points = [(float(at), found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
     draw_lines({title: points}, label, f"{asked.split} {score}", png)
     console.print(report.result_table(table))
     for file in (csv, png):

@@ -13,7 +13,7 @@ from metalearn.verbs.train import RESULT_FILE
 
 VERDICT_FILE = "reproduction.json"
 #: What may be chosen without making it another experiment.
-_MAY_CHANGE = ("seed", "device", "data_dir", "cache_dir", "engine", "logger", "checkpoint", "hydra")
+_MAY_CHANGE = ("seed", "device", "data_dir", "cache_dir", "engine", "logger", "checkpoint", "resume", "hydra")
 
 
 def experiments() -> dict[str, str]:

@@ -1,87 +1,200 @@
 """`metalearn train`: one run from data to result, and one table over the runs of a multirun."""
 
+import contextlib
+import dataclasses
 import json
 import shlex
 import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 
-from metalearn import loop, report
-from metalearn.build import build
-from metalearn.config import checked
-from metalearn.errors import UserError
+from metalearn import checkpoint, composition, loop, report
+from metalearn.atomic import replacing
+from metalearn.build import FREE_CHOICES, build
+from metalearn.config import COMPONENTS, EngineConfig, RunConfig, checked, leaves
+from metalearn.errors import RunFailed, UserError
+from metalearn.interrupts import Stopped
+from metalearn.lock import alone_in
 from metalearn.measure import measure
 from metalearn.tracking import Tracker
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 ENGINE_FILE = "engine.json"
-#: What a run of a multirun leaves besides: its overrides, one a line, and why it failed.
-OVERRIDES_FILE = "overrides.txt"
+#: What was asked for: the run's name, its overrides, and its identifier at W&B.
+COMMAND_FILE = "command.json"
+#: Why a run of a multirun failed.
 ERROR_FILE = "error.txt"
+#: Settings in which a run that is gone on with may differ from what it was.
+_MAY_DIFFER = ("resume", "logger", "data_dir", "cache_dir", "checkpoint")
 
 
 def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
-    """One run, from data to `result.json` in `folder`. Returns: the best validation score.
+    """One run, from data to `result.json` in `folder`; with `resume=auto`, what lies there is gone on with, and what is finished
+    is shown again. Returns: the best validation score.
 
     Of several processes (torchrun) this is the leading one's part; the others `follow`.
     Args: name, overrides: what the result says of itself, beside its figures.
-    Raises: UserError before anything is written; RunFailed later.
+    Raises: UserError before anything is written; RunFailed later; Stopped on a signal, once all is saved.
     """
-    start = time.perf_counter()
     settings = checked(config)
+    earlier = _earlier(folder, config, settings)
+    if earlier and (folder / RESULT_FILE).exists():
+        return _shown_again(folder, name, console)
+    if earlier:
+        settings = dataclasses.replace(settings, engine=_as_before(settings.engine, folder))
+    start = time.perf_counter()
     run = build(settings)
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
-    if (folder / CONFIG_FILE).exists():
-        raise UserError(f"{folder} holds a run already; choose another hydra.run.dir, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True))
-    report.write_json(folder / ENGINE_FILE, run.choices)
-    tracker = Tracker(settings, run.score, folder, console)
-    failed = True
+    with alone_in(folder), _explained(folder):
+        if earlier is None and (folder / CONFIG_FILE).exists():
+            raise UserError(f"{folder}: another process has begun a run there; choose another hydra.run.dir")
+        kept = checkpoint.latest(folder / "checkpoints", run.device, _teller(console)) if earlier else None
+        command = note_command(folder, name, overrides)
+        if earlier is None:
+            with replacing(folder / CONFIG_FILE) as stream:
+                stream.write(OmegaConf.to_yaml(config, resolve=True).encode())
+            report.write_json(folder / ENGINE_FILE, run.choices)
+        tracker = Tracker(settings, run.score, folder, console, command["id"], kept["step"] if kept else 0)
+        failed = True
+        try:
+            console.print(
+                f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
+                f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
+            )  # fmt: skip
+            if kept:
+                report.print_line(console, f"going on from step {kept['step']} of {folder}")
+            with tracker.training():
+                fitted = loop.fit(run, tracker, folder, kept)
+            result, _ = measure(run, fitted.state, folder / "test_")
+            result |= {
+                "name": name,
+                "command": shlex.join(["metalearn", "train", *overrides]),
+                "environment": environment,
+                "val": {run.score.name: report.as_dict(fitted.best_val)},
+                "best_step": fitted.best_step,
+                "steps": fitted.steps,
+                "seed": settings.seed,
+                "engine": run.choices,
+                "processes": run.processes.size,
+                "seconds": time.perf_counter() - start + (kept["seconds"] if kept else 0),
+            }
+            table = report.result_table([report.result_row(name, result)])
+            tracker.finish(result, table)
+            report.write_json(folder / RESULT_FILE, result)  # last, for it says that the run is finished
+            failed = False
+        finally:
+            tracker.close(failed)
+    _show(folder, result, table, console)
+    return fitted.best_val.mean
+
+
+def _earlier(folder: Path, config: DictConfig, settings: RunConfig) -> Path | None:
+    """The folder, if a run of this configuration lies there that is to be gone on with.
+
+    Raises: UserError where one lies there that is not to be, or not with this configuration.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        return None
+    finished = (folder / RESULT_FILE).exists()
+    if settings.resume != "auto":
+        does = "shows it again" if finished else "goes on with it"
+        raise UserError(f"{folder} holds a {'finished' if finished else 'stopped'} run; resume=auto {does}, another hydra.run.dir "
+                        "keeps it")  # fmt: skip
+    before, now = (dict(_leaves(node)) for node in (composition.stored(folder), config))
+    for key in sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS):  # what explains most
+        if before.get(key) != now.get(key) and key.partition(".")[0] not in _MAY_DIFFER:
+            raise UserError(
+                f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; go on with it as it was "
+                f"(metalearn resume {folder}), or choose another hydra.run.dir"
+            )
+    return folder
+
+
+def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
+    resolved: Any = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
+    for key in leaves(resolved):
+        yield key, OmegaConf.select(resolved, key)
+
+
+def _as_before(engine: EngineConfig, folder: Path) -> EngineConfig:
+    """Engine settings that repeat what the run's engine chose before it stopped."""
+    path = folder / ENGINE_FILE
+    return dataclasses.replace(engine, **FREE_CHOICES, choices=str(path)) if path.exists() else engine
+
+
+def note_command(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Writes down what was asked for, where that has not been done. Returns: what the file holds."""
+    path = folder / COMMAND_FILE
+    if not path.exists():
+        report.write_json(path, {"name": name, "overrides": overrides, "id": uuid.uuid4().hex[:8]})
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def resume(folder: Path, console: Console) -> None:
+    """Goes on with the stopped run in a folder, or shows the finished one again. Raises: UserError where there is none."""
     try:
-        console.print(
-            f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
-            f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
-        )  # fmt: skip
-        with tracker.training():
-            fitted = loop.fit(run, tracker, folder)
-        result, _ = measure(run, fitted.state, folder / "test_")
-        result |= {
-            "name": name,
-            "command": shlex.join(["metalearn", "train", *overrides]),
-            "environment": environment,
-            "val": {run.score.name: report.as_dict(fitted.best_val)},
-            "best_step": fitted.best_step,
-            "steps": fitted.steps,
-            "seed": settings.seed,
-            "engine": run.choices,
-            "processes": run.processes.size,
-            "seconds": time.perf_counter() - start,
-        }
-        table = report.result_table([report.result_row(name, result)])
-        report.write_json(folder / RESULT_FILE, result)
-        tracker.finish(result, table)
-        failed = False
-    finally:
-        tracker.close(failed)
+        command = json.loads((folder / COMMAND_FILE).read_text())
+        name, overrides = command["name"], command["overrides"]
+    except (OSError, ValueError, KeyError, TypeError):
+        several = any(folder.glob(f"*/{COMMAND_FILE}"))
+        way_out = "give its command again with resume=auto" if several else "name the folder of a training run"
+        raise UserError(
+            f"{folder}: no run to go on with lies there{' but a multirun' if several else ''}; {way_out}"
+        ) from None
+    train(OmegaConf.merge(composition.stored(folder), {"resume": "auto"}), folder, name, overrides, console)  # type: ignore[arg-type]
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    return lambda line: report.print_line(console, line)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """What ends a run in the middle, in a line that says how to go on."""
+    try:
+        yield
+    except Stopped as stopped:
+        raise Stopped(stopped.number, f"{stopped}; metalearn resume {folder} goes on") from None
+    except OSError as error:
+        if error.errno is None:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise RunFailed(f"{what}; what was saved before is whole: mend that, then metalearn resume {folder}") from None
+
+
+def _shown_again(folder: Path, name: str, console: Console) -> float:
+    """The result of a finished run. Returns: its validation score."""
+    result = json.loads((folder / RESULT_FILE).read_text())
+    report.print_line(console, f"{folder} holds this run, finished:")
+    _show(folder, result, report.result_table([report.result_row(name, result)]), console)
+    return float(next(iter(result["val"].values()))["mean"])
+
+
+def _show(folder: Path, result: dict[str, Any], table: Table, console: Console) -> None:
     console.print(table)
     report.print_details(console, result)
     for file in (
         RESULT_FILE,
         "metrics.jsonl",
         "test_scores.csv",
-        *(["test_classes.csv"] if (folder / "test_classes.csv").exists() else []),
+        "test_classes.csv",
         "learning_curve.png",
         "checkpoints/best.pt",
         CONFIG_FILE,
         ENGINE_FILE,
-        *(["profile/summary.md"] if (folder / "profile/summary.md").exists() else []),
+        "profile/summary.md",
     ):
-        report.print_line(console, f"  {folder / file}")
-    return fitted.best_val.mean
+        if (folder / file).exists():
+            report.print_line(console, f"  {folder / file}")
 
 
 def follow(config: DictConfig) -> None:
@@ -94,8 +207,8 @@ def follow(config: DictConfig) -> None:
 def summarise(sweep: Path, console: Console) -> int:
     """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
     rows, failures = [], []
-    folders = sorted((path for path in sweep.iterdir() if (path / OVERRIDES_FILE).exists()), key=_job_number)
-    overrides = {folder: (folder / OVERRIDES_FILE).read_text().splitlines() for folder in folders}
+    folders = sorted((path for path in sweep.iterdir() if (path / COMMAND_FILE).exists()), key=_job_number)
+    overrides = {folder: json.loads((folder / COMMAND_FILE).read_text())["overrides"] for folder in folders}
     common = set.intersection(*(set(words) for words in overrides.values())) if len(folders) > 1 else set()
     for folder in folders:
         name = f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"

@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT: the first ends a run at the next place where it can be saved, the second at once."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_asked: int | None = None
+_deferred = False
+
+
+class Stopped(BaseException):
+    """A signal ended what was going on. No `Exception`, so that nothing takes it for a failed run and goes on."""
+
+    def __init__(self, number: int, line: str = "") -> None:
+        super().__init__(line or f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 143 for SIGTERM, 130 for SIGINT."""
+        return 128 + self.number
+
+
+def listen() -> None:
+    """Makes both signals do what this module says; for the main thread."""
+    for number in _SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+def asked() -> int | None:
+    """The signal that has come since `deferred` began, if any."""
+    return _asked
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, the first signal is only noted, and whoever is inside looks at `asked` where it can stop."""
+    global _deferred
+    before, _deferred = _deferred, True
+    try:
+        yield
+    finally:
+        _deferred = before
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _asked
+    if _asked is not None:
+        os._exit(128 + number)
+    _asked = number
+    if not _deferred:
+        raise Stopped(number)
+    os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: saving; once more to leave at once\n".encode())

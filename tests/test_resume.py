@@ -1,0 +1,338 @@
+"""A run that is stopped and gone on with ends as one that never was; what lies in its folder is never lost."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from metalearn import checkpoint, interrupts, lock
+from metalearn.errors import RunFailed, UserError
+from metalearn.verbs import train as verb
+from tests.conftest import SMALL
+
+_SHORT = [
+    "train.steps=9",
+    "val.every=4",
+    "train.log_every=3",
+    "checkpoint.every=2",
+    "train.meta_batch=2",
+    "train.batch_size=8",
+]
+
+
+class Halted(BaseException):
+    """Stands for a kill."""
+
+
+@pytest.fixture
+def run(compose, tmp_path):
+    """Trains in a folder; returns what is printed."""
+
+    def trained(name, *words):
+        said = io.StringIO()
+        overrides = [*_SHORT, *words]
+        verb.train(compose(*overrides), tmp_path / name, "a run", overrides, Console(file=said, width=300))
+        return said.getvalue()
+
+    return trained
+
+
+@pytest.fixture
+def stopped(run, monkeypatch):
+    """Trains so many steps, then stops: by a signal, or as if the process were killed."""
+
+    def trained(steps, how, name, *words):
+        looks = iter(range(1, 1000))  # training looks for a signal once after each step
+
+        def asked():
+            if next(looks) < steps:
+                return None
+            if how == "killed":
+                raise Halted
+            return signal.SIGTERM
+
+        monkeypatch.setattr(interrupts, "asked", asked)
+        with pytest.raises((interrupts.Stopped, Halted)):
+            run(name, *words)
+        monkeypatch.undo()
+
+    return trained
+
+
+def left(folder):
+    """All that a run leaves, but for timings and for where and how often it ran."""
+    device = torch.device("cpu")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    return {
+        "rows": [{name: value for name, value in row.items() if name != "tasks_per_second"} for row in rows],
+        "result": {n: v for n, v in result.items() if n not in ("seconds", "environment", "command")},
+        "scores": (folder / "test_scores.csv").read_text(),
+        **{
+            name: {k: v for k, v in checkpoint.load(folder / "checkpoints" / name, device).items() if k != "seconds"}
+            for name in ("best.pt", "last.pt")
+        },
+    }
+
+
+def assert_same(found, expected):
+    """Equal trees, tensors bit for bit."""
+    assert type(found) is type(expected)
+    if isinstance(found, torch.Tensor):
+        assert torch.equal(found, expected)
+    elif isinstance(found, dict):
+        assert found.keys() == expected.keys()
+        for key in found:
+            assert_same(found[key], expected[key])
+    elif isinstance(found, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("how", ["signal", "killed"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["algo=maml", "train.schedule=cosine"],
+        pytest.param(["algo=reptile"], marks=pytest.mark.slow),
+        pytest.param(["algo=protonet", "train.patience=2"], marks=pytest.mark.slow),
+        pytest.param(["algo=baseline"], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_stopped_run_ends_as_one_that_never_was(words, how, run, stopped, tmp_path):
+    run("whole", *words)
+    for steps in (3, 3, 2):
+        stopped(steps, how, "stopped", *words, "resume=auto")
+    assert "going on from step" in run("stopped", *words, "resume=auto")
+    assert_same(left(tmp_path / "stopped"), left(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_shown_again(run, tmp_path):
+    first = run("x", "algo=protonet", "resume=auto")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    again = run("x", "algo=protonet", "resume=auto")
+    assert "finished" in again and "accuracy" in first and again.splitlines()[-3:] == first.splitlines()[-3:]
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"finished run; resume=auto"):
+        run("x", "algo=protonet")
+
+
+def test_another_configuration_is_named(run, stopped, tmp_path):
+    stopped(4, "killed", "x", "algo=protonet")
+    with pytest.raises(UserError, match=r"train\.lr=0\.001, not 0\.5"):
+        run("x", "algo=protonet", "train.lr=0.5", "resume=auto")
+    with pytest.raises(UserError, match=r"algo\._target_=.*ProtoNet, not .*MAML"):
+        run("x", "algo=maml", "resume=auto")
+    with pytest.raises(UserError, match=r"stopped run; resume=auto"):
+        run("x", "algo=protonet")
+    run("x", "algo=protonet", "resume=auto", "checkpoint.every=3", "logger=none")  # changes nothing of the result
+
+
+def flipped(content):
+    """One bit of one weight is another."""
+    weight = torch.load(io.BytesIO(content), weights_only=True)["meta"]["net.conv0.weight"].numpy().tobytes()
+    place = content.index(weight)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, tmp_path):
+    run("whole", "algo=protonet")
+    for name, change in {
+        "torn": lambda content: content[: len(content) // 2],
+        "flipped": flipped,
+        "foreign": lambda content: b"not a checkpoint",
+    }.items():
+        stopped(8, "killed", name, "algo=protonet")
+        file = tmp_path / name / "checkpoints/last.pt"
+        file.write_bytes(change(file.read_bytes()))
+        said = run(name, "algo=protonet", "resume=auto")
+        assert "last.pt" in said and "going back to the one before" in said and "going on from step 6" in said
+        assert_same(left(tmp_path / name), left(tmp_path / "whole"))
+    stopped(8, "killed", "none", "algo=protonet")
+    for file in (tmp_path / "none/checkpoints").iterdir():
+        file.write_bytes(b"")
+    assert "going on" not in run("none", "algo=protonet", "resume=auto").replace("going back", "")
+    assert_same(left(tmp_path / "none"), left(tmp_path / "whole"))
+
+
+def test_resume_from_the_folder_alone(run, stopped, tmp_path):
+    stopped(5, "killed", "x", "algo=protonet")
+    verb.resume(tmp_path / "x", Console(file=io.StringIO()))
+    run("whole", "algo=protonet")
+    assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
+    with pytest.raises(UserError, match="no run"):
+        verb.resume(tmp_path / "absent", Console(file=io.StringIO()))
+
+
+def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run, stopped, tmp_path):
+    stopped(5, "killed", "x", "algo=protonet")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"import time, pathlib; from metalearn.lock import alone_in\nwith alone_in(pathlib.Path({str(tmp_path / 'x')!r})):\n print('held', flush=True); time.sleep(60)"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="another process"):
+        run("x", "algo=protonet", "resume=auto")
+    holder.kill()
+    holder.wait()
+    run("x", "algo=protonet", "resume=auto")
+    with lock.alone_in(tmp_path / "x"):
+        pass
+
+
+def started(metalearn_words, cwd, cache_dir):
+    """The command in a process of its own, once it has logged a step."""
+    environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metalearn", *metalearn_words],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (file := cwd / "x/metrics.jsonl").exists() or not file.stat().st_size:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(number, code, cache_dir, tmp_path):
+    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
+    process = started(words, tmp_path, cache_dir)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "saved" in errors and "metalearn resume x" in errors and "Traceback" not in errors
+    step = checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"]
+    assert f"stopped at step {step}" in errors
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(cache_dir, tmp_path):
+    # One validation that takes minutes: the first signal waits for its end.
+    words = [
+        "train",
+        "algo=maml",
+        *SMALL,
+        "train.steps=2",
+        "train.log_every=1",
+        "val.episodes=100000",
+        "hydra.run.dir=x",
+    ]
+    process = started(words, tmp_path, cache_dir)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 143
+
+
+@pytest.mark.slow
+def test_a_multirun_skips_what_is_finished_and_goes_on_with_the_rest(metalearn, tmp_path):
+    words = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
+    assert metalearn(*words).returncode == 0
+    before = (tmp_path / "sweep/0/result.json").read_text()
+    (tmp_path / "sweep/1/result.json").unlink()  # as if it had been killed while it was tested
+    again = metalearn(*words)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("finished") == 2 and "going on from step 2" in again.stdout
+    assert (tmp_path / "sweep/0/result.json").read_text() == before
+    assert (tmp_path / "sweep/1/result.json").exists()
+
+
+def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_path, monkeypatch):
+    from metalearn.algorithms.protonet import ProtoNet
+
+    original = ProtoNet.judged
+
+    def sick_at_step(number):
+        seen = iter(range(1000))
+
+        def judged(self, *arguments):
+            loss = original(self, *arguments)
+            if next(seen) == 2 * (number - 1) + 1:  # the second task of the step
+                nan = loss.value * torch.nan
+                loss = loss._replace(value=nan, logs=loss.logs | {"loss": nan.detach()})
+            return loss
+
+        monkeypatch.setattr(ProtoNet, "judged", judged)
+
+    words = ["algo=protonet", "engine.strategy=loop"]
+    sick_at_step(5)
+    with pytest.raises(RunFailed, match=r"step 5, task 1 of 2, kept in .*step5-task1\.pt.*train\.nonfinite=skip"):
+        run("stop", *words)
+    kept = torch.load(tmp_path / "stop/nonfinite/step5-task1.pt", weights_only=True)
+    assert kept["query"]["x"].shape[1:] == (1, 16, 16)
+    assert checkpoint.load(tmp_path / "stop/checkpoints/last.pt", torch.device("cpu"))["step"] == 4
+
+    sick_at_step(5)
+    said = run("skip", *words, "train.nonfinite=skip")
+    assert "not finite at step 5, task 1" in said and "skipped" in said
+    rows = [json.loads(line) for line in (tmp_path / "skip/metrics.jsonl").read_text().splitlines()]
+    assert [row.get("train.skipped") for row in rows if row["step"] in (3, 6, 9)] == [None, 1, None] or sum(
+        row.get("train.skipped", 0) for row in rows
+    ) == 1
+    last = checkpoint.load(tmp_path / "skip/checkpoints/last.pt", torch.device("cpu"))
+    assert all(value.isfinite().all() for part in ("meta", "fixed") for value in last[part].values())
+
+
+class FlakyWandb:
+    """W&B whose service dies in the middle of a run."""
+
+    def __init__(self, dies):
+        self.rows, self.dies, self.summary, self.url = [], dies, {}, ""
+
+    def log(self, row, step=None):
+        if self.dies and len(self.rows) == 1:
+            raise BrokenPipeError("the service has died")
+        self.rows.append(row)
+
+    def finish(self, exit_code):
+        if self.dies:
+            raise BrokenPipeError("the service has died")
+
+
+def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypatch):
+    runs = []
+
+    def init(mode, **settings):
+        runs.append((mode, FlakyWandb(dies=mode == "online")))
+        return runs[-1][1]
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    said = run("x", "algo=protonet", "logger=wandb")
+    assert "W&B: failed (the service has died); going on offline" in said
+    assert [mode for mode, _ in runs] == ["online", "offline"]
+    assert sum(len(one.rows) for _, one in runs) == 5 + 1  # rows at steps 3, 4, 6, 8, 9, and the result
+    assert (tmp_path / "x/result.json").exists()
+
+
+def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, monkeypatch):
+    original = checkpoint.save
+    saved = []
+
+    def full(path, content, previous=None):
+        saved.append(path.name)
+        if saved.count("last.pt") == 3:
+            raise OSError(28, "No space left on device", str(path))
+        original(path, content, previous)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(RunFailed, match=r"last\.pt: No space left on device; .*metalearn resume"):
+        run("x", "algo=protonet")
+    monkeypatch.setattr(checkpoint, "save", original)
+    assert "going on from step 4" in run("x", "algo=protonet", "resume=auto")
+    run("whole", "algo=protonet")
+    assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
