@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -34,3 +35,14 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
+    """Removes the unfinished files that killed processes have left anywhere below a folder.
+
+    Args: older_than: seconds; younger ones may still be written, unless it is known that nobody writes.
+    """
+    for part in folder.rglob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime >= older_than:
+                part.unlink()

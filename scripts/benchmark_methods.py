@@ -9,7 +9,6 @@ thread each. Without a key, `only=none` writes the tables from what lies in benc
 """
 
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -20,13 +19,13 @@ from typing import Any
 
 import yaml
 from benchmark import same_settings
+from pages import ROOT, fill
 
 from metalearn import composition, report
 from metalearn.figures import draw_lines, shown_interval
 from metalearn.verbs.train import RESULT_FILE
 
-_ROOT = Path(__file__).parent.parent
-_RESULTS = _ROOT / "benchmarks/methods"
+_RESULTS = ROOT / "benchmarks/methods"
 _RUNS = Path("outputs/benchmark/methods")
 #: Points by which a method may be below its published figure without being named.
 _SHORT = 0.01
@@ -121,11 +120,11 @@ def write_tables(definition: dict[str, Any]) -> None:
                 if method in found
             }
             if curves:
-                path = _ROOT / f"docs/figures/{table}_{family}.png"
+                path = ROOT / f"docs/figures/{table}_{family}.png"
                 draw_lines(curves, "meta-training step", "validation accuracy", path)
-    fill(_ROOT / "README.md", "methods: written by scripts/benchmark_methods.py", lines)
+    fill(ROOT / "README.md", "methods: written by scripts/benchmark_methods.py", lines)
     for method, entries in pages.items():
-        page = _ROOT / f"docs/algorithms/{method}.md"
+        page = ROOT / f"docs/algorithms/{method}.md"
         fill(page, "figures", report.markdown_table(entries) if entries else ["No trained figure yet."])
 
 
@@ -137,13 +136,6 @@ def _heading(title: str, results: list[dict[str, Any]]) -> str:
         f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, seed {results[0]['seed']}; "
         f"{'; '.join(sorted(machines))}):"
     )
-
-
-def fill(path: Path, name: str, lines: list[str]) -> None:
-    """Puts lines between the two comments in a page that belong to `name`."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name.partition(':')[0]} -->"
-    text = "\n".join([begin, *lines, end])
-    path.write_text(re.sub(f"{begin}.*{end}", lambda _: text, path.read_text(), flags=re.S))
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_methods import fill, run
+from benchmark_methods import run
+from pages import ROOT, fill
 
 import metalearn
 from metalearn import random, report
 from metalearn.figures import draw_fits, draw_lines, shown_interval
 
-_ROOT = Path(__file__).parent.parent
 _RUNS = Path("outputs/benchmark/sinusoid")
 _METHODS = ("maml", "meta_sgd", "reptile", "finetune")
 _STEPS = (0, 1, 10)
@@ -60,7 +60,7 @@ def fits(folder: Path) -> dict[str, Any]:
 def main() -> None:
     results = {name: run(_RUNS / name, [f"algo={name}", "dataset=sinusoid"], sys.argv[1:]) for name in _METHODS}
     curves = {name: steps_curve(_RUNS / name) for name in _METHODS}
-    report.write_json(_ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves})
+    report.write_json(ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves})
     at = {name: {int(row["steps"]): row for row in rows} for name, rows in curves.items()}
     rows = [
         {
@@ -72,8 +72,8 @@ def main() -> None:
         }
         for name, result in results.items()
     ]  # fmt: skip
-    fill(_ROOT / "docs/results.md", "sinusoid: written by scripts/benchmark_sinusoid.py", report.markdown_table(rows))
-    figures = _ROOT / "docs/figures"
+    fill(ROOT / "docs/results.md", "sinusoid: written by scripts/benchmark_sinusoid.py", report.markdown_table(rows))
+    figures = ROOT / "docs/figures"
     lines = {name: [(row["steps"], row["mean"], row["ci95"]) for row in rows] for name, rows in curves.items()}
     draw_lines(lines, "inner steps", "test mse", figures / "sinusoid_steps.png")
     draw_fits({name: fits(_RUNS / name) for name in _METHODS}, figures / "sinusoid_fits.png")

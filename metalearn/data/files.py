@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.atomic import replacing
+from metalearn.atomic import remove_abandoned, replacing
 from metalearn.data.images import Pictures
 from metalearn.errors import UserError
 
@@ -117,11 +118,12 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
             return Pictures(**torch.load(path, weights_only=True))
         except PermissionError:
             raise UserError(f"{path} cannot be read; choose another cache_dir") from None
-        except Exception:
-            pass  # a torn file of any kind: made again below, and replaced
+        except Exception:  # a torn file of any kind
+            print(f"{path} is damaged; making it again", file=sys.stderr)
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(cache_dir, older_than=3600)
         with replacing(path) as stream:
             torch.save({"images": pictures.images, "counts": pictures.counts, "names": pictures.names}, stream)
     except OSError as error:

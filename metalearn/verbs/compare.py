@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from metalearn import report, stats
+from metalearn import composition, report, stats
 from metalearn.errors import UserError
 from metalearn.figures import draw_comparison, shown, shown_interval
 from metalearn.measure import read_scores
@@ -24,7 +24,7 @@ from metalearn.verbs.train import CONFIG_FILE, ERROR_FILE, RESULT_FILE
 
 #: Settings that make no other method: two runs that differ in these alone are one method, seen twice.
 _NEUTRAL = (
-    "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "train.log_every", "test",
+    "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "resume", "train.log_every", "test",
 )  # fmt: skip
 _SHOWN_SETTINGS = 4
 #: Characters of the console that a column of figures takes, and all that stands left of them.
@@ -80,11 +80,12 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
     runs = sorted({path for folder in folders for path in _runs(folder)})
     if not runs:
         raise UserError(f"{folders[0]}: no finished run ({RESULT_FILE}) there or below")
+    usual = yaml.safe_load((composition.conf_dir() / "base.yaml").read_text())
     measurements: list[Measurement] = []
     unreadable: list[str] = []
     for run in runs:
         try:
-            measurements += _measurements(run)
+            measurements += _measurements(run, usual)
         except UserError as error:
             unreadable.append(str(error))
     if not measurements:
@@ -134,14 +135,14 @@ def _unfinished(folders: list[Path]) -> list[Path]:
     return sorted(folder for folder in started if not (folder / RESULT_FILE).exists())
 
 
-def _measurements(folder: Path) -> Iterator[Measurement]:
+def _measurements(folder: Path, usual: dict[str, Any]) -> Iterator[Measurement]:
     """The run's own test, and its evaluations under other protocols or with other adaptation."""
     try:
         own = json.loads((folder / RESULT_FILE).read_text())
         with (folder / CONFIG_FILE).open() as stream:
             # The C parser, because a multirun may have a thousand of these.
             settings = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        settings = {"reproduction": None} | settings
+        settings = _filled(settings, usual)
         tests = [(own, folder / "test_scores.csv", "")]
         for path in sorted((folder / "evaluations").glob("*.json")):
             found = json.loads(path.read_text())
@@ -167,6 +168,17 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
             )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder} is not a readable run ({type(error).__name__}: {error})") from None
+
+
+def _filled(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, with the usual value of those that are newer than the run."""
+    found = dict(settings)
+    for key, value in usual.items():
+        if isinstance(value, dict) and isinstance(found.get(key), dict):
+            found[key] = _filled(found[key], value)
+        else:
+            found.setdefault(key, value)
+    return found
 
 
 def _leaves(node: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

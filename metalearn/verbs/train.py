@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metalearn import checkpoint, composition, loop, report
-from metalearn.atomic import replacing
+from metalearn.atomic import remove_abandoned, replacing
 from metalearn.build import FREE_CHOICES, build
 from metalearn.config import COMPONENTS, EngineConfig, RunConfig, checked, leaves
 from metalearn.errors import RunFailed, UserError
@@ -54,6 +54,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder), _explained(folder):
+        remove_abandoned(folder)
         if earlier is None and (folder / CONFIG_FILE).exists():
             raise UserError(f"{folder}: another process has begun a run there; choose another hydra.run.dir")
         kept = checkpoint.latest(folder / "checkpoints", run.device, _teller(console)) if earlier else None
