@@ -143,22 +143,23 @@ class RunConfig:
 
 
 COMPONENTS = ("algo", "dataset", "backbone")
+#: Where the classes of each group live, and a method that they all have.
+_HOMES = {"algo": ("algorithms", "adapt"), "dataset": ("data", "open"), "backbone": ("backbones", "embed")}
 
 
 def component(node: Any, where: str) -> Any:
     """The class a group's `_target_` names; only classes of this package may be named."""
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    if not isinstance(target, str) or not re.fullmatch(r"metalearn(\.\w+)+", target):
-        raise UserError(
-            f"{where}._target_={target}: should name a class of this package, like metalearn.….{where.title()}"
-        )
+    home, method = _HOMES[where]
+    if not isinstance(target, str) or not re.fullmatch(rf"metalearn\.{home}\.\w+\.\w+", target):
+        raise UserError(f"{where}._target_={target}: should name a class in metalearn.{home}")
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise UserError(f"{where}._target_={target}: there is no such class") from None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
-        raise UserError(f"{where}._target_={target}: is not a dataclass of settings")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, method)):
+        raise UserError(f"{where}._target_={target}: is no class for {where}")
     return found
 
 
@@ -230,6 +231,8 @@ def _conform(schema: DictConfig, values: DictConfig, where: str, known: list[str
             )
     merged: Any = schema
     for key in map(str, values):  # one at a time, so that an error can say which
+        if OmegaConf.is_missing(values, key):
+            raise UserError(f"{where}{key}: has no value")
         try:
             merged = OmegaConf.merge(merged, {key: values[key]})
         except OmegaConfBaseException as error:

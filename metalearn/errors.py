@@ -6,9 +6,16 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class RunFailed(Exception):
+class _OneLine(Exception):
+    """What it says is one line: characters that would break it, or hide in it, are written as escapes."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+class RunFailed(_OneLine):
     """A run that cannot go on: one line, exit code 1."""
 
 
-class UserError(Exception):
+class UserError(_OneLine):
     """What is wrong, where it was said, what would be right: in one line."""

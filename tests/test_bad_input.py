@@ -18,6 +18,9 @@ MISTAKES = [
     (["train.steps=many"], ["train.steps=many", "a whole number"]),
     (["train.steps=1.5"], ["train.steps=1.5", "a whole number"]),
     (["train.lr=fast"], ["train.lr=fast", "a number"]),
+    (["dataset.rotations=???"], ["dataset.rotations", "no value"]),
+    (["dataset._target_=metalearn.build.Run"], ["dataset._target_=metalearn.build.Run", "metalearn.data"]),
+    (["algo._target_=os.system"], ["algo._target_=os.system", "metalearn.algorithms"]),
     (["train.lr=nan"], ["train.lr=nan", "a number"]),
     (["algo.first_order=perhaps"], ["algo.first_order=perhaps", "true or false"]),
     (["train.steps=-1"], ["train.steps=-1", "at least 0"]),
@@ -105,3 +108,10 @@ def test_combinations_of_a_multirun():
     found = composition.combinations(["algo=maml,protonet", "seed=0,1", "val.every=3"])
     assert sorted(found) == [[f"algo={a}", f"seed={s}", "val.every=3"] for a in ("maml", "protonet") for s in (0, 1)]
     assert composition.combinations(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]
+
+
+@pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])
+def test_what_would_break_a_line_is_escaped(value):
+    with pytest.raises(UserError) as caught:
+        config.checked(composition.composed([f"train.steps={value}"]))
+    assert str(caught.value).isprintable()
