@@ -24,22 +24,25 @@ from metalearn.figures import draw_fits, draw_lines, shown_interval
 _RUNS = Path("outputs/benchmark/sinusoid")
 _METHODS = ("maml", "meta_sgd", "reptile", "finetune")
 _STEPS = (0, 1, 10)
+#: A mean squared error several times that of predicting zero.
+_DIVERGED = 20.0
 _AMPLITUDE, _PHASE = 3.0, 1.0
 #: Where the ten support points of a fitted curve lie.
 _RANGES = {"points anywhere": (-5.0, 5.0), "points in one half": (0.0, 5.0)}
 
 
 def steps_curve(folder: Path) -> list[dict[str, float]]:
-    """Test error after each number of inner steps: steps, mean, ci95, episodes."""
+    """Test error after each number of inner steps, as far as it does not diverge: steps, mean, ci95, episodes."""
     command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=steps"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with next((folder / "evaluations").glob("*_steps_curve.csv")).open() as file:
-        return [
+        rows = [
             {name: float(row[name]) for name in ("steps", "mean", "ci95", "episodes")} for row in csv.DictReader(file)
         ]
+    return [row for row in rows if row["mean"] < _DIVERGED]
 
 
-def fits(folder: Path) -> dict[str, Any]:
+def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
     """What a method makes of ten points of one sinusoid: for each range of points, the curve after each number of steps."""
     model = metalearn.load(folder)
     grid = torch.linspace(-5, 5, 201)[:, None]
@@ -51,10 +54,14 @@ def fits(folder: Path) -> dict[str, Any]:
             "points": (x.flatten().tolist(), y.flatten().tolist()),
             "truth": (grid.flatten().tolist(), (_AMPLITUDE * torch.sin(grid - _PHASE)).flatten().tolist()),
             "curves": {
-                f"{steps} steps": model.adapt(x, y, steps=steps).predict(grid).flatten().tolist() for steps in _STEPS
+                f"{number} steps": model.adapt(x, y, steps=number).predict(grid).flatten().tolist() for number in steps
             },
         }
     return found
+
+
+def _figure(row: dict[str, float] | None) -> str:
+    return shown_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
 
 
 def main() -> None:
@@ -65,7 +72,7 @@ def main() -> None:
     rows = [
         {
             "`algo=`": f"`{name}`",
-            **{f"{steps} steps": shown_interval("mse", at[name][steps]["mean"], at[name][steps]["ci95"]) for steps in (0, 1, 5, 10)},
+            **{f"{steps} steps": _figure(at[name].get(steps)) for steps in (0, 1, 5, 10)},
             "training steps": result["steps"],
             "minutes": f"{result['seconds'] / 60:.1f}",
             "commit": result["environment"]["commit"],
@@ -76,7 +83,8 @@ def main() -> None:
     figures = ROOT / "docs/figures"
     lines = {name: [(row["steps"], row["mean"], row["ci95"]) for row in rows] for name, rows in curves.items()}
     draw_lines(lines, "inner steps", "test mse", figures / "sinusoid_steps.png")
-    draw_fits({name: fits(_RUNS / name) for name in _METHODS}, figures / "sinusoid_fits.png")
+    fitted = {name: fits(_RUNS / name, [steps for steps in _STEPS if steps in at[name]]) for name in _METHODS}
+    draw_fits(fitted, figures / "sinusoid_fits.png")
     print(json.dumps({name: result["test"] for name, result in results.items()}, indent=1))
 
 

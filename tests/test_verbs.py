@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from metalearn import cli, config
+from metalearn import cli, composition, config
 from metalearn.errors import RunFailed, UserError
 from metalearn.measure import read_scores
 from metalearn.stats import estimate, paired_difference
@@ -157,6 +157,16 @@ def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
 
 
 @pytest.mark.slow
+def test_a_curve_over_steps_ends_where_predictions_are_no_longer_finite(console, tmp_path):
+    words = ["algo=maml", "dataset=sinusoid", "algo.inner_lr=1e3", "algo.test_inner_steps=0", "train.steps=0"]
+    small = ["val.episodes=4", "test.episodes=4", "logger=none"]
+    train(composition.composed([*words, *small]), tmp_path / "wild", "wild", words, console)
+    evaluate(tmp_path / "wild", [], "test", "steps", console)
+    rows = next((tmp_path / "wild/evaluations").glob("*_steps_curve.csv")).read_text().splitlines()[1:]
+    assert 1 <= len(rows) < 11
+    assert "no longer finite" in console.export_text()
+
+
 def test_curves(run, console):
     folder = run("a", "algo=maml")
     result = json.loads((folder / "result.json").read_text())

@@ -14,7 +14,7 @@ from torch import Tensor
 from metalearn import composition, config, report, stats
 from metalearn.build import FREE_CHOICES, Run, build, device_of, normalises
 from metalearn.config import RunConfig, checked
-from metalearn.errors import UserError
+from metalearn.errors import RunFailed, UserError
 from metalearn.figures import draw_lines, shown_interval
 from metalearn.measure import measure, trained_state
 from metalearn.verbs.train import ENGINE_FILE, RESULT_FILE
@@ -207,9 +207,17 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     state = trained_state(run, asked.folder.parent)
     protocol, score = run.protocol, run.score.name
     csv, png = (asked.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png"))
-    results = {}
+    results: dict[int, dict[str, Any]] = {}
+    ends = ""
     if curve == "steps":
-        results = {steps: measure(run, state, steps=steps)[0] for steps in _STEPS}
+        for steps in _STEPS:
+            try:
+                results[steps] = measure(run, state, steps=steps)[0]
+            except RunFailed:
+                if not results:
+                    raise
+                ends = f"  with {steps} inner steps predictions are no longer finite, so the curve ends before"
+                break
     else:
         for shot in _SHOTS:
             try:
@@ -229,5 +237,7 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     points = [(float(at), found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
     draw_lines({title: points}, label, f"{asked.split} {score}", png)
     console.print(report.result_table(table))
+    if ends:
+        report.print_line(console, ends)
     for file in (csv, png):
         report.print_line(console, f"  {file}")
