@@ -91,6 +91,10 @@ class Tracker:
         except Exception as error:  # whatever W&B raises, it is no reason to lose a run
             self.note(f"W&B: failed ({first_line(error)}); going on offline")
             try:
+                import wandb
+
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # or else it complains at exit of a service that has died
                 self._wandb = self._start_wandb("offline")
                 send(self._wandb)
             except Exception as again:
