@@ -202,14 +202,14 @@ def two_processes(place: Place) -> tuple[str, str]:
 
 
 def killed_preparation(place: Place) -> tuple[str, str]:
-    words = ("train", "algo=protonet", "dataset=glyphs", "dataset.num_classes=1200", "dataset.image_size=84", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
+    words = ("train", "algo=protonet", "dataset=glyphs", "dataset.num_classes=1200", "dataset.image_size=28", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
     process = place.start(*words)
     while not list((place.folder / "cache").glob(".*.part")) and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
     left = [path.name for path in (place.folder / "cache").iterdir()]
-    code, line = place.train("dataset.num_classes=1200", "dataset.image_size=84", "backbone.filters=4", steps=1)
+    code, line = place.train("dataset.num_classes=1200", "dataset.image_size=28", steps=1)
     whole = "prepared anew, the run finished" if code == 0 else f"exit code {code}, {line}"
     return "(killed)", f"left {len(left)} unfinished file, no cache; {whole}"
 

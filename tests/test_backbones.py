@@ -164,7 +164,7 @@ def torchvision_weights(tmp_path):
     return net, path
 
 
-@pytest.mark.parametrize("size", [32, 84])
+@pytest.mark.parametrize("size", [32, pytest.param(84, marks=pytest.mark.slow)])
 def test_resnet18_is_torchvisions(torchvision_weights, size):
     theirs, path = torchvision_weights
     ours = ResNet18(weights=str(path), frozen=False, eps=1e-5)
@@ -269,7 +269,7 @@ def test_drop_block_drops_squares():
     assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, random.key_of(0)).isnan().any()
 
 
-@pytest.mark.parametrize("algo", ["protonet", "maml"])
+@pytest.mark.parametrize("algo", ["protonet", pytest.param("maml", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backbone", ["r2d2_conv", "resnet12"])
 def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make_run):
     noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import loop, random
+from metalearn import , random, training
 from metalearn.algorithms.geometry import class_means, squared_distance
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.protonet import ProtoNet
@@ -100,7 +100,7 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         torch.testing.assert_close(step.gradients["head.weight"], (state.meta["head.weight"] - weight).detach())
         torch.testing.assert_close(step.gradients["head.bias"], (state.meta["head.bias"] - bias).detach())
         meta = {name: value - step.gradients[name] for name, value in state.meta.items()}
-        loop.fold(state.fixed, step.statistics, 0.25)
+        training.fold(state.fixed, step.statistics, 0.25)
         state = State(meta, state.fixed)
 
 

@@ -99,7 +99,7 @@ def assert_same(found, expected):
         assert found == expected
 
 
-@pytest.mark.parametrize("how", ["signal", "killed"])
+@pytest.mark.parametrize("how", ["signal", pytest.param("killed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "words",
     [
@@ -118,6 +118,7 @@ def test_a_stopped_run_ends_as_one_that_never_was(words, how, run, stopped, tmp_
     assert_same(left(tmp_path / "stopped"), left(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_again(run, tmp_path):
     first = run("x", "algo=protonet", "resume=auto")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
@@ -146,6 +147,7 @@ def flipped(content):
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, tmp_path):
     run("whole", "algo=protonet")
     for name, change in {
@@ -166,6 +168,7 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, t
     assert_same(left(tmp_path / "none"), left(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_resume_from_the_folder_alone(run, stopped, tmp_path):
     stopped(5, "killed", "x", "algo=protonet")
     verb.resume(tmp_path / "x", Console(file=io.StringIO()))
@@ -175,6 +178,7 @@ def test_resume_from_the_folder_alone(run, stopped, tmp_path):
         verb.resume(tmp_path / "absent", Console(file=io.StringIO()))
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run, stopped, tmp_path):
     stopped(5, "killed", "x", "algo=protonet")
     holder = subprocess.Popen(
@@ -319,6 +323,7 @@ def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypat
     assert (tmp_path / "x/result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, monkeypatch):
     original = checkpoint.save
     saved = []
