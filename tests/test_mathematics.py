@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import , random, training
+from metalearn import random, training
 from metalearn.algorithms.geometry import class_means, squared_distance
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.protonet import ProtoNet
