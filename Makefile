@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-speed benchmark-intervals wheel clean
+.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
 
 help:  ## this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -56,6 +56,20 @@ benchmark-intervals: setup  ## that the 95% interval covers the truth in 95% of 
 
 benchmark-speed: setup  ## training speed against a plain loop over tasks, and what it rests on, into benchmarks/
 	python scripts/benchmark_speed.py
+
+bench-kills: setup  ## 100 random kills with resume, compared bit for bit, into docs/reliability.md
+	python scripts/bench_kills.py
+
+bench-fuzz: setup  ## 10,000 random command lines and 300 processes, into docs/reliability.md
+	python scripts/bench_fuzz.py
+
+bench-faults: setup  ## full disks, killed processes, lying downloads and more, into docs/reliability.md (as root, on Linux)
+	python scripts/bench_faults.py
+
+bench-long: setup  ## memory over 10,000 steps, a thousand runs compared, into docs/reliability.md
+	python scripts/bench_long.py
+
+bench-reliability: bench-kills bench-fuzz bench-faults bench-long  ## all four
 
 wheel: setup  ## a wheel in dist/
 	$(BIN)/uv build --quiet --wheel
