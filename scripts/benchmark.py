@@ -3,7 +3,7 @@
 python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
 
 Each lies in outputs/benchmark/<budget>/<experiment>-seed<seed>/; a run that is done under the same settings is skipped, one
-that was cut off is made again. Result files go to benchmarks/results/, and README's tables are written from them.
+that was cut off is made again. Result files go to benchmarks/results/, and the tables of docs/results.md are written from them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Collects finished runs into benchmarks/results/ and writes README's results tables from what lies there.
+"""Collects finished runs into benchmarks/results/ and writes the tables of docs/results.md from what lies there.
 
 python scripts/results.py outputs/maml-omniglot/<time> …       collect these runs, then write the tables
 python scripts/results.py --measured outputs/benchmark/quick/* …    besides, what recipes are held against from now on
@@ -7,17 +7,16 @@ python scripts/results.py                                      only write the ta
 
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from pages import ROOT, fill
+
 from metalearn import composition, config, report
 from metalearn.figures import shown_interval
 
-_ROOT = Path(__file__).parent.parent
-_RESULTS = _ROOT / "benchmarks/results"
-_BEGIN, _END = "<!-- results: written by scripts/results.py -->", "<!-- end of results -->"
+_RESULTS = ROOT / "benchmarks/results"
 _BUDGETS = ("smoke", "quick", "paper")
 
 
@@ -165,26 +164,21 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def write_tables() -> list[str]:
-    """Writes both tables into README. Returns: the one of the recipes."""
+    """Writes both tables into docs/results.md. Returns: the one of the recipes."""
     runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
     reproduced = recipes([run for run in runs if "reproduction" in run])
     own = plain([run for run in runs if "reproduction" not in run])
-    text = "\n".join(
-        [
-            _BEGIN,
-            "Recipes of published figures, under the published protocol, at the largest budget they were run with",
-            "(`metalearn reproduce <experiment> budget=…`):",
-            "",
-            *reproduced,
-            "",
-            "Plain commands, whose settings suit a CPU, tested under several protocols:",
-            "",
-            *own,
-            _END,
-        ]
-    )
-    readme = _ROOT / "README.md"
-    readme.write_text(re.sub(f"{_BEGIN}.*{_END}", lambda _: text, readme.read_text(), flags=re.S))
+    lines = [
+        "Recipes of published figures, under the published protocol, at the largest budget they were run with",
+        "(`metalearn reproduce <experiment> budget=…`):",
+        "",
+        *reproduced,
+        "",
+        "Plain commands, whose settings suit a CPU, tested under several protocols:",
+        "",
+        *own,
+    ]
+    fill(ROOT / "docs/results.md", "results: written by scripts/results.py", lines)
     return reproduced
 
 
