@@ -125,12 +125,7 @@ class Backbone(Protocol):
         """Number of features of one embedding."""
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, *X] -> z [B, D] and, if `collect`, the normalisation statistics of this batch.
 

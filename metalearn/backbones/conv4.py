@@ -61,12 +61,7 @@ class Conv4:
         return self.filters * (height * width if self.output == "flatten" else 1)
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
         activation = ACTIVATIONS[self.activation]

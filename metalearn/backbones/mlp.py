@@ -43,12 +43,7 @@ class MLP:
         return self.hidden[-1] if self.hidden else math.prod(input_shape)
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, *X] -> z [B, D]; see `metalearn.types.Backbone`."""
         x = x.flatten(1)

@@ -49,12 +49,7 @@ class R2D2Conv:
         return sum(filters * place for filters, place in zip(self.filters[-_NOISY:], places[-_NOISY:], strict=True))
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
         conv_norm = ConvNorm(params, given, collect, self.eps, self.kernels)

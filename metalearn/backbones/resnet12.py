@@ -57,12 +57,7 @@ class ResNet12:
         return self.filters[-1] * (height * width if self.output == "flatten" else 1)
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
         conv_norm = ConvNorm(params, given, collect, self.eps, self.kernels)

@@ -101,12 +101,7 @@ class ResNet18:
         return _FILTERS[-1]
 
     def embed(
-        self,
-        params: Params,
-        x: Tensor,
-        given: Params | None = None,
-        collect: bool = False,
-        key: Tensor | None = None,
+        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, 1 or 3, H, W] -> z [B, 512]; see `metalearn.types.Backbone`."""
         if self.frozen:
