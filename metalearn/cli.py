@@ -99,6 +99,11 @@ def _list(words: list[str]) -> int:
 
 
 def _completion(words: list[str]) -> int:
+    import re
+
+    asked = next((word for word in words if not word.startswith("-") and word != "train"), "")
+    if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", asked):
+        raise UserError(f"-sc {asked}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)")
     # Hydra completes the words after the program's name; the verb is ours.
     words = [word for word in words if word != "train"]
     line = os.environ.get("COMP_LINE", "")

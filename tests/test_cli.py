@@ -199,3 +199,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("words", [["-sc"], ["-sc", "install=basch"], ["train", "-sc", "seed=1"]])
+def test_a_mistaken_completion_is_one_line(metalearn, words):
+    done = metalearn(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("metalearn: -sc") and done.stderr.count("\n") == 1
