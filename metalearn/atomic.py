@@ -32,7 +32,8 @@ def _sync_folder(folder: Path) -> None:
     """Puts names on disk too: without it a rename may be undone by a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with contextlib.suppress(OSError):  # some file systems have it for files alone
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -59,7 +59,8 @@ class Run:
     def choices(self) -> dict[str, Any]:
         """What the engine chose: `engine.json`, with which another run computes just as this one."""
         engines = {"train": self.train_engine.choices, "test": self.test_engine.choices}
-        return {"device": self.device.type, "threads": torch.get_num_threads(), **engines}
+        where = {"device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.size}
+        return {**where, **engines}
 
 
 def check(settings: RunConfig) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: tensors and plain data only, each with a checksum, written so that one is always whole."""
 
 import hashlib
-import pickle
+import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from metalearn.atomic import replacing
 from metalearn.errors import UserError
 
 BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
+
+
+class Damaged(UserError):
+    """A checkpoint that is torn, foreign, or not what its checksum says."""
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -31,25 +36,38 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     Raises: UserError for a file that is missing, torn, foreign, or not what its checksum says.
     """
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(found, dict) or not {"meta", "fixed"} <= found.keys():
-        raise UserError(f"{path} is no checkpoint of metalearn")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
+        raise Damaged(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("meta", "fixed")):
+        raise Damaged(f"{path} is no checkpoint of metalearn")
     checksum = found.pop("checksum", None)
     if checksum is not None and checksum != _checksum(found):  # runs of early versions have none
-        raise UserError(f"{path} is damaged: its content is not what its checksum says")
+        raise Damaged(f"{path} is damaged: its content is not what its checksum says")
     return found
 
 
-def latest(folder: Path, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """The last checkpoint of a run that can be read, or None; `tell` gets a line for each that is there and cannot."""
+def latest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """The last whole checkpoint of a run, on the CPU; None where there has been none.
+
+    A damaged one goes out of the way, to `damaged-….pt`, and `tell` gets a line.
+    Raises: UserError where there are some and none is whole, or where one cannot be read just now.
+    """
+    damaged = None
     for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:
-                return load(folder / name, device)
-            except UserError as error:
+                return load(folder / name, torch.device("cpu"))
+            except Damaged as error:
+                damaged = error
+                os.replace(folder / name, folder / f"damaged-{name}")
                 tell(f"{error}; going back to the one before")
+    if damaged or any(folder.glob("damaged-*.pt")):
+        raise UserError(f"{folder}: no checkpoint there is whole; to begin afresh, remove the run's folder")
     return None
 
 

@@ -179,9 +179,10 @@ def _follow(overrides: list[str]) -> NoReturn:
     from metalearn.verbs.train import RESULT_FILE, follow
 
     config = composition.composed(overrides, with_hydra=True)
-    finished = config.resume == "auto" and (Path(config.hydra.run.dir) / RESULT_FILE).exists()
+    folder = Path(config.hydra.run.dir)
+    finished = config.resume == "auto" and (folder / RESULT_FILE).exists()
     if not finished:
-        follow(composition.composed(overrides))
+        follow(composition.composed(overrides), folder)
     _leave_siblings(0)
     sys.exit(0)
 
@@ -373,6 +374,8 @@ def _resume(words: list[str]) -> int:
         return 0 if words else 2
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError(f"resume {words[-1]}: resume takes one folder, that of a run")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("resume: with torchrun, give the run's own command again with hydra.run.dir=… and resume=auto")
     from metalearn import report
     from metalearn.verbs.train import resume
 

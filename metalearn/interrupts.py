@@ -4,11 +4,15 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+#: Signals this close to the first come from the same sender, as when a launcher forwards what all processes get.
+_SAME_SECONDS = 0.5
 _asked: int | None = None
+_asked_at = 0.0
 _deferred = False
 
 
@@ -48,10 +52,12 @@ def deferred() -> Iterator[None]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _asked
+    global _asked, _asked_at
     if _asked is not None:
-        os._exit(128 + number)
-    _asked = number
+        if time.monotonic() - _asked_at > _SAME_SECONDS:
+            os._exit(128 + number)
+        return
+    _asked, _asked_at = number, time.monotonic()
     if not _deferred:
         raise Stopped(number)
     os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: saving; once more to leave at once\n".encode())

@@ -19,6 +19,8 @@ from metalearn.stats import estimate
 from metalearn.training import Training
 from metalearn.types import Estimate, State, Task
 
+#: Steps in a row that are not finite, after which skipping them leads nowhere.
+_SKIPPED_IN_A_ROW = 100
 #: Tasks with a loss that is not finite that are kept in a run folder at most.
 _KEPT_TASKS = 10
 
@@ -94,10 +96,12 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
             if run.processes.leading and _keep(run.train.draw(step * settings.meta_batch + task, 1), file):
                 where += f", kept in {file}"
         line = f"the loss or its gradient is not finite at {where}"
-        if settings.nonfinite == "skip" and skipped < training.meter.steps:
+        if settings.nonfinite == "skip" and training.meter.in_a_row() < _SKIPPED_IN_A_ROW:
             tracker.note(f"{line}: skipped")
         elif settings.nonfinite == "skip":
-            raise RunFailed(f"{line}, nor at any of the {skipped} steps since; lower train.lr or the inner rate")
+            raise RunFailed(
+                f"{line}, and {training.meter.in_a_row()} steps in a row were not; lower train.lr or the inner rate"
+            )
         else:
             raise RunFailed(
                 f"{line}; lower train.lr or the inner rate, or leave such steps out with train.nonfinite=skip"
@@ -111,9 +115,9 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
             save_best()
         return {f"val.{run.score.name}": estimate_now.mean, f"val.{run.score.name}_ci95": estimate_now.ci95}
 
-    def stop_if_asked() -> None:
+    def stop_if_asked(last: bool = False) -> None:
         # Several processes must stop at the same step, and agree on it when they wait for each other anyway.
-        if run.processes.size > 1 and training.step % settings.log_every:
+        if run.processes.size > 1 and training.step % settings.log_every and not last:
             return
         if run.processes.any(interrupts.asked() is not None):
             save_last()
@@ -122,7 +126,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
     if kept is not None and training.best is not None:
         save_best()  # what is there may be of a later step, or damaged
     with interrupts.deferred():
-        if settings.steps == 0:
+        if settings.steps == 0 and training.best is None:
             tracker.log({"step": 0, **validate()})
         while training.step < settings.steps and not _patience_is_over(training, settings):
             if profile:
@@ -144,6 +148,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
                 save_last()
             stop_if_asked()
         save_last()
+        stop_if_asked(last=True)
     assert training.best is not None
     best = training.best
     return Fitted(best.state, best.estimate, best.step, training.step)

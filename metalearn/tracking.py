@@ -72,6 +72,7 @@ class Tracker:
         """One row of figures: into the file at once, to W&B, and onto the console."""
         self.rows.append(row)
         self._stream.write(_as_line(row))
+        os.fsync(self._stream.fileno())  # a checkpoint must not outlive the rows before it
         self._to_wandb(lambda run: run.log({key: row[key] for key in row if key != "step"}, step=row["step"]))
         line = self._line(row)
         if self._progress is not None:
@@ -108,7 +109,9 @@ class Tracker:
     def _line(self, row: dict[str, Any]) -> str:
         parts = []
         if "tasks_per_second" in row:
-            parts += [f"{row['tasks_per_second']:.0f} tasks/s", f"loss {row['train.loss']:.4f}"]
+            parts.append(f"{row['tasks_per_second']:.0f} tasks/s")
+        if "train.loss" in row:
+            parts.append(f"loss {row['train.loss']:.4f}")
             if self.score == "accuracy":
                 parts.append(f"train {shown(self.score, row['train.accuracy'])}")
         if (value := row.get(f"val.{self.score}")) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils import _pytree as pytree
 
 from metalearn.build import Run
 from metalearn.errors import UserError
@@ -45,7 +46,7 @@ class Training:
 
     def meta_step(self) -> None:
         """One step on the device, without a look at any value. A step whose loss or gradient is not finite changes nothing but
-        the optimiser's moments: its gradient counts as zero.
+        what the optimiser does with a gradient of zero.
         """
         run, settings, fixed = self._run, self._settings, self.state.fixed
         progress = self._steps_done.to(torch.float32) / settings.steps
@@ -55,7 +56,9 @@ class Training:
             step = run.train_engine.step(self.state, tasks, progress, settings.meta_batch)
             gradients, logs, statistics = run.processes.summed(step[:3])
         with record_function("optimiser"):
-            finite = torch.stack([value.isfinite().all() for value in [*gradients.values(), *logs.values()]]).all()
+            finite = torch.stack(
+                [value.isfinite().all() for value in pytree.tree_leaves((gradients, logs, statistics))]
+            ).all()
             for leaf, gradient in zip(self._leaves, _clipped(gradients, settings), strict=True):
                 leaf.grad = torch.where(finite, gradient, torch.zeros_like(gradient))
             self._optimiser.step()
@@ -102,22 +105,42 @@ class Training:
             "fixed": state.fixed,
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
+            "content_hash": self._run.content_hash,
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Becomes what `kept` gave. Raises: UserError where that is of another run or version."""
+        """Becomes what `kept` gave, wherever its tensors lie. Raises: UserError where that is of other data or another version."""
+        device = self._run.device
         try:
+            if kept["content_hash"] != self._run.content_hash:
+                raise UserError(
+                    "the data are others than when the run was stopped; bring those back, or begin another run"
+                )
             for part, found in zip(self.state, (kept["meta"], kept["fixed"]), strict=True):
                 if {name: value.shape for name, value in part.items()} != {n: v.shape for n, v in found.items()}:
                     raise UserError("the checkpoint's weights are not those of this configuration")
                 for name, value in part.items():
                     value.copy_(found[name])
+            own: list[dict[str, Any]] = [
+                {name: group[name] for name in ("lr", "capturable", "fused") if name in group}
+                for group in self._optimiser.param_groups
+            ]
             self._optimiser.load_state_dict(kept["optimiser"])
+            for group, usual, found in zip(
+                self._optimiser.param_groups, own, kept["optimiser"]["param_groups"], strict=True
+            ):
+                group.update(usual)  # a rate on the device stays the tensor that it is
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(float(found["lr"]))
+                else:
+                    group["lr"] = float(found["lr"])
             self._schedule.last_epoch = kept["schedule"]["last_epoch"]
             self.meter.restore(kept["meter"])
             best = kept["best"]
             if best is not None:
-                state = State(best["meta"], best["fixed"])
+                state = State(
+                    *({name: value.to(device) for name, value in best[part].items()} for part in ("meta", "fixed"))
+                )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
             self.step, self._seconds_before = kept["step"], kept["seconds"]
         except (KeyError, TypeError, ValueError) as error:
@@ -138,6 +161,7 @@ class Meter:
         self._sums: Params = {}
         self.steps = self._tasks = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)  # step and task, from 0
         self.restart_clock()
 
@@ -157,6 +181,7 @@ class Meter:
         new = ~finite & (self._skipped == 0)
         self._first_skipped.copy_(torch.where(new, torch.stack([step, task]), self._first_skipped))
         self._skipped.add_((~finite).to(torch.int64))
+        self._in_a_row.copy_(torch.where(finite, 0, self._in_a_row + 1))
 
     def count(self, tasks: int) -> None:
         """A step with so many tasks is done."""
@@ -171,10 +196,15 @@ class Meter:
         step, task = self._first_skipped.tolist()
         return int(self._skipped), step, task if task >= 0 else None
 
+    def in_a_row(self) -> int:
+        """How many steps up to now were not finite, one after the other."""
+        return int(self._in_a_row)
+
     def read(self) -> dict[str, float]:
         """The figures of a row; then all begins anew."""
         skipped = int(self._skipped)
-        row = {f"train.{name}": value.item() / max(1, self.steps - skipped) for name, value in self._sums.items()}
+        counted = self.steps - skipped
+        row = {f"train.{name}": value.item() / counted for name, value in self._sums.items()} if counted else {}
         if skipped:
             row["train.skipped"] = skipped
         for value in (*self._sums.values(), self._skipped):
@@ -191,13 +221,15 @@ class Meter:
             "tasks": self._tasks,
             "skipped": self._skipped,
             "first_skipped": self._first_skipped,
+            "in_a_row": self._in_a_row,
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
-        self._sums = dict(kept["sums"])
+        self._sums = {name: value.to(self._skipped.device) for name, value in kept["sums"].items()}
         self.steps, self._tasks = kept["steps"], kept["tasks"]
         self._skipped.copy_(kept["skipped"])
         self._first_skipped.copy_(kept["first_skipped"])
+        self._in_a_row.copy_(kept["in_a_row"])
 
 
 def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

@@ -69,7 +69,7 @@ class Place:
 
     def kept(self) -> str:
         """The checkpoint that can be gone on from."""
-        found = checkpoint.latest(self.run / "checkpoints", torch.device("cpu"), lambda line: None)
+        found = checkpoint.latest(self.run / "checkpoints", lambda line: None)
         return f"whole checkpoint of step {found['step']}" if found else "no checkpoint"
 
     def goes_on(self, *words: str) -> str:

@@ -164,8 +164,9 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, t
     stopped(8, "killed", "none", "algo=protonet")
     for file in (tmp_path / "none/checkpoints").iterdir():
         file.write_bytes(b"")
-    assert "going on" not in run("none", "algo=protonet", "resume=auto").replace("going back", "")
-    assert_same(left(tmp_path / "none"), left(tmp_path / "whole"))
+    for _ in range(2):  # never silently from the beginning
+        with pytest.raises(UserError, match="no checkpoint there is whole"):
+            run("none", "algo=protonet", "resume=auto")
 
 
 @pytest.mark.slow
@@ -341,3 +342,45 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, 
     assert "going on from step 4" in run("x", "algo=protonet", "resume=auto")
     run("whole", "algo=protonet")
     assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
+
+
+def test_no_damage_to_a_checkpoint_escapes(tmp_path):
+    path = tmp_path / "x.pt"
+    checkpoint.save(path, {"meta": {"w": torch.arange(5.0)}, "fixed": {}, "best": {"step": 3}})
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+        try:
+            found = checkpoint.load(path, torch.device("cpu"))
+        except checkpoint.Damaged:
+            continue
+        assert torch.equal(found["meta"]["w"], torch.arange(5.0)) and found["best"] == {"step": 3}
+
+
+@pytest.mark.slow
+def test_a_profiled_run_goes_on(run, stopped):
+    stopped(7, "signal", "x", "algo=protonet", "engine.profile=true")
+    run("x", "algo=protonet", "engine.profile=true", "resume=auto")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_began_alone(run, stopped, tmp_path):
+    stopped(5, "killed", "x", "algo=protonet")
+    engine = tmp_path / "x/engine.json"
+    engine.write_text(engine.read_text().replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(UserError, match="processes=4, here it is 1"):
+        run("x", "algo=protonet", "resume=auto")
+
+
+@pytest.mark.slow
+def test_other_data_are_noticed(run, stopped, monkeypatch):
+    stopped(5, "killed", "x", "algo=protonet")
+    monkeypatch.setattr("metalearn.data.images.Pictures.content_hash", lambda pictures: "other")
+    with pytest.raises(UserError, match="data are others"):
+        run("x", "algo=protonet", "resume=auto")
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_initialisation_is_validated_stops_the_run(stopped, tmp_path):
+    stopped(1, "signal", "x", "algo=protonet", "train.steps=0")
+    assert not (tmp_path / "x/result.json").exists()

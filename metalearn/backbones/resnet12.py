@@ -21,8 +21,8 @@ class ResNet12:
     them, and 2x2 max-pooling.
 
     filters: of each block (theirs: 64, 160, 320, 640). output: "mean" over positions, or "flatten". While meta-training, dropout
-    follows each block, in its place DropBlock the last two where drop_block is true. Departure: DropBlock has its full rate from
-    the first step (theirs rises over 40,000 steps).
+    follows each block, in its place DropBlock the last two where drop_block is true. Departures: DropBlock has its full rate from
+    the first step (theirs rises over 40,000 steps), and weights start by fan-in (theirs by fan-out).
     """
 
     filters: list[int] = at_least(1)

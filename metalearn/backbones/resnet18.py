@@ -1,7 +1,6 @@
 """ResNet-18 as torchvision has it, with its weights where they are wanted (He et al. 2016)."""
 
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +52,8 @@ class ResNet18:
     weights: null for random ones, "imagenet" for torchvision's own (downloaded once into torch's hub folder), or a file with a
     state dict of that network, as torch.save writes it. frozen: neither meta-training nor adaptation changes the weights, and
     under statistics=population those that came with them are used. Pictures of one channel are shown in all three; a picture is
-    halved five times, so small ones leave little (dataset.image_size=84 or more suits it).
+    halved five times, so small ones leave little (dataset.image_size=84 or more suits it). Pictures come standardised by the data set's own figures, not
+    by ImageNet's.
     """
 
     weights: str | None
@@ -142,7 +142,7 @@ def _imagenet() -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
         raise UserError(f"backbone.weights={path}: is not a readable file of weights ({first_line(error)})") from None
     if not isinstance(found, dict):
         raise UserError(f"backbone.weights={path}: should be a state dict of ResNet-18")

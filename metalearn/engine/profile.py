@@ -39,7 +39,7 @@ class Profile:
 
     def after(self, step: int) -> None:
         """step: the number of the step that is done, from 0."""
-        if step + 1 != self._last:
+        if self._profiler is None or step + 1 != self._last:  # a run that is gone on with may have missed the first
             return
         self._synchronise()
         seconds = time.perf_counter() - self._clock

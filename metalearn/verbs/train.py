@@ -17,7 +17,7 @@ from rich.table import Table
 from metalearn import checkpoint, composition, loop, report
 from metalearn.atomic import remove_abandoned, replacing
 from metalearn.build import FREE_CHOICES, build
-from metalearn.config import COMPONENTS, EngineConfig, RunConfig, checked, leaves
+from metalearn.config import COMPONENTS, RunConfig, checked, leaves
 from metalearn.errors import RunFailed, UserError
 from metalearn.interrupts import Stopped
 from metalearn.lock import alone_in
@@ -32,7 +32,9 @@ COMMAND_FILE = "command.json"
 #: Why a run of a multirun failed.
 ERROR_FILE = "error.txt"
 #: Settings in which a run that is gone on with may differ from what it was.
-_MAY_DIFFER = ("resume", "logger", "data_dir", "cache_dir", "checkpoint")
+_MAY_DIFFER = (
+    "resume", "logger", "data_dir", "cache_dir", "checkpoint", "engine.task_chunk", "engine.cuda_graph", "engine.profile", "train.nonfinite",
+)  # fmt: skip
 
 
 def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
@@ -48,21 +50,23 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     if earlier and (folder / RESULT_FILE).exists():
         return _shown_again(folder, name, console)
     if earlier:
-        settings = dataclasses.replace(settings, engine=_as_before(settings.engine, folder))
+        settings = _as_before(settings, folder)
     start = time.perf_counter()
     run = build(settings)
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     folder.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder), _explained(folder):
+    with _explained(folder), alone_in(folder):
         remove_abandoned(folder)
         if earlier is None and (folder / CONFIG_FILE).exists():
             raise UserError(f"{folder}: another process has begun a run there; choose another hydra.run.dir")
-        kept = checkpoint.latest(folder / "checkpoints", run.device, _teller(console)) if earlier else None
+        kept = checkpoint.latest(folder / "checkpoints", _teller(console)) if earlier else None
         command = note_command(folder, name, overrides)
         if earlier is None:
-            with replacing(folder / CONFIG_FILE) as stream:
-                stream.write(OmegaConf.to_yaml(config, resolve=True).encode())
             report.write_json(folder / ENGINE_FILE, run.choices)
+            with replacing(folder / CONFIG_FILE) as stream:  # last, for it says that there is a run
+                stream.write(OmegaConf.to_yaml(config, resolve=True).encode())
+        else:
+            _check_place(folder, run.choices)
         tracker = Tracker(settings, run.score, folder, console, command["id"], kept["step"] if kept else 0)
         failed = True
         try:
@@ -111,7 +115,7 @@ def _earlier(folder: Path, config: DictConfig, settings: RunConfig) -> Path | No
                         "keeps it")  # fmt: skip
     before, now = (dict(_leaves(node)) for node in (composition.stored(folder), config))
     for key in sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS):  # what explains most
-        if before.get(key) != now.get(key) and key.partition(".")[0] not in _MAY_DIFFER:
+        if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & set(_MAY_DIFFER):
             raise UserError(
                 f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; go on with it as it was "
                 f"(metalearn resume {folder}), or choose another hydra.run.dir"
@@ -125,10 +129,26 @@ def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
         yield key, OmegaConf.select(resolved, key)
 
 
-def _as_before(engine: EngineConfig, folder: Path) -> EngineConfig:
-    """Engine settings that repeat what the run's engine chose before it stopped."""
-    path = folder / ENGINE_FILE
-    return dataclasses.replace(engine, **FREE_CHOICES, choices=str(path)) if path.exists() else engine
+def _as_before(settings: RunConfig, folder: Path) -> RunConfig:
+    """Settings that repeat what the run's engine chose before it stopped, unless another chunk is asked for now; weights from a
+    file are in the checkpoint.
+    """
+    path, engine, backbone = folder / ENGINE_FILE, settings.engine, settings.backbone
+    if path.exists() and composition.stored(folder).engine.task_chunk == engine.task_chunk:
+        engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(path))
+    if backbone.get("weights") and (folder / "checkpoints" / checkpoint.LAST).exists():
+        backbone = backbone | {"weights": None}
+    return dataclasses.replace(settings, engine=engine, backbone=backbone)
+
+
+def _check_place(folder: Path, choices: dict[str, Any]) -> None:
+    """Raises: UserError where a run goes on on another device, or in another number of processes, than it began."""
+    before = json.loads((folder / ENGINE_FILE).read_text())
+    for name in ("device", "processes"):
+        if name in before and before[name] != choices[name]:
+            raise UserError(
+                f"{folder}: this run has {name}={before[name]}, here it is {choices[name]}; go on with it as it was"
+            )
 
 
 def note_command(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
@@ -198,9 +218,12 @@ def _show(folder: Path, result: dict[str, Any], table: Table, console: Console) 
             report.print_line(console, f"  {folder / file}")
 
 
-def follow(config: DictConfig) -> None:
+def follow(config: DictConfig, folder: Path) -> None:
     """The part of a process that does not lead: its share of the tasks and of the test episodes; writes nothing."""
-    run = build(checked(config))
+    settings = checked(config)
+    if settings.resume == "auto" and (folder / CONFIG_FILE).exists():
+        settings = _as_before(settings, folder)
+    run = build(settings)
     assert not run.processes.leading
     loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)
 
