@@ -125,7 +125,13 @@ def write_tables(definition: dict[str, Any]) -> None:
     fill(ROOT / "README.md", "methods: written by scripts/benchmark_methods.py", lines)
     for method, entries in pages.items():
         page = ROOT / f"docs/algorithms/{method}.md"
-        fill(page, "figures", report.markdown_table(entries) if entries else ["No trained figure yet."])
+        fill(
+            page,
+            "figures",
+            report.markdown_table(entries)
+            if entries
+            else ["Not trained for the table of methods yet; [results](../results.md) may have other runs."],
+        )
 
 
 def _heading(title: str, results: list[dict[str, Any]]) -> str:
