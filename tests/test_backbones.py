@@ -207,12 +207,14 @@ def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weig
     assert {"net.conv_stem.weight", "net.norm_stem.mean"} <= changed["false"]
 
 
+@pytest.mark.slow
 def test_nothing_to_learn_is_refused_and_tested_as_it_is(cache_dir):
     with pytest.raises(UserError, match=r"train\.steps=0"):
         build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true"))
     assert build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")).state.meta
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
     key = random.key_of(0)
     weights = torch.load(torchvision_weights[1])
@@ -232,6 +234,7 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
             ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init((3, 32, 32), key)
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_are_downloaded_once_and_checked(torchvision_weights, server, tmp_path, monkeypatch):
     address, folder = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -269,7 +272,8 @@ def test_drop_block_drops_squares():
     assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, random.key_of(0)).isnan().any()
 
 
-@pytest.mark.parametrize("algo", ["protonet", pytest.param("maml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["protonet", "maml"])
 @pytest.mark.parametrize("backbone", ["r2d2_conv", "resnet12"])
 def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make_run):
     noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]

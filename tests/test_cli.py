@@ -65,7 +65,7 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     )
     split = one_line(metalearn("evaluate", "run=my run", "dataset.split_seed=5"), 2)
     assert "were trained or validated on" in split
-    assert "holds a run already" in one_line(metalearn("train", *SMALL, "hydra.run.dir=my run"), 2)
+    assert "holds a finished run; resume=auto" in one_line(metalearn("train", *SMALL, "hydra.run.dir=my run"), 2)
     assert metalearn("evaluate", "run=my run", "algo.test_inner_steps=9").returncode == 0
     steps = folder / f"evaluations/{result['protocol_id']}-test_inner_steps=9.json"
     assert json.loads(steps.read_text())["overrides"] == ["algo.test_inner_steps=9"]

@@ -32,6 +32,7 @@ def test_the_table_of_methods_is_complete():
     assert sorted(_TABLES["omniglot_5w1s"]["methods"]) == ALGORITHMS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "name"), [(table, name) for table, wanted in _TABLES.items() for name in wanted["methods"]]
 )

@@ -129,6 +129,7 @@ def test_a_finished_run_is_shown_again(run, tmp_path):
         run("x", "algo=protonet")
 
 
+@pytest.mark.slow
 def test_another_configuration_is_named(run, stopped, tmp_path):
     stopped(4, "killed", "x", "algo=protonet")
     with pytest.raises(UserError, match=r"train\.lr=0\.001, not 0\.5"):
@@ -308,6 +309,7 @@ class FlakyWandb:
             raise BrokenPipeError("the service has died")
 
 
+@pytest.mark.slow
 def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypatch):
     runs = []
 
@@ -344,6 +346,7 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, 
     assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_checkpoint_escapes(tmp_path):
     path = tmp_path / "x.pt"
     checkpoint.save(path, {"meta": {"w": torch.arange(5.0)}, "fixed": {}, "best": {"step": 3}})
