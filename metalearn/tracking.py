@@ -32,9 +32,14 @@ class Tracker:
     def __init__(
         self, settings: RunConfig, score: Score, folder: Path, console: Console, identifier: str, step: int
     ) -> None:
-        """identifier: of the run at W&B; step: the step a stopped run goes on from: later rows are cut."""
+        """identifier: of the run at W&B; step: the step a stopped run goes on from: later rows are cut.
+
+        seconds_before: what the run had taken before it was stopped.
+        """
         file = folder / "metrics.jsonl"
         self.rows = [row for row in _read_rows(file) if row["step"] <= step] if step else []
+        self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
+        self._start = time.perf_counter()
         self.score = score.name
         self.folder = folder
         self._console = console
@@ -70,6 +75,7 @@ class Tracker:
 
     def log(self, row: dict[str, Any]) -> None:
         """One row of figures: into the file at once, to W&B, and onto the console."""
+        row = row | {"seconds": round(self.seconds_before + time.perf_counter() - self._start, 2)}
         self.rows.append(row)
         self._stream.write(_as_line(row))
         os.fsync(self._stream.fileno())  # a checkpoint must not outlive the rows before it

@@ -40,7 +40,6 @@ class Training:
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
-        self._seconds_before, self._start = 0.0, time.perf_counter()
         self.best: Best | None = None
         self.meter = Meter(run.device)
 
@@ -89,7 +88,6 @@ class Training:
             "optimiser": self._optimiser.state_dict(),
             "schedule": {"last_epoch": self._schedule.last_epoch},
             "meter": self.meter.kept(),
-            "seconds": self._seconds_before + time.perf_counter() - self._start,
             "best": self.kept_best() | {"since": self.best.since} if self.best else None,
         }
 
@@ -142,7 +140,7 @@ class Training:
                     *({name: value.to(device) for name, value in best[part].items()} for part in ("meta", "fixed"))
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
-            self.step, self._seconds_before = kept["step"], kept["seconds"]
+            self.step = kept["step"]
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint cannot be gone on from ({error}); it was made by another version"

@@ -74,11 +74,11 @@ def left(folder: Path) -> dict[str, object]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     return {
-        "rows": [{name: row[name] for name in row if name != "tasks_per_second"} for row in rows],
+        "rows": [{name: row[name] for name in row if name not in ("tasks_per_second", "seconds")} for row in rows],
         "result": {name: result[name] for name in result if name not in ("seconds", "command", "environment")},
         "scores": (folder / "test_scores.csv").read_text(),
         **{
-            name: checkpoint.load(folder / "checkpoints" / name, torch.device("cpu")) | {"seconds": None}
+            name: checkpoint.load(folder / "checkpoints" / name, torch.device("cpu"))
             for name in (checkpoint.BEST, checkpoint.LAST)
         },
     }

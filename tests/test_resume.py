@@ -72,13 +72,12 @@ def left(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     return {
-        "rows": [{name: value for name, value in row.items() if name != "tasks_per_second"} for row in rows],
+        "rows": [
+            {name: value for name, value in row.items() if name not in ("tasks_per_second", "seconds")} for row in rows
+        ],
         "result": {n: v for n, v in result.items() if n not in ("seconds", "environment", "command")},
         "scores": (folder / "test_scores.csv").read_text(),
-        **{
-            name: {k: v for k, v in checkpoint.load(folder / "checkpoints" / name, device).items() if k != "seconds"}
-            for name in ("best.pt", "last.pt")
-        },
+        **{name: checkpoint.load(folder / "checkpoints" / name, device) for name in ("best.pt", "last.pt")},
     }
 
 

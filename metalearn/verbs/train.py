@@ -89,7 +89,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
                 "seed": settings.seed,
                 "engine": run.choices,
                 "processes": run.processes.size,
-                "seconds": time.perf_counter() - start + (kept["seconds"] if kept else 0),
+                "seconds": time.perf_counter() - start + tracker.seconds_before,
             }
             table = report.result_table([report.result_row(name, result)])
             tracker.finish(result, table)
