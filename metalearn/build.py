@@ -187,7 +187,7 @@ def _engines(
     asked = settings.engine
     convolution = "plain" if asked.convolution == "auto" else asked.convolution
     unresolved = Engine(algorithm, asked.strategy, asked.task_chunk, asked.precision, convolution)
-    count = together.share(settings.train.meta_batch)[1]
+    count = -(-settings.train.meta_batch // together.size)  # the largest share, so that all processes choose alike
     return unresolved.resolved(train, count, True), unresolved.resolved(test, EVALUATION_BATCH, False)
 
 

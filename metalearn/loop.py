@@ -234,10 +234,8 @@ def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> 
     found = torch.cat(list(parts.values()))
     if run.processes.size == 1:
         return found
-    whole = found.new_zeros((episodes, *found.shape[1:]), dtype=torch.float64)  # wide enough for any whole number here
-    first, count = run.processes.share(episodes)
-    whole[first : first + count] = found
-    return run.processes.summed(whole).to(found.dtype)
+    wide = found.double()  # any whole number here fits
+    return run.processes.summed(run.processes.placed(wide, episodes)).to(found.dtype)
 
 
 def _why_no_graph(run: Run) -> str | None:

@@ -44,6 +44,17 @@ class Processes:
                 found[place] = part.view(leaves[place].shape)
         return pytree.tree_unflatten(found, spec)
 
+    def placed(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """The values of this process's share [own, …] at their places among `count` [count, …], the others' zero: `summed`
+        makes them whole.
+        """
+        if self.size == 1:
+            return own
+        whole = own.new_zeros((count, *own.shape[1:]))
+        first, number = self.share(count)
+        whole[first : first + number] = own
+        return whole
+
     def from_leader(self, content: Any) -> Any:
         """What the leading process has of this, in all of them."""
         if self.size == 1:

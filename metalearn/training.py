@@ -53,7 +53,8 @@ class Training:
             tasks = run.train.draw(self._steps_done * settings.meta_batch + self._own_first, self._own_count)
         with record_function("gradients"):
             step = run.train_engine.step(self.state, tasks, progress, settings.meta_batch)
-            gradients, logs, statistics = run.processes.summed(step[:3])
+            losses = run.processes.placed(step.losses, settings.meta_batch)
+            gradients, logs, statistics, losses = run.processes.summed((*step[:3], losses))
         with record_function("optimiser"):
             finite = torch.stack(
                 [value.isfinite().all() for value in pytree.tree_leaves((gradients, logs, statistics))]
@@ -63,7 +64,7 @@ class Training:
             self._optimiser.step()
             seen = {name: torch.where(finite, value, fixed[name]) for name, value in statistics.items()}
             fold(fixed, seen, settings.statistics_momentum)
-            self.meter.add(logs, finite, self._steps_done, step.losses, self._own_first)
+            self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
 
     def count(self) -> None:
@@ -163,10 +164,10 @@ class Meter:
         self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)  # step and task, from 0
         self.restart_clock()
 
-    def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor, first: int) -> None:
+    def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
         """What a step says, into the sums where they lie.
 
-        Args: finite: [] bool; step: [] its number from 0; losses: of its tasks, the first of which has the number `first`.
+        Args: finite: [] bool; step: [] its number from 0; losses: of its tasks, [T].
         """
         for name, value in logs.items():
             counted = torch.where(finite, value, torch.zeros_like(value))
@@ -175,7 +176,7 @@ class Meter:
             else:
                 self._sums[name] = counted.clone()
         bad = ~losses.isfinite()
-        task = torch.where(bad.any(), first + bad.to(torch.int64).argmax(), -1)
+        task = torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
         new = ~finite & (self._skipped == 0)
         self._first_skipped.copy_(torch.where(new, torch.stack([step, task]), self._first_skipped))
         self._skipped.add_((~finite).to(torch.int64))

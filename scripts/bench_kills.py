@@ -7,7 +7,6 @@ until they finish. Each process is a fork of this one, which has the libraries l
 into imports.
 """
 
-import json
 import os
 import random
 import signal
@@ -21,9 +20,10 @@ import matplotlib.figure  # noqa: F401
 import torch
 import torch._dynamo  # what a run imports on its way, here once for all
 from pages import ROOT, fill
+from same_run import difference, left
 
 import metalearn.verbs.train  # noqa: F401
-from metalearn import checkpoint, cli, report
+from metalearn import cli, report
 
 _METHODS = ("maml", "protonet", "reptile", "baseline", "r2d2", "meta_sgd")
 _SMALL = (
@@ -69,32 +69,6 @@ def train(folder: Path, method: str, seed: int, cache: Path, kill_after: float |
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def left(folder: Path) -> dict[str, object]:
-    """All that a run leaves, but for timings and the moment it ran at."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
-    return {
-        "rows": [{name: row[name] for name in row if name not in ("tasks_per_second", "seconds")} for row in rows],
-        "result": {name: result[name] for name in result if name not in ("seconds", "command", "environment")},
-        "scores": (folder / "test_scores.csv").read_text(),
-        **{
-            name: checkpoint.load(folder / "checkpoints" / name, torch.device("cpu"))
-            for name in (checkpoint.BEST, checkpoint.LAST)
-        },
-    }
-
-
-def same(found: object, expected: object) -> bool:
-    """Whether two trees are equal, tensors bit for bit."""
-    if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
-        return torch.equal(found, expected)
-    if isinstance(found, dict) and isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in found)
-    if isinstance(found, list | tuple) and isinstance(expected, list | tuple):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return found == expected
-
-
 def main() -> None:
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     wanted, seed = int(given.get("kills", 100)), int(given.get("seed", 0))
@@ -113,8 +87,10 @@ def main() -> None:
             while train(stopped, method, number, place / "cache", draw.uniform(0, 0.5 * seconds)):
                 kills[method] += 1
             runs += 1
-            exact += same(left(stopped), left(whole))
-            print(f"{method} seed {number}: {sum(kills.values())} kills, {exact} of {runs} runs exact", flush=True)
+            differs = difference(left(stopped), left(whole))
+            exact += differs is None
+            said = f"differs in {differs}; " if differs else ""
+            print(f"{method} seed {number}: {said}{sum(kills.values())} kills, {exact} of {runs} exact", flush=True)
     environment = report.environment("cpu")
     lines = [
         f"{sum(kills.values())} kills at random moments of {runs} runs ({', '.join(f'{m} {n}' for m, n in kills.items())}): "

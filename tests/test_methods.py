@@ -181,7 +181,14 @@ def test_proto_maml_without_steps_is_protonet():
 
 def test_imaml_solves_the_dense_system():
     algorithm = IMAML(
-        **_COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, cg_steps=60, damping=0.5
+        **_COMMON,
+        inner_lr=0.2,
+        inner_steps=3,
+        test_inner_steps=3,
+        strength=2.0,
+        cg_steps=60,
+        damping=0.5,
+        strength_damping=1.0,
     )
     one, state = task(), state_of(algorithm)
     phi = algorithm.solved(state.meta, one.support, 3)
@@ -195,7 +202,7 @@ def test_imaml_solves_the_dense_system():
         return F.cross_entropy(network(tree(flat), one.support.x), one.support.y)
 
     flat = torch.cat([phi[name].flatten() for name in names])
-    matrix = 1.5 * torch.eye(len(flat), dtype=torch.float64) + hessian(support_loss)(flat) / 2
+    matrix = 1.5 * torch.eye(len(flat), dtype=torch.float64) + hessian(support_loss)(flat) / 3
     query = grad(lambda flat: F.cross_entropy(network(tree(flat), one.query.x), one.query.y))(flat)
     expected = tree(torch.linalg.solve(matrix, query))
     torch.testing.assert_close(gradients(algorithm, state, one), expected, rtol=1e-6, atol=1e-9)
@@ -203,7 +210,14 @@ def test_imaml_solves_the_dense_system():
 
 def test_imaml_finds_the_regularised_minimum():
     algorithm = IMAML(
-        **_COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=300, strength=2.0, cg_steps=5, damping=1.0
+        **_COMMON,
+        inner_lr=0.2,
+        inner_steps=3,
+        test_inner_steps=300,
+        strength=2.0,
+        cg_steps=5,
+        damping=1.0,
+        strength_damping=0.0,
     )
     one, state = task(), state_of(algorithm)
     phi = algorithm.solved(state.meta, one.support, 300)

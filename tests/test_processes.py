@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from same_run import difference, left
 
 from metalearn.processes import Processes
+from metalearn.training import Meter
 from tests.conftest import SMALL
 
 
@@ -20,9 +25,20 @@ def test_shares_are_disjoint_whole_and_even():
             assert max(number for _, number in shares) - min(number for _, number in shares) <= 1
 
 
+def test_a_loss_that_is_not_finite_is_found_whoever_computed_it():
+    losses = torch.tensor([0.5, 1.0, float("nan"), 2.0, float("inf")])
+    own = [losses[first : first + number] for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))]
+    whole = sum(Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own))
+    meter = Meter(torch.device("cpu"))
+    meter.add({}, torch.tensor(False), torch.tensor(7), whole)
+    assert meter.skipped() == (1, 7, 2)
+
+
 @pytest.fixture
-def torchrun(cache_dir, tmp_path):
-    def run(*words):
+def started(cache_dir, tmp_path):
+    """Starts metalearn in two processes."""
+
+    def start(*words):
         environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
         command = [
             sys.executable,
@@ -33,9 +49,20 @@ def torchrun(cache_dir, tmp_path):
             "-m",
             "metalearn",
         ]
-        return subprocess.run(
-            [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
-        )
+        return subprocess.Popen(
+            [*command, *words], cwd=tmp_path, env=environment, 
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def torchrun(started):
+    def run(*words):
+        process = started(*words)
+        stdout, stderr = process.communicate(timeout=180)
+        return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
 
     return run
 
@@ -71,3 +98,31 @@ def test_mistakes_are_told_once(torchrun):
     assert done.stderr.count("metalearn: train.meta_batch=1: 2 processes want one each at least") == 1
     done = torchrun("train", "-m", *SMALL, "seed=0,1")
     assert done.stderr.count("start torchrun without it") == 1
+
+
+def children(process):
+    """The processes that one has started."""
+    return map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_go_on_as_if_never_stopped(number, started, torchrun, tmp_path):
+    words = ["train", "algo=maml", *SMALL, "train.meta_batch=3", "train.steps=40", "train.log_every=4", "val.every=8"]
+    words += ["val.episodes=400", "checkpoint.every=6"]
+    assert torchrun(*words, "hydra.run.dir=whole").returncode == 0
+    words += ["hydra.run.dir=stopped", "resume=auto"]
+    process, rows = started(*words), tmp_path / "stopped/metrics.jsonl"
+    while not rows.exists() or rows.read_text().count("\n") < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    for one in (*children(process.pid), process.pid) if number == signal.SIGKILL else (process.pid,):
+        os.kill(one, number)
+    _, errors = process.communicate(timeout=60)
+    assert not (tmp_path / "stopped/result.json").exists(), "it was finished before it was stopped"
+    if number == signal.SIGTERM:
+        assert errors.count("saved") == 1 and "metalearn: stopped at step" in errors
+    again = torchrun(*words)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step" in again.stdout
+    assert difference(left(tmp_path / "stopped"), left(tmp_path / "whole")) is None

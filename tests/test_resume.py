@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from same_run import difference, left
 
 from metalearn import checkpoint, interrupts, lock
 from metalearn.errors import RunFailed, UserError
@@ -66,38 +67,6 @@ def stopped(run, monkeypatch):
     return trained
 
 
-def left(folder):
-    """All that a run leaves, but for timings and for where and how often it ran."""
-    device = torch.device("cpu")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((folder / "result.json").read_text())
-    return {
-        "rows": [
-            {name: value for name, value in row.items() if name not in ("tasks_per_second", "seconds")} for row in rows
-        ],
-        "result": {n: v for n, v in result.items() if n not in ("seconds", "environment", "command")},
-        "scores": (folder / "test_scores.csv").read_text(),
-        **{name: checkpoint.load(folder / "checkpoints" / name, device) for name in ("best.pt", "last.pt")},
-    }
-
-
-def assert_same(found, expected):
-    """Equal trees, tensors bit for bit."""
-    assert type(found) is type(expected)
-    if isinstance(found, torch.Tensor):
-        assert torch.equal(found, expected)
-    elif isinstance(found, dict):
-        assert found.keys() == expected.keys()
-        for key in found:
-            assert_same(found[key], expected[key])
-    elif isinstance(found, list | tuple):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == expected
-
-
 @pytest.mark.parametrize("how", ["signal", pytest.param("killed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "words",
@@ -114,7 +83,7 @@ def test_a_stopped_run_ends_as_one_that_never_was(words, how, run, stopped, tmp_
     for steps in (3, 3, 2):
         stopped(steps, how, "stopped", *words, "resume=auto")
     assert "going on from step" in run("stopped", *words, "resume=auto")
-    assert_same(left(tmp_path / "stopped"), left(tmp_path / "whole"))
+    assert difference(left(tmp_path / "stopped"), left(tmp_path / "whole")) is None
 
 
 @pytest.mark.slow
@@ -160,7 +129,7 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, t
         file.write_bytes(change(file.read_bytes()))
         said = run(name, "algo=protonet", "resume=auto")
         assert "last.pt" in said and "going back to the one before" in said and "going on from step 6" in said
-        assert_same(left(tmp_path / name), left(tmp_path / "whole"))
+        assert difference(left(tmp_path / name), left(tmp_path / "whole")) is None
     stopped(8, "killed", "none", "algo=protonet")
     for file in (tmp_path / "none/checkpoints").iterdir():
         file.write_bytes(b"")
@@ -174,7 +143,7 @@ def test_resume_from_the_folder_alone(run, stopped, tmp_path):
     stopped(5, "killed", "x", "algo=protonet")
     verb.resume(tmp_path / "x", Console(file=io.StringIO()))
     run("whole", "algo=protonet")
-    assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
+    assert difference(left(tmp_path / "x"), left(tmp_path / "whole")) is None
     with pytest.raises(UserError, match="no run"):
         verb.resume(tmp_path / "absent", Console(file=io.StringIO()))
 
@@ -342,7 +311,7 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, 
     monkeypatch.setattr(checkpoint, "save", original)
     assert "going on from step 4" in run("x", "algo=protonet", "resume=auto")
     run("whole", "algo=protonet")
-    assert_same(left(tmp_path / "x"), left(tmp_path / "whole"))
+    assert difference(left(tmp_path / "x"), left(tmp_path / "whole")) is None
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ class IMAML(LinearHeadAlgorithm):
     Hessian of L_support at phi (Rajeswaran et al. 2019, eq. 3 and 6).
 
     strength: lambda. inner_steps, test_inner_steps: gradient steps towards phi. cg_steps: of conjugate gradients, a fixed
-    number. damping: added to the matrix, as the authors' code does (1 + damping in place of 1).
+    number. damping, strength_damping: added to 1 and to lambda in the matrix, as the authors' code does, since H at a phi
+    that is only near the minimum need not be positive.
     Every weight adapts, those of normalisation too.
     """
 
@@ -32,6 +33,7 @@ class IMAML(LinearHeadAlgorithm):
     strength: float = above(0)
     cg_steps: int = at_least(0)
     damping: float = at_least(0)
+    strength_damping: float = at_least(0)
 
     @property
     def training_steps(self) -> int:
@@ -74,13 +76,14 @@ class IMAML(LinearHeadAlgorithm):
         gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
 
         def product(v: Params) -> Params:
-            """(I + H / lambda) v, by the gradient of <grad L_support, v>."""
+            """(I + H / lambda) v with both dampings, by the gradient of <grad L_support, v>."""
 
             def along(phi: Params) -> Tensor:
                 return dot(grad(self.support_loss)(phi, task.support), v)
 
             hessian_v = grad(along)(phi)
-            return {name: (1 + self.damping) * v[name] + hessian_v[name] / self.strength for name in v}
+            curvature = self.strength + self.strength_damping
+            return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 
         direction = conjugate_gradients(product, gradient, self.cg_steps)
         value = torch.stack([(state.meta[name] * direction[name].detach()).sum() for name in theta]).sum()
