@@ -30,10 +30,9 @@ def main() -> None:
             print(f"metalearn: {stopped}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except Exception as error:
-        if debug:
-            raise
+        error = _told(error)
         failure = _exit_code(error)
-        if failure is None:
+        if debug or failure is None:
             raise
         if _rank() == 0:
             print(f"metalearn: {error}", file=sys.stderr)
@@ -51,6 +50,18 @@ def _leave_siblings(code: int) -> None:
 def _exit_code(error: Exception) -> int | None:
     """2 for a user's mistake, 1 for a run that could not go on, None for a defect of ours."""
     return 2 if isinstance(error, UserError) else 1 if isinstance(error, RunFailed) else None
+
+
+def _told(error: Exception) -> Exception:
+    """The error; as a failure of the run where it is that memory did not suffice, wherever that was."""
+    if isinstance(error, RuntimeError | MemoryError):
+        from metalearn.engine.memory import ran_out
+
+        if ran_out(error):
+            return RunFailed(
+                f"out of memory ({first_line(error)}); try smaller pictures (dataset.image_size), fewer filters or episodes"
+            )
+    return error
 
 
 def _dispatch(words: list[str]) -> int:
@@ -270,6 +281,7 @@ class _Job:
 
 def _noted(error: Exception, path: Path) -> str:
     """Writes why a run of a multirun failed, with the traceback of a defect of ours beside it. Returns: the line."""
+    error = _told(error)
     line = first_line(error)
     if _exit_code(error) is None:
         import traceback

@@ -155,14 +155,20 @@ def not_finite(place: Place) -> tuple[str, str]:
     return f"{line} (exit code {code})", f"the episode is kept: {', '.join(kept)}"
 
 
-def out_of_memory(place: Place) -> tuple[str, str]:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (5 << 30, 5 << 30))
+def _little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
+
+def out_of_memory(place: Place) -> tuple[str, str]:
     code, line = place.train(
         "algo=maml", "backbone.filters=256", "dataset.image_size=64", "episode.query=15", "train.meta_batch=64", "engine.strategy=vmap",
-        "engine.task_chunk=64", "algo.inner_steps=5", limit=limit,
+        "engine.task_chunk=64", "algo.inner_steps=5", limit=_little_memory,
     )  # fmt: skip
+    return f"{line} (exit code {code})", place.kept()
+
+
+def out_of_memory_before(place: Place) -> tuple[str, str]:
+    code, line = place.train("dataset.image_size=1024", limit=_little_memory)
     return f"{line} (exit code {code})", place.kept()
 
 
@@ -301,7 +307,8 @@ FAULTS: dict[str, Fault] = {
     "cache cut short": damaged_cache,
     "cache gone": missing_cache,
     "loss not finite": not_finite,
-    "out of memory (RLIMIT_AS)": out_of_memory,
+    "out of memory in a step (RLIMIT_AS)": out_of_memory,
+    "out of memory before it (RLIMIT_AS)": out_of_memory_before,
     "W&B's service killed": wandb_dies,
     "two processes in one folder, one killed": two_processes,
     "data preparation killed": killed_preparation,

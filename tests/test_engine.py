@@ -162,22 +162,39 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
         broken(4, tasks)
 
 
-@pytest.mark.slow
-def test_a_command_that_runs_out_of_memory_says_what_fits(cache_dir, tmp_path):
-    words = ["train", "algo=maml", *SMALL, "dataset.image_size=28", "backbone.filters=64", "train.meta_batch=400"]
-    words += ["engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5", f"cache_dir={cache_dir}"]
+@pytest.fixture
+def with_little_memory(cache_dir, tmp_path):
+    """Runs the command in 6 GiB of address space."""
     limited = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); sys.argv[0] = 'metalearn'"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{limited}; runpy.run_module('metalearn', run_name='__main__')", *words, "device=cpu"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    program = f"{limited}; runpy.run_module('metalearn', run_name='__main__')"
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-c", program, *words, "device=cpu", f"cache_dir={cache_dir}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_command_that_runs_out_of_memory_says_what_fits(with_little_memory):
+    words = ["train", "algo=maml", *SMALL, "dataset.image_size=28", "backbone.filters=64", "train.meta_batch=400"]
+    done = with_little_memory(*words, "engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5")
     assert done.returncode == 1
     # Which chunk fits is hard to foresee here: freed address space is not given back, unlike a GPU's memory.
     assert "out of memory with 400 tasks in flight together" in done.stderr
     assert "engine.task_chunk=" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_so_does_one_that_runs_out_while_it_prepares_data(with_little_memory):
+    done = with_little_memory("train", "algo=protonet", *SMALL, "dataset.image_size=1024")
+    assert done.returncode == 1 and "dataset.image_size" in done.stderr
+    assert done.stderr.startswith("metalearn: out of memory") and done.stderr.count("\n") == 1
 
 
 def test_choices_are_stored_and_used_again(compose, tmp_path):

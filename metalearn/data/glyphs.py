@@ -20,6 +20,7 @@ from metalearn.settings import at_least, choice
 
 _POINTS = 28  # of the pen path, a stroke
 _STROKES = 4  # at most, a class
+_PIXELS_TOGETHER = 50 * 20 * 28**2  # rendered at a time, a bound on memory (about 700 MB)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,8 @@ class Glyphs:
 
     def _render(self) -> Pictures:
         keys = random.fold_in(random.key_of(self.glyph_seed), torch.arange(self.num_classes))
-        images = torch.cat([self._draw(chunk) for chunk in keys.split(50)])
+        together = max(1, min(50, _PIXELS_TOGETHER // (self.drawings * self.image_size**2)))
+        images = torch.cat([self._draw(chunk) for chunk in keys.split(together)])
         names = [f"glyph{index:05d}" for index in range(self.num_classes)]
         return Pictures(images, [self.drawings] * self.num_classes, names)
 
