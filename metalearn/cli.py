@@ -59,7 +59,7 @@ def _told(error: Exception) -> Exception:
 
         if ran_out(error):
             return RunFailed(
-                f"out of memory ({first_line(error)}); try smaller pictures (dataset.image_size), fewer filters or episodes"
+                "out of memory outside of a step; try smaller pictures (dataset.image_size), fewer filters or episodes"
             )
     return error
 

@@ -105,7 +105,7 @@ def test_rematerialisation_without_inner_steps_is_refused(make_run):
         make_run("algo=protonet", "engine.rematerialise=true")
 
 
-@pytest.mark.parametrize("name", ["maml", "protonet", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "protonet", pytest.param("reptile", marks=pytest.mark.slow)])
 def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
     run = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "test.episodes=40")
     rough = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "engine.precision=bf16")
@@ -120,6 +120,7 @@ def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
     assert abs(accuracies[0] - accuracies[1]) < 0.03
 
 
+@pytest.mark.slow
 def test_bf16_goes_through_a_run(compose, tmp_path):
     config = compose("algo=protonet", "engine.precision=bf16", "train.steps=2", "val.every=1")
     train(config, tmp_path / "run", "protonet", [], Console(quiet=True))
@@ -212,6 +213,7 @@ def test_choices_are_stored_and_used_again(compose, tmp_path):
     assert all(torch.equal(states[0]["meta"][name], states[1]["meta"][name]) for name in states[0]["meta"])
 
 
+@pytest.mark.slow
 def test_choices_that_are_none_are_refused(make_run, tmp_path):
     right = {"strategy": "vmap", "chunk": 2, "precision": "fp32", "convolution": "plain"}
     wrong = [right | change for change in ({"strategy": "foo"}, {"chunk": 0}, {"chunk": True}, {"precision": "fp16"})]
@@ -254,6 +256,7 @@ def test_all_threads_are_all_again_after_a_run_with_fewer(make_run, monkeypatch)
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
     config = compose("algo=maml", "engine.profile=true", "train.steps=4", "val.every=4")
     train(config, tmp_path / "run", "maml", [], Console(quiet=True))

@@ -67,13 +67,13 @@ def stopped(run, monkeypatch):
     return trained
 
 
-@pytest.mark.parametrize("how", ["signal", pytest.param("killed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["signal", "killed"])
 @pytest.mark.parametrize(
     "words",
     [
-        ["algo=maml", "train.schedule=cosine"],
+        pytest.param(["algo=maml", "train.schedule=cosine"], marks=pytest.mark.slow),
         pytest.param(["algo=reptile"], marks=pytest.mark.slow),
-        pytest.param(["algo=protonet", "train.patience=2"], marks=pytest.mark.slow),
+        ["algo=protonet", "train.patience=2", "train.schedule=cosine"],
         pytest.param(["algo=baseline"], marks=pytest.mark.slow),
     ],
     ids=lambda words: words[0],

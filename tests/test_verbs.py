@@ -42,7 +42,9 @@ def only(folder, **wanted):
     return one
 
 
-@pytest.mark.parametrize(("name", "inductive"), [("maml", "support"), ("protonet", "population")])
+@pytest.mark.parametrize(
+    ("name", "inductive"), [pytest.param("maml", "support", marks=pytest.mark.slow), ("protonet", "population")]
+)
 def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, inductive):
     folder = run("a", f"algo={name}", "test.episodes=20")
     result = json.loads((folder / "result.json").read_text())
@@ -118,12 +120,14 @@ def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     evaluate(folder, [], "test", None, console)
 
 
+@pytest.mark.slow
 def test_evaluate_tells_another_precision_from_the_plain_one(run, console):
     folder = run("a", "algo=protonet")
     evaluate(folder, ["engine.precision=bf16"], "test", None, console)
     assert all("-precision=bf16" in path.name for path in (folder / "evaluations").glob("*.json"))
 
 
+@pytest.mark.slow
 def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
     folder = run("a", "algo=maml")
     evaluate(folder, [], "test", None, console)
@@ -167,6 +171,7 @@ def test_a_curve_over_steps_ends_where_predictions_are_no_longer_finite(console,
     assert "no longer finite" in console.export_text()
 
 
+@pytest.mark.slow
 def test_curves(run, console):
     folder = run("a", "algo=maml")
     result = json.loads((folder / "result.json").read_text())
@@ -263,6 +268,7 @@ def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_pa
             compare([tmp_path / "runs" / name], None, console)
 
 
+@pytest.mark.slow
 def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
     run("runs/a", "algo=maml", "train.lr=0.001", "test.episodes=20")
     run("runs/b", "algo=maml", "train.lr=0.0010001", "test.episodes=20")
