@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metalearn import checkpoint, interrupts
-from metalearn.atomic import replacing
+from metalearn import checkpoint, finite, interrupts
 from metalearn.build import EVALUATION_BATCH, Run
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
@@ -17,12 +16,7 @@ from metalearn.episodes import TaskSource
 from metalearn.errors import RunFailed
 from metalearn.stats import estimate
 from metalearn.training import Training
-from metalearn.types import Estimate, State, Task
-
-#: Steps in a row that are not finite, after which skipping them leads nowhere.
-_SKIPPED_IN_A_ROW = 100
-#: Tasks with a loss that is not finite that are kept in a run folder at most.
-_KEPT_TASKS = 10
+from metalearn.types import Estimate, State
 
 
 class Tracker(Protocol):
@@ -76,7 +70,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
 
     def save_last() -> None:
         if settings.nonfinite == "stop":
-            judge_finite()
+            finite.judge_steps(run, training.meter, folder, tracker.note)
         if run.processes.leading:
             checkpoint.save(checkpoints / checkpoint.LAST, training.kept(), checkpoints / checkpoint.PREVIOUS)
 
@@ -84,33 +78,10 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
         if run.processes.leading:
             checkpoint.save(checkpoints / checkpoint.BEST, training.kept_best())
 
-    def judge_finite() -> None:
-        """Raises: RunFailed where a step was not finite, unless such steps are to be skipped."""
-        skipped, step, task = training.meter.skipped()
-        if not skipped:
-            return
-        where = f"step {step + 1}"
-        if task is not None:
-            where += f", task {task} of {settings.meta_batch}"
-            file = folder / "nonfinite" / f"step{step + 1}-task{task}.pt"
-            if run.processes.leading and _keep(run.train.draw(step * settings.meta_batch + task, 1), file):
-                where += f", kept in {file}"
-        line = f"the loss or its gradient is not finite at {where}"
-        if settings.nonfinite == "skip" and training.meter.in_a_row() < _SKIPPED_IN_A_ROW:
-            tracker.note(f"{line}: skipped")
-        elif settings.nonfinite == "skip":
-            raise RunFailed(
-                f"{line}, and {training.meter.in_a_row()} steps in a row were not; lower train.lr or the inner rate"
-            )
-        else:
-            raise RunFailed(
-                f"{line}; lower train.lr or the inner rate, or leave such steps out with train.nonfinite=skip"
-            )
-
     def validate() -> dict[str, float]:
-        estimate_now = estimate(
-            _finite(run, evaluate(run, training.state, val, run.config.val.episodes), training.step)
-        )
+        scores = evaluate(run, training.state, val, run.config.val.episodes)
+        finite.judge_scores(run, scores, training.step)
+        estimate_now = estimate(scores)
         if training.validated(estimate_now):
             save_best()
         return {f"val.{run.score.name}": estimate_now.mean, f"val.{run.score.name}_ci95": estimate_now.ci95}
@@ -138,7 +109,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
             step = training.step
             validating = step == settings.steps or step % run.config.val.every == 0
             if validating or step % settings.log_every == 0:
-                judge_finite()
+                finite.judge_steps(run, training.meter, folder, tracker.note)
                 row = {"step": step, **training.meter.read()}
                 if validating:
                     row |= validate()
@@ -156,29 +127,6 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
 
 def _patience_is_over(training: Training, settings: Any) -> bool:
     return bool(settings.patience and training.best and training.best.since >= settings.patience)
-
-
-def _finite(run: Run, scores: Tensor, step: int) -> Tensor:
-    """The scores of a validation. Raises: RunFailed where one is not finite; it says which."""
-    bad = (~scores.isfinite()).nonzero()
-    if len(bad):
-        number = int(bad[0])
-        raise RunFailed(
-            f"val.{run.score.name} of validation episode {number} is {scores[number]} at step {step}; lower train.lr or the "
-            "inner rate"
-        )
-    return scores
-
-
-def _keep(task: Task, file: Path) -> bool:
-    """Writes one task [1, …] down for inspection, unless there are enough already. Returns: whether it is there."""
-    file.parent.mkdir(exist_ok=True)
-    if len(list(file.parent.iterdir())) >= _KEPT_TASKS:
-        return file.exists()
-    parts = {name: {"x": one.x[0], "y": one.y[0]} for name, one in (("support", task.support), ("query", task.query))}
-    with replacing(file) as stream:
-        torch.save(parts | {"key": task.key[0]}, stream)
-    return True
 
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
