@@ -8,6 +8,7 @@ Wants Linux, and root for the mounts of limited size and without permission to w
 import contextlib
 import functools
 import http.server
+import io
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from pages import ROOT, fill
+from PIL import Image
 
 from metalearn import checkpoint, report
 
@@ -287,16 +289,18 @@ def download(how: str, place: Place) -> tuple[str, str]:
 
 
 def hostile_archive(place: Place) -> tuple[str, str]:
-    folder = place.folder / "data/pictures"
-    folder.mkdir(parents=True)
-    with zipfile.ZipFile(folder / "x.zip", "w") as archive:
-        archive.writestr("../../../escaped.png", b"not a picture")
-    code, line = place.train("dataset=folder", "~dataset.num_classes")
-    escaped = list(place.folder.parent.rglob("escaped.png"))
-    return (
-        f"{line} (exit code {code})",
-        "written outside" if escaped else "archives are read in place, nothing is unpacked",
-    )
+    """Classes of pictures, and one file that wants to lie outside."""
+    picture = io.BytesIO()
+    Image.effect_noise((16, 16), 100).save(picture, "png")
+    with zipfile.ZipFile(place.folder / "x.zip", "w") as archive:
+        for number in range(40 * 20):
+            archive.writestr(f"class{number // 20}/{number % 20}.png", picture.getvalue())
+        archive.writestr("../../escaped/1.png", picture.getvalue())
+    words = ("train", "algo=protonet", "dataset=folder", f"dataset.path={place.folder}/x.zip", "dataset.image_size=16", "backbone.filters=8",
+             "train.steps=1", "val.episodes=2", "test.episodes=2", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
+    code, line = place.ended(place.start(*words))
+    outside = list(place.folder.parent.parent.glob("escaped*")) + list(place.folder.parent.glob("escaped*"))
+    return f"{line or 'nothing'} (exit code {code})", "written outside" if outside else "nothing was written outside"
 
 
 FAULTS: dict[str, Fault] = {
