@@ -22,7 +22,7 @@ from typing import NoReturn
 from omegaconf import DictConfig
 from pages import ROOT, fill
 
-from metalearn import cli, composition, config, report
+from metalearn import composition, config, launch, report
 from metalearn.errors import RunFailed, UserError
 
 #: Appended to lines that are run for real, so that those that are valid end soon.
@@ -113,11 +113,7 @@ def judged(words: list[str]) -> str | None:
     """Parses, composes and validates a line here. Returns: what is wrong with how it ended, or None."""
     signal.alarm(_LINE_SECONDS)
     try:
-        overrides, flags, searched = cli._parsed(words[1:])
-        if any(flag in ("-m", "--multirun") for flag in flags):
-            cli._check_multirun(overrides + searched)
-        else:
-            cli._check(composition.composed(overrides + searched))
+        launch.check(launch.parsed(words[1:]))
     except (UserError, RunFailed) as error:
         return "its error has several lines" if "\n" in str(error) else None
     except Late:
