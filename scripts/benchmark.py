@@ -3,7 +3,7 @@
 python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
 
 Each lies in outputs/benchmark/<budget>/<experiment>-seed<seed>/; a run that is done under the same settings is skipped, one
-that was cut off is made again. Result files go to benchmarks/results/, and the tables of docs/results.md are written from them.
+that was cut off is gone on with. Result files go to benchmarks/results/, and the tables of docs/results.md are written from them.
 """
 
 import json
@@ -17,15 +17,21 @@ from omegaconf import OmegaConf
 
 from metalearn import composition
 from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
+from metalearn.verbs.train import CONFIG_FILE
 
 
-def same_settings(folder: Path, overrides: list[str]) -> bool:
-    """Whether the run in this folder was trained and tested as these overrides now say."""
+def make_room(folder: Path, overrides: list[str]) -> None:
+    """Removes a run that was trained or is tested otherwise than these overrides now say; one that is of them, finished or cut
+    off, stays, for `resume=auto` to go on with.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        return
     stored, wanted = composition.stored(folder), composition.composed(overrides)
     names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed")
-    return all(
-        OmegaConf.to_container(stored)[name] == OmegaConf.to_container(wanted, resolve=True)[name] for name in names
-    )
+    if any(
+        OmegaConf.to_container(stored)[name] != OmegaConf.to_container(wanted, resolve=True)[name] for name in names
+    ):
+        shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -38,12 +44,12 @@ def main() -> None:
     for number, name in enumerate(names, 1):
         folder = Path("outputs/benchmark") / budget / f"{name}-seed{given.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        if (folder / VERDICT_FILE).exists() and same_settings(folder, Recipe(name, budget).overrides([])):
+        make_room(folder, Recipe(name, budget).overrides([]))
+        if (folder / VERDICT_FILE).exists():
             print(f"done already: {folder}")
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left
             words = [f"{key}={value}" for key, value in {"logger": "none", **given}.items()]
-            command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}"]
+            command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}", "resume=auto"]
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
             if not (folder / VERDICT_FILE).exists():
                 sys.exit(f"{name} ended with exit code {done.returncode}; run this again to go on from here")

@@ -3,13 +3,12 @@
 python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,protonet] [jobs=2] [key=value …]
 
 Each run lies in outputs/benchmark/methods/<table>/<method>/, and beside it, in …-untrained/, a test of the same method before any
-training. What is done under the same settings is skipped; a run that was cut off is made again. Figures go to
+training. What is done under the same settings is skipped; a run that was cut off is gone on with. Figures go to
 benchmarks/methods/<table>/<method>.json, the tables into README and docs/algorithms/, the curves to docs/figures/. `jobs` runs go side by side, one
 thread each. Without a key, `only=none` writes the tables from what lies in benchmarks/methods/.
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark import same_settings
+from benchmark import make_room
 from pages import ROOT, fill
 
 from metalearn import composition, report
@@ -33,11 +32,11 @@ _SHORT = 0.01
 
 def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
     """The result of a run in this folder, made unless it is there already."""
-    if not ((folder / RESULT_FILE).exists() and same_settings(folder, overrides)):
-        shutil.rmtree(folder, ignore_errors=True)  # what a run that was cut off has left
-        command = [sys.executable, "-m", "metalearn", "train", *overrides, "logger=none", *more]
+    make_room(folder, overrides)
+    if not (folder / RESULT_FILE).exists():
+        command = [sys.executable, "-m", "metalearn", "train", *overrides, "logger=none", "resume=auto", *more]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("w") as log:
+        with folder.with_suffix(".log").open("a") as log:
             subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log)
     found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
     return found
