@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metalearn.atomic import replacing
-from metalearn.errors import UserError
+from metalearn.errors import UserError, ran_out
 
 BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
 
@@ -42,6 +42,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
+        if ran_out(error):
+            raise
         raise Damaged(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("meta", "fixed")):
         raise Damaged(f"{path} is no checkpoint of metalearn")
@@ -57,16 +59,20 @@ def latest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
     A damaged one goes out of the way, to `damaged-….pt`, and `tell` gets a line.
     Raises: UserError where there are some and none is whole, or where one cannot be read just now.
     """
-    damaged = None
+    damaged: list[str] = []
     for name in (LAST, PREVIOUS):
-        if (folder / name).exists():
-            try:
-                return load(folder / name, torch.device("cpu"))
-            except Damaged as error:
-                damaged = error
-                os.replace(folder / name, folder / f"damaged-{name}")
-                tell(f"{error}; going back to the one before")
-    if damaged or any(folder.glob("damaged-*.pt")):
+        if not (folder / name).exists():
+            continue
+        try:
+            found = load(folder / name, torch.device("cpu"))
+        except Damaged as error:
+            damaged.append(name)
+            tell(f"{error}; going back to the one before")
+            continue
+        for other in damaged:
+            os.replace(folder / other, folder / f"damaged-{other}")
+        return found
+    if damaged:
         raise UserError(f"{folder}: no checkpoint there is whole; to begin afresh, remove the run's folder")
     return None
 

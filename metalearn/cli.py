@@ -1,5 +1,6 @@
 """The command line: picks the verb, composes `conf/`, and turns a user's mistake into one line and exit code 2."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -26,17 +27,22 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except interrupts.Stopped as stopped:
-        if launch.rank() == 0:
-            print(f"metalearn: {stopped}", file=sys.stderr)
+        _say(stopped)
         sys.exit(stopped.exit_code)
     except Exception as error:
         error = launch.told(error)
         failure = launch.exit_code(error)
         if debug or failure is None:
             raise
-        if launch.rank() == 0:
-            print(f"metalearn: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(failure)
+
+
+def _say(error: BaseException) -> None:
+    """Says, once for all processes, why the command ends."""
+    if launch.rank() == 0:
+        with contextlib.suppress(OSError):  # nobody reads any more
+            print(f"metalearn: {error}", file=sys.stderr, flush=True)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Downloads with a checksum, and one clear line where there is no network."""
 
+import http.client
 import socket
 import threading
 import urllib.request
@@ -48,7 +49,11 @@ def with_network(url: str, folder: Path, download: Callable[[], object], way_out
     try:
         folder.mkdir(parents=True, exist_ok=True)
         download()
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for a wrong checksum
+    except (
+        OSError,
+        RuntimeError,
+        http.client.HTTPException,
+    ) as error:  # torchvision raises RuntimeError for a wrong checksum
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"download of {url} failed ({reason}); {way_out}") from None
     finally:
@@ -63,7 +68,7 @@ def _unreachable(url: str) -> str | None:
         try:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS):
                 answer[0] = ""
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             answer[0] = str(error) or type(error).__name__
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -6,6 +6,24 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether memory did not suffice, on whatever device; torch says so in many ways, mostly as a RuntimeError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            words in str(error)
+            for words in (
+                "can't allocate memory",
+                "not enough memory",
+                "bad_alloc",
+                "could not create a primitive",
+                "out of memory",
+                "ALLOC_FAILED",
+            )
+        )
+    )
+
+
 class _OneLine(Exception):
     """What it says is one line: characters that would break it, or hide in it, are written as escapes."""
 

@@ -42,13 +42,18 @@ def asked() -> int | None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first signal is only noted, and whoever is inside looks at `asked` where it can stop."""
+    """Inside, the first signal is only noted, and whoever is inside looks at `asked` where it can stop.
+
+    Raises: Stopped at the end, where one has come and nobody inside has looked.
+    """
     global _deferred
     before, _deferred = _deferred, True
     try:
         yield
     finally:
         _deferred = before
+    if _asked is not None and not _deferred:
+        raise Stopped(_asked)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
@@ -60,4 +65,5 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _asked, _asked_at = number, time.monotonic()
     if not _deferred:
         raise Stopped(number)
-    os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: saving; once more to leave at once\n".encode())
+    with contextlib.suppress(OSError):  # who reads, like a `tee`, may have left on the same signal
+        os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: saving; once more to leave at once\n".encode())

@@ -1,12 +1,13 @@
 """From the words of a command line to runs under Hydra: parsed, checked before any data are read, started."""
 
+import contextlib
 import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalearn.errors import RunFailed, UserError, first_line
+from metalearn.errors import RunFailed, UserError, first_line, ran_out
 
 # Nothing heavy is imported here, as in cli.py.
 
@@ -96,6 +97,7 @@ def trained(words: Words) -> tuple[Path, bool]:
         _follow(words.settings)
     alone = [word for word in words.settings if not (words.multirun and _is_sweep(word))]
     hydra = composition.composed(alone, with_hydra=True).hydra
+    _check_callbacks(hydra)
     folder = Path(hydra.sweep.dir if words.multirun else hydra.run.dir)
     created = _made(folder)
     # The folder is settled here once, since its name carries the time.
@@ -115,8 +117,14 @@ def show(words: Words) -> None:
     """What Hydra prints of a configuration."""
     from metalearn import composition
 
-    composition.composed(words.settings)
+    _check_callbacks(composition.composed(words.settings, with_hydra=True).hydra)
     hydra_main(_shows_only, [*words.flags, *words.settings])
+
+
+def _check_callbacks(hydra: Any) -> None:
+    """Raises: UserError for Hydra's callbacks, which would call anything that a configuration names."""
+    if hydra.callbacks:
+        raise UserError(f"hydra.callbacks.{next(iter(hydra.callbacks))}: callbacks are not supported")
 
 
 def _shows_only(config: Any) -> None:
@@ -191,13 +199,15 @@ class _Job:
         name = f"{choices.algo} {choices.dataset}"
         console = report.console()
         overrides = list(settings.overrides.task)
-        if self.multirun:
-            console.print(f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True)
-            train.note_command(folder, name, overrides)
-            (folder / train.ERROR_FILE).unlink(missing_ok=True)
-            # Given again with the same hydra.sweep.dir, a multirun skips what is finished and goes on with what is not.
-            config = OmegaConf.merge(config, {"resume": "auto"})
         try:
+            if self.multirun:
+                console.print(
+                    f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True
+                )
+                (folder / train.ERROR_FILE).unlink(missing_ok=True)
+                train.note_command(folder, name, overrides)
+                # Given again with the same hydra.sweep.dir, a multirun skips what is finished and goes on with what is not.
+                config = OmegaConf.merge(config, {"resume": "auto"})
             return train.train(config, _relative(folder), name, overrides, console)
         except Exception as error:
             # Hydra prints lines of its own about a failing job, so the error of a single run goes around it; one failed
@@ -218,9 +228,14 @@ def _noted(error: Exception, path: Path) -> str:
         import traceback
 
         line = f"{type(error).__name__}: {line}"
-        path.with_name("traceback.txt").write_text(traceback.format_exc())
-    path.write_text(line + "\n")
+        _written(path.with_name("traceback.txt"), traceback.format_exc())
+    _written(path, line + "\n")
     return line
+
+
+def _written(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not end the other runs
+        path.write_text(text)
 
 
 def _worst_score(config: Any) -> float:
@@ -298,12 +313,11 @@ def exit_code(error: Exception) -> int | None:
 
 
 def told(error: Exception) -> Exception:
-    """The error; as a failure of the run where it is that memory did not suffice, wherever that was."""
-    if isinstance(error, RuntimeError | MemoryError):
-        from metalearn.engine.memory import ran_out
-
-        if ran_out(error):
-            return RunFailed(
-                "out of memory outside of a step; try smaller pictures (dataset.image_size), fewer filters or episodes"
-            )
+    """The error; as a failure of the run where memory, the disk or a file failed, wherever that was."""
+    if ran_out(error):
+        return RunFailed(
+            "out of memory outside of a step; try smaller pictures (dataset.image_size), fewer filters or episodes"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
     return error

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,18 @@ from metalearn.stats import Difference
 from metalearn.types import Estimate
 
 
+class _Console(Console):
+    """A console whose reader may leave: a run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console() -> Console:
     """Where verbs print; without a terminal wide enough that no figure is cut."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, 160))
+    found = _Console()
+    return found if found.is_terminal else _Console(width=max(found.width, 160))
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -32,12 +32,12 @@ class Tracker:
     def __init__(
         self, settings: RunConfig, score: Score, folder: Path, console: Console, identifier: str, step: int
     ) -> None:
-        """identifier: of the run at W&B; step: the step a stopped run goes on from: later rows are cut.
+        """identifier: of the run at W&B; step: the step a stopped run goes on from, later rows are cut; -1: a run that begins.
 
         seconds_before: what the run had taken before it was stopped.
         """
         file = folder / "metrics.jsonl"
-        self.rows = [row for row in _read_rows(file) if row["step"] <= step] if step else []
+        self.rows = [row for row in _read_rows(file) if row["step"] <= step]
         self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
         self._start = time.perf_counter()
         self.score = score.name
@@ -50,7 +50,10 @@ class Tracker:
         self._wandb: Any = None
         if settings.logger.name == "wandb":
             self._start_wandb = functools.partial(_start_wandb, settings, folder, console, identifier)
-            self._wandb = self._start_wandb()
+            try:
+                self._wandb = self._start_wandb()
+            except Exception as error:
+                self.note(f"W&B: failed ({first_line(error)}); going on without it")
         self._steps = settings.train.steps
         self._progress: Progress | None = None
 
@@ -193,8 +196,8 @@ def _start_wandb(settings: RunConfig, folder: Path, console: Console, identifier
 
     try:
         run = start(wanted)
-    except wandb.Error as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # settings that it does not know end in errors of all kinds
+        reason = first_line(error)
         console.print(f"W&B: offline, because going online failed ({reason})", highlight=False)
         return start("offline")
     if wanted == "online":

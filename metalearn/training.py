@@ -1,6 +1,7 @@
 """A run while it is meta-trained: all that changes, one meta-step, and how it is kept and found again."""
 
 import dataclasses
+import hashlib
 import math
 import time
 from typing import Any
@@ -38,6 +39,7 @@ class Training:
         self._leaves = list(self.state.meta.values())
         self._optimiser, self._schedule = _optimiser(self._settings, self._leaves)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
+        self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()  # which are in which split
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
         self.best: Best | None = None
@@ -90,6 +92,7 @@ class Training:
             "schedule": {"last_epoch": self._schedule.last_epoch},
             "meter": self.meter.kept(),
             "best": self.kept_best() | {"since": self.best.since} if self.best else None,
+            "classes": self._classes,
         }
 
     def kept_best(self) -> dict[str, Any]:
@@ -111,9 +114,9 @@ class Training:
         """Becomes what `kept` gave, wherever its tensors lie. Raises: UserError where that is of other data or another version."""
         device = self._run.device
         try:
-            if kept["content_hash"] != self._run.content_hash:
+            if (kept["content_hash"], kept["classes"]) != (self._run.content_hash, self._classes):
                 raise UserError(
-                    "the data are others than when the run was stopped; bring those back, or begin another run"
+                    "the data, or their split, are others than when the run was stopped; bring those back, or begin another run"
                 )
             for part, found in zip(self.state, (kept["meta"], kept["fixed"]), strict=True):
                 if {name: value.shape for name, value in part.items()} != {n: v.shape for n, v in found.items()}:
@@ -217,7 +220,6 @@ class Meter:
         return {
             "sums": self._sums,
             "steps": self.steps,
-            "tasks": self._tasks,
             "skipped": self._skipped,
             "first_skipped": self._first_skipped,
             "in_a_row": self._in_a_row,
@@ -225,7 +227,7 @@ class Meter:
 
     def restore(self, kept: dict[str, Any]) -> None:
         self._sums = {name: value.to(self._skipped.device) for name, value in kept["sums"].items()}
-        self.steps, self._tasks = kept["steps"], kept["tasks"]
+        self.steps = kept["steps"]
         self._skipped.copy_(kept["skipped"])
         self._first_skipped.copy_(kept["first_skipped"])
         self._in_a_row.copy_(kept["in_a_row"])

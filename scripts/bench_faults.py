@@ -248,7 +248,7 @@ def malicious_checkpoint(place: Place) -> tuple[str, str]:
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):
-    """Answers as a data set's address, but badly. how: cut, stall or lie."""
+    """Answers as a data set's address, but badly. how: cut, chunked (and cut), stall or lie."""
 
     def __init__(self, *arguments: object, how: str) -> None:
         self.how = how
@@ -263,6 +263,11 @@ class _Server(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.send_response(200)
+        if self.how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"500\r\nonly this")
+            return
         self.send_header("Content-Length", "1000000")
         self.end_headers()
         self.wfile.write(b"x" * (1000000 if self.how == "lie" else 1000))
@@ -320,6 +325,7 @@ FAULTS: dict[str, Fault] = {
     "checkpoint with code in it": malicious_checkpoint,
     "archive with a path outside": hostile_archive,
     "download cut": functools.partial(download, "cut"),
+    "download cut, in chunks": functools.partial(download, "chunked"),
     "download stalls": functools.partial(download, "stall"),
     "download lies": functools.partial(download, "lie"),
 }

@@ -20,7 +20,8 @@ from pages import ROOT, fill
 from rich.console import Console
 
 from metalearn import composition, config, loop, report
-from metalearn.build import build
+from metalearn.build import Run, build
+from metalearn.tracking import Tracker
 from metalearn.verbs.compare import compare
 
 _SMALL = [
@@ -29,13 +30,15 @@ _SMALL = [
 ]  # fmt: skip
 
 
-class Memory(loop.Silent):
-    """Resident memory at each row, in MiB."""
+class Memory(Tracker):
+    """Keeps rows as any run does, and notes resident memory at each, in MiB."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Run, folder: Path) -> None:
+        super().__init__(run.config, run.score, folder, Console(file=io.StringIO()), "long", -1)
         self.at: list[tuple[int, float]] = []
 
     def log(self, row: dict[str, Any]) -> None:
+        super().log(row)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.at.append((row["step"], pages * resource.getpagesize() / 2**20))
 
@@ -51,8 +54,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         words = [*_SMALL, f"cache_dir={place / 'cache'}"]
-        memory = Memory()
-        loop.fit(build(config.checked(composition.composed([*words, f"train.steps={steps}"]))), memory, place)
+        run = build(config.checked(composition.composed([*words, f"train.steps={steps}"])))
+        memory = Memory(run, place)
+        loop.fit(run, memory, place)
         first, last = memory.mean(0, steps // 10), memory.mean(steps - steps // 10, steps)
         lines.append(
             f"Resident memory of {steps} meta-steps of MAML: {first:.1f} MiB over the first tenth, {last:.1f} MiB over the last "
@@ -60,16 +64,18 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
 
-        run = place / "sweep/0"
-        command = [sys.executable, "-m", "metalearn", "train", *words, "train.steps=500", f"hydra.run.dir={run}"]
+        first_run = place / "sweep/0"
+        command = [sys.executable, "-m", "metalearn", "train", *words, "train.steps=500", f"hydra.run.dir={first_run}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        size = (run / "metrics.jsonl").stat().st_size / len((run / "metrics.jsonl").read_text().splitlines())
+        size = (first_run / "metrics.jsonl").stat().st_size / len(
+            (first_run / "metrics.jsonl").read_text().splitlines()
+        )
         lines.append(
             f"A row of `metrics.jsonl` has {size:.0f} bytes, so {steps} steps with `log_every=50` write {size * steps / 50 / 1024:.0f} KiB."
         )
         for number in range(1, count):
             copy = place / f"sweep/{number}"
-            shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
+            shutil.copytree(first_run, copy, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
             seed, rate = number % 10, 0.1 + 0.01 * (number // 10)  # a hundred methods, ten seeds each
             settings = OmegaConf.load(copy / "config.yaml")
             settings.seed, settings.algo.inner_lr = seed, rate

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from metalearn import composition, config
+from metalearn import cli, composition, config
 from metalearn.build import build, check
 from metalearn.errors import UserError
 
@@ -114,3 +114,11 @@ def test_what_would_break_a_line_is_escaped(value):
     with pytest.raises(UserError) as caught:
         config.checked(composition.composed([f"train.steps={value}"]))
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("words", [["seed=1"], ["--cfg", "job"]])
+def test_callbacks_of_hydra_call_nothing(words, tmp_path):
+    called = f"+hydra.callbacks.x={{_target_: os.mkdir, path: {tmp_path / 'called'}}}"
+    with pytest.raises(UserError, match=r"hydra\.callbacks\.x"):
+        cli._train(["algo=protonet", "dataset=glyphs", *words, called])
+    assert not (tmp_path / "called").exists()

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import socketserver
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metalearn import composition, config
+from metalearn import composition, config, download
 from metalearn.data.glyphs import Glyphs
 from metalearn.data.omniglot import vinyals_split
 from metalearn.episodes import Shape
@@ -285,3 +287,36 @@ def test_sinusoids_follow_their_formula(tmp_path):
     amplitude = fitted.square().sum((1, 2)).sqrt()
     assert amplitude.min() >= 0.1 and amplitude.max() <= 5.01
     assert amplitude.std() > 1
+
+
+def test_pictures_that_are_too_large_are_named(own_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match="is not a readable picture"):
+        opened("folder", own_pictures, tmp_path / "cache", path="pictures")
+
+
+def test_cifar_100_that_was_unpacked_by_half_is_fetched_again(tmp_path, monkeypatch):
+    (tmp_path / "cifar100/cifar-100-python").mkdir(parents=True)
+    (tmp_path / "cifar100/cifar-100-python/train").write_bytes(b"")
+    asked = []
+    monkeypatch.setattr("metalearn.data.folder.with_network", lambda url, *rest: asked.append(url))
+    with pytest.raises(UserError):  # nothing was fetched here
+        opened("cifar_fs", tmp_path, tmp_path / "cache")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"]
+)
+def test_addresses_that_speak_otherwise_or_break_off_are_named(answer, tmp_path):
+    class Odd(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(10000)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="by hand"):
+            download.fetch(f"http://127.0.0.1:{served.server_address[1]}/x.zip", tmp_path / "data", None)
+        served.shutdown()
+    assert not list(tmp_path.glob("data/*"))

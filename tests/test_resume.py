@@ -1,5 +1,6 @@
 """A run that is stopped and gone on with ends as one that never was; what lies in its folder is never lost."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,8 +14,9 @@ import torch
 from rich.console import Console
 from same_run import difference, left
 
-from metalearn import checkpoint, interrupts, lock
+from metalearn import checkpoint, interrupts, launch, lock
 from metalearn.errors import RunFailed, UserError
+from metalearn.training import Meter, Training
 from metalearn.verbs import train as verb
 from tests.conftest import SMALL
 
@@ -347,7 +349,7 @@ def test_a_run_goes_on_where_it_began_alone(run, stopped, tmp_path):
 def test_other_data_are_noticed(run, stopped, monkeypatch):
     stopped(5, "killed", "x", "algo=protonet")
     monkeypatch.setattr("metalearn.data.images.Pictures.content_hash", lambda pictures: "other")
-    with pytest.raises(UserError, match="data are others"):
+    with pytest.raises(UserError, match="data, or their split, are others"):
         run("x", "algo=protonet", "resume=auto")
 
 
@@ -355,3 +357,145 @@ def test_other_data_are_noticed(run, stopped, monkeypatch):
 def test_a_signal_while_the_initialisation_is_validated_stops_the_run(stopped, tmp_path):
     stopped(1, "signal", "x", "algo=protonet", "train.steps=0")
     assert not (tmp_path / "x/result.json").exists()
+
+
+class Malice:
+    """Code in a pickle."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
+    for content in ({"meta": Malice(tmp_path / "ran"), "fixed": {}}, Malice(tmp_path / "ran")):
+        torch.save(content, tmp_path / "last.pt")
+        with pytest.raises(checkpoint.Damaged, match="not a readable checkpoint"):
+            checkpoint.load(tmp_path / "last.pt", torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
+    for name in ("last.pt", "previous.pt"):
+        checkpoint.save(tmp_path / name, {"meta": {}, "fixed": {}})
+
+    def load(*words, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate"):
+        checkpoint.latest(tmp_path, lambda line: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_damaged_checkpoint_goes_out_of_the_way_of_the_whole_one(tmp_path):
+    checkpoint.save(tmp_path / "previous.pt", {"meta": {}, "fixed": {}, "step": 3})
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert checkpoint.latest(tmp_path, lambda line: None)["step"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-last.pt", "previous.pt"]
+
+
+def test_other_classes_in_the_splits_are_other_data(make_run):
+    run = make_run("algo=protonet")
+    kept = Training(run).kept()
+    Training(run).restore(kept)
+    swapped = run.class_names | {"train": run.class_names["test"], "test": run.class_names["train"]}
+    with pytest.raises(UserError, match="their split"):
+        Training(dataclasses.replace(run, class_names=swapped)).restore(kept)
+
+
+def test_a_meter_that_goes_on_does_not_count_tasks_of_before():
+    meter, again = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+    meter.restart_clock()
+    meter.count(100)
+    again.restore(meter.kept())
+    again.restart_clock()
+    assert again.steps == 1 and again.read()["tasks_per_second"] == 0
+
+
+def test_the_row_of_an_untrained_run_stays(run, tmp_path):
+    run("x", "algo=protonet", "train.steps=0")
+    rows = (tmp_path / "x/metrics.jsonl").read_text()
+    (tmp_path / "x/result.json").unlink()  # as if it had been killed while it was tested
+    run("x", "algo=protonet", "train.steps=0", "resume=auto")
+    assert (tmp_path / "x/metrics.jsonl").read_text() == rows and rows.count("\n") == 1
+
+
+def test_the_command_is_that_of_the_attempt_that_began(tmp_path):
+    first = verb.note_command(tmp_path, "a", ["episode.way=500"])
+    second = verb.note_command(tmp_path, "a", ["episode.way=4"])
+    assert second["overrides"] == ["episode.way=4"] and second["id"] == first["id"]
+    (tmp_path / "config.yaml").write_text("")
+    assert verb.note_command(tmp_path, "a", ["episode.way=3"])["overrides"] == ["episode.way=4"]
+
+
+@pytest.mark.slow
+def test_another_chunk_is_kept_for_good(run, stopped, tmp_path):
+    stopped(4, "killed", "x", "algo=maml", "engine.strategy=vmap")
+    stopped(2, "killed", "x", "algo=maml", "engine.strategy=vmap", "engine.task_chunk=1", "resume=auto")
+    verb.resume(tmp_path / "x", Console(file=io.StringIO()))
+    assert json.loads((tmp_path / "x/engine.json").read_text())["train"]["chunk"] == 1
+    assert json.loads((tmp_path / "x/result.json").read_text())["engine"]["train"]["chunk"] == 1
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
+    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
+    process = started([*words, "val.every=100"], tmp_path, cache_dir)
+    process.stdout.close()
+    process.stderr.close()
+    rows = tmp_path / "x/metrics.jsonl"
+    before = rows.read_text().count("val.")
+    while rows.read_text().count("val.") < before + 3:  # each is printed
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_with_from_anywhere(metalearn, cache_dir, tmp_path):
+    words = [
+        "train",
+        "algo=protonet",
+        *SMALL,
+        "train.steps=100000",
+        "train.log_every=10",
+        "hydra.run.dir=x",
+        "cache_dir=own",
+    ]
+    process = started(words, tmp_path, cache_dir)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    (tmp_path / "elsewhere").mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    again = subprocess.Popen([sys.executable, "-m", "metalearn", "resume", "../x"], cwd=tmp_path / "elsewhere", env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert any("going on from step" in line for line in again.stdout)
+    again.kill()
+    again.communicate()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.slow
+def test_a_multirun_shows_what_is_finished_whatever_was_refused_later(metalearn, tmp_path):
+    words = ["train", "-m", "algo=protonet", *SMALL, "hydra.sweep.dir=sweep"]
+    assert metalearn(*words, "episode.way=4,3").returncode == 0
+    more = metalearn(*words, "episode.way=5,4,3")
+    assert more.returncode == 1
+    assert "4w 1s" in more.stdout and "holds a run with episode.way=4, not 5" in more.stdout
+    again = metalearn(*words, "episode.way=4,3")
+    assert (
+        again.returncode == 0 and "2: episode.way=3" in again.stdout
+    )  # what is not asked for now is there all the same
+    assert not (tmp_path / "sweep/0/error.txt").exists()
+
+
+def test_why_a_run_failed_is_said_even_on_a_full_disk(tmp_path):
+    assert launch._noted(OSError(28, "No space left on device"), tmp_path / "absent/error.txt")
+    assert (
+        str(launch.told(OSError(28, "No space left on device", "result.json")))
+        == "result.json: No space left on device"
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metalearn.atomic import remove_abandoned, replacing
 from metalearn.data.images import Pictures
-from metalearn.errors import UserError
+from metalearn.errors import UserError, first_line, ran_out
 
 SUFFIXES = frozenset(extension.lower() for extension in Image.registered_extensions())
 
@@ -50,16 +50,22 @@ def list_pictures(container: Path) -> list[PictureFile]:
 
 
 def files_hash(containers: list[Path]) -> str:
-    """Changes when the files do: content of archives, and names, sizes and times of files in folders."""
+    """Changes when the files do: content of archives, and names, sizes and times of files in folders.
+
+    Raises: UserError for a file that cannot be read.
+    """
     digest = hashlib.sha256()
     for container in containers:
         digest.update(container.name.encode())
-        if container.is_dir():
-            for file in list_pictures(container):
-                stat = (container / file.name).stat()
-                digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        else:
-            digest.update(container.read_bytes())
+        try:
+            if container.is_dir():
+                for file in list_pictures(container):
+                    stat = (container / file.name).stat()
+                    digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            else:
+                digest.update(container.read_bytes())
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     return digest.hexdigest()
 
 
@@ -81,8 +87,12 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
                 try:
                     with _open(file, archives) as stream, Image.open(stream) as picture:
                         arrays.append(to_array(picture))
-                except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-                    raise UserError(f"{file} is not a readable picture ({error}); replace or remove it") from None
+                except Exception as error:  # Pillow and zipfile let through whatever the bytes lead to
+                    if ran_out(error):
+                        raise
+                    raise UserError(
+                        f"{file} is not a readable picture ({first_line(error)}); replace or remove it"
+                    ) from None
         finally:
             for archive in archives.values():
                 archive.close()
@@ -118,7 +128,9 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
             return Pictures(**torch.load(path, weights_only=True))
         except PermissionError:
             raise UserError(f"{path} cannot be read; choose another cache_dir") from None
-        except Exception:  # a torn file of any kind
+        except Exception as error:  # a torn file of any kind
+            if ran_out(error):
+                raise
             print(f"{path} is damaged; making it again", file=sys.stderr)
     pictures = make()
     try:

@@ -64,11 +64,15 @@ class Folder:
         return [data_dir / Path(self.path).expanduser()]
 
     def _containers(self, root: Path) -> list[Path]:
-        official = root / "cifar-100-python"
-        if self.download == "cifar100" and not official.exists() and not _zips(root) and not _has_pictures(root):
+        official = [root / "cifar-100-python" / part for part in ("train", "test", "meta")]
+
+        def whole() -> bool:  # not if unpacking it was cut off
+            return self.download == "cifar100" and all(part.exists() for part in official)
+
+        if self.download == "cifar100" and not whole() and not _zips(root) and not _has_pictures(root):
             with_network(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
-        if self.download == "cifar100" and official.exists():
-            return [official / part for part in ("train", "test", "meta")]
+        if whole():
+            return official
         if not root.exists():
             raise UserError(
                 f"dataset.path={self.path}: no folder or zip at {root}; it should hold one sub-folder a class "

@@ -9,25 +9,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metalearn.engine.process import release_memory
-from metalearn.errors import RunFailed
+from metalearn.errors import RunFailed, ran_out
 from metalearn.types import Task
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether memory did not suffice, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in (
-            "can't allocate memory",
-            "not enough memory",
-            "bad_alloc",
-            "could not create a primitive",
-            "out of memory",
-            "ALLOC_FAILED",
-        )
-    )
 
 
 @contextlib.contextmanager

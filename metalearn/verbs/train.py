@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import time
 import uuid
@@ -34,6 +35,7 @@ ERROR_FILE = "error.txt"
 #: Settings in which a run that is gone on with may differ from what it was.
 _MAY_DIFFER = (
     "resume", "logger", "data_dir", "cache_dir", "checkpoint", "engine.task_chunk", "engine.cuda_graph", "engine.profile", "train.nonfinite",
+    "reproduction",
 )  # fmt: skip
 
 
@@ -67,7 +69,8 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
                 stream.write(OmegaConf.to_yaml(config, resolve=True).encode())
         else:
             _check_place(folder, run.choices)
-        tracker = Tracker(settings, run.score, folder, console, command["id"], kept["step"] if kept else 0)
+            _note_chunk(folder, settings, run.choices)
+        tracker = Tracker(settings, run.score, folder, console, command["id"], kept["step"] if kept else -1)
         failed = True
         try:
             console.print(
@@ -94,6 +97,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
             table = report.result_table([report.result_row(name, result)])
             tracker.finish(result, table)
             report.write_json(folder / RESULT_FILE, result)  # last, for it says that the run is finished
+            (folder / ERROR_FILE).unlink(missing_ok=True)  # an earlier attempt's
             failed = False
         finally:
             tracker.close(failed)
@@ -151,12 +155,24 @@ def _check_place(folder: Path, choices: dict[str, Any]) -> None:
             )
 
 
+def _note_chunk(folder: Path, settings: RunConfig, choices: dict[str, Any]) -> None:
+    """Writes down that a run goes on with another number of tasks in flight than it was begun with, for good."""
+    stored = composition.stored(folder)
+    if stored.engine.task_chunk == settings.engine.task_chunk:
+        return
+    stored.engine.task_chunk = settings.engine.task_chunk
+    report.write_json(folder / ENGINE_FILE, choices)
+    with replacing(folder / CONFIG_FILE) as stream:
+        stream.write(OmegaConf.to_yaml(stored).encode())
+
+
 def note_command(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Writes down what was asked for, where that has not been done. Returns: what the file holds."""
+    """Writes down what was asked for, and where, unless a run has begun of it. Returns: what the file holds."""
     path = folder / COMMAND_FILE
-    if not path.exists():
-        report.write_json(path, {"name": name, "overrides": overrides, "id": uuid.uuid4().hex[:8]})
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex[:8]}
+    if "name" not in found or not (folder / CONFIG_FILE).exists():
+        found |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
+        report.write_json(path, found)
     return found
 
 
@@ -171,6 +187,9 @@ def resume(folder: Path, console: Console) -> None:
         raise UserError(
             f"{folder}: no run to go on with lies there{' but a multirun' if several else ''}; {way_out}"
         ) from None
+    folder = folder.absolute()
+    with contextlib.suppress(OSError):  # it is no longer there, or on another machine
+        os.chdir(command.get("directory", "."))  # relative paths in the configuration start there
     train(OmegaConf.merge(composition.stored(folder), {"resume": "auto"}), folder, name, overrides, console)  # type: ignore[arg-type]
 
 
@@ -231,14 +250,17 @@ def follow(config: DictConfig, folder: Path) -> None:
 def summarise(sweep: Path, console: Console) -> int:
     """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
     rows, failures = [], []
-    folders = sorted((path for path in sweep.iterdir() if (path / COMMAND_FILE).exists()), key=_job_number)
-    overrides = {folder: json.loads((folder / COMMAND_FILE).read_text())["overrides"] for folder in folders}
+    begun = [path for path in sweep.iterdir() if path.name.isdigit() or (path / COMMAND_FILE).exists()]
+    folders = sorted(begun, key=_job_number)
+    overrides = {folder: _overrides(folder) for folder in folders}
     common = set.intersection(*(set(words) for words in overrides.values())) if len(folders) > 1 else set()
     for folder in folders:
         name = f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
         if (folder / ERROR_FILE).exists():
             failures.append(f"{name} failed: {(folder / ERROR_FILE).read_text().strip()}")
-        elif (folder / RESULT_FILE).exists():
+        elif not (folder / RESULT_FILE).exists():
+            failures.append(f"{name} has not finished")
+        if (folder / RESULT_FILE).exists():
             rows.append(report.result_row(name, json.loads((folder / RESULT_FILE).read_text())))
     for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(report.result_table([row for row in rows if score in row]))
@@ -248,6 +270,12 @@ def summarise(sweep: Path, console: Console) -> int:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     report.print_line(console, f"  {sweep}")
     return len(failures)
+
+
+def _overrides(folder: Path) -> list[str]:
+    """What a run of a multirun was asked for; nothing where not even that could be written."""
+    path = folder / COMMAND_FILE
+    return list(json.loads(path.read_text())["overrides"]) if path.exists() else []
 
 
 def _job_number(folder: Path) -> tuple[int, str]:
