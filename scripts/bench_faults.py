@@ -270,7 +270,8 @@ class _Server(http.server.SimpleHTTPRequestHandler):
             return
         self.send_header("Content-Length", "1000000")
         self.end_headers()
-        self.wfile.write(b"x" * (1000000 if self.how == "lie" else 1000))
+        with contextlib.suppress(ConnectionError):  # who asked has left
+            self.wfile.write(b"x" * (1000000 if self.how == "lie" else 1000))
         if self.how == "stall":
             time.sleep(120)
 
