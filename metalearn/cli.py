@@ -1,6 +1,5 @@
 """The command line: picks the verb, composes `conf/`, and turns a user's mistake into one line and exit code 2."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -41,8 +40,10 @@ def main() -> None:
 def _say(error: BaseException) -> None:
     """Says, once for all processes, why the command ends."""
     if launch.rank() == 0:
-        with contextlib.suppress(OSError):  # nobody reads any more
+        try:
             print(f"metalearn: {error}", file=sys.stderr, flush=True)
+        except OSError:  # nobody reads any more; what is left unsaid must not change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _dispatch(words: list[str]) -> int:

@@ -198,6 +198,7 @@ def test_so_does_one_that_runs_out_while_it_prepares_data(with_little_memory):
     assert done.stderr.startswith("metalearn: out of memory") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_choices_are_stored_and_used_again(compose, tmp_path):
     first = compose("algo=maml", "train.meta_batch=4", "train.steps=2", "engine.strategy=loop")
     train(first, tmp_path / "first", "maml", [], Console(quiet=True))

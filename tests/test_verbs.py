@@ -109,6 +109,7 @@ def test_evaluate_changes_the_protocol_alone(run, console):
         evaluate(folder, [], "test", "steps", console)
 
 
+@pytest.mark.slow
 def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     folder = run("a", "algo=maml")
     lines = (folder / "config.yaml").read_text().splitlines()
@@ -145,6 +146,7 @@ def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
         evaluate(folder, ["algo.inner_lr=1e30"], "test", None, console)
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_classes_the_run_has_seen_however_they_are_drawn(run, console):
     folder = run("a", "algo=protonet")
     for words in (["dataset.split_seed=5"], ["dataset.split_seed=5", "dataset.jitter=1.01"]):
