@@ -3,11 +3,9 @@
 import dataclasses
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -167,53 +165,6 @@ def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run,
         pass
 
 
-def started(metalearn_words, cwd, cache_dir):
-    """The command in a process of its own, once it has logged a step."""
-    environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "metalearn", *metalearn_words],
-        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (file := cwd / "x/metrics.jsonl").exists() or not file.stat().st_size:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.1)
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(number, code, cache_dir, tmp_path):
-    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
-    process = started(words, tmp_path, cache_dir)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert "saved" in errors and "metalearn resume x" in errors and "Traceback" not in errors
-    step = checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"]
-    assert f"stopped at step {step}" in errors
-
-
-@pytest.mark.slow
-def test_a_second_signal_leaves_at_once(cache_dir, tmp_path):
-    # One validation that takes minutes: the first signal waits for its end.
-    words = [
-        "train",
-        "algo=maml",
-        *SMALL,
-        "train.steps=2",
-        "train.log_every=1",
-        "val.episodes=100000",
-        "hydra.run.dir=x",
-    ]
-    process = started(words, tmp_path, cache_dir)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 143
-
-
 @pytest.mark.slow
 def test_a_multirun_skips_what_is_finished_and_goes_on_with_the_rest(metalearn, tmp_path):
     words = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
@@ -317,20 +268,6 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, 
 
 
 @pytest.mark.slow
-def test_no_damage_to_a_checkpoint_escapes(tmp_path):
-    path = tmp_path / "x.pt"
-    checkpoint.save(path, {"meta": {"w": torch.arange(5.0)}, "fixed": {}, "best": {"step": 3}})
-    content = path.read_bytes()
-    for place in range(0, len(content), 7):
-        path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
-        try:
-            found = checkpoint.load(path, torch.device("cpu"))
-        except checkpoint.Damaged:
-            continue
-        assert torch.equal(found["meta"]["w"], torch.arange(5.0)) and found["best"] == {"step": 3}
-
-
-@pytest.mark.slow
 def test_a_profiled_run_goes_on(run, stopped):
     stopped(7, "signal", "x", "algo=protonet", "engine.profile=true")
     run("x", "algo=protonet", "engine.profile=true", "resume=auto")
@@ -357,44 +294,6 @@ def test_other_data_are_noticed(run, stopped, monkeypatch):
 def test_a_signal_while_the_initialisation_is_validated_stops_the_run(stopped, tmp_path):
     stopped(1, "signal", "x", "algo=protonet", "train.steps=0")
     assert not (tmp_path / "x/result.json").exists()
-
-
-class Malice:
-    """Code in a pickle."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
-    for content in ({"meta": Malice(tmp_path / "ran"), "fixed": {}}, Malice(tmp_path / "ran")):
-        torch.save(content, tmp_path / "last.pt")
-        with pytest.raises(checkpoint.Damaged, match="not a readable checkpoint"):
-            checkpoint.load(tmp_path / "last.pt", torch.device("cpu"))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
-    for name in ("last.pt", "previous.pt"):
-        checkpoint.save(tmp_path / name, {"meta": {}, "fixed": {}})
-
-    def load(*words, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(RuntimeError, match="allocate"):
-        checkpoint.latest(tmp_path, lambda line: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-
-
-def test_a_damaged_checkpoint_goes_out_of_the_way_of_the_whole_one(tmp_path):
-    checkpoint.save(tmp_path / "previous.pt", {"meta": {}, "fixed": {}, "step": 3})
-    (tmp_path / "last.pt").write_bytes(b"")
-    assert checkpoint.latest(tmp_path, lambda line: None)["step"] == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-last.pt", "previous.pt"]
 
 
 def test_other_classes_in_the_splits_are_other_data(make_run):
@@ -438,45 +337,6 @@ def test_another_chunk_is_kept_for_good(run, stopped, tmp_path):
     verb.resume(tmp_path / "x", Console(file=io.StringIO()))
     assert json.loads((tmp_path / "x/engine.json").read_text())["train"]["chunk"] == 1
     assert json.loads((tmp_path / "x/result.json").read_text())["engine"]["train"]["chunk"] == 1
-
-
-@pytest.mark.slow
-def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
-    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
-    process = started([*words, "val.every=100"], tmp_path, cache_dir)
-    process.stdout.close()
-    process.stderr.close()
-    rows = tmp_path / "x/metrics.jsonl"
-    before = rows.read_text().count("val.")
-    while rows.read_text().count("val.") < before + 3:  # each is printed
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    assert checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"] > 0
-
-
-@pytest.mark.slow
-def test_a_run_is_gone_on_with_from_anywhere(metalearn, cache_dir, tmp_path):
-    words = [
-        "train",
-        "algo=protonet",
-        *SMALL,
-        "train.steps=100000",
-        "train.log_every=10",
-        "hydra.run.dir=x",
-        "cache_dir=own",
-    ]
-    process = started(words, tmp_path, cache_dir)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    (tmp_path / "elsewhere").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    again = subprocess.Popen([sys.executable, "-m", "metalearn", "resume", "../x"], cwd=tmp_path / "elsewhere", env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert any("going on from step" in line for line in again.stdout)
-    again.kill()
-    again.communicate()
-    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.slow
