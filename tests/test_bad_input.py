@@ -84,7 +84,9 @@ def test_device_that_is_not_there_is_named(compose, monkeypatch):
         check(config.checked(compose("device=cuda")))
 
 
-@pytest.mark.parametrize("group", ["algo", "dataset", "backbone", pytest.param("experiment", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "group", ["dataset", "backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in ("algo", "experiment"))]
+)
 def test_every_choice_composes_and_is_explained(group):
     for name, line in composition.options(group).items():
         settings = [f"{group}={name}"]

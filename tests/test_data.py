@@ -80,6 +80,7 @@ def test_zip_gives_what_the_folder_gives(own_pictures, tmp_path):
     assert folder.content_hash == zipped.content_hash
 
 
+@pytest.mark.slow
 def test_split_file(own_pictures, tmp_path):
     names = [f"class {k}é" for k in range(10)]
     path = tmp_path / "split.json"
@@ -158,6 +159,7 @@ def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pic
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_glyphs_are_deterministic_and_classes_differ(tmp_path):
     settings = config.checked(composition.composed(["dataset=glyphs"])).dataset
     assert settings["num_classes"] >= 1000

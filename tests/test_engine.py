@@ -133,6 +133,7 @@ def test_tf32_wants_a_gpu(make_run):
         make_run("algo=maml", "engine.precision=tf32")
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_chunk_that_fits(make_run):
     run = make_run("algo=protonet")
     tasks = run.train.draw(0, 12)

@@ -67,7 +67,7 @@ def stopped(run, monkeypatch):
     return trained
 
 
-@pytest.mark.parametrize("how", ["signal", "killed"])
+@pytest.mark.parametrize("how", ["signal", pytest.param("killed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "words",
     [

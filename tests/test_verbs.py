@@ -65,12 +65,14 @@ def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, i
     )
 
 
+@pytest.mark.slow
 def test_evaluate_without_normalisation_has_one_measurement(run, console):
     folder = run("a", "algo=maml", "backbone.normalisation=none")
     evaluate(folder, [], "test", None, console)
     assert "transductive_minus_inductive" not in only(folder, statistics="none")
 
 
+@pytest.mark.slow
 def test_evaluate_changes_the_protocol_alone(run, console):
     folder = run("a", "algo=protonet")
     evaluate(
@@ -156,6 +158,7 @@ def test_evaluate_refuses_classes_the_run_has_seen_however_they_are_drawn(run, c
     assert "train accuracy" in console.export_text()
 
 
+@pytest.mark.slow
 def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
     folder = run("a", "algo=maml")
     with pytest.raises(UserError, match=r"episode\.way=7: the run tells 5 classes apart"):
