@@ -6,6 +6,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def of_system(error: OSError) -> str:
+    """What the system refused, and for which file, in one line."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether memory did not suffice, on whatever device; torch says so in many ways, mostly as a RuntimeError."""
     return isinstance(error, MemoryError) or (

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalearn.errors import RunFailed, UserError, first_line, ran_out
+from metalearn.errors import RunFailed, UserError, first_line, of_system, ran_out
 
 # Nothing heavy is imported here, as in cli.py.
 
@@ -319,5 +319,5 @@ def told(error: Exception) -> Exception:
             "out of memory outside of a step; try smaller pictures (dataset.image_size), fewer filters or episodes"
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return RunFailed(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        return RunFailed(of_system(error))
     return error

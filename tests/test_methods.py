@@ -179,17 +179,12 @@ def test_proto_maml_without_steps_is_protonet():
     )
 
 
+def imaml(**settings):
+    return IMAML(**_COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings)
+
+
 def test_imaml_solves_the_dense_system():
-    algorithm = IMAML(
-        **_COMMON,
-        inner_lr=0.2,
-        inner_steps=3,
-        test_inner_steps=3,
-        strength=2.0,
-        cg_steps=60,
-        damping=0.5,
-        strength_damping=1.0,
-    )
+    algorithm = imaml(cg_steps=60, damping=0.5, strength_damping=1.0)
     one, state = task(), state_of(algorithm)
     phi = algorithm.solved(state.meta, one.support, 3)
     names = list(phi)
@@ -209,16 +204,7 @@ def test_imaml_solves_the_dense_system():
 
 
 def test_imaml_finds_the_regularised_minimum():
-    algorithm = IMAML(
-        **_COMMON,
-        inner_lr=0.2,
-        inner_steps=3,
-        test_inner_steps=300,
-        strength=2.0,
-        cg_steps=5,
-        damping=1.0,
-        strength_damping=0.0,
-    )
+    algorithm = imaml(cg_steps=5, damping=1.0, strength_damping=0.0)
     one, state = task(), state_of(algorithm)
     phi = algorithm.solved(state.meta, one.support, 300)
     slope = grad(algorithm.support_loss)(phi, one.support)

@@ -19,7 +19,7 @@ from metalearn import checkpoint, composition, loop, report
 from metalearn.atomic import remove_abandoned, replacing
 from metalearn.build import FREE_CHOICES, build
 from metalearn.config import COMPONENTS, RunConfig, checked, leaves
-from metalearn.errors import RunFailed, UserError
+from metalearn.errors import RunFailed, UserError, of_system
 from metalearn.interrupts import Stopped
 from metalearn.lock import alone_in
 from metalearn.measure import measure
@@ -207,8 +207,9 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise RunFailed(f"{what}; what was saved before is whole: mend that, then metalearn resume {folder}") from None
+        raise RunFailed(
+            f"{of_system(error)}; what was saved before is whole: mend that, then metalearn resume {folder}"
+        ) from None
 
 
 def _shown_again(folder: Path, name: str, console: Console) -> float:
