@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn import __version__, help_texts, interrupts, launch
-from metalearn.errors import UserError
+from metalearn.errors import UserError, leave_unread
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
 
@@ -23,7 +23,7 @@ def main() -> None:
         launch.leave_siblings(code)
         sys.exit(code)
     except BrokenPipeError:  # the reader has left, as in `metalearn list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_unread(sys.stdout)
         sys.exit(141)
     except interrupts.Stopped as stopped:
         _say(stopped)
@@ -43,7 +43,7 @@ def _say(error: BaseException) -> None:
         try:
             print(f"metalearn: {error}", file=sys.stderr, flush=True)
         except OSError:  # nobody reads any more; what is left unsaid must not change the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            leave_unread(sys.stderr)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -1,5 +1,8 @@
 """What ends in one line and no traceback: a user's mistake (exit code 2), a run that cannot go on (1)."""
 
+import os
+from typing import TextIO
+
 
 def first_line(error: Exception) -> str:
     """An exception in one line."""
@@ -27,6 +30,11 @@ def ran_out(error: BaseException) -> bool:
             )
         )
     )
+
+
+def leave_unread(stream: TextIO) -> None:
+    """For a stream whose reader has left: what is still written to it is lost, and no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _OneLine(Exception):

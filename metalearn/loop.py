@@ -62,7 +62,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
     kept = run.processes.from_leader(kept)
     if kept is not None:
         training.restore(kept)
-    take_step = Captured(training.meta_step, run.device, _why_no_graph(run), tracker.note)
+    take_step = Captured(training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note)
     profile = None
     if run.config.engine.profile and run.processes.leading:
         header = f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks a step on {run.device}, {run.choices}"

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import metalearn
 from metalearn.atomic import replacing
+from metalearn.errors import leave_unread
 from metalearn.figures import shown, shown_interval
 from metalearn.stats import Difference
 from metalearn.types import Estimate
@@ -27,7 +28,7 @@ class _Console(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_unread(sys.stdout)
 
 
 def console() -> Console:

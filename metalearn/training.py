@@ -29,7 +29,7 @@ class Best:
 class Training:
     """The state of a run, the optimiser's, what has been seen since the last row of figures, and the best so far.
 
-    step: meta-steps taken. The tensors are the same throughout, changed in place: a CUDA graph reads and writes them where
+    step: meta-steps taken; engine: what takes the next one, another object where the method enters another stage. The tensors are the same throughout, changed in place: a CUDA graph reads and writes them where
     they lie.
     """
 
@@ -42,6 +42,8 @@ class Training:
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()  # which are in which split
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
+        self.engine = run.train_engine
+        self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
 
@@ -54,7 +56,7 @@ class Training:
         with record_function("draw tasks"):
             tasks = run.train.draw(self._steps_done * settings.meta_batch + self._own_first, self._own_count)
         with record_function("gradients"):
-            step = run.train_engine.step(self.state, tasks, progress, settings.meta_batch)
+            step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.placed(step.losses, settings.meta_batch)
             gradients, logs, statistics, losses = run.processes.summed((*step[:3], losses))
         with record_function("optimiser"):
@@ -74,6 +76,12 @@ class Training:
         self.step += 1
         self._schedule.step()
         self.meter.count(self._settings.meta_batch)
+        self._enter_stage()
+
+    def _enter_stage(self) -> None:
+        engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
+        if engine != self.engine:
+            self.engine = engine
 
     def validated(self, estimate: Estimate) -> bool:
         """Takes note of a validation. Returns: whether it is the best so far."""
@@ -150,6 +158,7 @@ class Training:
                 f"the checkpoint cannot be gone on from ({error}); it was made by another version"
             ) from None
         self._steps_done.fill_(self.step)
+        self._enter_stage()
 
 
 class Meter:

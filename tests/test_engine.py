@@ -273,7 +273,7 @@ def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
 
 def test_without_cuda_a_step_is_called_as_it_is():
     calls, said = [], []
-    step = Captured(lambda: calls.append(1), torch.device("cpu"), "engine.cuda_graph=false", said.append)
+    step = Captured(lambda: calls.append(1), lambda: None, torch.device("cpu"), "engine.cuda_graph=false", said.append)
     for _ in range(5):
         step()
     assert (len(calls), said, step.captured) == (5, [], False)
@@ -284,7 +284,7 @@ def on_cuda(make_run, *words):
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", ["maml", "reptile", "protonet"])
+@pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "maml_pp"])
 def test_a_captured_run_is_the_run_launched_step_by_step(name, make_run, tmp_path):
     class Noted(loop.Silent):
         def note(self, line):
@@ -326,7 +326,7 @@ def test_what_cannot_be_captured_goes_on_and_says_why():
         value.add_(1)
         value.item()
 
-    taken = Captured(step, value.device, None, said.append)
+    taken = Captured(step, lambda: None, value.device, None, said.append)
     for _ in range(6):
         taken()
     assert value.item() == 6

@@ -136,3 +136,21 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     torch.save({"code": RunFailed("x")}, path)
     with pytest.raises(UserError, match=r"x\.pt"):
         checkpoint.load(path, torch.device("cpu"))
+
+
+def test_a_method_enters_its_next_stage_when_its_share_is_over(make_run, monkeypatch):
+    run = make_run("algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4")
+    calls = []
+    monkeypatch.setattr(
+        type(run.algorithm), "step_weights", lambda self, steps, progress: calls.append(steps) or torch.ones(steps)
+    )
+    under_way, engines = training.Training(run), []
+    for _ in range(4):
+        engines.append(under_way.engine)
+        under_way.meta_step()
+        under_way.count()
+    assert calls == [5, 5]
+    assert engines[0] is engines[1] is not engines[2] is engines[3]
+    again = training.Training(run)
+    again.restore(under_way.kept() | {"step": 2, "best": None})
+    assert again.engine == engines[2]

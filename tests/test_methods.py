@@ -91,6 +91,24 @@ def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
         torch.testing.assert_close(found[f"rate.{name}"], -query[name] * support[name])
 
 
+@pytest.mark.parametrize("kind", ["meta_sgd", "maml_pp"])
+def test_first_order_still_learns_the_rates(kind):
+    first = _GRADIENT | {"inner_steps": 1, "first_order": True}
+    algorithm = (
+        MetaSGD(**_COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
+    )
+    one, state = task(), state_of(algorithm)
+    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
+    support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
+    phi = {name: theta[name] - state.meta[f"rate.{name}"] * support[name] for name in theta}
+    query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
+    found = gradients(algorithm, state, one)
+    for name in theta:
+        each = -query[name] * support[name]
+        torch.testing.assert_close(found[f"rate.{name}"], each if kind == "meta_sgd" else each.sum().reshape(1))
+        torch.testing.assert_close(found[name], query[name])
+
+
 def plus_plus(**changes):
     off = dict(multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0)
     return MAMLPlusPlus(**(_COMMON | _GRADIENT | off | changes))
@@ -123,6 +141,9 @@ def test_maml_pp_losses_of_each_step():
     each = [F.cross_entropy(predictions(algorithm, state, one, steps=steps), one.query.y) for steps in (1, 2, 3)]
     weights = algorithm.step_weights(3, torch.tensor(0.25).double())
     torch.testing.assert_close(value, (weights * torch.stack(each)).sum())
+    assert algorithm.stage(0.49) == algorithm
+    later = algorithm.stage(0.5)
+    torch.testing.assert_close(later.loss(state, one, torch.tensor(0.5).double()).value, each[-1])
 
 
 def test_maml_pp_drops_second_derivatives_at_first():
@@ -130,8 +151,8 @@ def test_maml_pp_drops_second_derivatives_at_first():
     one, state = task(), state_of(algorithm)
     first = gradients(MAML(**_COMMON, **(_GRADIENT | {"first_order": True})), state, one)
     second = gradients(MAML(**_COMMON, **_GRADIENT), state, one)
-    torch.testing.assert_close(gradients(algorithm, state, one, torch.tensor(0.4).double()), first)
-    torch.testing.assert_close(gradients(algorithm, state, one, torch.tensor(0.5).double()), second)
+    torch.testing.assert_close(gradients(algorithm.stage(0.4), state, one), first)
+    torch.testing.assert_close(gradients(algorithm.stage(0.5), state, one), second)
     assert not torch.allclose(first["head.weight"], second["head.weight"])
 
 
@@ -145,6 +166,31 @@ def test_maml_pp_normalisation_weights_belong_to_a_step():
     assert not torch.allclose(predictions(algorithm, state, one, steps=2), before)
     beyond = predictions(algorithm, state, one, steps=4)
     assert beyond.isfinite().all()
+
+
+def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
+    algorithm = plus_plus(backbone=_NORMALISED, normalisation_per_step=True, adapted_part="head")
+    one, state = task(), state_of(algorithm)
+    state.meta["step.net.norm0.weight"][1] += 1
+    head = {name: value for name, value in state.meta.items() if name.startswith("head.")}
+    for step in range(2):
+        params = algorithm.at_step(state.meta, step)
+        z = algorithm.embed(params, one.support.x)
+        gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
+        head = {name: head[name] - 0.3 * gradient[name] for name in head}
+    torch.testing.assert_close(
+        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x))
+    )
+
+
+def test_maml_pp_adapts_the_normalisation_of_a_step():
+    algorithm = plus_plus(backbone=_NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
+    one, state = task(), state_of(algorithm)
+    after = algorithm.trajectory(state.meta, one.support, 2)
+    moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
+    for step in range(2):
+        assert moved[step][step].abs().min() > 0
+        assert not moved[step][1 - step].any()
 
 
 def test_l2_maml_descends_the_regularised_loss():
@@ -183,8 +229,9 @@ def imaml(**settings):
     return IMAML(**_COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings)
 
 
-def test_imaml_solves_the_dense_system():
-    algorithm = imaml(cg_steps=60, damping=0.5, strength_damping=1.0)
+@pytest.mark.parametrize(("damping", "strength_damping"), [(0.0, 0.0), (0.5, 1.0)])
+def test_imaml_solves_the_dense_system(damping, strength_damping):
+    algorithm = imaml(cg_steps=60, damping=damping, strength_damping=strength_damping)
     one, state = task(), state_of(algorithm)
     phi = algorithm.solved(state.meta, one.support, 3)
     names = list(phi)
@@ -197,7 +244,8 @@ def test_imaml_solves_the_dense_system():
         return F.cross_entropy(network(tree(flat), one.support.x), one.support.y)
 
     flat = torch.cat([phi[name].flatten() for name in names])
-    matrix = 1.5 * torch.eye(len(flat), dtype=torch.float64) + hessian(support_loss)(flat) / 3
+    matrix = (1 + damping) * torch.eye(len(flat), dtype=torch.float64)
+    matrix += hessian(support_loss)(flat) / (algorithm.strength + strength_damping)
     query = grad(lambda flat: F.cross_entropy(network(tree(flat), one.query.x), one.query.y))(flat)
     expected = tree(torch.linalg.solve(matrix, query))
     torch.testing.assert_close(gradients(algorithm, state, one), expected, rtol=1e-6, atol=1e-9)

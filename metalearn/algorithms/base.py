@@ -99,6 +99,10 @@ class Algorithm:
         learner = self.adapt(state, task.support, task.unlabelled, key=task.key, steps=self.training_steps)
         return self.query_loss(state, learner, task.query, task.key)
 
+    def stage(self, progress: float) -> "Algorithm":
+        """The method as it is once this share of meta-training is done, so that a part that is over costs nothing any more."""
+        return self
+
     def query_loss(self, state: State, learner: Any, query: Labelled, key: Tensor) -> Loss:
         """The default objective, given what adaptation returned."""
         prediction, statistics = self.forward(state, learner, query.x, key)

@@ -49,6 +49,11 @@ class GradientAdaptation(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
+    @property
+    def embeds_once(self) -> bool:
+        """Whether embeddings of the support set are the same at every step, as with an unchanged backbone."""
+        return self.adapted_part == "head"
+
     def adapts(self, name: str) -> bool:
         """Whether the inner loop changes the weight of this name."""
         if name.startswith("head."):
@@ -73,18 +78,13 @@ class GradientAdaptation(LinearHeadAlgorithm):
         """All weights before and after each of the inner steps: theta_0 ... theta_K."""
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
-        # With an unchanged backbone the embeddings are the same at every step.
-        seen = support
-        if self.adapted_part == "head":
-            seen = dataclasses.replace(support, x=self.embed(slow, support.x))
-        # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
-        fixed = pytree.tree_map(torch.detach, (slow, seen)) if self.first_order else (slow, seen)
+        seen = dataclasses.replace(support, x=self.embed(slow, support.x)) if self.embeds_once else support
         fast, found = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
             if self.rematerialise and not self.first_order:
                 descend = rematerialised(descend)
-            fast = descend(fast, start, *fixed)
+            fast = descend(fast, start, slow, seen)
             found.append({**slow, **fast})
         return found
 
@@ -96,17 +96,18 @@ class GradientAdaptation(LinearHeadAlgorithm):
         """`fast` after inner step number `step`.
 
         start: what `fast` was before the first; slow: the weights that do not adapt; seen: the support set, or its
-        embeddings where only the head adapts.
+        embeddings.
         """
 
-        def support_loss(fast: Params) -> Tensor:
+        def support_loss(fast: Params, slow: Params, seen: Labelled) -> Tensor:
             params = self.at_step(slow | fast, step)
-            z = seen.x if self.adapted_part == "head" else self.embed(params, seen.x)
+            z = seen.x if self.embeds_once else self.embed(params, seen.x)
             value = objective(self.head(params, z), seen.y)
             return value * seen.way if self.inner_loss == "sum" else value
 
-        point = {name: value.detach() for name, value in fast.items()} if self.first_order else fast
-        gradient = grad(support_loss)(point)
+        # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
+        point = (fast, slow, seen)
+        gradient = grad(support_loss)(*(pytree.tree_map(torch.detach, point) if self.first_order else point))
         if self.pull:
             gradient = {name: value + self.pull * (fast[name] - start[name]) for name, value in gradient.items()}
         return {name: value - self.rate(slow, name, step) * gradient[name] for name, value in fast.items()}

@@ -18,8 +18,8 @@ from metalearn.types import Loss, Params, Spec, State, Task
 class MAMLPlusPlus(GradientAdaptation):
     """Meta-loss sum_k w_k L_query(theta_k), with rates and normalisation weights of each inner step (Antoniou et al. 2019).
 
-    multi_step_share: share of meta-training over which w goes from 1 / K each to the last step's alone (4.1; with their
-      code's floor of 0.03 / K for the other steps); 0: the last step's alone throughout.
+    multi_step_share: share of meta-training over which w goes from 1 / K each towards the last step's alone (4.1; with their
+      code's floor of 0.03 / K for the other steps); after it, the last step's alone.
     learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr.
     normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB). Departure: running statistics of each
       step (BNRS) are left out, since in the authors' code they never reach an output.
@@ -48,6 +48,13 @@ class MAMLPlusPlus(GradientAdaptation):
             meta |= rates
         return State(meta, state.fixed)
 
+    @property
+    def embeds_once(self) -> bool:
+        return super().embeds_once and not self.normalisation_per_step
+
+    def adapts(self, name: str) -> bool:
+        return super().adapts(name.removeprefix("step."))
+
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
         if not self.learned_rates:
             return self.inner_lr
@@ -58,23 +65,20 @@ class MAMLPlusPlus(GradientAdaptation):
         own = {name[len("step.") :]: value for name, value in params.items() if name.startswith("step.")}
         return params | {name: value[min(step, len(value) - 1)] for name, value in own.items()}
 
+    def stage(self, progress: float) -> "MAMLPlusPlus":
+        return dataclasses.replace(
+            self,
+            multi_step_share=self.multi_step_share if progress < self.multi_step_share else 0.0,
+            first_order=self.first_order or progress < self.first_order_share,
+            first_order_share=0.0,
+        )
+
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         trajectory = self.trajectory(state.meta, task.support, self.inner_steps)
-        if self.first_order_share:
-            # Known only on the device, so the second derivatives are computed and then dropped.
-            kept = (progress >= self.first_order_share).to(progress.dtype)
-            first_order = dataclasses.replace(self, first_order=True)
-            dropped = first_order.trajectory(state.meta, task.support, self.inner_steps)
-            trajectory = [
-                {
-                    name: first + kept * (second - first)
-                    for (name, second), first in zip(whole.items(), part.values(), strict=True)
-                }
-                for whole, part in zip(trajectory, dropped, strict=True)
-            ]
+        counted = range(1, self.inner_steps + 1) if self.multi_step_share else [self.inner_steps]
         losses = [
             self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)
-            for steps in (range(1, self.inner_steps + 1) if self.multi_step_share else [self.inner_steps])
+            for steps in counted
         ]
         if len(losses) == 1:
             return losses[0]
@@ -83,7 +87,7 @@ class MAMLPlusPlus(GradientAdaptation):
         return Loss(value, losses[-1].logs, losses[-1].statistics)
 
     def step_weights(self, steps: int, progress: Tensor) -> Tensor:
-        """w [K], which sums to 1."""
+        """w [K] while the losses of all steps count; sums to 1."""
         done = (progress / self.multi_step_share).clamp(max=1)
         others = ((1 - done) / steps).clamp(min=0.03 / steps)
         return torch.cat([others.expand(steps - 1), (1 - (steps - 1) * others).reshape(1)])

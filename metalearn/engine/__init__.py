@@ -77,6 +77,10 @@ class Engine:
         chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count)
         return dataclasses.replace(self, strategy=strategy, chunk=1 if strategy == "loop" else min(chunk, count))
 
+    def at(self, progress: float) -> "Engine":
+        """The engine once this share of meta-training, in [0, 1], is done."""
+        return dataclasses.replace(self, algorithm=self.algorithm.stage(progress))
+
     def timed(self, state: State, tasks: Task) -> "Engine":
         """The engine with the faster convolution for weights of each task's own, by the clock. For a GPU."""
         progress = torch.zeros((), device=tasks.key.device)

@@ -14,13 +14,20 @@ class Captured:
     """`step`, launched as one CUDA graph after a few plain calls; where that cannot be, called as it is.
 
     step: reads and writes tensors in place, always the same ones, and never waits for the device.
+    stage: what else the step depends on; where that is another object than before, a graph is captured anew.
     why_not: a reason known beforehand not to capture, or None; `tell` gets it, or why the capture failed, once.
     """
 
     def __init__(
-        self, step: Callable[[], None], device: torch.device, why_not: str | None, tell: Callable[[str], None]
+        self,
+        step: Callable[[], None],
+        stage: Callable[[], object],
+        device: torch.device,
+        why_not: str | None,
+        tell: Callable[[str], None],
     ):
-        self._step, self._tell = step, tell
+        self._step, self._stage, self._tell = step, stage, tell
+        self._of_stage: object = None
         self._capturing = device.type == "cuda" and why_not is None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._plain_calls = 0
@@ -33,6 +40,8 @@ class Captured:
         return self._graph is not None
 
     def __call__(self) -> None:
+        if self._stage() is not self._of_stage:
+            self._of_stage, self._graph, self._plain_calls = self._stage(), None, 0
         if self._graph is not None:
             self._graph.replay()
         elif not self._capturing:
