@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian
 
 from metalearn import random
+from metalearn.algorithms.base import select
 from metalearn.algorithms.baseline import Baseline
 from metalearn.algorithms.finetune import FineTuning
 from metalearn.algorithms.geometry import class_means
@@ -309,8 +310,13 @@ def test_full_context_reads_the_set_both_ways_and_attends():
         own[f"bias_hh_l0{suffix}"] = torch.zeros(20).double()
     output = functional_call(both, own, (z[:, None],))[0][:, 0]
     torch.testing.assert_close(algorithm.in_context(state.meta, z), output[:, :5] + output[:, 5:] + z)
-    apart = torch.cat([algorithm.attending(state.meta, row[None], z) for row in z])
-    torch.testing.assert_close(algorithm.attending(state.meta, z, z), apart)
+    for row, found in zip(z, algorithm.attending(state.meta, z, z), strict=True):
+        hidden, memory = row, torch.zeros(5).double()
+        for _ in range(2):
+            read = (z @ hidden).softmax(0) @ z
+            step = lstm_cell(select(state.meta, "attend"), row[None], torch.cat([hidden, read])[None], memory[None])
+            hidden, memory = step[0][0] + row, step[1][0]
+        torch.testing.assert_close(found, hidden)
     assert all(value.abs().max() > 0 for value in gradients(algorithm, state, one).values())
 
 
@@ -335,7 +341,7 @@ def test_siamese_by_loops():
         for column, other in enumerate(one.support.x):
             logits[row, column] = state.meta["pair.alpha"] @ (x - other).abs() + state.meta["pair.bias"]
     same = one.query.y[:, None] == one.support.y
-    losses = torch.where(same, -2 * F.logsigmoid(logits), -F.logsigmoid(-logits))
+    losses = torch.where(same, -F.logsigmoid(logits), -F.logsigmoid(-logits))
     torch.testing.assert_close(algorithm.loss(state, one, _PROGRESS).value, losses.mean())
     expected = torch.stack([logits[:, one.support.y == way].max(-1).values for way in range(3)], -1)
     torch.testing.assert_close(predictions(algorithm, state, one), expected)
@@ -352,7 +358,8 @@ def test_r2d2_scales_a_ridge_regression_of_the_labels():
     algorithm = R2D2(**_COMMON | {"backbone": _IDENTITY}, strength=0.5, scale=3.0)
     one, state = task(), state_of(algorithm)
     z, new = (F.pad(part.x, (0, 1), value=1.0) for part in (one.support, one.query))
-    weight = torch.linalg.solve(z.T @ z + 0.5 * torch.eye(5).double(), z.T @ F.one_hot(one.support.y, 3).double())
+    y = F.one_hot(one.support.y, 3).double()
+    weight = torch.linalg.solve(z.T @ z / len(z) + 0.5 * torch.eye(5).double(), z.T @ y / len(z))  # mean squared error
     torch.testing.assert_close(predictions(algorithm, state, one), 3 * new @ weight)
 
 
@@ -374,10 +381,10 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
         **_COMMON | {"backbone": _IDENTITY}, hidden=6, representation=5, meta_hidden=7, second_order=second_order
     )
     one, state = task(), state_of(algorithm)
-    memory = algorithm.learn(state.meta, one.support.x, one.support)
-    meta = state.meta
+    meta = state.meta | state.fixed
+    memory = algorithm.learn(meta, one.support.x, one.support)
     for row, x in enumerate(one.query.x):
-        r = (meta["represent.layer"] @ x).relu() + (memory.representation @ x).relu()
+        r = meta["represent.layer"] @ x + memory.representation @ x
         a = torch.stack([F.cosine_similarity(r, key, 0) for key in memory.keys]).softmax(0)
         hidden, output = (
             sum(w * f for w, f in zip(a, memory.fast[part], strict=True)) for part in ("hidden", "output")
@@ -389,12 +396,15 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
     other = dataclasses.replace(one.support, y=torch.cat([one.support.y[:1], one.support.y[1:].flip(0)]))
     changed = algorithm.learn(meta, one.support.x, other)
     torch.testing.assert_close(changed.fast["hidden"][0], memory.fast["hidden"][0])
-    reached = gradients(algorithm, state, one)["represent.output"].abs().max() > 0
-    assert bool(reached) == second_order
+    found = gradients(algorithm, state, one)
+    assert all(value.abs().max() > 0 for value in found.values())
+    assert ("represent.output" in found) == second_order  # what no gradient reaches is no meta-parameter
 
 
 def baseline(**changes):
-    settings = dict(head="linear", scale=4.0, head_steps=7, head_lr=0.3, head_momentum=0.9, head_decay=0.01)
+    settings = dict(
+        head="linear", train_scale=3.0, head_scale=4.0, head_steps=7, head_lr=0.3, head_momentum=0.9, head_decay=0.01
+    )
     return Baseline(**(_COMMON | {"backbone": _IDENTITY} | settings | changes))
 
 
@@ -435,6 +445,28 @@ def test_logistic_regression_is_at_its_minimum():
     expected = torch.tensor(best.x).view(5, 3)
     torch.testing.assert_close(found[:-1], expected[:-1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[-1] - found[-1].mean(), expected[-1] - expected[-1].mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_baseline_pp_learns_a_norm_of_each_training_class():
+    algorithm = baseline(head="cosine")
+    one, state = task(), state_of(algorithm, classes=20)
+    z, weight = one.query.x, state.meta["global.weight"]
+    cosines = F.cosine_similarity(z[:, None], weight[None], dim=-1)
+    torch.testing.assert_close(algorithm.trained_logits(state.meta, z), 3 * cosines * weight.norm(dim=1))
+
+
+def test_fine_tuning_under_population_statistics_sees_each_example_apart():
+    net = {"backbone": _NORMALISED, "statistics": "population"}
+    algorithm = FineTuning(**_COMMON | net, inner_lr=0.2, test_inner_steps=3)
+    one, state = task(), state_of(algorithm, classes=20)
+
+    def head_after_a_step(x, y):
+        support = dataclasses.replace(one.support, x=x, y=y)
+        return algorithm.adapt(state, support, key=_KEY, steps=1).params["head.weight"]
+
+    pairs = zip(one.support.x.split(1), one.support.y.split(1), strict=True)
+    apart = torch.stack([head_after_a_step(x, y) for x, y in pairs]).mean(0)
+    torch.testing.assert_close(head_after_a_step(one.support.x, one.support.y), apart)
 
 
 def test_fine_tuning_descends_from_the_trained_weights_with_a_new_head():

@@ -19,15 +19,17 @@ from metalearn.types import Labelled, Params, Spec, State
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baseline(TransferAlgorithm):
-    """logits = W z + b ("linear"), or scale * cosine(w_n, z) ("cosine", Baseline++), fitted on the frozen support set by gradient
-    descent with momentum and weight decay (Chen et al. 2019, 3.2 and 3.3).
+    """logits = W z + b ("linear"), or head_scale * cosine(w_n, z) ("cosine", Baseline++), fitted on the frozen support set by
+    gradient descent with momentum and weight decay (Chen et al. 2019, 3.2 and 3.3).
 
-    Departure: every step sees the whole support set (theirs: batches of 4). The linear head starts at zero, so that it does
-    not depend on the order of the classes; the cosine one at random.
+    train_scale: of the cosines in meta-training, where each class has a learned norm besides, as in the authors' code.
+    Departures: every step sees the whole support set (theirs: batches of 4), and classes of a task have no norm of their own.
+    The linear head starts at zero, so that it does not depend on the order of the classes; the cosine one at random.
     """
 
     head: str = choice("linear", "cosine")
-    scale: float = above(0)
+    train_scale: float = above(0)
+    head_scale: float = above(0)
     head_steps: int = at_least(0)
     head_lr: float = above(0)
     head_momentum: float = between(0, 1)
@@ -46,12 +48,12 @@ class Baseline(TransferAlgorithm):
     def trained_logits(self, meta: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
             return super().trained_logits(meta, z)
-        return self.scale * cosine(z, meta["global.weight"])
+        return self.train_scale * F.linear(F.normalize(z, dim=-1), meta["global.weight"])
 
     def compare(self, learned: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
             return F.linear(z, learned["weight"], learned["bias"])
-        return self.scale * cosine(z, learned["weight"])
+        return self.head_scale * cosine(z, learned["weight"])
 
     def learn(self, z: Tensor, support: Labelled, key: Tensor) -> Params:
         shape = (support.way, z.shape[-1])

@@ -38,7 +38,7 @@ class EmbeddingAlgorithm(Algorithm):
         return {}
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Any:
-        """Any pytree, from embeddings z [M, D] of the support set and its labels."""
+        """Any pytree, from embeddings z [M, D] of the support set and its labels. meta: the state's `fixed` is among it."""
         raise NotImplementedError
 
     def compare(self, meta: Params, learned: Any, z: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class EmbeddingAlgorithm(Algorithm):
         steps: int | None = None,
     ) -> Learned:
         z, reference = self.embed_support(state, support.x)
-        return Learned(self.learn(state.meta, z, support), reference)
+        return Learned(self.learn(state.meta | state.fixed, z, support), reference)
 
     def forward(self, state: State, learner: Learned, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
         z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, key)
@@ -76,7 +76,8 @@ class EmbeddingAlgorithm(Algorithm):
         if self.statistics == "population":
             z, seen = self.embed_training(state, net, torch.cat([support.x, query.x]), task.key)
             z_support, z_query = z.split([support.x.shape[0], query.x.shape[0]])
-            return self.judged(state.meta, self.learn(state.meta, z_support, support), z_query, query, seen)
+            learned = self.learn(state.meta | state.fixed, z_support, support)
+            return self.judged(state.meta, learned, z_query, query, seen)
         learner = self.adapt(state, support, task.unlabelled, key=task.key)
         z, seen = self.embed_queries(state, net, learner.reference, query.x, task.key)
         return self.judged(state.meta, learner.head, z, query, seen)

@@ -19,7 +19,8 @@ class FineTuning(TransferAlgorithm):
     """All weights descend on the support set, from the trained ones; for classes the head is new and starts at zero (the
     fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
 
-    test_inner_steps, inner_lr: of gradient descent on the whole support set.
+    test_inner_steps, inner_lr: of gradient descent on the whole support set, normalised as queries are: by the population's
+      statistics, or by its own.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")
@@ -42,9 +43,10 @@ class FineTuning(TransferAlgorithm):
             shape = (support.way, trained["head.weight"].shape[-1])
             trained = {"head.weight": support.x.new_zeros(shape), "head.bias": support.x.new_zeros(support.way)}
         params |= trained
+        given = select(state.fixed, "net") if self.statistics == "population" else None
 
         def loss(params: Params) -> Tensor:
-            z = self.backbone.embed(select(params, "net"), support.x)[0]
+            z = self.backbone.embed(select(params, "net"), support.x, given)[0]
             return objective(F.linear(z, params["head.weight"], params["head.bias"]), support.y)
 
         for _ in range(self.test_inner_steps if steps is None else steps):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import grad
 
 from metalearn.algorithms.base import objective
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
@@ -75,11 +75,13 @@ class IMAML(LinearHeadAlgorithm):
 
         gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
 
-        times_hessian = vjp(lambda phi: grad(self.support_loss)(phi, task.support), phi)[1]
-
         def product(v: Params) -> Params:
-            """(I + H / lambda) v with both dampings."""
-            (hessian_v,) = times_hessian(v)
+            """(I + H / lambda) v with both dampings, by the gradient of <grad L_support, v>."""
+
+            def along(phi: Params) -> Tensor:
+                return dot(grad(self.support_loss)(phi, task.support), v)
+
+            hessian_v = grad(along)(phi)
             curvature = self.strength + self.strength_damping
             return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 

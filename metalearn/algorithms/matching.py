@@ -64,11 +64,11 @@ class MatchingNetwork(EmbeddingAlgorithm):
 
     def attending(self, meta: Params, z: Tensor, support_z: Tensor) -> Tensor:
         """f(x, S) after the processing steps (Vinyals et al. 2016, A.1): [Q, D] -> [Q, D]."""
-        weights, hidden, cell, read = select(meta, "attend"), z, torch.zeros_like(z), torch.zeros_like(z)
+        weights, hidden, cell = select(meta, "attend"), z, torch.zeros_like(z)
         for _ in range(self.processing_steps):
+            read = (hidden @ support_z.T).softmax(-1) @ support_z
             found, cell = lstm_cell(weights, z, torch.cat([hidden, read], -1), cell)
             hidden = found + z
-            read = (hidden @ support_z.T).softmax(-1) @ support_z
         return hidden
 
     def compare(self, meta: Params, learned: Examples, z: Tensor) -> Tensor:

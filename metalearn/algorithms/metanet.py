@@ -17,7 +17,10 @@ from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
 from metalearn.backbones.layers import init_weight
 from metalearn.settings import at_least
-from metalearn.types import Labelled, Params, Spec
+from metalearn.types import Labelled, Params, Spec, State
+
+#: Of the preprocessing of gradients, in the authors' code.
+_P = 7
 
 
 class Memory(NamedTuple):
@@ -37,9 +40,10 @@ class MetaNet(EmbeddingAlgorithm):
     b: a base learner of one hidden layer with layer augmentation, relu(W z) + relu(W* z); r: a representation layer with fast
     weights of the task, written by d from the gradients of its own loss; m, d: networks of `meta_hidden` units that see each
     coordinate of a gradient alone, by magnitude and sign (Andrychowicz et al. 2016, appendix A).
-    second_order: whether meta-gradients also flow through the gradients that m and d read.
+    second_order: whether meta-gradients also flow through the gradients that m and d read; in the authors' code they do not,
+      so that the output weights of r's own loss stay as they began.
     Departures: both networks stand on one backbone whose weights are slow alone; d reads the mean of the gradients, the paper's
-    alternative to its LSTM, so that the order of the support set does not matter.
+    alternative to its LSTM, so that the order of the support set does not matter; m and d have one hidden layer.
     """
 
     fixed_way: ClassVar[bool] = True
@@ -66,14 +70,22 @@ class MetaNet(EmbeddingAlgorithm):
             found[f"{name}.out"] = 0.1 * init_weight(second, 1, self.meta_hidden)
         return found
 
+    def init(self, spec: Spec, key: Tensor) -> State:
+        meta, fixed = super().init(spec, key)
+        never_learned = [] if self.second_order else ["represent.output"]
+        return State(
+            {name: value for name, value in meta.items() if name not in never_learned},
+            fixed | {name: meta[name] for name in never_learned},
+        )
+
     def written(self, weights: Params, gradient: Tensor) -> Tensor:
         """Fast weights from a gradient, coordinate by coordinate: the same shape."""
         if not self.second_order:
             gradient = gradient.detach()
-        # log |g| / p where |g| >= exp(-p), and the sign; else -1 and exp(p) g, with p = 10 (Andrychowicz et al. 2016, A).
-        large = gradient.abs() >= torch.e**-10
-        size = torch.where(large, gradient.abs().clamp_min(torch.e**-10).log() / 10, -1.0)
-        sign = torch.where(large, gradient.sign(), gradient * torch.e**10)
+        # log |g| / p where |g| >= exp(-p), and the sign; else -1 and exp(p) g (Andrychowicz et al. 2016, A).
+        large = gradient.abs() >= torch.e**-_P
+        size = torch.where(large, gradient.abs().clamp_min(torch.e**-_P).log() / _P, -1.0)
+        sign = torch.where(large, gradient.sign(), gradient * torch.e**_P)
         hidden = F.linear(torch.stack([size, sign], -1), weights["in"], weights["in_bias"]).relu()
         return F.linear(hidden, weights["out"]).squeeze(-1)
 
@@ -91,8 +103,8 @@ class MetaNet(EmbeddingAlgorithm):
         return Memory(fast, self.represented(meta, representation, z), representation)
 
     def represented(self, meta: Params, fast: Tensor, z: Tensor) -> Tensor:
-        """r with layer augmentation: [B, D] -> [B, R]."""
-        return F.linear(z, meta["represent.layer"]).relu() + F.linear(z, fast).relu()
+        """r with layer augmentation: [B, D] -> [B, R]. As in the authors' code it is not rectified, so that cosines may be negative."""
+        return F.linear(z, meta["represent.layer"]) + F.linear(z, fast)
 
     def compare(self, meta: Params, learned: Memory, z: Tensor) -> Tensor:
         attention = cosine(self.represented(meta, learned.representation, z), learned.keys).softmax(-1)

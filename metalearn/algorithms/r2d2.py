@@ -30,7 +30,8 @@ class R2D2(EmbeddingAlgorithm):
     """logits = scale * z W, W the ridge regression from embeddings to one-hot labels (Bertinetto et al. 2019, eq. 4 to 7);
     its strength and the scale are meta-learned.
 
-    strength, scale: where they start; both are learned by their logarithm, so they stay positive.
+    strength, scale: where they start; both are learned by their logarithm, so they stay positive. The strength is that of an
+    example: the squared errors are averaged over the support set, as in the authors' code, so that it suits every size of it.
     A one stands beside each embedding, as in the authors' code. Their bias of all logits alike is left out: no softmax sees it.
     """
 
@@ -43,7 +44,7 @@ class R2D2(EmbeddingAlgorithm):
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        return ridge(F.pad(z, (0, 1), value=1.0), y, meta["ridge.log_strength"].exp())
+        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * meta["ridge.log_strength"].exp())
 
     def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
         return meta["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)

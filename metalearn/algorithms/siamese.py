@@ -17,11 +17,10 @@ from metalearn.types import Labelled, Loss, Params, Spec
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Siamese(EmbeddingAlgorithm):
     """p(same) = sigmoid(sum_j alpha_j |z_j(x) - z_j(x_i)| + bias), trained by cross-entropy over all pairs of a query and a support
-    example (Koch et al. 2015, 3.1 and 3.2).
+    example (Koch et al. 2015, 3.1 and 3.2). A query's logit of a class is its highest over the class's examples.
 
-    Departure: z is the embedding itself; the paper's last layer is linear and goes through a sigmoid, which would saturate on the
-    rectified features of the backbones here. A query's logit of a class is its highest over the class's examples. Pairs of the same class weigh N - 1 times as much, so
-    that both kinds weigh alike, as in the paper's batches.
+    Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid. All pairs of an episode count alike, so that the
+    few that are hard to tell apart matter; the paper draws as many pairs of one class as of two.
     """
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
@@ -43,5 +42,5 @@ class Siamese(EmbeddingAlgorithm):
     def judged(self, meta: Params, learned: Examples, z: Tensor, query: Labelled, statistics: Params) -> Loss:
         pairs = self.pairs(meta, learned, z)
         same = F.one_hot(query.y, query.way).to(pairs.dtype) @ learned.y.T
-        value = F.binary_cross_entropy_with_logits(pairs, same, weight=1 + (query.way - 2) * same)
+        value = F.binary_cross_entropy_with_logits(pairs, same)
         return self.scored(value, self.compare(meta, learned, z), query.y, statistics)
