@@ -121,8 +121,8 @@ class Backbone(Protocol):
     def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
         """Parameters and initial population statistics, both on the key's device."""
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
-        """Number of features of one embedding."""
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What one embedding is when it is not flattened: (C, H, W) of a map, or (D,)."""
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None

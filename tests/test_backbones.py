@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 
 import pytest
 import torch
@@ -22,7 +23,15 @@ from metalearn.types import Kernels
 
 
 def conv4(**changes):
-    settings = dict(filters=6, blocks=3, downsample="pool", output="flatten", normalisation="batch", activation="relu")
+    settings = dict(
+        filters=6,
+        blocks=3,
+        halvings=None,
+        downsample="pool",
+        output="flatten",
+        normalisation="batch",
+        activation="relu",
+    )
     return Conv4(**(settings | {"eps": 1e-5} | changes))
 
 
@@ -93,17 +102,18 @@ def test_given_statistics_of_a_batch_equal_its_own():
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
 @pytest.mark.parametrize("output", ["flatten", "mean"])
 @pytest.mark.parametrize("size", [28, 32, 21])
-def test_size_is_the_size_of_an_embedding(downsample, output, size):
-    net = conv4(downsample=downsample, output=output)
+@pytest.mark.parametrize("halvings", [None, 2, 0])
+def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
+    net = conv4(downsample=downsample, output=output, halvings=halvings)
     params, _ = net.init((3, size, size), random.key_of(0))
-    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, net.size((3, size, size)))
+    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, math.prod(net.shape((3, size, size))))
 
 
 @pytest.mark.parametrize("net", [r2d2_conv(), resnet12(), resnet12(output="flatten")])
 @pytest.mark.parametrize("size", [28, 32, 21])
-def test_size_of_the_larger_networks(net, size):
+def test_shape_of_the_larger_networks(net, size):
     params, _ = net.init((3, size, size), random.key_of(0))
-    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, net.size((3, size, size)))
+    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, math.prod(net.shape((3, size, size))))
 
 
 def layer(params, name, stride=1):
@@ -133,7 +143,9 @@ def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
         outputs.append(nn.Sequential(layer(params, str(block)), nn.MaxPool2d(2), activation)(outputs[-1]))
     expected = torch.cat([outputs[3].flatten(1), outputs[4].flatten(1)], 1)
     torch.testing.assert_close(net.embed(params, x)[0], expected, rtol=1e-4, atol=1e-5)
-    assert R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5).size((3, 32, 32)) == 8192  # as the paper has it
+    assert R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5).shape((3, 32, 32)) == (
+        8192,
+    )  # as the paper has it
 
 
 def test_resnet12_is_four_residual_blocks():
@@ -175,7 +187,7 @@ def test_resnet18_is_torchvisions(torchvision_weights, size):
         transductive = theirs.train()(x)
     torch.testing.assert_close(ours.embed(params, x, given=population)[0], inductive, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.embed(params, x)[0], transductive, rtol=1e-3, atol=1e-3)
-    assert inductive.shape[1] == ours.size((3, size, size))
+    assert inductive.shape[1:] == ours.shape((3, size, size))
 
 
 def resnet18_run(cache_dir, *words):
@@ -314,4 +326,4 @@ def test_bias_stands_exactly_where_no_normalisation_follows():
 
 def test_too_small_pictures_are_refused():
     with pytest.raises(UserError, match="6x6"):
-        conv4().size((1, 6, 6))
+        conv4().shape((1, 6, 6))

@@ -42,7 +42,7 @@ _ALLOWED = {
     "loop": _RUN | {"finite"},
     "figures": set(),
     "tracking": {"config", "types", "figures", "errors", "atomic"},
-    "report": {"figures", "types", "atomic", "stats"},
+    "report": {"figures", "types", "atomic", "stats", "errors"},
     "measure": _RUN | {"loop", "report"},
     "model": _RUN | {"composition"},
     "verbs": _RUN | {"composition", "loop", "measure", "report", "figures", "tracking"},

@@ -27,9 +27,10 @@ from metalearn.algorithms.r2d2 import R2D2, ridge
 from metalearn.algorithms.relation import RelationNetwork
 from metalearn.algorithms.rfs import logistic_regression
 from metalearn.algorithms.siamese import Siamese
+from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
-from metalearn.types import Labelled, Spec, Task
+from metalearn.types import Labelled, Spec, State, Task
 from tests.conftest import doubled
 
 _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
@@ -320,17 +321,41 @@ def test_full_context_reads_the_set_both_ways_and_attends():
     assert all(value.abs().max() > 0 for value in gradients(algorithm, state, one).values())
 
 
-def test_relation_network_by_loops():
-    algorithm = RelationNetwork(**_COMMON | {"backbone": _IDENTITY}, hidden=[6])
-    one, state = task(), state_of(algorithm)
-    meta, total = state.meta, 0.0
-    for x, y in zip(one.query.x, one.query.y, strict=True):
+@pytest.mark.parametrize("maps", [False, True])
+def test_relation_network_by_loops(maps):
+    conv4 = Conv4(
+        filters=3,
+        blocks=1,
+        halvings=0,
+        downsample="pool",
+        output="flatten",
+        normalisation="none",
+        activation="tanh",
+        eps=1e-5,
+    )
+    algorithm = RelationNetwork(**_COMMON | {"backbone": conv4 if maps else _IDENTITY}, filters=5, hidden=[6])
+    one = task(features=50 if maps else 4)
+    if maps:
+        parts = (dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query))
+        one = Task(*parts, _KEY)
+    state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), random.key_of(0)))
+    meta, total = {name: value + 0.1 for name, value in state.meta.items()}, 0.0
+    z = [
+        conv4.embed(select(meta, "net"), part.x)[0].view(-1, 3, 5, 5) if maps else part.x[..., None, None]
+        for part in (one.support, one.query)
+    ]
+    for x, y in zip(z[1], one.query.y, strict=True):
         for way in range(3):
-            pair = torch.cat([one.support.x[one.support.y == way].sum(0), x])
-            hidden = (meta["relation0.weight"] @ pair + meta["relation0.bias"]).relu()
-            relation = (meta["relation1.weight"] @ hidden + meta["relation1.bias"]).sigmoid()
+            found = torch.cat([z[0][one.support.y == way].sum(0), x])[None]
+            for block in range(2):
+                weight = meta[f"relation.conv{block}.weight"]
+                found = F.conv2d(found, weight, meta[f"relation.conv{block}.bias"], padding="same").relu()
+                found = F.max_pool2d(found, 2) if maps else found
+            hidden = (meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]).relu()
+            relation = (meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]).sigmoid()
             total += (relation - float(way == y)) ** 2 / 36
-    torch.testing.assert_close(algorithm.loss(state, one, _PROGRESS).value, total.squeeze())
+    value = algorithm.loss(State(meta, state.fixed), one, _PROGRESS).value
+    torch.testing.assert_close(value, total.squeeze())
 
 
 def test_siamese_by_loops():

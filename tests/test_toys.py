@@ -1,6 +1,7 @@
 """The interface holds methods of other kinds, each in one class and with no change elsewhere."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import pytest
@@ -27,7 +28,7 @@ class TransferToy(Algorithm):
 
     def init(self, spec, key):
         net, population = network(self, spec, key)
-        size = self.backbone.size(spec.input_shape)
+        size = math.prod(self.backbone.shape(spec.input_shape))
         net["global.weight"] = random.normal(random.fold_in(key, 1), (spec.train_classes, size)) * size**-0.5
         return State(net, population)
 
@@ -91,7 +92,7 @@ class SequenceToy(Algorithm):
 
     def init(self, spec, key):
         net, population = network(self, spec, key)
-        size = self.backbone.size(spec.input_shape)
+        size = math.prod(self.backbone.shape(spec.input_shape))
         for number, (name, rows) in enumerate({"cell": 16, "read": spec.way}.items()):
             columns = size + spec.way + 16 if name == "cell" else size + 16
             net[f"{name}.weight"] = random.normal(random.fold_in(key, number + 1), (rows, columns)) * columns**-0.5

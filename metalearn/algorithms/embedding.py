@@ -1,6 +1,7 @@
 """Methods that learn from the embeddings of the support set and compare those of queries with what they learned."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class EmbeddingAlgorithm(Algorithm):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         net, population = self.backbone.init(spec.input_shape, random.fold_in(key, 0))
-        head = self.init_head(spec, self.backbone.size(spec.input_shape), random.fold_in(key, 1))
+        head = self.init_head(spec, math.prod(self.backbone.shape(spec.input_shape)), random.fold_in(key, 1))
         return State(prefixed(net, "net") | head, prefixed(population, "net"))
 
     def adapt(

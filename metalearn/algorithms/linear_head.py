@@ -1,6 +1,7 @@
 """Methods whose model is the backbone with a linear head on top: y = W z + b."""
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class LinearHeadAlgorithm(Algorithm):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         params, population = self.backbone.init(spec.input_shape, random.fold_in(key, 0))
-        features = self.backbone.size(spec.input_shape)
+        features = math.prod(self.backbone.shape(spec.input_shape))
         head = {
             "head.weight": init_weight(random.fold_in(key, 1), spec.way, features),
             "head.bias": torch.zeros(spec.way, device=key.device),

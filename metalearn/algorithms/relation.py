@@ -4,6 +4,7 @@ Sung et al. (2018), "Learning to compare: Relation network for few-shot learning
 """
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,12 @@ from metalearn import random
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import class_sums
 from metalearn.backbones.layers import init_weight
+from metalearn.errors import UserError
 from metalearn.settings import at_least
 from metalearn.types import Labelled, Loss, Params, Spec
+
+#: Blocks of convolution in g.
+_BLOCKS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,33 +27,65 @@ class RelationNetwork(EmbeddingAlgorithm):
     """r = sigmoid(g(sum of the class's embeddings, embedding of the query)), trained to be 1 for the query's class and 0 for
     others by squared error (Sung et al. 2018, eq. 1 to 3); predictions are the r before the sigmoid.
 
-    hidden: widths of g's layers before its last. Departure: the paper's g begins with two convolutions over feature maps; on
-    28x28 pictures four halvings leave maps of one position, on which they are the linear layers that g has here.
+    g sees both maps side by side: two blocks of 3x3 convolution with `filters` filters, rectifier and 2x2 max-pooling, then
+    linear layers of the widths `hidden` and 1 (3.4). Embeddings that are vectors are maps of one position, and maps of one
+    position have convolutions of 1x1 and no pooling.
+    Departure: g has no normalisation. Theirs uses the statistics of all pairs, so that predictions would depend on each other.
     """
 
+    filters: int = at_least(1)
     hidden: list[int] = at_least(1)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        found: Params = {}
-        width = 2 * size
+        channels, *extent = self.backbone.shape(spec.input_shape)
+        height, side = extent or (1, 1)
+        if height != side:
+            raise UserError(f"algo=relation compares square maps; the backbone gives {height}x{side}")
+        shapes: dict[str, tuple[int, ...]] = {}
+        width = 2 * channels
+        for block in range(_BLOCKS):
+            kernel = 3 if side > 1 else 1
+            shapes[f"relation.conv{block}"] = (self.filters, width, kernel, kernel)
+            width, side = self.filters, max(1, side // 2)
+        width *= side**2
         for layer, features in enumerate([*self.hidden, 1]):
-            found[f"relation{layer}.weight"] = init_weight(random.fold_in(key, layer), features, width)
-            found[f"relation{layer}.bias"] = torch.zeros(features, device=key.device)
+            shapes[f"relation.linear{layer}"] = (features, width)
             width = features
+        found: Params = {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            found[f"{name}.weight"] = init_weight(random.fold_in(key, number), *shape)
+            found[f"{name}.bias"] = torch.zeros(shape[0], device=key.device)
         return found
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
         return class_sums(z, support.y, support.way)
 
     def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
-        pairs = torch.cat([learned.expand(len(z), -1, -1), z[:, None].expand(-1, len(learned), -1)], -1)
+        first = meta["relation.conv0.weight"]
+        channels = first.shape[1] // 2
+        side = math.isqrt(z.shape[-1] // channels)
+        classes, queries = (part.unflatten(-1, (channels, side, side)) for part in (learned, z))
+        # A convolution of two maps side by side is the sum of one of each, so that N + Q of them serve N Q pairs.
+        pairs = _convolved(queries, first[:, channels:])[:, None] + _convolved(classes, first[:, :channels])
+        x = _halved((pairs + meta["relation.conv0.bias"][:, None, None]).flatten(0, 1).relu())
+        for block in range(1, _BLOCKS):
+            name = f"relation.conv{block}"
+            x = _halved(_convolved(x, meta[f"{name}.weight"], meta[f"{name}.bias"]).relu())
+        x = x.flatten(1)
         for layer in range(len(self.hidden) + 1):
-            pairs = F.linear(
-                pairs if layer == 0 else pairs.relu(), meta[f"relation{layer}.weight"], meta[f"relation{layer}.bias"]
-            )
-        return pairs.squeeze(-1)
+            name = f"relation.linear{layer}"
+            x = F.linear(x if layer == 0 else x.relu(), meta[f"{name}.weight"], meta[f"{name}.bias"])
+        return x.view(len(z), len(learned))
 
     def judged(self, meta: Params, learned: Tensor, z: Tensor, query: Labelled, statistics: Params) -> Loss:
         logits = self.compare(meta, learned, z)
         wanted = F.one_hot(query.y, query.way).to(logits.dtype)
         return self.scored((logits.sigmoid() - wanted).square().mean(), logits, query.y, statistics)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 2) if x.shape[-1] > 1 else x

@@ -4,6 +4,7 @@ Chen et al. (2019), "A closer look at few-shot classification".
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class TransferAlgorithm(Algorithm):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         net, population = self.backbone.init(spec.input_shape, random.fold_in(key, 0))
-        outputs, size = spec.train_classes or spec.way, self.backbone.size(spec.input_shape)
+        outputs, size = spec.train_classes or spec.way, math.prod(self.backbone.shape(spec.input_shape))
         head = {
             "global.weight": random.normal(random.fold_in(key, 1), (outputs, size)) * size**-0.5,
             "global.bias": torch.zeros(outputs, device=key.device),

@@ -18,12 +18,14 @@ from metalearn.types import Kernels, Params
 class Conv4:
     """Blocks of 3x3 convolution, normalisation, activation and a halving of the picture.
 
+    halvings: how many of the blocks halve it, from the first; None: all.
     downsample: "pool" (convolution with stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (convolution with
     stride 2, no pooling: Finn on Omniglot). output: "flatten" or "mean" over positions. No bias before a normalisation.
     """
 
     filters: int = at_least(1)
     blocks: int = at_least(1)
+    halvings: int | None = at_least(0)
     downsample: str = choice("pool", "stride")
     output: str = choice("flatten", "mean")
     normalisation: str = choice("batch", "none")
@@ -47,9 +49,12 @@ class Conv4:
             channels = self.filters
         return params, population
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
+    def halves(self, block: int) -> bool:
+        return self.halvings is None or block < self.halvings
+
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         height, width = input_shape[1:]
-        for _ in range(self.blocks):
+        for _ in filter(self.halves, range(self.blocks)):
             height, width = (
                 (height // 2, width // 2) if self.downsample == "pool" else ((height + 1) // 2, (width + 1) // 2)
             )
@@ -58,22 +63,22 @@ class Conv4:
                 f"backbone.blocks={self.blocks} halve pictures of {input_shape[1]}x{input_shape[2]} to nothing; "
                 "use fewer blocks, larger pictures or backbone.downsample=stride"
             )
-        return self.filters * (height * width if self.output == "flatten" else 1)
+        return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
     ) -> tuple[Tensor, Params]:
         """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
         activation = ACTIVATIONS[self.activation]
-        stride = 2 if self.downsample == "stride" else 1
         statistics: Params = {}
         for block in range(self.blocks):
             weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")
+            stride = 2 if self.halves(block) and self.downsample == "stride" else 1
             x = layers.convolution(x, weight, bias, stride, self.kernels)
             if self.normalisation == "batch":
                 x, seen = normalisation.normalise(f"norm{block}", params, x, given, collect, self.eps, self.kernels)
                 statistics |= seen
             x = activation(x)
-            if self.downsample == "pool":
+            if self.halves(block) and self.downsample == "pool":
                 x = F.max_pool2d(x, 2)
         return (x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)), statistics

@@ -39,8 +39,8 @@ class MLP:
             width = features
         return params, population
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
-        return self.hidden[-1] if self.hidden else math.prod(input_shape)
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.hidden[-1] if self.hidden else math.prod(input_shape),)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None

@@ -38,7 +38,7 @@ class R2D2Conv:
             population |= statistics
         return params, population
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         blocks = len(self.filters)
         places = [(input_shape[1] >> block) * (input_shape[2] >> block) for block in range(1, blocks + 1)]
         if blocks < _NOISY or places[-1] == 0:
@@ -46,7 +46,7 @@ class R2D2Conv:
                 f"backbone.filters={self.filters}: should be at least {_NOISY} blocks, and no more than can halve pictures of "
                 f"{input_shape[1]}x{input_shape[2]}"
             )
-        return sum(filters * place for filters, place in zip(self.filters[-_NOISY:], places[-_NOISY:], strict=True))
+        return (sum(filters * place for filters, place in zip(self.filters[-_NOISY:], places[-_NOISY:], strict=True)),)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None

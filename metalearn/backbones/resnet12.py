@@ -47,14 +47,14 @@ class ResNet12:
             channels = filters
         return params, population
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         height, width = (extent >> len(self.filters) for extent in input_shape[1:])
         if height == 0 or width == 0:
             raise UserError(
                 f"backbone.filters={self.filters}: so many blocks halve pictures of {input_shape[1]}x{input_shape[2]} to "
                 "nothing; use fewer, or larger pictures"
             )
-        return self.filters[-1] * (height * width if self.output == "flatten" else 1)
+        return (self.filters[-1], height, width) if self.output == "flatten" else (self.filters[-1],)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None

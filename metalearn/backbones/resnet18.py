@@ -95,10 +95,10 @@ class ResNet18:
             raise UserError(f"backbone.weights={self.weights}: {name} is {found}; should be a state dict of ResNet-18")
         return value.to(place)
 
-    def size(self, input_shape: tuple[int, ...]) -> int:
+    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         if input_shape[0] not in (1, _COLOURS):
             raise UserError(f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {input_shape[0]}")
-        return _FILTERS[-1]
+        return (_FILTERS[-1],)
 
     def embed(
         self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
