@@ -1,4 +1,4 @@
-"""Each method against a closed form or an independent slow computation, in float64."""
+"""Metric, memory and transfer methods against a closed form or an independent slow computation, in float64."""
 
 import dataclasses
 
@@ -6,268 +6,36 @@ import pytest
 import scipy.optimize
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, hessian
+from torch.func import functional_call
 
 from metalearn import random
 from metalearn.algorithms.base import select
 from metalearn.algorithms.baseline import Baseline
 from metalearn.algorithms.finetune import FineTuning
 from metalearn.algorithms.geometry import class_means
-from metalearn.algorithms.imaml import IMAML, conjugate_gradients
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
-from metalearn.algorithms.maml import MAML
-from metalearn.algorithms.maml_pp import MAMLPlusPlus
 from metalearn.algorithms.mapping import MappingNetwork
 from metalearn.algorithms.matching import MatchingNetwork
-from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.metanet import MetaNet
-from metalearn.algorithms.proto_maml import ProtoMAML
-from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.r2d2 import R2D2, ridge
 from metalearn.algorithms.relation import RelationNetwork
 from metalearn.algorithms.rfs import logistic_regression
 from metalearn.algorithms.siamese import Siamese
 from metalearn.backbones.conv4 import Conv4
-from metalearn.backbones.mlp import MLP
-from metalearn.engine import Engine
-from metalearn.types import Labelled, Spec, State, Task
+from metalearn.types import Spec, State, Task
 from tests.conftest import doubled
-
-_IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
-_NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)
-_NORMALISED = MLP(hidden=[5], normalisation="batch", activation="tanh", eps=1e-5)
-_COMMON = dict(backbone=_NET, statistics="query")
-_GRADIENT = dict(
-    inner_lr=0.3, inner_steps=2, test_inner_steps=2, first_order=False, adapted_part="all", pull=0.0,
-    adapt_normalisation=False, inner_loss="mean",
-)  # fmt: skip
-_KEY = torch.zeros((), dtype=torch.int64)
-_PROGRESS = torch.zeros((), dtype=torch.float64)
-
-
-def task(shot=2, way=3, query=4, features=4, seed=0):
-    torch.manual_seed(seed)
-    parts = []
-    for each in (shot, query):
-        y = torch.arange(way).repeat(each)
-        parts.append(Labelled(torch.randn(way * each, features).double() + F.one_hot(y, features), y, way))
-    return Task(parts[0], parts[1], _KEY)
-
-
-def state_of(algorithm, way=3, features=4, classes=0):
-    return doubled(algorithm.init(Spec((features,), way, classes, "class"), random.key_of(0)))
-
-
-def batched(one):
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], one)
-
-
-def gradients(algorithm, state, one, progress=_PROGRESS):
-    return Engine(algorithm, "loop", 1).step(state, batched(one), progress).gradients
-
-
-def predictions(algorithm, state, one, **options):
-    return algorithm.predict(state, algorithm.adapt(state, one.support, key=_KEY, **options), one.query.x)
-
-
-def network(params, x):
-    z = torch.tanh(x @ params["net.linear0.weight"].T + params["net.linear0.bias"])
-    return z @ params["head.weight"].T + params["head.bias"]
-
-
-def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
-    algorithm = MetaSGD(**_COMMON, **(_GRADIENT | {"inner_steps": 1}), inner_lr_max=0.5)
-    one, state = task(), state_of(algorithm)
-    rates = {name: value for name, value in state.meta.items() if name.startswith("rate.")}
-    assert all(
-        value.min() >= 0.3 and value.max() <= 0.5 and value.std() > 0.01
-        for value in rates.values()
-        if value.numel() > 4
-    )
-    theta = {name: value for name, value in state.meta.items() if name not in rates}
-    support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-    phi = {name: theta[name] - rates[f"rate.{name}"] * support[name] for name in theta}
-    query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
-    found = gradients(algorithm, state, one)
-    for name in theta:
-        torch.testing.assert_close(found[f"rate.{name}"], -query[name] * support[name])
-
-
-@pytest.mark.parametrize("kind", ["meta_sgd", "maml_pp"])
-def test_first_order_still_learns_the_rates(kind):
-    first = _GRADIENT | {"inner_steps": 1, "first_order": True}
-    algorithm = (
-        MetaSGD(**_COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
-    )
-    one, state = task(), state_of(algorithm)
-    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
-    support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-    phi = {name: theta[name] - state.meta[f"rate.{name}"] * support[name] for name in theta}
-    query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
-    found = gradients(algorithm, state, one)
-    for name in theta:
-        each = -query[name] * support[name]
-        torch.testing.assert_close(found[f"rate.{name}"], each if kind == "meta_sgd" else each.sum().reshape(1))
-        torch.testing.assert_close(found[name], query[name])
-
-
-def plus_plus(**changes):
-    off = dict(multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0)
-    return MAMLPlusPlus(**(_COMMON | _GRADIENT | off | changes))
-
-
-def test_maml_pp_without_its_switches_is_maml():
-    plain, bare = MAML(**_COMMON, **_GRADIENT), plus_plus()
-    one, state = task(), state_of(plain)
-    torch.testing.assert_close(gradients(bare, state, one), gradients(plain, state, one))
-
-
-def test_maml_pp_rates_of_each_step():
-    algorithm = plus_plus(learned_rates=True)
-    one, state = task(), state_of(algorithm)
-    state.meta["rate.head.weight"][:] = torch.tensor([0.1, 0.7]).double()
-    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
-    for step in range(2):
-        gradient = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-        theta = {name: theta[name] - state.meta[f"rate.{name}"][step] * gradient[name] for name in theta}
-    torch.testing.assert_close(predictions(algorithm, state, one), network(theta, one.query.x))
-
-
-def test_maml_pp_losses_of_each_step():
-    algorithm = plus_plus(multi_step_share=0.5, inner_steps=3)
-    start, end = (algorithm.step_weights(3, torch.tensor(progress)) for progress in (0.0, 0.5))
-    torch.testing.assert_close(start, torch.full((3,), 1 / 3))
-    torch.testing.assert_close(end, torch.tensor([0.01, 0.01, 0.98]))
-    one, state = task(), state_of(algorithm)
-    value = algorithm.loss(state, one, torch.tensor(0.25).double()).value
-    each = [F.cross_entropy(predictions(algorithm, state, one, steps=steps), one.query.y) for steps in (1, 2, 3)]
-    weights = algorithm.step_weights(3, torch.tensor(0.25).double())
-    torch.testing.assert_close(value, (weights * torch.stack(each)).sum())
-    assert algorithm.stage(0.49) == algorithm
-    later = algorithm.stage(0.5)
-    torch.testing.assert_close(later.loss(state, one, torch.tensor(0.5).double()).value, each[-1])
-
-
-def test_maml_pp_drops_second_derivatives_at_first():
-    algorithm = plus_plus(first_order_share=0.5)
-    one, state = task(), state_of(algorithm)
-    first = gradients(MAML(**_COMMON, **(_GRADIENT | {"first_order": True})), state, one)
-    second = gradients(MAML(**_COMMON, **_GRADIENT), state, one)
-    torch.testing.assert_close(gradients(algorithm.stage(0.4), state, one), first)
-    torch.testing.assert_close(gradients(algorithm.stage(0.5), state, one), second)
-    assert not torch.allclose(first["head.weight"], second["head.weight"])
-
-
-def test_maml_pp_normalisation_weights_belong_to_a_step():
-    algorithm = plus_plus(backbone=_NORMALISED, normalisation_per_step=True)
-    one, state = task(), state_of(algorithm)
-    assert state.meta["step.net.norm0.weight"].shape == (2, 5)
-    before = predictions(algorithm, state, one, steps=1)
-    state.meta["step.net.norm0.weight"][1] += 1
-    torch.testing.assert_close(predictions(algorithm, state, one, steps=1), before)
-    assert not torch.allclose(predictions(algorithm, state, one, steps=2), before)
-    beyond = predictions(algorithm, state, one, steps=4)
-    assert beyond.isfinite().all()
-
-
-def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
-    algorithm = plus_plus(backbone=_NORMALISED, normalisation_per_step=True, adapted_part="head")
-    one, state = task(), state_of(algorithm)
-    state.meta["step.net.norm0.weight"][1] += 1
-    head = {name: value for name, value in state.meta.items() if name.startswith("head.")}
-    for step in range(2):
-        params = algorithm.at_step(state.meta, step)
-        z = algorithm.embed(params, one.support.x)
-        gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
-        head = {name: head[name] - 0.3 * gradient[name] for name in head}
-    torch.testing.assert_close(
-        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x))
-    )
-
-
-def test_maml_pp_adapts_the_normalisation_of_a_step():
-    algorithm = plus_plus(backbone=_NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
-    one, state = task(), state_of(algorithm)
-    after = algorithm.trajectory(state.meta, one.support, 2)
-    moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
-    for step in range(2):
-        assert moved[step][step].abs().min() > 0
-        assert not moved[step][1 - step].any()
-
-
-def test_l2_maml_descends_the_regularised_loss():
-    algorithm = MAML(**_COMMON, **(_GRADIENT | {"pull": 0.8}))
-    one, state = task(), state_of(algorithm)
-    theta = phi = state.meta
-
-    def inner(phi):
-        away = sum((phi[name] - theta[name]).square().sum() for name in phi)
-        return F.cross_entropy(network(phi, one.support.x), one.support.y) + 0.4 * away
-
-    for _ in range(2):
-        gradient = grad(inner)(phi)
-        phi = {name: phi[name] - 0.3 * gradient[name] for name in phi}
-    torch.testing.assert_close(predictions(algorithm, state, one), network(phi, one.query.x))
-
-
-def test_boil_changes_the_body_alone():
-    algorithm = MAML(**_COMMON, **(_GRADIENT | {"adapted_part": "body"}))
-    one, state = task(), state_of(algorithm)
-    params = algorithm.adapt(state, one.support, key=_KEY).params
-    assert all(torch.equal(params[name], state.meta[name]) == name.startswith("head.") for name in params)
-
-
-def test_proto_maml_without_steps_is_protonet():
-    algorithm = ProtoMAML(**_COMMON, **_GRADIENT)
-    metric = ProtoNet(**_COMMON, distance="squared_euclidean", temperature=1.0)
-    one, state = task(), state_of(algorithm)
-    assert not any(name.startswith("head.") for name in state.meta)
-    torch.testing.assert_close(
-        predictions(algorithm, state, one, steps=0).log_softmax(-1), predictions(metric, state, one).log_softmax(-1)
-    )
-
-
-def imaml(**settings):
-    return IMAML(**_COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings)
-
-
-@pytest.mark.parametrize(("damping", "strength_damping"), [(0.0, 0.0), (0.5, 1.0)])
-def test_imaml_solves_the_dense_system(damping, strength_damping):
-    algorithm = imaml(cg_steps=60, damping=damping, strength_damping=strength_damping)
-    one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state.meta, one.support, 3)
-    names = list(phi)
-
-    def tree(flat):
-        parts = flat.split([phi[name].numel() for name in names])
-        return {name: part.view(phi[name].shape) for name, part in zip(names, parts, strict=True)}
-
-    def support_loss(flat):
-        return F.cross_entropy(network(tree(flat), one.support.x), one.support.y)
-
-    flat = torch.cat([phi[name].flatten() for name in names])
-    matrix = (1 + damping) * torch.eye(len(flat), dtype=torch.float64)
-    matrix += hessian(support_loss)(flat) / (algorithm.strength + strength_damping)
-    query = grad(lambda flat: F.cross_entropy(network(tree(flat), one.query.x), one.query.y))(flat)
-    expected = tree(torch.linalg.solve(matrix, query))
-    torch.testing.assert_close(gradients(algorithm, state, one), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_imaml_finds_the_regularised_minimum():
-    algorithm = imaml(cg_steps=5, damping=1.0, strength_damping=0.0)
-    one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state.meta, one.support, 300)
-    slope = grad(algorithm.support_loss)(phi, one.support)
-    for name in phi:
-        torch.testing.assert_close(slope[name], -2 * (phi[name] - state.meta[name]), rtol=1e-6, atol=1e-8)
-
-
-def test_conjugate_gradients_of_nothing():
-    zero = {"a": torch.zeros(3)}
-    assert conjugate_gradients(lambda v: v, zero, 4)["a"].tolist() == [0, 0, 0]
-    b = {"a": torch.tensor([1.0, 2.0])}
-    assert conjugate_gradients(lambda v: v, b, 0) is b
-    torch.testing.assert_close(conjugate_gradients(lambda v: v, b, 3), b)
+from tests.one_task import (
+    COMMON,
+    IDENTITY,
+    KEY,
+    NORMALISED,
+    PROGRESS,
+    gradients,
+    network,
+    predictions,
+    state_of,
+    task,
+)
 
 
 def test_lstm_cell_is_that_of_torch():
@@ -285,7 +53,7 @@ def test_lstm_cell_is_that_of_torch():
 
 def test_matching_is_attention_over_the_examples():
     algorithm = MatchingNetwork(
-        **_COMMON | {"backbone": _IDENTITY}, temperature=0.5, full_context=False, processing_steps=1
+        **COMMON | {"backbone": IDENTITY}, temperature=0.5, full_context=False, processing_steps=1
     )
     one, state = task(), state_of(algorithm)
     expected = torch.zeros(12, 3).double()
@@ -297,7 +65,7 @@ def test_matching_is_attention_over_the_examples():
 
 
 def test_full_context_reads_the_set_both_ways_and_attends():
-    algorithm = MatchingNetwork(**_COMMON, temperature=1.0, full_context=True, processing_steps=2)
+    algorithm = MatchingNetwork(**COMMON, temperature=1.0, full_context=True, processing_steps=2)
     one, state = task(), state_of(algorithm)
     assert algorithm.support_order_matters
     z = torch.randn(6, 5).double()
@@ -333,11 +101,11 @@ def test_relation_network_by_loops(maps):
         activation="tanh",
         eps=1e-5,
     )
-    algorithm = RelationNetwork(**_COMMON | {"backbone": conv4 if maps else _IDENTITY}, filters=5, hidden=[6])
+    algorithm = RelationNetwork(**COMMON | {"backbone": conv4 if maps else IDENTITY}, filters=5, hidden=[6])
     one = task(features=50 if maps else 4)
     if maps:
         parts = (dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query))
-        one = Task(*parts, _KEY)
+        one = Task(*parts, KEY)
     state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), random.key_of(0)))
     meta, total = {name: value + 0.1 for name, value in state.meta.items()}, 0.0
     z = [
@@ -354,12 +122,12 @@ def test_relation_network_by_loops(maps):
             hidden = (meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]).relu()
             relation = (meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]).sigmoid()
             total += (relation - float(way == y)) ** 2 / 36
-    value = algorithm.loss(State(meta, state.fixed), one, _PROGRESS).value
+    value = algorithm.loss(State(meta, state.fixed), one, PROGRESS).value
     torch.testing.assert_close(value, total.squeeze())
 
 
 def test_siamese_by_loops():
-    algorithm = Siamese(**_COMMON | {"backbone": _IDENTITY})
+    algorithm = Siamese(**COMMON | {"backbone": IDENTITY})
     one, state = task(), state_of(algorithm)
     logits = torch.empty(12, 6).double()
     for row, x in enumerate(one.query.x):
@@ -367,7 +135,7 @@ def test_siamese_by_loops():
             logits[row, column] = state.meta["pair.alpha"] @ (x - other).abs() + state.meta["pair.bias"]
     same = one.query.y[:, None] == one.support.y
     losses = torch.where(same, -F.logsigmoid(logits), -F.logsigmoid(-logits))
-    torch.testing.assert_close(algorithm.loss(state, one, _PROGRESS).value, losses.mean())
+    torch.testing.assert_close(algorithm.loss(state, one, PROGRESS).value, losses.mean())
     expected = torch.stack([logits[:, one.support.y == way].max(-1).values for way in range(3)], -1)
     torch.testing.assert_close(predictions(algorithm, state, one), expected)
 
@@ -380,7 +148,7 @@ def test_ridge_regression_solves_the_normal_equations():
 
 
 def test_r2d2_scales_a_ridge_regression_of_the_labels():
-    algorithm = R2D2(**_COMMON | {"backbone": _IDENTITY}, strength=0.5, scale=3.0)
+    algorithm = R2D2(**COMMON | {"backbone": IDENTITY}, strength=0.5, scale=3.0)
     one, state = task(), state_of(algorithm)
     z, new = (F.pad(part.x, (0, 1), value=1.0) for part in (one.support, one.query))
     y = F.one_hot(one.support.y, 3).double()
@@ -389,7 +157,7 @@ def test_r2d2_scales_a_ridge_regression_of_the_labels():
 
 
 def test_mapping_gives_weights_and_offsets():
-    algorithm = MappingNetwork(**_COMMON | {"backbone": _IDENTITY}, hidden=[6])
+    algorithm = MappingNetwork(**COMMON | {"backbone": IDENTITY}, hidden=[6])
     one, state = task(), state_of(algorithm)
     meta = state.meta
     for way in range(3):
@@ -403,7 +171,7 @@ def test_mapping_gives_weights_and_offsets():
 @pytest.mark.parametrize("second_order", [True, False])
 def test_metanet_reads_fast_weights_for_each_query(second_order):
     algorithm = MetaNet(
-        **_COMMON | {"backbone": _IDENTITY}, hidden=6, representation=5, meta_hidden=7, second_order=second_order
+        **COMMON | {"backbone": IDENTITY}, hidden=6, representation=5, meta_hidden=7, second_order=second_order
     )
     one, state = task(), state_of(algorithm)
     meta = state.meta | state.fixed
@@ -430,14 +198,14 @@ def baseline(**changes):
     settings = dict(
         head="linear", train_scale=3.0, head_scale=4.0, head_steps=7, head_lr=0.3, head_momentum=0.9, head_decay=0.01
     )
-    return Baseline(**(_COMMON | {"backbone": _IDENTITY} | settings | changes))
+    return Baseline(**(COMMON | {"backbone": IDENTITY} | settings | changes))
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_baseline_head_descends_as_the_optimiser_of_torch(head):
     algorithm = baseline(head=head)
     one, state = task(), state_of(algorithm, classes=20)
-    start = baseline(head=head, head_steps=0).adapt(state, one.support, key=_KEY).head
+    start = baseline(head=head, head_steps=0).adapt(state, one.support, key=KEY).head
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     optimiser = torch.optim.SGD(leaves.values(), lr=0.3, momentum=0.9, dampening=0.9, weight_decay=0.01)
 
@@ -481,13 +249,13 @@ def test_baseline_pp_learns_a_norm_of_each_training_class():
 
 
 def test_fine_tuning_under_population_statistics_sees_each_example_apart():
-    net = {"backbone": _NORMALISED, "statistics": "population"}
-    algorithm = FineTuning(**_COMMON | net, inner_lr=0.2, test_inner_steps=3)
+    net = {"backbone": NORMALISED, "statistics": "population"}
+    algorithm = FineTuning(**COMMON | net, inner_lr=0.2, test_inner_steps=3)
     one, state = task(), state_of(algorithm, classes=20)
 
     def head_after_a_step(x, y):
         support = dataclasses.replace(one.support, x=x, y=y)
-        return algorithm.adapt(state, support, key=_KEY, steps=1).params["head.weight"]
+        return algorithm.adapt(state, support, key=KEY, steps=1).params["head.weight"]
 
     pairs = zip(one.support.x.split(1), one.support.y.split(1), strict=True)
     apart = torch.stack([head_after_a_step(x, y) for x, y in pairs]).mean(0)
@@ -495,7 +263,7 @@ def test_fine_tuning_under_population_statistics_sees_each_example_apart():
 
 
 def test_fine_tuning_descends_from_the_trained_weights_with_a_new_head():
-    algorithm = FineTuning(**_COMMON, inner_lr=0.2, test_inner_steps=3)
+    algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3)
     one, state = task(), state_of(algorithm, classes=20)
     params = {name: value.clone().requires_grad_() for name, value in state.meta.items() if name.startswith("net.")}
     params |= {

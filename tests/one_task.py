@@ -1,0 +1,51 @@
+"""What the tests of methods share: a small task in float64, and a method seen through the engine."""
+
+import torch
+import torch.nn.functional as F
+
+from metalearn import random
+from metalearn.backbones.mlp import MLP
+from metalearn.engine import Engine
+from metalearn.types import Labelled, Spec, Task
+from tests.conftest import doubled
+
+IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
+NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)
+NORMALISED = MLP(hidden=[5], normalisation="batch", activation="tanh", eps=1e-5)
+COMMON = dict(backbone=NET, statistics="query")
+GRADIENT = dict(
+    inner_lr=0.3, inner_steps=2, test_inner_steps=2, first_order=False, adapted_part="all", pull=0.0,
+    adapt_normalisation=False, inner_loss="mean",
+)  # fmt: skip
+KEY = torch.zeros((), dtype=torch.int64)
+PROGRESS = torch.zeros((), dtype=torch.float64)
+
+
+def task(shot=2, way=3, query=4, features=4, seed=0):
+    torch.manual_seed(seed)
+    parts = []
+    for each in (shot, query):
+        y = torch.arange(way).repeat(each)
+        parts.append(Labelled(torch.randn(way * each, features).double() + F.one_hot(y, features), y, way))
+    return Task(parts[0], parts[1], KEY)
+
+
+def state_of(algorithm, way=3, features=4, classes=0):
+    return doubled(algorithm.init(Spec((features,), way, classes, "class"), random.key_of(0)))
+
+
+def batched(one):
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], one)
+
+
+def gradients(algorithm, state, one, progress=PROGRESS):
+    return Engine(algorithm, "loop", 1).step(state, batched(one), progress).gradients
+
+
+def predictions(algorithm, state, one, **options):
+    return algorithm.predict(state, algorithm.adapt(state, one.support, key=KEY, **options), one.query.x)
+
+
+def network(params, x):
+    z = torch.tanh(x @ params["net.linear0.weight"].T + params["net.linear0.bias"])
+    return z @ params["head.weight"].T + params["head.bias"]

@@ -1,0 +1,219 @@
+"""Methods that adapt by gradient descent, against a closed form or an independent slow computation, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, hessian
+
+from metalearn.algorithms.imaml import IMAML, conjugate_gradients
+from metalearn.algorithms.maml import MAML
+from metalearn.algorithms.maml_pp import MAMLPlusPlus
+from metalearn.algorithms.meta_sgd import MetaSGD
+from metalearn.algorithms.proto_maml import ProtoMAML
+from metalearn.algorithms.protonet import ProtoNet
+from tests.one_task import (
+    COMMON,
+    GRADIENT,
+    KEY,
+    NORMALISED,
+    gradients,
+    network,
+    predictions,
+    state_of,
+    task,
+)
+
+
+def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
+    algorithm = MetaSGD(**COMMON, **(GRADIENT | {"inner_steps": 1}), inner_lr_max=0.5)
+    one, state = task(), state_of(algorithm)
+    rates = {name: value for name, value in state.meta.items() if name.startswith("rate.")}
+    assert all(
+        value.min() >= 0.3 and value.max() <= 0.5 and value.std() > 0.01
+        for value in rates.values()
+        if value.numel() > 4
+    )
+    theta = {name: value for name, value in state.meta.items() if name not in rates}
+    support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
+    phi = {name: theta[name] - rates[f"rate.{name}"] * support[name] for name in theta}
+    query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
+    found = gradients(algorithm, state, one)
+    for name in theta:
+        torch.testing.assert_close(found[f"rate.{name}"], -query[name] * support[name])
+
+
+@pytest.mark.parametrize("kind", ["meta_sgd", "maml_pp"])
+def test_first_order_still_learns_the_rates(kind):
+    first = GRADIENT | {"inner_steps": 1, "first_order": True}
+    algorithm = (
+        MetaSGD(**COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
+    )
+    one, state = task(), state_of(algorithm)
+    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
+    support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
+    phi = {name: theta[name] - state.meta[f"rate.{name}"] * support[name] for name in theta}
+    query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
+    found = gradients(algorithm, state, one)
+    for name in theta:
+        each = -query[name] * support[name]
+        torch.testing.assert_close(found[f"rate.{name}"], each if kind == "meta_sgd" else each.sum().reshape(1))
+        torch.testing.assert_close(found[name], query[name])
+
+
+def plus_plus(**changes):
+    off = dict(multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0)
+    return MAMLPlusPlus(**(COMMON | GRADIENT | off | changes))
+
+
+def test_maml_pp_without_its_switches_is_maml():
+    plain, bare = MAML(**COMMON, **GRADIENT), plus_plus()
+    one, state = task(), state_of(plain)
+    torch.testing.assert_close(gradients(bare, state, one), gradients(plain, state, one))
+
+
+def test_maml_pp_rates_of_each_step():
+    algorithm = plus_plus(learned_rates=True)
+    one, state = task(), state_of(algorithm)
+    state.meta["rate.head.weight"][:] = torch.tensor([0.1, 0.7]).double()
+    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
+    for step in range(2):
+        gradient = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
+        theta = {name: theta[name] - state.meta[f"rate.{name}"][step] * gradient[name] for name in theta}
+    torch.testing.assert_close(predictions(algorithm, state, one), network(theta, one.query.x))
+
+
+def test_maml_pp_losses_of_each_step():
+    algorithm = plus_plus(multi_step_share=0.5, inner_steps=3)
+    start, end = (algorithm.step_weights(3, torch.tensor(progress)) for progress in (0.0, 0.5))
+    torch.testing.assert_close(start, torch.full((3,), 1 / 3))
+    torch.testing.assert_close(end, torch.tensor([0.01, 0.01, 0.98]))
+    one, state = task(), state_of(algorithm)
+    value = algorithm.loss(state, one, torch.tensor(0.25).double()).value
+    each = [F.cross_entropy(predictions(algorithm, state, one, steps=steps), one.query.y) for steps in (1, 2, 3)]
+    weights = algorithm.step_weights(3, torch.tensor(0.25).double())
+    torch.testing.assert_close(value, (weights * torch.stack(each)).sum())
+    assert algorithm.stage(0.49) == algorithm
+    later = algorithm.stage(0.5)
+    torch.testing.assert_close(later.loss(state, one, torch.tensor(0.5).double()).value, each[-1])
+
+
+def test_maml_pp_drops_second_derivatives_at_first():
+    algorithm = plus_plus(first_order_share=0.5)
+    one, state = task(), state_of(algorithm)
+    first = gradients(MAML(**COMMON, **(GRADIENT | {"first_order": True})), state, one)
+    second = gradients(MAML(**COMMON, **GRADIENT), state, one)
+    torch.testing.assert_close(gradients(algorithm.stage(0.4), state, one), first)
+    torch.testing.assert_close(gradients(algorithm.stage(0.5), state, one), second)
+    assert not torch.allclose(first["head.weight"], second["head.weight"])
+
+
+def test_maml_pp_normalisation_weights_belong_to_a_step():
+    algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True)
+    one, state = task(), state_of(algorithm)
+    assert state.meta["step.net.norm0.weight"].shape == (2, 5)
+    before = predictions(algorithm, state, one, steps=1)
+    state.meta["step.net.norm0.weight"][1] += 1
+    torch.testing.assert_close(predictions(algorithm, state, one, steps=1), before)
+    assert not torch.allclose(predictions(algorithm, state, one, steps=2), before)
+    beyond = predictions(algorithm, state, one, steps=4)
+    assert beyond.isfinite().all()
+
+
+def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
+    algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapted_part="head")
+    one, state = task(), state_of(algorithm)
+    state.meta["step.net.norm0.weight"][1] += 1
+    head = {name: value for name, value in state.meta.items() if name.startswith("head.")}
+    for step in range(2):
+        params = algorithm.at_step(state.meta, step)
+        z = algorithm.embed(params, one.support.x)
+        gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
+        head = {name: head[name] - 0.3 * gradient[name] for name in head}
+    torch.testing.assert_close(
+        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x))
+    )
+
+
+def test_maml_pp_adapts_the_normalisation_of_a_step():
+    algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
+    one, state = task(), state_of(algorithm)
+    after = algorithm.trajectory(state.meta, one.support, 2)
+    moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
+    for step in range(2):
+        assert moved[step][step].abs().min() > 0
+        assert not moved[step][1 - step].any()
+
+
+def test_l2_maml_descends_the_regularised_loss():
+    algorithm = MAML(**COMMON, **(GRADIENT | {"pull": 0.8}))
+    one, state = task(), state_of(algorithm)
+    theta = phi = state.meta
+
+    def inner(phi):
+        away = sum((phi[name] - theta[name]).square().sum() for name in phi)
+        return F.cross_entropy(network(phi, one.support.x), one.support.y) + 0.4 * away
+
+    for _ in range(2):
+        gradient = grad(inner)(phi)
+        phi = {name: phi[name] - 0.3 * gradient[name] for name in phi}
+    torch.testing.assert_close(predictions(algorithm, state, one), network(phi, one.query.x))
+
+
+def test_boil_changes_the_body_alone():
+    algorithm = MAML(**COMMON, **(GRADIENT | {"adapted_part": "body"}))
+    one, state = task(), state_of(algorithm)
+    params = algorithm.adapt(state, one.support, key=KEY).params
+    assert all(torch.equal(params[name], state.meta[name]) == name.startswith("head.") for name in params)
+
+
+def test_proto_maml_without_steps_is_protonet():
+    algorithm = ProtoMAML(**COMMON, **GRADIENT)
+    metric = ProtoNet(**COMMON, distance="squared_euclidean", temperature=1.0)
+    one, state = task(), state_of(algorithm)
+    assert not any(name.startswith("head.") for name in state.meta)
+    torch.testing.assert_close(
+        predictions(algorithm, state, one, steps=0).log_softmax(-1), predictions(metric, state, one).log_softmax(-1)
+    )
+
+
+def imaml(**settings):
+    return IMAML(**COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings)
+
+
+@pytest.mark.parametrize(("damping", "strength_damping"), [(0.0, 0.0), (0.5, 1.0)])
+def test_imaml_solves_the_dense_system(damping, strength_damping):
+    algorithm = imaml(cg_steps=60, damping=damping, strength_damping=strength_damping)
+    one, state = task(), state_of(algorithm)
+    phi = algorithm.solved(state.meta, one.support, 3)
+    names = list(phi)
+
+    def tree(flat):
+        parts = flat.split([phi[name].numel() for name in names])
+        return {name: part.view(phi[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    def support_loss(flat):
+        return F.cross_entropy(network(tree(flat), one.support.x), one.support.y)
+
+    flat = torch.cat([phi[name].flatten() for name in names])
+    matrix = (1 + damping) * torch.eye(len(flat), dtype=torch.float64)
+    matrix += hessian(support_loss)(flat) / (algorithm.strength + strength_damping)
+    query = grad(lambda flat: F.cross_entropy(network(tree(flat), one.query.x), one.query.y))(flat)
+    expected = tree(torch.linalg.solve(matrix, query))
+    torch.testing.assert_close(gradients(algorithm, state, one), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_imaml_finds_the_regularised_minimum():
+    algorithm = imaml(cg_steps=5, damping=1.0, strength_damping=0.0)
+    one, state = task(), state_of(algorithm)
+    phi = algorithm.solved(state.meta, one.support, 300)
+    slope = grad(algorithm.support_loss)(phi, one.support)
+    for name in phi:
+        torch.testing.assert_close(slope[name], -2 * (phi[name] - state.meta[name]), rtol=1e-6, atol=1e-8)
+
+
+def test_conjugate_gradients_of_nothing():
+    zero = {"a": torch.zeros(3)}
+    assert conjugate_gradients(lambda v: v, zero, 4)["a"].tolist() == [0, 0, 0]
+    b = {"a": torch.tensor([1.0, 2.0])}
+    assert conjugate_gradients(lambda v: v, b, 0) is b
+    torch.testing.assert_close(conjugate_gradients(lambda v: v, b, 3), b)
