@@ -116,8 +116,10 @@ def test_relation_network_by_loops(maps):
         for way in range(3):
             found = torch.cat([z[0][one.support.y == way].sum(0), x])[None]
             for block in range(2):
-                weight = meta[f"relation.conv{block}.weight"]
-                found = F.conv2d(found, weight, meta[f"relation.conv{block}.bias"], padding="same").relu()
+                found = F.conv2d(found, meta[f"relation.conv{block}.weight"], padding="same")
+                found = (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt()
+                scale, shift = (meta[f"relation.norm{block}.{part}"][:, None, None] for part in ("weight", "bias"))
+                found = (scale * found + shift).relu()
                 found = F.max_pool2d(found, 2) if maps else found
             hidden = (meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]).relu()
             relation = (meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]).sigmoid()

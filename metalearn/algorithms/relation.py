@@ -27,10 +27,11 @@ class RelationNetwork(EmbeddingAlgorithm):
     """r = sigmoid(g(sum of the class's embeddings, embedding of the query)), trained to be 1 for the query's class and 0 for
     others by squared error (Sung et al. 2018, eq. 1 to 3); predictions are the r before the sigmoid.
 
-    g sees both maps side by side: two blocks of 3x3 convolution with `filters` filters, rectifier and 2x2 max-pooling, then
-    linear layers of the widths `hidden` and 1 (3.4). Embeddings that are vectors are maps of one position, and maps of one
-    position have convolutions of 1x1 and no pooling.
-    Departure: g has no normalisation. Theirs uses the statistics of all pairs, so that predictions would depend on each other.
+    g sees both maps side by side: two blocks of 3x3 convolution with `filters` filters, normalisation, rectifier and 2x2
+    max-pooling, then linear layers of the widths `hidden` and 1 (3.4). Embeddings that are vectors are maps of one position, and
+    maps of one position have convolutions of 1x1 and no pooling.
+    Departure: g normalises each pair by itself (layer normalisation). Theirs uses the statistics of all pairs of a batch, so that
+    predictions would depend on each other.
     """
 
     filters: int = at_least(1)
@@ -41,20 +42,21 @@ class RelationNetwork(EmbeddingAlgorithm):
         height, side = extent or (1, 1)
         if height != side:
             raise UserError(f"algo=relation compares square maps; the backbone gives {height}x{side}")
-        shapes: dict[str, tuple[int, ...]] = {}
+        found: Params = {}
         width = 2 * channels
         for block in range(_BLOCKS):
             kernel = 3 if side > 1 else 1
-            shapes[f"relation.conv{block}"] = (self.filters, width, kernel, kernel)
+            weight = init_weight(random.fold_in(key, block), self.filters, width, kernel, kernel)
+            found[f"relation.conv{block}.weight"] = weight
+            found[f"relation.norm{block}.weight"] = torch.ones(self.filters, device=key.device)
+            found[f"relation.norm{block}.bias"] = torch.zeros(self.filters, device=key.device)
             width, side = self.filters, max(1, side // 2)
         width *= side**2
         for layer, features in enumerate([*self.hidden, 1]):
-            shapes[f"relation.linear{layer}"] = (features, width)
+            weight = init_weight(random.fold_in(key, _BLOCKS + layer), features, width)
+            found[f"relation.linear{layer}.weight"] = weight
+            found[f"relation.linear{layer}.bias"] = torch.zeros(features, device=key.device)
             width = features
-        found: Params = {}
-        for number, (name, shape) in enumerate(shapes.items()):
-            found[f"{name}.weight"] = init_weight(random.fold_in(key, number), *shape)
-            found[f"{name}.bias"] = torch.zeros(shape[0], device=key.device)
         return found
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
@@ -67,10 +69,12 @@ class RelationNetwork(EmbeddingAlgorithm):
         classes, queries = (part.unflatten(-1, (channels, side, side)) for part in (learned, z))
         # A convolution of two maps side by side is the sum of one of each, so that N + Q of them serve N Q pairs.
         pairs = _convolved(queries, first[:, channels:])[:, None] + _convolved(classes, first[:, :channels])
-        x = _halved((pairs + meta["relation.conv0.bias"][:, None, None]).flatten(0, 1).relu())
-        for block in range(1, _BLOCKS):
-            name = f"relation.conv{block}"
-            x = _halved(_convolved(x, meta[f"{name}.weight"], meta[f"{name}.bias"]).relu())
+        x = pairs.flatten(0, 1)
+        for block in range(_BLOCKS):
+            if block:
+                x = _convolved(x, meta[f"relation.conv{block}.weight"])
+            x = F.group_norm(x, 1, meta[f"relation.norm{block}.weight"], meta[f"relation.norm{block}.bias"])
+            x = _halved(x.relu())
         x = x.flatten(1)
         for layer in range(len(self.hidden) + 1):
             name = f"relation.linear{layer}"
@@ -83,8 +87,8 @@ class RelationNetwork(EmbeddingAlgorithm):
         return self.scored((logits.sigmoid() - wanted).square().mean(), logits, query.y, statistics)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+def _convolved(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
 
 def _halved(x: Tensor) -> Tensor:
