@@ -70,7 +70,7 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
 
 
 def stored(folder: Path) -> DictConfig:
-    """The configuration in a run folder; a setting of every run that is newer than the run has its usual value.
+    """The configuration in a run folder; a setting that is newer than the run has its usual value.
 
     Raises: UserError where no configuration lies there.
     """
@@ -81,17 +81,19 @@ def stored(folder: Path) -> DictConfig:
         raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
     if not isinstance(found, DictConfig):
         raise UserError(f"{path} is not a configuration")
-    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), {"algo": _usual(found)}, found)
+    usual = {group: _usual(found, group) for group in ("algo", "backbone")}
+    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), usual, found)
     return merged
 
 
-def _usual(found: DictConfig) -> Any:
-    """The settings of a stored run's method as conf/algo/ has them, for those that are newer than the run."""
-    for path in sorted((conf_dir() / "algo").glob("*.yaml")):
-        usual: Any = OmegaConf.load(path)
-        target = OmegaConf.select(found, "algo._target_")
-        if target is not None and OmegaConf.select(usual, "algo._target_") == target:
-            return usual.algo
+def _usual(found: DictConfig, group: str) -> Any:
+    """The settings of a stored run's method or backbone as `conf/` has them, for those that are newer than the run."""
+    target = OmegaConf.select(found, f"{group}._target_")
+    for path in sorted((conf_dir() / group).glob("*.yaml")):
+        file: Any = OmegaConf.load(path)
+        usual = file.get(group, file)  # a file may set other groups too
+        if target is not None and usual.get("_target_") == target:
+            return usual
     return {}
 
 

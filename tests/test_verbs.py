@@ -115,9 +115,14 @@ def test_evaluate_changes_the_protocol_alone(run, console):
 def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     folder = run("a", "algo=maml")
     lines = (folder / "config.yaml").read_text().splitlines()
-    newer = ("reproduction:", "  pull:", "  cuda_graph:")  # of every run, of its method, of the engine
+    newer = (
+        "reproduction:",
+        "  pull:",
+        "  halvings:",
+        "  cuda_graph:",
+    )  # of every run, its method, backbone and engine
     kept = [line for line in lines if not line.startswith(newer)]
-    assert len(kept) == len(lines) - 3
+    assert len(kept) == len(lines) - len(newer)
     (folder / "config.yaml").write_text("\n".join(kept))
     (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
