@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalearn.atomic import replacing
 from metalearn.errors import UserError, ran_out
+from metalearn.types import State
 
 BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
 
@@ -97,3 +98,14 @@ def _checksum(content: Any) -> str:
 
     feed(content)
     return digest.hexdigest()
+
+
+def state(kept: dict[str, Any], wanted: State, folder: Path) -> State:
+    """The state in a checkpoint of the run in `folder`. Raises: UserError when its weights are not named and shaped as wanted."""
+    for part in ("meta", "fixed"):
+        own, found = getattr(wanted, part), kept[part]
+        if missing := sorted(own.keys() - found.keys()):
+            raise UserError(f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method")
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:
+            raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
+    return State(kept["meta"], kept["fixed"])

@@ -87,7 +87,7 @@ def stored(folder: Path) -> DictConfig:
 
 
 def _usual(found: DictConfig, group: str) -> Any:
-    """The settings of a stored run's method or backbone as `conf/` has them, for those that are newer than the run."""
+    """The settings of a stored run's method or backbone as the first file of `conf/` with its class has them, for those that are newer than the run."""
     target = OmegaConf.select(found, f"{group}._target_")
     for path in sorted((conf_dir() / group).glob("*.yaml")):
         file: Any = OmegaConf.load(path)

@@ -71,13 +71,4 @@ def read_scores(path: Path) -> Tensor:
 
 def trained_state(run: Run, folder: Path) -> State:
     """The best state of the run in `folder`. Raises: UserError when its weights do not fit the run."""
-    kept = checkpoint.load(folder / "checkpoints" / "best.pt", run.device)
-    for part in ("meta", "fixed"):
-        wanted, found = getattr(run.state, part), kept[part]
-        if missing := sorted(wanted.keys() - found.keys()):
-            raise UserError(f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method")
-        if {name: value.shape for name, value in wanted.items()} != {
-            name: value.shape for name, value in found.items()
-        }:
-            raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
-    return State(kept["meta"], kept["fixed"])
+    return checkpoint.state(checkpoint.load(folder / "checkpoints" / "best.pt", run.device), run.state, folder)

@@ -1,5 +1,6 @@
 """A trained run from Python: adapt it to a few labelled examples, predict others; needs the run folder and no data."""
 
+import dataclasses
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from metalearn import checkpoint, composition, config, random
 from metalearn.build import algorithm_of, device_of
 from metalearn.errors import UserError, first_line
-from metalearn.types import Labelled, Spec, State
+from metalearn.types import Labelled, Spec
 
 #: Random stream of the choices a method makes while it adapts here.
 _ADAPT_STREAM = 200
@@ -36,10 +37,12 @@ def load(run_folder: str | Path, statistics: str | None = None, device: str = "a
         raise UserError("statistics=population: this run gathered none; train with statistics=population")
     asked: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
     settings = config.checked(asked)
+    if settings.backbone.get("weights"):  # they are in the checkpoint
+        settings = dataclasses.replace(settings, backbone=settings.backbone | {"weights": None})
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
         raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
-    return Model(composed, settings, kept)
+    return Model(composed, settings, kept, folder)
 
 
 class Model:
@@ -49,13 +52,14 @@ class Model:
     classes: the labels of the last `adapt`, in the order of the columns of `probabilities`.
     """
 
-    def __init__(self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any]) -> None:
+    def __init__(self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any], folder: Path) -> None:
         self.config = composed
         self.spec = Spec(**kept["spec"] | {"input_shape": tuple(kept["spec"]["input_shape"])})
         self.classes: list[Hashable] = []
         self._algorithm = algorithm_of(settings)
         self._dataset = config.make(settings.dataset, "dataset")
-        self._state = State(kept["meta"], kept["fixed"])
+        untrained = self._algorithm.init(self.spec, random.key_of(0))
+        self._state = checkpoint.state(kept, untrained, folder)
         self._standardisation = kept["standardisation"]
         self._device = next(iter(self._state.meta.values())).device
         self._learner: Any = None

@@ -29,8 +29,8 @@ class Best:
 class Training:
     """The state of a run, the optimiser's, what has been seen since the last row of figures, and the best so far.
 
-    step: meta-steps taken; engine: what takes the next one, another object where the method enters another stage. The tensors are the same throughout, changed in place: a CUDA graph reads and writes them where
-    they lie.
+    step: meta-steps taken; engine: what takes the next one, another object where the method enters another stage. The tensors are
+    the same throughout, changed in place: a CUDA graph reads and writes them where they lie.
     """
 
     def __init__(self, run: Run) -> None:

@@ -67,7 +67,7 @@ class Task:
 
 
 class State(NamedTuple):
-    """All tensors of a method: `meta` gets gradients, `fixed` does not (population statistics)."""
+    """All tensors of a method: `meta` gets gradients, `fixed` does not (population statistics, and what a method keeps besides)."""
 
     meta: Params
     fixed: Params

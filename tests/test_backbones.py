@@ -106,7 +106,12 @@ def test_given_statistics_of_a_batch_equal_its_own():
 def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
     net = conv4(downsample=downsample, output=output, halvings=halvings)
     params, _ = net.init((3, size, size), random.key_of(0))
-    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, math.prod(net.shape((3, size, size))))
+    shape = net.shape((3, size, size))
+    z = net.embed(params, torch.rand(2, 3, size, size))[0]
+    assert z.shape == (2, math.prod(shape))
+    halved = [size // 2**block if downsample == "pool" else -(-size // 2**block) for block in range(4)]
+    side = halved[3 if halvings is None else halvings]
+    assert shape == ((6, side, side) if output == "flatten" else (6,))
 
 
 @pytest.mark.parametrize("net", [r2d2_conv(), resnet12(), resnet12(output="flatten")])

@@ -49,10 +49,11 @@ class Shuffled:
 
 @pytest.mark.parametrize("statistics", STATISTICS)
 def test_strategies_agree(name, statistics, make_run):
-    run = make_run(f"algo={name}", f"statistics={statistics}", "train.meta_batch=4", "episode.train.way=5")
+    maps = ["backbone.halvings=2"] if statistics == "population" else []  # elsewhere of one position
+    run = make_run(f"algo={name}", f"statistics={statistics}", "train.meta_batch=4", "episode.train.way=5", *maps)
     tasks, state = doubled(run.train.draw(0, 4)), doubled(run.state)
     steps = {
-        (strategy, chunk): Engine(run.algorithm, strategy, chunk).step(state, tasks, _HALF.double())
+        (strategy, chunk): Engine(run.algorithm, strategy, chunk).at(0.5).step(state, tasks, _HALF.double())
         for strategy, chunk in [("vmap", 4), ("vmap", 3), ("loop", 1), ("mixed", 2)]
         if strategy != "mixed" or type(run.algorithm).loss is Algorithm.loss
     }
@@ -69,7 +70,7 @@ def test_strategies_agree(name, statistics, make_run):
 
 def test_gradients_are_finite_and_reach_every_meta_parameter(name, make_run):
     run = make_run(f"algo={name}", "train.meta_batch=4")
-    gradients = run.train_engine.step(run.state, run.train.draw(0, 4), _HALF).gradients
+    gradients = run.train_engine.at(0.5).step(run.state, run.train.draw(0, 4), _HALF).gradients
     assert gradients.keys() == run.state.meta.keys()
     for key, value in gradients.items():
         assert value.isfinite().all(), key
@@ -80,7 +81,7 @@ def test_gradients_are_finite_and_reach_every_meta_parameter(name, make_run):
 def test_same_seed_same_result(name, make_run):
     def first_step(seed):
         run = make_run(f"algo={name}", f"seed={seed}")
-        return run.train_engine.step(run.state, run.train.draw(0, 2), _HALF).gradients
+        return run.train_engine.at(0.5).step(run.state, run.train.draw(0, 2), _HALF).gradients
 
     first, again, other = first_step(3), first_step(3), first_step(4)
     assert all(torch.equal(first[key], again[key]) for key in first)

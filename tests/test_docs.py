@@ -40,3 +40,10 @@ def test_commands_of_the_table_of_methods_are_valid(table, name):
     wanted = _TABLES[table]
     words = [f"algo={name}", *wanted["settings"], *wanted["methods"][name]["settings"], "device=cpu"]
     check(config.checked(composition.composed(words)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", sorted(path.stem for path in (_ROOT / "conf/recipe/data").glob("*.yaml")))
+def test_recipes_can_be_run(pair):
+    algo, _, dataset = pair.partition("-")
+    check(config.checked(composition.composed([f"algo={algo}", f"dataset={dataset}", "device=cpu"])))

@@ -29,7 +29,7 @@ _RUN = _BASE | {
 #: What each module or folder may import of this package besides itself.
 _ALLOWED = {
     "__init__": {"model"}, "__main__": {"cli"}, "errors": set(), "help_texts": set(), "settings": set(), "atomic": set(), "random": set(),
-    "types": set(), "download": {"errors"}, "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic"},
+    "types": set(), "download": {"errors"}, "processes": set(), "stats": {"types"}, "checkpoint": {"errors", "atomic", "types"},
     "backbones": _BASE,
     "algorithms": _BASE | {"backbones"},
     "episodes": _BASE,

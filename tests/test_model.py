@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import metalearn
-from metalearn import composition, loop
+from metalearn import checkpoint, composition, loop
 from metalearn.build import build
 from metalearn.config import checked
 from metalearn.errors import UserError
@@ -49,6 +49,16 @@ def test_predicts_what_the_test_would(trained, name):
     assert model.predict(bytes_of(task.query.x[0])) == letters[expected.argmax(-1)].tolist()
     assert model.classes == letters.tolist()
     assert model.config.algo._target_ == run.config.algo["_target_"]
+
+
+def test_weights_of_another_version_are_named(trained):
+    folder, _ = trained("algo=relation")
+    path = folder / "checkpoints/best.pt"
+    kept = checkpoint.load(path, torch.device("cpu"))
+    del kept["meta"]["relation.conv0.weight"]
+    checkpoint.save(path, kept)
+    with pytest.raises(UserError, match=r"its checkpoint has no relation.conv0.weight; it was made by another version"):
+        metalearn.load(folder)
 
 
 def test_default_predictions_do_not_depend_on_each_other(trained):

@@ -29,7 +29,7 @@ class Learned(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingAlgorithm(Algorithm):
     """A method writes `learn` and `compare`, `init_head` where it has weights besides the backbone's, and `judged` where its
-    objective is not the cross-entropy of its predictions.
+    objective is not the cross-entropy of its predictions. What they get as `meta` holds the state's `fixed` too.
 
     Under `statistics=population`, support and query are embedded in one batch while training, as ProtoNet's authors do.
     """
@@ -39,7 +39,7 @@ class EmbeddingAlgorithm(Algorithm):
         return {}
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Any:
-        """Any pytree, from embeddings z [M, D] of the support set and its labels. meta: the state's `fixed` is among it."""
+        """Any pytree, from embeddings z [M, D] of the support set and its labels."""
         raise NotImplementedError
 
     def compare(self, meta: Params, learned: Any, z: Tensor) -> Tensor:
@@ -70,15 +70,14 @@ class EmbeddingAlgorithm(Algorithm):
 
     def forward(self, state: State, learner: Learned, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
         z, seen = self.embed_queries(state, select(state.meta, "net"), learner.reference, x, key)
-        return self.compare(state.meta, learner.head, z), seen
+        return self.compare(state.meta | state.fixed, learner.head, z), seen
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        support, query, net = task.support, task.query, select(state.meta, "net")
+        support, query, net, weights = task.support, task.query, select(state.meta, "net"), state.meta | state.fixed
         if self.statistics == "population":
             z, seen = self.embed_training(state, net, torch.cat([support.x, query.x]), task.key)
             z_support, z_query = z.split([support.x.shape[0], query.x.shape[0]])
-            learned = self.learn(state.meta | state.fixed, z_support, support)
-            return self.judged(state.meta, learned, z_query, query, seen)
+            return self.judged(weights, self.learn(weights, z_support, support), z_query, query, seen)
         learner = self.adapt(state, support, task.unlabelled, key=task.key)
         z, seen = self.embed_queries(state, net, learner.reference, query.x, task.key)
-        return self.judged(state.meta, learner.head, z, query, seen)
+        return self.judged(weights, learner.head, z, query, seen)

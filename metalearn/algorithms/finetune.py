@@ -19,8 +19,8 @@ class FineTuning(TransferAlgorithm):
     """All weights descend on the support set, from the trained ones; for classes the head is new and starts at zero (the
     fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
 
-    test_inner_steps, inner_lr: of gradient descent on the whole support set, normalised as queries are: by the population's
-      statistics, or by its own.
+    test_inner_steps, inner_lr: of gradient descent on the whole support set, normalised by the population's statistics where
+      queries are, else by its own.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")

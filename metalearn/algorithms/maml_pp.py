@@ -21,10 +21,11 @@ class MAMLPlusPlus(GradientAdaptation):
     multi_step_share: share of meta-training over which w goes from 1 / K each towards the last step's alone (4.1; with their
       code's floor of 0.03 / K for the other steps); after it, the last step's alone.
     learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr.
-    normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB). Departure: running statistics of each
-      step (BNRS) are left out, since in the authors' code they never reach an output.
+    normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB); those of the earlier steps learn by
+      second derivatives and by the losses of their steps alone. Departure: running statistics of each step (BNRS) are left out,
+      since in the authors' code they never reach an output.
     first_order_share: share of meta-training in which second derivatives are dropped (DA); 0 in all their recipes.
-    Steps beyond the number in meta-training use what belongs to the last one.
+    Both shares end by `stage`. Steps beyond the number in meta-training use what belongs to the last one.
     """
 
     multi_step_share: float = between(0, 1)
@@ -75,10 +76,10 @@ class MAMLPlusPlus(GradientAdaptation):
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         trajectory = self.trajectory(state.meta, task.support, self.inner_steps)
-        counted = range(1, self.inner_steps + 1) if self.multi_step_share else [self.inner_steps]
+        first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [
             self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)
-            for steps in counted
+            for steps in range(first, self.inner_steps + 1)
         ]
         if len(losses) == 1:
             return losses[0]

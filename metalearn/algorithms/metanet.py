@@ -19,7 +19,7 @@ from metalearn.backbones.layers import init_weight
 from metalearn.settings import at_least
 from metalearn.types import Labelled, Params, Spec, State
 
-#: Of the preprocessing of gradients, in the authors' code.
+#: p of the preprocessing of gradients; 7 in the authors' code, 10 in that of Andrychowicz et al.
 _P = 7
 
 
@@ -71,12 +71,11 @@ class MetaNet(EmbeddingAlgorithm):
         return found
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        meta, fixed = super().init(spec, key)
-        never_learned = [] if self.second_order else ["represent.output"]
-        return State(
-            {name: value for name, value in meta.items() if name not in never_learned},
-            fixed | {name: meta[name] for name in never_learned},
-        )
+        state = super().init(spec, key)
+        if self.second_order:
+            return state
+        meta = dict(state.meta)
+        return State(meta, state.fixed | {"represent.output": meta.pop("represent.output")})
 
     def written(self, weights: Params, gradient: Tensor) -> Tensor:
         """Fast weights from a gradient, coordinate by coordinate: the same shape."""

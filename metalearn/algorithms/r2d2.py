@@ -21,8 +21,11 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     Args: z [M, D]; y [M, N]; strength [], positive.
     Returns: [D, N].
     """
-    gram = z @ z.T + strength * torch.eye(len(z), dtype=z.dtype, device=z.device)
-    return z.T @ torch.linalg.solve_ex(gram, y)[0]  # unlike solve, never waits for the device to look for errors
+    gram = z @ z.T
+    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))  # no system is solved in bfloat16
+    gram = gram + strength * torch.eye(len(z), dtype=gram.dtype, device=z.device)
+    # Unlike solve, solve_ex never waits for the device to look for errors.
+    return z.T @ torch.linalg.solve_ex(gram, y.to(gram.dtype))[0].to(z.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,12 @@ class R2D2(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        start = {"ridge.log_strength": self.strength, "ridge.log_scale": self.scale}
+        start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
         return {name: torch.full((), value, device=key.device).log() for name, value in start.items()}
 
     def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * meta["ridge.log_strength"].exp())
+        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * meta["ridge.log_penalty"].exp())
 
     def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
         return meta["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)

@@ -88,7 +88,8 @@ class RelationNetwork(EmbeddingAlgorithm):
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+    # Under vmap autocast does not reach convolutions, which may have got a bfloat16 sum.
+    return F.conv2d(x.to(weight.dtype), weight, padding=weight.shape[-1] // 2)
 
 
 def _halved(x: Tensor) -> Tensor:

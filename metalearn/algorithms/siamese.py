@@ -19,8 +19,8 @@ class Siamese(EmbeddingAlgorithm):
     """p(same) = sigmoid(sum_j alpha_j |z_j(x) - z_j(x_i)| + bias), trained by cross-entropy over all pairs of a query and a support
     example (Koch et al. 2015, 3.1 and 3.2). A query's logit of a class is its highest over the class's examples.
 
-    Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid. All pairs of an episode count alike, so that the
-    few that are hard to tell apart matter; the paper draws as many pairs of one class as of two.
+    Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid. All pairs of an episode count
+    alike, so that the few that are hard to tell apart matter; the paper draws as many pairs of one class as of two.
     """
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:

@@ -61,7 +61,7 @@ class Conv4:
         if height == 0 or width == 0:
             raise UserError(
                 f"backbone.blocks={self.blocks} halve pictures of {input_shape[1]}x{input_shape[2]} to nothing; "
-                "use fewer blocks, larger pictures or backbone.downsample=stride"
+                "use fewer blocks, fewer backbone.halvings, larger pictures or backbone.downsample=stride"
             )
         return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
