@@ -54,7 +54,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with a + when it has changes; None when installed."""
+    """The commit of the checkout this package runs from, with a + when its code or conf/ has changes; None when installed."""
     root = Path(metalearn.__file__).parent.parent
 
     def git(*words: str) -> str | None:
@@ -67,7 +67,10 @@ def _commit() -> str | None:
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
         return None
-    return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if git('status', '--porcelain', '-uno') else ''}"
+    changed = git(
+        "status", "--porcelain", "-uno", "--", "metalearn", "conf"
+    )  # what a figure depends on, not where it is kept
+    return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if changed else ''}"
 
 
 def _processor() -> str:
