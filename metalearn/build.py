@@ -224,6 +224,13 @@ def _is_choice(found: dict[str, Any]) -> bool:
     )
 
 
+def from_checkpoint(settings: RunConfig) -> RunConfig:
+    """Settings of a run whose weights lie in a checkpoint, so that no file of a backbone's weights is read."""
+    if not settings.backbone.get("weights"):
+        return settings
+    return dataclasses.replace(settings, backbone=settings.backbone | {"weights": None})
+
+
 def algorithm_of(settings: RunConfig) -> Algorithm:
     """The method with its backbone."""
     return config.make(

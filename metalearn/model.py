@@ -1,6 +1,5 @@
 """A trained run from Python: adapt it to a few labelled examples, predict others; needs the run folder and no data."""
 
-import dataclasses
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn import checkpoint, composition, config, random
-from metalearn.build import algorithm_of, device_of
+from metalearn.build import algorithm_of, device_of, from_checkpoint
 from metalearn.errors import UserError, first_line
 from metalearn.types import Labelled, Spec
 
@@ -37,8 +36,7 @@ def load(run_folder: str | Path, statistics: str | None = None, device: str = "a
         raise UserError("statistics=population: this run gathered none; train with statistics=population")
     asked: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
     settings = config.checked(asked)
-    if settings.backbone.get("weights"):  # they are in the checkpoint
-        settings = dataclasses.replace(settings, backbone=settings.backbone | {"weights": None})
+    settings = from_checkpoint(settings)
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
         raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")

@@ -67,9 +67,7 @@ def _commit() -> str | None:
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
         return None
-    changed = git(
-        "status", "--porcelain", "-uno", "--", "metalearn", "conf"
-    )  # what a figure depends on, not where it is kept
+    changed = git("status", "--porcelain", "-uno", "--", "metalearn", "conf")  # what a figure depends on
     return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if changed else ''}"
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from metalearn import checkpoint, composition, loop, report
 from metalearn.atomic import remove_abandoned, replacing
-from metalearn.build import FREE_CHOICES, build
+from metalearn.build import FREE_CHOICES, build, from_checkpoint
 from metalearn.config import COMPONENTS, RunConfig, checked, leaves
 from metalearn.errors import RunFailed, UserError, of_system
 from metalearn.interrupts import Stopped
@@ -137,12 +137,11 @@ def _as_before(settings: RunConfig, folder: Path) -> RunConfig:
     """Settings that repeat what the run's engine chose before it stopped, unless another chunk is asked for now; weights from a
     file are in the checkpoint.
     """
-    path, engine, backbone = folder / ENGINE_FILE, settings.engine, settings.backbone
+    path, engine = folder / ENGINE_FILE, settings.engine
     if path.exists() and composition.stored(folder).engine.task_chunk == engine.task_chunk:
         engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(path))
-    if backbone.get("weights") and (folder / "checkpoints" / checkpoint.LAST).exists():
-        backbone = backbone | {"weights": None}
-    return dataclasses.replace(settings, engine=engine, backbone=backbone)
+    settings = dataclasses.replace(settings, engine=engine)
+    return from_checkpoint(settings) if (folder / "checkpoints" / checkpoint.LAST).exists() else settings
 
 
 def _check_place(folder: Path, choices: dict[str, Any]) -> None:
