@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import torchvision
+from omegaconf import OmegaConf
 from torch import nn
 from torch.func import grad, vmap
 
+import metalearn
 from metalearn import composition, config, loop, random
 from metalearn.backbones import layers, normalisation, resnet18
 from metalearn.backbones.conv4 import Conv4
@@ -195,10 +197,23 @@ def test_resnet18_is_torchvisions(torchvision_weights, size):
     assert inductive.shape[1:] == ours.shape((3, size, size))
 
 
-def resnet18_run(cache_dir, *words):
+def resnet18_composed(cache_dir, *words):
     small = ["dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=32", "episode.query=2", "train.steps=2"]
     few = ["val.episodes=2", "test.episodes=2", "train.meta_batch=1", f"cache_dir={cache_dir}", "logger=none"]
-    return config.checked(composition.composed(["backbone=resnet18", *small, *few, *words]))
+    return composition.composed(["backbone=resnet18", *small, *few, *words])
+
+
+def resnet18_run(cache_dir, *words):
+    return config.checked(resnet18_composed(cache_dir, *words))
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_loaded_without_the_file_its_weights_came_from(torchvision_weights, cache_dir, tmp_path):
+    composed = resnet18_composed(cache_dir, "algo=protonet", f"backbone.weights={torchvision_weights[1]}")
+    loop.fit(build(config.checked(composed)), loop.Silent(), tmp_path)
+    OmegaConf.save(composed, tmp_path / "config.yaml", resolve=True)
+    torchvision_weights[1].unlink()
+    assert metalearn.load(tmp_path).spec.way == 5
 
 
 @pytest.mark.slow
