@@ -2,12 +2,13 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 
 import pytest
 import torch
 import torchvision
-from omegaconf import OmegaConf
+from rich.console import Console
 from torch import nn
 from torch.func import grad, vmap
 
@@ -22,6 +23,8 @@ from metalearn.backbones.resnet18 import ResNet18
 from metalearn.build import build
 from metalearn.errors import UserError
 from metalearn.types import Kernels
+from metalearn.verbs.evaluate import evaluate
+from metalearn.verbs.train import train
 
 
 def conv4(**changes):
@@ -208,12 +211,18 @@ def resnet18_run(cache_dir, *words):
 
 
 @pytest.mark.slow
-def test_a_trained_run_is_loaded_without_the_file_its_weights_came_from(torchvision_weights, cache_dir, tmp_path):
-    composed = resnet18_composed(cache_dir, "algo=protonet", f"backbone.weights={torchvision_weights[1]}")
-    loop.fit(build(config.checked(composed)), loop.Silent(), tmp_path)
-    OmegaConf.save(composed, tmp_path / "config.yaml", resolve=True)
-    torchvision_weights[1].unlink()
-    assert metalearn.load(tmp_path).spec.way == 5
+def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(torchvision_weights, cache_dir, tmp_path):
+    weights, choices, console = torchvision_weights[1], tmp_path / "engine.json", Console()
+    words = ["algo=protonet", f"backbone.weights={weights}"]
+    choices.write_text(json.dumps(build(resnet18_run(cache_dir, *words)).choices))
+    composed = resnet18_composed(cache_dir, *words, f"engine.choices={choices}")
+    train(composed, tmp_path / "run", "protonet glyphs", words, console)
+    weights.unlink()
+    choices.unlink()
+    assert metalearn.load(tmp_path / "run").spec.way == 5
+    for changed in ([], ["dataset.jitter=0.9"]):  # with another data set the classes of the run's own are looked at
+        evaluate(tmp_path / "run", changed, "test", None, console)
+    assert len(list((tmp_path / "run/evaluations").glob("*.json"))) == 4
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn import composition, config, report, stats
-from metalearn.build import FREE_CHOICES, Run, build, device_of, normalises
+from metalearn.build import FREE_CHOICES, Run, build, device_of, from_checkpoint, normalises
 from metalearn.config import RunConfig, checked
 from metalearn.errors import RunFailed, UserError
 from metalearn.figures import draw_lines, shown_interval
@@ -77,10 +77,11 @@ class _Asked:
                 f"run={folder}: no {RESULT_FILE} of a run there; name the folder of a finished training run"
             ) from None
         stored = composition.stored(folder)
+        stored.engine.choices = None  # what the training used; its file may be gone
         for word in overrides:
             _check_may_change(stored, word)
         changed = composition.changed(stored, overrides)
-        before, after = checked(stored), checked(changed)
+        before, after = from_checkpoint(checked(stored)), checked(changed)
         old, new = (config.component(settings.dataset, "dataset").target for settings in (before, after))
         if old != new:
             kinds = {"class": "classes", "value": "values (regression)"}
@@ -107,13 +108,9 @@ class _Asked:
     def run(self, statistics: str, **episode: int) -> Run:
         """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
         settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
-        if not any(word.startswith("engine.choices=") for word in self.overrides):
-            settings.engine.choices = None  # what the training used; its file may be gone
-        if settings.backbone.get("weights"):
-            settings.backbone.weights = None  # likewise: the checkpoint has them
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
-        after, before = checked(settings), self.before
+        after, before = from_checkpoint(checked(settings)), self.before
         if after.statistics == "population" != before.statistics:
             raise UserError("statistics=population: this run gathered none; train with statistics=population")
         run = build(after, self.split)
