@@ -143,18 +143,29 @@ def _heading(title: str, results: list[dict[str, Any]]) -> str:
     )
 
 
+def _chosen(key: str, given: str, known: list[str]) -> list[str]:
+    """The names of a comma-separated list, all where it is empty."""
+    names = given.split(",") if given else known
+    for name in names:
+        if name not in known:
+            sys.exit(f"{key}={name}: there are {', '.join(known)}")
+    return names
+
+
 def main() -> None:
     definition = yaml.safe_load((_RESULTS.with_suffix(".yaml")).read_text())
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     only, methods, jobs = given.pop("only", ""), given.pop("methods", ""), int(given.pop("jobs", "1"))
-    more = [f"{key}={value}" for key, value in ({"engine.threads": "1"} if jobs > 1 else {} | given).items()]
+    more = [f"{key}={value}" for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | given).items()]
+    tables = [] if only == "none" else _chosen("only", only, list(definition))
+    known = {name: None for wanted in definition.values() for name in wanted["methods"]}
+    names = _chosen("methods", methods, list(known))
     with ThreadPoolExecutor(jobs) as pool:
         pending = [
-            pool.submit(measure, table, method, wanted, more)
-            for table, wanted in definition.items()
-            if not only or table in only.split(",")
-            for method in (methods.split(",") if methods else wanted["methods"])
-            if method in wanted["methods"]
+            pool.submit(measure, table, method, definition[table], more)
+            for table in tables
+            for method in names
+            if method in definition[table]["methods"]
         ]
         for one in pending:
             one.result()
