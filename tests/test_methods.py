@@ -264,18 +264,25 @@ def test_fine_tuning_under_population_statistics_sees_each_example_apart():
     torch.testing.assert_close(head_after_a_step(one.support.x, one.support.y), apart)
 
 
-def test_fine_tuning_descends_from_the_trained_weights_with_a_new_head():
+@pytest.mark.parametrize("target", ["class", "value"])
+def test_fine_tuning_descends_from_the_trained_weights(target):
+    """With a new head for classes, and with the trained one for values."""
     algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3)
-    one, state = task(), state_of(algorithm, classes=20)
-    params = {name: value.clone().requires_grad_() for name, value in state.meta.items() if name.startswith("net.")}
-    params |= {
-        "head.weight": torch.zeros(3, 5).double().requires_grad_(),
-        "head.bias": torch.zeros(3).double().requires_grad_(),
-    }
+    one = task()
+    if target == "class":
+        state, loss = state_of(algorithm, classes=20), F.cross_entropy
+        head = {"head.weight": torch.zeros(3, 5).double(), "head.bias": torch.zeros(3).double()}
+    else:
+        values = dataclasses.replace(one.support, y=one.support.x[:, :2].sin())
+        one, loss = dataclasses.replace(one, support=values), F.mse_loss
+        state = doubled(algorithm.init(Spec((4,), 2, 0, "value"), random.key_of(0)))
+        head = {f"head.{name}": state.meta[f"global.{name}"] for name in ("weight", "bias")}
+    params = {name: value for name, value in state.meta.items() if name.startswith("net.")} | head
+    params = {name: value.clone().requires_grad_() for name, value in params.items()}
     optimiser = torch.optim.SGD(params.values(), lr=0.2)
     for _ in range(3):
         optimiser.zero_grad()
-        F.cross_entropy(network(params, one.support.x), one.support.y).backward()
+        loss(network(params, one.support.x), one.support.y).backward()
         optimiser.step()
     torch.testing.assert_close(predictions(algorithm, state, one), network(params, one.query.x).detach())
 
