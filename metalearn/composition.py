@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config import leaves, nearest
+from metalearn.config import checked, leaves, nearest
 from metalearn.errors import UserError, first_line
 
 _PACKAGE = Path(__file__).parent
@@ -72,7 +72,7 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
 def stored(folder: Path) -> DictConfig:
     """The configuration in a run folder; a setting that is newer than the run has its usual value.
 
-    Raises: UserError where no configuration lies there.
+    Raises: UserError where no configuration lies there, or one that this version does not understand.
     """
     path = folder / "config.yaml"
     try:
@@ -83,6 +83,10 @@ def stored(folder: Path) -> DictConfig:
         raise UserError(f"{path} is not a configuration")
     usual = {group: _usual(found, group) for group in ("algo", "backbone")}
     merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), usual, found)
+    try:
+        checked(merged)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return merged
 
 

@@ -126,6 +126,9 @@ def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     (folder / "config.yaml").write_text("\n".join(kept))
     (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
+    (folder / "config.yaml").write_text("\n".join([*lines, "gone: 1"]))
+    with pytest.raises(UserError, match=r"a/config\.yaml: gone: nothing reads this key"):
+        evaluate(folder, [], "test", None, console)
 
 
 @pytest.mark.slow
