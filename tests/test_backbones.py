@@ -148,14 +148,17 @@ def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
     params = spread(net.init((3, 32, 32), random.key_of(0))[0])
     x = torch.randn(5, 3, 32, 32)
     outputs = [x]
-    for block in range(4):
-        activation = nn.LeakyReLU(0.1) if block < 3 else nn.Identity()
-        outputs.append(nn.Sequential(layer(params, str(block)), nn.MaxPool2d(2), activation)(outputs[-1]))
-    expected = torch.cat([outputs[3].flatten(1), outputs[4].flatten(1)], 1)
+    for block, stride in enumerate((2, 2, 2, 1)):
+        blocks = nn.Sequential(layer(params, str(block)), nn.MaxPool2d(2, stride), nn.LeakyReLU(0.1))
+        outputs.append(blocks(outputs[-1]))
+    expected = torch.cat([nn.MaxPool2d(2, 1)(outputs[3]).flatten(1), outputs[4].flatten(1)], 1)
     torch.testing.assert_close(net.embed(params, x)[0], expected, rtol=1e-4, atol=1e-5)
-    assert R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5).shape((3, 32, 32)) == (
-        8192,
-    )  # as the paper has it
+
+
+@pytest.mark.parametrize(("size", "features"), [(28, 3584), (32, 8064), (84, 72576)])
+def test_r2d2_conv_has_as_many_features_as_the_authors_code(size, features):
+    net = R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5)
+    assert net.shape((3, size, size)) == (features,)
 
 
 def test_resnet12_is_four_residual_blocks():
