@@ -1,19 +1,26 @@
 """Methods that adapt by gradient descent, against a closed form or an independent slow computation, in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian
 
+from metalearn.algorithms.base import select
 from metalearn.algorithms.imaml import IMAML, conjugate_gradients
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.maml_pp import MAMLPlusPlus
 from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.proto_maml import ProtoMAML
 from metalearn.algorithms.protonet import ProtoNet
+from metalearn.algorithms.reptile import Reptile
+from metalearn.backbones.mlp import MLP
+from metalearn.types import State
 from tests.one_task import (
     COMMON,
     GRADIENT,
+    IDENTITY,
     KEY,
     NORMALISED,
     gradients,
@@ -137,7 +144,7 @@ def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
 def test_maml_pp_adapts_the_normalisation_of_a_step():
     algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
     one, state = task(), state_of(algorithm)
-    after = algorithm.trajectory(state.meta, one.support, 2)
+    after = algorithm.trajectory(state, one.support, 2)
     moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
     for step in range(2):
         assert moved[step][step].abs().min() > 0
@@ -184,7 +191,7 @@ def imaml(**settings):
 def test_imaml_solves_the_dense_system(damping, strength_damping):
     algorithm = imaml(cg_steps=60, damping=damping, strength_damping=strength_damping)
     one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state.meta, one.support, 3)
+    phi = algorithm.solved(state, one.support, 3)
     names = list(phi)
 
     def tree(flat):
@@ -205,8 +212,8 @@ def test_imaml_solves_the_dense_system(damping, strength_damping):
 def test_imaml_finds_the_regularised_minimum():
     algorithm = imaml(cg_steps=5, damping=1.0, strength_damping=0.0)
     one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state.meta, one.support, 300)
-    slope = grad(algorithm.support_loss)(phi, one.support)
+    phi = algorithm.solved(state, one.support, 300)
+    slope = grad(algorithm.support_loss)(phi, one.support, {})
     for name in phi:
         torch.testing.assert_close(slope[name], -2 * (phi[name] - state.meta[name]), rtol=1e-6, atol=1e-8)
 
@@ -217,3 +224,45 @@ def test_conjugate_gradients_of_nothing():
     b = {"a": torch.tensor([1.0, 2.0])}
     assert conjugate_gradients(lambda v: v, b, 0) is b
     torch.testing.assert_close(conjugate_gradients(lambda v: v, b, 3), b)
+
+
+class Frozen(MLP):
+    frozen = True
+
+    def embed(self, params, *words, **more):
+        return super().embed({name: value.detach() for name, value in params.items()}, *words, **more)
+
+
+OF_IMAML = dict(strength=0.5, cg_steps=2, damping=0.0, strength_damping=0.0)
+OF_REPTILE = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8, statistics_momentum=0.1)
+STEPS = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (MAML, GRADIENT),
+        (MAML, GRADIENT | {"adapted_part": "head"}),
+        (ProtoMAML, GRADIENT),
+        (IMAML, STEPS | OF_IMAML),
+        (Reptile, STEPS | OF_REPTILE),
+    ],
+)
+def test_adaptation_sees_a_frozen_network_with_the_statistics_it_came_with(method, settings):
+    net = Frozen(hidden=[5], normalisation="batch", activation="tanh", eps=1e-5)
+    frozen = method(**settings, backbone=net, statistics="population")
+    bare = method(**settings, backbone=IDENTITY, statistics="query")
+    one, state = task(), state_of(frozen)
+    fixed = {name: value + 0.3 * torch.rand_like(value) for name, value in state.fixed.items()}
+    state = State(state.meta, fixed)
+
+    def embedded(part):
+        z = net.embed(select(state.meta, "net"), part.x, select(fixed, "net"))[0]
+        return dataclasses.replace(part, x=z)
+
+    seen = dataclasses.replace(one, support=embedded(one.support), query=embedded(one.query))
+    of_head = State(*({k: v for k, v in part.items() if "net." not in k} for part in (state.meta, fixed)))
+    torch.testing.assert_close(predictions(frozen, state, one), predictions(bare, of_head, seen))
+    if of_head.meta:
+        expected, found = gradients(bare, of_head, seen), gradients(frozen, state, one)
+        torch.testing.assert_close({name: found[name] for name in expected}, expected)

@@ -121,6 +121,13 @@ class Algorithm:
             return self.backbone.embed(params, support_x, collect=True)[1]
         return {"x": support_x} if self.statistics == "support_plus_one" else {}
 
+    def own_statistics(self, state: State) -> Params:
+        """Those by which support sets and batches are normalised everywhere, training included: a frozen backbone's, where the run
+        has population statistics; else none, so that each is normalised by its own.
+        """
+        kept = self.statistics == "population" and getattr(self.backbone, "frozen", False)
+        return select(state.fixed, "net") if kept else {}
+
     def embed_support(self, state: State, x: Tensor) -> tuple[Tensor, Params]:
         """Embeddings [M, D] of x [M, *X] by an unadapted backbone, and the reference that queries are normalised by."""
         net = select(state.meta, "net")
@@ -148,9 +155,9 @@ class Algorithm:
     def embed_training(self, state: State, params: Params, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
         """Embeddings [B, D] of a batch while meta-training, and the statistics to fold into the population's, if it has any.
 
-        A batch is normalised by its own statistics; a frozen backbone keeps those it came with.
+        A batch is normalised by its own statistics, unless there are `own_statistics`.
         """
-        if self.statistics == "population" and getattr(self.backbone, "frozen", False):
-            return self.backbone.embed(params, x, given=select(state.fixed, "net"), key=key)[0], {}
+        if given := self.own_statistics(state):
+            return self.backbone.embed(params, x, given=given, key=key)[0], {}
         z, seen = self.backbone.embed(params, x, collect=self.statistics == "population", key=key)
         return z, prefixed(seen, "net")

@@ -72,19 +72,20 @@ class GradientAdaptation(LinearHeadAlgorithm):
         steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        return self.after(self.trajectory(state.meta, support, steps), steps, support)
+        return self.after(self.trajectory(state, support, steps), steps, support)
 
-    def trajectory(self, theta: Params, support: Labelled, steps: int) -> list[Params]:
+    def trajectory(self, state: State, support: Labelled, steps: int) -> list[Params]:
         """All weights before and after each of the inner steps: theta_0 ... theta_K."""
+        theta, given = state.meta, self.own_statistics(state)
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
-        seen = dataclasses.replace(support, x=self.embed(slow, support.x)) if self.embeds_once else support
+        seen = dataclasses.replace(support, x=self.embed(slow, support.x, given)) if self.embeds_once else support
         fast, found = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
             if self.rematerialise and not self.first_order:
                 descend = rematerialised(descend)
-            fast = descend(fast, start, slow, seen)
+            fast = descend(fast, start, slow, seen, given)
             found.append({**slow, **fast})
         return found
 
@@ -92,16 +93,16 @@ class GradientAdaptation(LinearHeadAlgorithm):
         """The learner after so many of the steps; its network is that of the last of them."""
         return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
 
-    def descend(self, step: int, fast: Params, start: Params, slow: Params, seen: Labelled) -> Params:
+    def descend(self, step: int, fast: Params, start: Params, slow: Params, seen: Labelled, given: Params) -> Params:
         """`fast` after inner step number `step`.
 
         start: what `fast` was before the first; slow: the weights that do not adapt; seen: the support set, or its
-        embeddings.
+        embeddings; given: see `embed`.
         """
 
         def support_loss(fast: Params, slow: Params, seen: Labelled) -> Tensor:
             params = self.at_step(slow | fast, step)
-            z = seen.x if self.embeds_once else self.embed(params, seen.x)
+            z = seen.x if self.embeds_once else self.embed(params, seen.x, given)
             value = objective(self.head(params, z), seen.y)
             return value * seen.way if self.inner_loss == "sum" else value
 

@@ -39,14 +39,15 @@ class IMAML(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
-    def support_loss(self, params: Params, support: Labelled) -> Tensor:
-        return objective(self.head(params, self.embed(params, support.x)), support.y)
+    def support_loss(self, params: Params, support: Labelled, given: Params) -> Tensor:
+        return objective(self.head(params, self.embed(params, support.x, given)), support.y)
 
-    def solved(self, theta: Params, support: Labelled, steps: int) -> Params:
+    def solved(self, state: State, support: Labelled, steps: int) -> Params:
         """phi, approached by gradient descent from theta."""
+        theta, given = state.meta, self.own_statistics(state)
         phi = theta
         for _ in range(steps):
-            gradient = grad(self.support_loss)(phi, support)
+            gradient = grad(self.support_loss)(phi, support, given)
             phi = {
                 name: value - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
                 for name, value in phi.items()
@@ -63,15 +64,16 @@ class IMAML(LinearHeadAlgorithm):
         steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        return self.adapted(self.solved(state.meta, support, steps), support.x)
+        return self.adapted(self.solved(state, support, steps), support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """A surrogate whose gradient in theta is the implicit meta-gradient; the query loss of phi is among the logs."""
         theta = {name: value.detach() for name, value in state.meta.items()}
-        phi = self.solved(theta, task.support, self.inner_steps)
+        start = State(theta, state.fixed)
+        phi = self.solved(start, task.support, self.inner_steps)
 
         def query_loss(phi: Params) -> Loss:
-            return self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query, task.key)
+            return self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
 
         gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
 
@@ -79,7 +81,7 @@ class IMAML(LinearHeadAlgorithm):
             """(I + H / lambda) v with both dampings, by the gradient of <grad L_support, v>."""
 
             def along(phi: Params) -> Tensor:
-                return dot(grad(self.support_loss)(phi, task.support), v)
+                return dot(grad(self.support_loss)(phi, task.support, self.own_statistics(state)), v)
 
             hessian_v = grad(along)(phi)
             curvature = self.strength + self.strength_damping

@@ -38,9 +38,9 @@ class LinearHeadAlgorithm(Algorithm):
         }
         return State(prefixed(params, "net") | head, prefixed(population, "net"))
 
-    def embed(self, params: Params, x: Tensor) -> Tensor:
-        """Embeddings [M, D], normalised by the statistics of x itself, as adaptation does."""
-        return self.backbone.embed(select(params, "net"), x)[0]
+    def embed(self, params: Params, x: Tensor, given: Params | None = None) -> Tensor:
+        """Embeddings [M, D] as adaptation sees them; given: `own_statistics`, by which x is normalised if there are any."""
+        return self.backbone.embed(select(params, "net"), x, given or None)[0]
 
     def head(self, params: Params, z: Tensor) -> Tensor:
         """Outputs [M, N] for embeddings z [M, D]."""

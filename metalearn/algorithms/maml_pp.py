@@ -75,7 +75,7 @@ class MAMLPlusPlus(GradientAdaptation):
         )
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        trajectory = self.trajectory(state.meta, task.support, self.inner_steps)
+        trajectory = self.trajectory(state, task.support, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [
             self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)

@@ -27,7 +27,7 @@ class ProtoMAML(GradientAdaptation):
         state = super().init(spec, key)
         return State({name: value for name, value in state.meta.items() if not name.startswith("head.")}, state.fixed)
 
-    def trajectory(self, theta: Params, support: Labelled, steps: int) -> list[Params]:
-        c = class_means(self.embed(theta, support.x), support.y, support.way)
+    def trajectory(self, state: State, support: Labelled, steps: int) -> list[Params]:
+        c = class_means(self.embed(state.meta, support.x, self.own_statistics(state)), support.y, support.way)
         head = {"head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
-        return super().trajectory(theta | head, support, steps)
+        return super().trajectory(State(state.meta | head, state.fixed), support, steps)

@@ -48,10 +48,9 @@ class Reptile(LinearHeadAlgorithm):
         moment = prefixed({name: torch.zeros_like(value) for name, value in state.meta.items()}, "moment")
         return State(state.meta, state.fixed | moment | {"moment_weight": torch.zeros((), device=key.device)})
 
-    def _descend(
-        self, theta: Params, fixed: Params, support: Labelled, key: Tensor, steps: int, batch: int
-    ) -> tuple[Params, Params]:
+    def _descend(self, start: State, support: Labelled, key: Tensor, steps: int, batch: int) -> tuple[Params, Params]:
         """The weights that training from theta leads to, and the moments as they are then."""
+        given = self.own_statistics(start)
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
         order = torch.cat(
@@ -59,9 +58,9 @@ class Reptile(LinearHeadAlgorithm):
         )
 
         def batch_loss(params: Params, chosen: Tensor) -> Tensor:
-            return objective(self.head(params, self.embed(params, support.x[chosen])), support.y[chosen])
+            return objective(self.head(params, self.embed(params, support.x[chosen], given)), support.y[chosen])
 
-        phi, moment, weight = theta, select(fixed, "moment"), fixed["moment_weight"]
+        phi, moment, weight = start.meta, select(start.fixed, "moment"), start.fixed["moment_weight"]
         for step in range(steps):
             gradient = grad(batch_loss)(phi, order[step * batch : (step + 1) * batch])
             moment = {name: moment[name].lerp(gradient[name].square(), 1 - self.inner_beta2) for name in phi}
@@ -82,16 +81,17 @@ class Reptile(LinearHeadAlgorithm):
         steps: int | None = None,
     ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        phi, _ = self._descend(state.meta, state.fixed, support, key, steps, self.test_inner_batch)
+        phi, _ = self._descend(state, support, key, steps, self.test_inner_batch)
         return self.adapted(phi, support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """A surrogate whose gradient in theta is theta - phi; the query loss of phi is among the logs."""
         theta = {name: value.detach() for name, value in state.meta.items()}
-        phi, moments = self._descend(theta, state.fixed, task.support, task.key, self.inner_steps, self.inner_batch)
+        start = State(theta, state.fixed)
+        phi, moments = self._descend(start, task.support, task.key, self.inner_steps, self.inner_batch)
         direction = {name: theta[name] - phi[name] for name in theta}
         value = torch.stack([(state.meta[name] * direction[name]).sum() for name in theta]).sum()
-        held_out = self.query_loss(State(theta, state.fixed), self.adapted(phi, task.support.x), task.query, task.key)
+        held_out = self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
         # The loop moves `fixed` by a share of the way to what it is given; this is as far off as takes it all the way.
         share = self.statistics_momentum or 1.0
         seen = {name: state.fixed[name] + (value - state.fixed[name]) / share for name, value in moments.items()}
