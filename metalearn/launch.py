@@ -70,7 +70,7 @@ def parsed(words: list[str]) -> Words:
         elif word.startswith("-"):
             raise UserError(f"{word}: there is no such option; see metalearn train --help")
         elif "=" not in word and not word.startswith("~"):
-            raise UserError(f"{word}: settings are written key=value, like algo=maml or train.steps=1000")
+            raise UserError(f"{word}: settings are written key=value, like train.steps=1000 or episode.shot=5")
         else:
             overrides.append(word)
     return Words(overrides, flags, searched)

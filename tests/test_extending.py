@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from rich.console import Console
 
+import metalearn
 from metalearn import composition, config, loop
 from metalearn.build import build
 from metalearn.engine import Engine
+from metalearn.verbs.compare import compare
+from metalearn.verbs.evaluate import evaluate
+from metalearn.verbs.train import train
 from tests.conftest import SMALL, doubled
 
 _PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
@@ -39,6 +45,20 @@ def test_the_example_is_short_and_trains(example, tmp_path, cache_dir):
     torch.testing.assert_close(*steps, rtol=1e-7, atol=1e-9)
     assert all(value.abs().max() > 0 for value in steps[0].values())
     before = {name: value.clone() for name, value in run.state.meta.items()}
-    fitted = loop.fit(run, loop.Silent(), tmp_path)
+    loop.fit(run, loop.Silent(), tmp_path)
     assert not any(torch.equal(before[name], value) for name, value in run.state.meta.items())
-    assert loop.test(run, fitted.state, None).scores.shape == (6,)
+
+
+def test_every_verb_knows_the_example(example, tmp_path, cache_dir):
+    words = [*SMALL, "algo=neighbour", f"cache_dir={cache_dir}"]
+    composed = composition.composed([*words, f"hydra.searchpath=[file://{tmp_path}]"])
+    console, folders = Console(record=True, width=160), [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        train(OmegaConf.merge(composed, {"seed": seed}), folder, "neighbour glyphs", words, console)
+    evaluate(folders[0], ["episode.shot=2"], "test", None, console)
+    compare(folders, tmp_path / "compared", console)
+    assert "neighbour glyphs" in (tmp_path / "compared/comparison.md").read_text()
+    model = metalearn.load(folders[0])
+    pictures = torch.rand(4, *model.spec.input_shape)
+    model.adapt(pictures, ["x", "y", "x", "y"])
+    assert model.predict(pictures) == ["x", "y", "x", "y"]

@@ -93,7 +93,8 @@ def test_nothing_outside_its_own_file_knows_a_method_or_a_data_set():
                 if path.stem == module:
                     continue
                 for name in names - {"folder"}:
-                    assert not re.search(rf"['\"]{name}['\"]|import {name}\b", code), f"{path} knows {name}"
+                    known = rf"['\"]{name}['\"]|algo={name}\b|import {name}\b"
+                    assert not re.search(known, code), f"{path} knows {name}"
 
 
 def test_every_method_says_its_family_and_its_paper():

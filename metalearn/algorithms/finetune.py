@@ -16,8 +16,8 @@ from metalearn.types import Labelled, Params, State
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuning(TransferAlgorithm):
-    """All weights descend on the support set, from the trained ones; for classes the head is new and starts at zero (the
-    fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
+    """theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) for all weights, from the trained ones; for classes the head is new
+    and starts at zero (the fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
 
     test_inner_steps, inner_lr: of gradient descent on the whole support set, normalised by the population's statistics where
       queries are, else by its own.

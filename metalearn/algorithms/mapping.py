@@ -19,11 +19,11 @@ from metalearn.types import Labelled, Params, Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MappingNetwork(EmbeddingAlgorithm):
-    """[w_n, b_n] = phi(mean embedding of class n), logits = w_n z + b_n (Qiao et al. 2018, eq. 2 and 6).
+    """[w_n, b_n] = [c_n, 0] + phi(c_n), logits = (w_n z + b_n) / sqrt(D), c_n the mean embedding (Qiao et al. 2018, eq. 2 and 6).
 
     hidden: widths of phi's layers before its last, leaky rectifiers between; none: phi is linear, the paper's first choice.
-    Departures: the backbone is meta-learned with phi (theirs is trained beforehand and frozen), phi also gives an offset, and it
-    adds to the mean itself, so that at first it is a classifier by inner products.
+    Departures: the backbone is meta-learned with phi (theirs is trained beforehand and frozen), phi also gives an offset, it
+    adds to the mean itself, so that at first it is a classifier by inner products, and these are divided by sqrt(D).
     """
 
     hidden: list[int] = at_least(1)

@@ -15,7 +15,7 @@ from metalearn.types import Params, Spec, State
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetaSGD(GradientAdaptation):
-    """theta_k+1 = theta_k - alpha * grad L_support(theta_k), alpha of theta's shape and meta-learned (Li et al. 2017, eq. 1).
+    """theta_k+1 = theta_k - alpha * grad L_support(theta_k), alpha of theta's shape and meta-learned (Li et al. 2017, eq. 2).
 
     inner_lr, inner_lr_max: alpha starts uniform between them. A rate may become negative, as in the paper.
     """

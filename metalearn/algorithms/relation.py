@@ -25,7 +25,7 @@ _BLOCKS = 2
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RelationNetwork(EmbeddingAlgorithm):
     """r = sigmoid(g(sum of the class's embeddings, embedding of the query)), trained to be 1 for the query's class and 0 for
-    others by squared error (Sung et al. 2018, eq. 1 to 3); predictions are the r before the sigmoid.
+    others by squared error (Sung et al. 2018, eq. 1 and 2); predictions are the r before the sigmoid.
 
     g sees both maps side by side: two blocks of 3x3 convolution with `filters` filters, normalisation, rectifier and 2x2
     max-pooling, then linear layers of the widths `hidden` and 1 (3.4). Embeddings that are vectors are maps of one position, and

@@ -19,7 +19,7 @@ from metalearn.types import Labelled, Loss, Params, Spec, State, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reptile(LinearHeadAlgorithm):
-    """phi = Adam steps on mini-batches of the support set from theta; meta-gradient theta - phi (Nichol et al. 2018, alg. 1).
+    """phi = Adam steps on mini-batches of the support set from theta; meta-gradient theta - phi (Nichol et al. 2018, alg. 2).
 
     The inner optimiser is Adam without momentum (beta1 = 0). As in the authors' code its second moment is carried from
     task to task, in testing too: started anew it would make the first step of each task as long for a small gradient

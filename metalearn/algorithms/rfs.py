@@ -37,7 +37,7 @@ def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RFS(TransferAlgorithm):
-    """logits of a multinomial logistic regression on z / |z| (Tian et al. 2020, 3.3; their simple variant, no distillation).
+    """logits of a multinomial logistic regression on z / |z| (Tian et al. 2020, 3.2; their simple variant, no distillation).
 
     cost: weight of the cross-entropies against 1/2 |W|^2 (theirs: 1); iterations: of the solver.
     """
