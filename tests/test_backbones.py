@@ -25,6 +25,7 @@ from metalearn.errors import UserError
 from metalearn.types import Kernels
 from metalearn.verbs.evaluate import evaluate
 from metalearn.verbs.train import train
+from tests.conftest import doubled
 
 
 def conv4(**changes):
@@ -323,7 +324,7 @@ def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make
     noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]
     noisy += ["backbone.drop_block=true", "backbone.block_size=2"] if backbone == "resnet12" else []
     run = make_run(f"algo={algo}", f"backbone={backbone}", *noisy)
-    tasks, state, half = run.train.draw(0, 3), run.state, torch.tensor(0.5)
+    tasks, state, half = doubled(run.train.draw(0, 3)), doubled(run.state), torch.tensor(0.5).double()
 
     def step(strategy, tasks, backbone=run.algorithm.backbone):
         algorithm = dataclasses.replace(run.algorithm, backbone=backbone)
@@ -334,12 +335,12 @@ def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make
         )
 
     first = step("vmap", tasks)
-    torch.testing.assert_close(step("loop", tasks), first, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step("loop", tasks), first, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(step("loop", dataclasses.replace(tasks, key=tasks.key + 1)), first)
     assert not torch.allclose(step("loop", tasks, dataclasses.replace(run.algorithm.backbone, dropout=0.0)), first)
     quiet = dataclasses.replace(run.algorithm, backbone=dataclasses.replace(run.algorithm.backbone, dropout=0.0))
     predictions = [
-        dataclasses.replace(run.test_engine, algorithm=one).predictions(state, run.test.draw(0, 2))
+        dataclasses.replace(run.test_engine, algorithm=one).predictions(state, doubled(run.test.draw(0, 2)))
         for one in (run.algorithm, quiet)
     ]
     assert torch.equal(*predictions)
