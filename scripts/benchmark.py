@@ -11,26 +11,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import results
 from omegaconf import OmegaConf
 
 from metalearn import composition
+from metalearn.errors import UserError
 from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
 from metalearn.verbs.train import CONFIG_FILE
 
 
 def make_room(folder: Path, overrides: list[str]) -> None:
-    """Removes a run that was trained or is tested otherwise than these overrides now say; one that is of them, finished or cut
-    off, stays, for `resume=auto` to go on with.
+    """Removes a run that was trained or is tested otherwise than these overrides now say, or that this version does not understand;
+    one that is of them, finished or cut off, stays, for `resume=auto` to go on with.
     """
     if not (folder / CONFIG_FILE).exists():
         return
-    stored, wanted = composition.stored(folder), composition.composed(overrides)
-    names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed")
-    if any(
-        OmegaConf.to_container(stored)[name] != OmegaConf.to_container(wanted, resolve=True)[name] for name in names
-    ):
+    names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed", "seed")
+    wanted: Any = OmegaConf.to_container(composition.composed(overrides), resolve=True)
+    try:
+        stored: Any = OmegaConf.to_container(composition.stored(folder))
+    except UserError:
+        stored = {}
+    if any(stored.get(name) != wanted[name] for name in names):
         shutil.rmtree(folder)
 
 
@@ -44,11 +48,11 @@ def main() -> None:
     for number, name in enumerate(names, 1):
         folder = Path("outputs/benchmark") / budget / f"{name}-seed{given.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        make_room(folder, Recipe(name, budget).overrides([]))
+        words = [f"{key}={value}" for key, value in {"logger": "none", **given}.items()]
+        make_room(folder, Recipe(name, budget).overrides(words))
         if (folder / VERDICT_FILE).exists():
             print(f"done already: {folder}")
         else:
-            words = [f"{key}={value}" for key, value in {"logger": "none", **given}.items()]
             command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}", "resume=auto"]
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
             if not (folder / VERDICT_FILE).exists():

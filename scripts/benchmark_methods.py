@@ -32,7 +32,7 @@ _SHORT = 0.01
 
 def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
     """The result of a run in this folder, made unless it is there already."""
-    make_room(folder, overrides)
+    make_room(folder, [*overrides, *more])
     if not (folder / RESULT_FILE).exists():
         command = [sys.executable, "-m", "metalearn", "train", *overrides, "logger=none", "resume=auto", *more]
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def main() -> None:
     only, methods, jobs = given.pop("only", ""), given.pop("methods", ""), int(given.pop("jobs", "1"))
     more = [f"{key}={value}" for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | given).items()]
     tables = [] if only == "none" else _chosen("only", only, list(definition))
-    known = {name: None for wanted in definition.values() for name in wanted["methods"]}
+    known = {name: None for table in tables or definition for name in definition[table]["methods"]}
     names = _chosen("methods", methods, list(known))
     with ThreadPoolExecutor(jobs) as pool:
         pending = [

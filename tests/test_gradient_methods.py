@@ -243,6 +243,7 @@ STEPS = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inne
     [
         (MAML, GRADIENT),
         (MAML, GRADIENT | {"adapted_part": "head"}),
+        (MAML, GRADIENT | {"rematerialise": True}),
         (ProtoMAML, GRADIENT),
         (IMAML, STEPS | OF_IMAML),
         (Reptile, STEPS | OF_REPTILE),

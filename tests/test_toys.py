@@ -60,7 +60,9 @@ class MultiStepToy(LinearHeadAlgorithm):
             yield theta
 
             def inner(params):
-                return objective(self.head(params, self.embed(params, support.x)), support.y)
+                return objective(
+                    self.head(params, self.embed(params, support.x, self.own_statistics(state))), support.y
+                )
 
             gradient = torch.func.grad(inner)(theta)
             theta = {name: theta[name] - state.meta["inner_lr"][step] * gradient[name] for name in theta}

@@ -122,8 +122,8 @@ class Algorithm:
         return {"x": support_x} if self.statistics == "support_plus_one" else {}
 
     def own_statistics(self, state: State) -> Params:
-        """Those by which support sets and batches are normalised everywhere, training included: a frozen backbone's, where the run
-        has population statistics; else none, so that each is normalised by its own.
+        """Statistics by which support sets and batches are normalised everywhere, training included: a frozen backbone's, where the
+        run has population statistics; else none, so that each is normalised by its own.
         """
         kept = self.statistics == "population" and getattr(self.backbone, "frozen", False)
         return select(state.fixed, "net") if kept else {}

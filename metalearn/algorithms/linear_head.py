@@ -38,7 +38,7 @@ class LinearHeadAlgorithm(Algorithm):
         }
         return State(prefixed(params, "net") | head, prefixed(population, "net"))
 
-    def embed(self, params: Params, x: Tensor, given: Params | None = None) -> Tensor:
+    def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
         """Embeddings [M, D] as adaptation sees them; given: `own_statistics`, by which x is normalised if there are any."""
         return self.backbone.embed(select(params, "net"), x, given or None)[0]
 

@@ -23,7 +23,7 @@ class R2D2Conv:
     embedding: 8064 features of 32x32 pictures with the published filters. (The rerun of Lee et al. (2019) halves a fourth time
     instead and leaves the last activation out.)
 
-    filters: of each block. dropout: while meta-training (theirs: 0.1, on CIFAR-FS 0.4).
+    filters: of each block. dropout: while meta-training (theirs: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on Omniglot).
     """
 
     filters: list[int] = at_least(1)
@@ -45,8 +45,8 @@ class R2D2Conv:
         height, width = (size >> (blocks - 1) for size in input_shape[1:])
         if blocks < _SHOWN or min(height, width) < 2:
             raise UserError(
-                f"backbone.filters={self.filters}: should be at least {_SHOWN} blocks, and no more than leave 2x2 places of pictures "
-                f"of {input_shape[1]}x{input_shape[2]} that all but the last halve"
+                f"backbone.filters={self.filters}: should be at least {_SHOWN} blocks; all but the last halve pictures of "
+                f"{input_shape[1]}x{input_shape[2]}, and 2x2 places must be left"
             )
         return (sum(self.filters[-_SHOWN:]) * (height - 1) * (width - 1),)
 

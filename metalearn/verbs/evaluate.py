@@ -81,7 +81,7 @@ class _Asked:
         for word in overrides:
             _check_may_change(stored, word)
         changed = composition.changed(stored, overrides)
-        before, after = from_checkpoint(checked(stored)), checked(changed)
+        before, after = checked(stored), checked(changed)
         old, new = (config.component(settings.dataset, "dataset").target for settings in (before, after))
         if old != new:
             kinds = {"class": "classes", "value": "values (regression)"}
@@ -116,7 +116,8 @@ class _Asked:
         run = build(after, self.split)
         same_source = all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
         if self.split == "test" and same_source and before.dataset != after.dataset:
-            names = build(before).class_names
+            own = dataclasses.replace(after, dataset=before.dataset, episode=before.episode)
+            names = build(own, self.split).class_names
             if shared := sorted({*names["train"], *names["val"]} & set(run.class_names[self.split])):
                 raise UserError(
                     f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
