@@ -65,5 +65,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _asked, _asked_at = number, time.monotonic()
     if not _deferred:
         raise Stopped(number)
+    line = f"{signal.Signals(number).name}: saving after the step or validation under way; once more to leave at once\n"
     with contextlib.suppress(OSError):  # who reads, like a `tee`, may have left on the same signal
-        os.write(sys.stderr.fileno(), f"{signal.Signals(number).name}: saving; once more to leave at once\n".encode())
+        os.write(sys.stderr.fileno(), line.encode())
