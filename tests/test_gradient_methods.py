@@ -133,11 +133,11 @@ def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
     head = {name: value for name, value in state.meta.items() if name.startswith("head.")}
     for step in range(2):
         params = algorithm.at_step(state.meta, step)
-        z = algorithm.embed(params, one.support.x)
+        z = algorithm.embed(params, one.support.x, {})
         gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
         head = {name: head[name] - 0.3 * gradient[name] for name in head}
     torch.testing.assert_close(
-        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x))
+        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x, {}))
     )
 
 
