@@ -49,6 +49,7 @@ def test_the_example_is_short_and_trains(example, tmp_path, cache_dir):
     assert not any(torch.equal(before[name], value) for name, value in run.state.meta.items())
 
 
+@pytest.mark.slow
 def test_every_verb_knows_the_example(example, tmp_path, cache_dir):
     words = [*SMALL, "algo=neighbour", f"cache_dir={cache_dir}"]
     composed = composition.composed([*words, f"hydra.searchpath=[file://{tmp_path}]"])
