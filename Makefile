@@ -34,8 +34,8 @@ format: setup  ## mend what format and lint can mend by themselves
 	ruff format .
 	ruff check --fix .
 
-test: setup  ## all tests
-	pytest -n 2
+test: setup  ## all tests; TEST="-m slow": those that `make check` leaves out
+	pytest -n 2 $(TEST)
 
 BUDGET ?= quick
 benchmark: setup  ## every recipe of a published figure at BUDGET=smoke|quick|paper, skipping what is done
