@@ -35,8 +35,7 @@ def load(run_folder: str | Path, statistics: str | None = None, device: str = "a
     if statistics == "population" != settings.statistics:
         raise UserError("statistics=population: this run gathered none; train with statistics=population")
     asked: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
-    settings = config.checked(asked)
-    settings = from_checkpoint(settings)
+    settings = from_checkpoint(config.checked(asked))
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
         raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
