@@ -75,7 +75,12 @@ def start(tree: Path, folder: Path, cases: dict[str, tuple[str, ...]]) -> subpro
     """Run the cases with the code of a tree; each case writes its run into a folder of its name."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "METALEARN_CACHE": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "OMP_NUM_THREADS": "1",
+        "METALEARN_CACHE": str(folder / "cache"),
+    }
     with (folder / "log.txt").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-c", _DRIVER, "cases.json"], cwd=folder, env=environment, stdout=log, stderr=log
@@ -107,7 +112,9 @@ def main() -> None:
     failed = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]], check=True)
+        subprocess.run(
+            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]], check=True
+        )
         try:
             trees = {"base": place / "tree", "here": ROOT}
             running = {side: start(tree, place / side, cases) for side, tree in trees.items()}
@@ -117,7 +124,9 @@ def main() -> None:
             for case in cases:
                 difference, where = largest_difference(place / "base" / case, place / "here" / case)
                 same = difference <= _TOLERANCE.get(case, 0.0)
-                print(f"{case:<24} {'same' if same else 'DIFFERS'} {f'{difference:.1e} at {where}' if difference else ''}")
+                print(
+                    f"{case:<24} {'same' if same else 'DIFFERS'} {f'{difference:.1e} at {where}' if difference else ''}"
+                )
                 failed += [] if same else [case]
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True)

@@ -1,10 +1,7 @@
-"""Shared pieces of the tests: small data sets, small runs, and the command line in a subprocess."""
+"""Shared pieces of the tests: small datasets, small runs, and the command line in a process of its own."""
 
 import functools
 import http.server
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ from torch.utils import _pytree as pytree
 from metalearn import composition, config
 from metalearn.build import Run, build
 from metalearn.engine import process
+from tests import command
+from tests.command import Command
 
 torch.set_num_threads(1)
 process._ALL_THREADS = 1  # several tests run at a time
@@ -57,15 +56,39 @@ def make_run(compose):
 
 
 @pytest.fixture
-def metalearn(cache_dir: Path, tmp_path: Path):
-    """Runs the command in an empty folder, as a user would; returns the finished process."""
+def start(cache_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Starts the command in an empty folder, as a user would, in a process of its own."""
+    output = tmp_path_factory.mktemp("output")
+    started: list[Command] = []
 
-    def run(*words: str, timeout: float = 120, **environment: str | None) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
-        variables |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "offline"} | environment
-        variables = {name: value for name, value in variables.items() if value is not None}
-        command = [sys.executable, "-m", "metalearn", *words]
-        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout)
+    def run(*words: str, cwd: Path = tmp_path, memory: int | None = None, **environment: str | None) -> Command:
+        folders = {"METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
+        started.append(command.start(words, cwd, output, {**folders, **environment}, memory))
+        return started[-1]
+
+    yield run
+    for one in started:
+        if one.is_running:
+            one.process.kill()
+        one.process.join()
+
+
+@pytest.fixture
+def metalearn(start):
+    """Runs the command as `start` does, to its end."""
+
+    def run(*words: str, timeout: float = 120, **options: Any) -> Command:
+        return start(*words, **options).wait(timeout)
+
+    return run
+
+
+@pytest.fixture
+def ranks(start):
+    """Starts the command in two processes that share their work, as torchrun would."""
+
+    def run(*words: str) -> list[Command]:
+        return [start(*words, **environment) for environment in command.ranks(2)]
 
     return run
 

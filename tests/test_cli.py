@@ -1,4 +1,4 @@
-"""The command line as a user has it: in a subprocess, errors included."""
+"""The command line as a user has it: in a process of its own, errors included."""
 
 import json
 import os

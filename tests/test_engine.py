@@ -2,18 +2,19 @@
 
 import gzip
 import json
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
 from rich.console import Console
 
-from metalearn import loop
+from metalearn import composition, config, loop
+from metalearn.build import build
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
 from metalearn.errors import RunFailed, UserError
 from metalearn.verbs.train import train
+from tests import command
 from tests.conftest import SMALL, doubled
 
 _HALF = torch.tensor(0.5)
@@ -77,24 +78,27 @@ def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
     torch.testing.assert_close(computed, kept, rtol=1e-7, atol=1e-9)
 
 
-_MEMORY = """
-import resource, sys, torch
-from metalearn import composition, config
-from metalearn.build import build
-run = build(config.checked(composition.composed(sys.argv[1:])))
-tasks = run.train.draw(0, 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run.train_engine.step(run.state, tasks, torch.zeros(()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
+def peak_memory(words, queue):
+    """Put the growth of this process's peak memory by one meta-step into a queue, in KiB."""
+    run = build(config.checked(composition.composed(words)))
+    tasks = run.train.draw(0, 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run.train_engine.step(run.state, tasks, torch.zeros(()))
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.slow
 def test_rematerialisation_saves_the_memory_of_long_inner_loops(cache_dir):
+    context = command.CONTEXT
+
     def kib(steps, more):
         words = ["algo=maml", "dataset=glyphs", "dataset.num_classes=60", f"algo.inner_steps={steps}", *more]
         words += ["train.meta_batch=8", "engine.strategy=vmap", "device=cpu", f"cache_dir={cache_dir}"]
-        return int(subprocess.run([sys.executable, "-c", _MEMORY, *words], capture_output=True, check=True).stdout)
+        queue = context.Queue()
+        process = context.Process(target=peak_memory, args=(words, queue))
+        process.start()
+        process.join()
+        return queue.get(timeout=1)
 
     kept, computed = (kib(20, more) - kib(5, more) for more in ([], ["engine.rematerialise=true"]))
     assert computed < kept / 3
@@ -174,27 +178,11 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
         broken(4, tasks)
 
 
-@pytest.fixture
-def with_little_memory(cache_dir, tmp_path):
-    """Runs the command in 6 GiB of address space."""
-    limited = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, (6 << 30,) * 2); sys.argv[0] = 'metalearn'"
-    )
-    program = f"{limited}; runpy.run_module('metalearn', run_name='__main__')"
-
-    def run(*words):
-        return subprocess.run(
-            [sys.executable, "-c", program, *words, "device=cpu", f"cache_dir={cache_dir}"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-
-    return run
-
-
 @pytest.mark.slow
-def test_a_command_that_runs_out_of_memory_says_what_fits(with_little_memory):
+def test_a_command_that_runs_out_of_memory_says_what_fits(metalearn):
     words = ["train", "algo=maml", *SMALL, "dataset.image_size=28", "backbone.filters=64", "train.meta_batch=400"]
-    done = with_little_memory(*words, "engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5")
+    words += ["engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5", "device=cpu"]
+    done = metalearn(*words, memory=6 << 30)
     assert done.returncode == 1
     # Which chunk fits is hard to foresee here: freed address space is not given back, unlike a GPU's memory.
     assert "out of memory with 400 tasks in flight together" in done.stderr
@@ -203,8 +191,8 @@ def test_a_command_that_runs_out_of_memory_says_what_fits(with_little_memory):
 
 
 @pytest.mark.slow
-def test_so_does_one_that_runs_out_while_it_prepares_data(with_little_memory):
-    done = with_little_memory("train", "algo=protonet", *SMALL, "dataset.image_size=1024")
+def test_so_does_one_that_runs_out_while_it_prepares_data(metalearn):
+    done = metalearn("train", "algo=protonet", *SMALL, "dataset.image_size=1024", "device=cpu", memory=6 << 30)
     assert done.returncode == 1 and "dataset.image_size" in done.stderr
     assert done.stderr.startswith("metalearn: out of memory") and done.stderr.count("\n") == 1
 

@@ -12,58 +12,57 @@ import torch
 from metalearn import checkpoint
 from tests.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+_LONG = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
 
-def started(metalearn_words, cwd, cache_dir):
-    """The command in a process of its own, once it has logged a step."""
+
+def has_logged(folder):
+    rows = folder / "x/metrics.jsonl"
+    return lambda: rows.exists() and rows.stat().st_size > 0
+
+
+def last_step(folder):
+    return checkpoint.load(folder / "x/checkpoints/last.pt", torch.device("cpu"))["step"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_leave_and_the_run_resumes_from_anywhere(number, code, start, tmp_path):
+    process = start(*_LONG, "cache_dir=own")
+    process.wait_until(has_logged(tmp_path))
+    process.send(number)
+    process.wait(30)
+    assert process.returncode == code
+    assert "saved" in process.stderr and "metalearn resume x" in process.stderr and "Traceback" not in process.stderr
+    assert f"stopped at step {last_step(tmp_path)}" in process.stderr
+    (tmp_path / "elsewhere").mkdir()
+    again = start("resume", "../x", cwd=tmp_path / "elsewhere", METALEARN_CACHE=None)
+    again.wait_until(lambda: "going on from step" in again.stdout)
+    again.send(signal.SIGKILL)
+    again.wait()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_second_signal_leaves_at_once(start, tmp_path):
+    # One validation that takes minutes: the first signal waits for its end.
+    words = ["train", "algo=maml", *SMALL, "train.steps=2", "train.log_every=1", "val.episodes=100000"]
+    process = start(*words, "hydra.run.dir=x")
+    process.wait_until(has_logged(tmp_path))
+    process.send(signal.SIGTERM)
+    time.sleep(1)
+    assert process.is_running
+    process.send(signal.SIGTERM)
+    assert process.wait(5).returncode == 143
+
+
+def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
     environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "metalearn", *metalearn_words],
-        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "metalearn", *_LONG, "val.every=100"],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not (file := cwd / "x/metrics.jsonl").exists() or not file.stat().st_size:
+    while not has_logged(tmp_path)():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    return process
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(number, code, cache_dir, tmp_path):
-    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
-    process = started(words, tmp_path, cache_dir)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert "saved" in errors and "metalearn resume x" in errors and "Traceback" not in errors
-    step = checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"]
-    assert f"stopped at step {step}" in errors
-
-
-@pytest.mark.slow
-def test_a_second_signal_leaves_at_once(cache_dir, tmp_path):
-    # One validation that takes minutes: the first signal waits for its end.
-    words = [
-        "train",
-        "algo=maml",
-        *SMALL,
-        "train.steps=2",
-        "train.log_every=1",
-        "val.episodes=100000",
-        "hydra.run.dir=x",
-    ]
-    process = started(words, tmp_path, cache_dir)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 143
-
-
-@pytest.mark.slow
-def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
-    words = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
-    process = started([*words, "val.every=100"], tmp_path, cache_dir)
     process.stdout.close()
     process.stderr.close()
     rows = tmp_path / "x/metrics.jsonl"
@@ -73,27 +72,4 @@ def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
-    assert checkpoint.load(tmp_path / "x/checkpoints/last.pt", torch.device("cpu"))["step"] > 0
-
-
-@pytest.mark.slow
-def test_a_run_is_gone_on_with_from_anywhere(metalearn, cache_dir, tmp_path):
-    words = [
-        "train",
-        "algo=protonet",
-        *SMALL,
-        "train.steps=100000",
-        "train.log_every=10",
-        "hydra.run.dir=x",
-        "cache_dir=own",
-    ]
-    process = started(words, tmp_path, cache_dir)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    (tmp_path / "elsewhere").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    again = subprocess.Popen([sys.executable, "-m", "metalearn", "resume", "../x"], cwd=tmp_path / "elsewhere", env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
-    assert any("going on from step" in line for line in again.stdout)
-    again.kill()
-    again.communicate()
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert last_step(tmp_path) > 0
