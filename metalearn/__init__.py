@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from metalearn.model import Model
@@ -11,8 +12,13 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(run_folder: "str | Path", statistics: str | None = None, device: str = "auto") -> "Model":
-    """A trained run, to adapt to a few labelled examples and to predict others: see `metalearn.model.load`."""
+def load(
+    run_folder: "str | Path",
+    statistics: str | None = None,
+    device: str = "auto",
+    plugins: "Iterable[str]" = (),
+) -> "Model":
+    """Load a trained run, to adapt it to a few labelled examples and predict others: see `metalearn.model.load`."""
     from metalearn import model  # here, because torch takes seconds
 
-    return model.load(run_folder, statistics, device)
+    return model.load(run_folder, statistics, device, plugins)

@@ -2,22 +2,30 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metalearn import config, processes, random
+from metalearn import config, optimisers, plugins, processes
 from metalearn.algorithms.base import Algorithm
+from metalearn.algorithms.normalisation import STATISTICS
+from metalearn.backbones.base import Backbone
 from metalearn.config import EngineConfig, RunConfig
 from metalearn.engine import Engine, process
-from metalearn.episodes import STREAMS, EpisodeSource, Shape, TaskSource
 from metalearn.errors import UserError
 from metalearn.processes import Processes
-from metalearn.types import SCORES, Score, Spec, State, Task
+from metalearn.tasks import augment, prng
+from metalearn.tasks.family import TaskFamily
+from metalearn.tasks.losses import LOSSES
+from metalearn.tasks.metrics import Metric
+from metalearn.tasks.sampling import STREAMS, BatchSource, Shape, TaskSource
+from metalearn.tasks.store import Augmentation
+from metalearn.tasks.types import Batch, InputSpec, Spec, State, Task
 
-#: Random stream of the initial weights; those of the tasks are numbered in `metalearn.episodes`.
+#: Random stream of the initial weights; those of the tasks are numbered in `metalearn.tasks.sampling`.
 _INIT_STREAM = 100
 
 #: Validation and test episodes in flight together; memory does not depend on their number.
@@ -35,12 +43,11 @@ class Run:
     config: RunConfig
     algorithm: Algorithm
     state: State
-    train: TaskSource
-    val: EpisodeSource | None  # None in a run that is only tested
-    test: EpisodeSource
+    train: BatchSource
+    val: TaskSource | None  # None in a run that is only tested
+    test: TaskSource
     train_engine: Engine
     test_engine: Engine
-    score: Score
     device: torch.device
     processes: Processes
     spec: Spec
@@ -49,6 +56,16 @@ class Run:
     content_hash: str
     class_names: dict[str, tuple[str, ...]]
     test_split: str
+
+    @property
+    def family(self) -> TaskFamily:
+        """How tasks are learned from and scored."""
+        return self.algorithm.family
+
+    @property
+    def metric(self) -> Metric:
+        """What validation and test report."""
+        return self.algorithm.family.metric
 
     @property
     def protocol_id(self) -> str:
@@ -69,10 +86,9 @@ def check(settings: RunConfig) -> None:
     target = config.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
     if target not in algorithm.targets:
-        kinds = {"class": "classes", "value": "values (regression)"}
         raise UserError(
-            f"algo={name} learns {' or '.join(kinds[kind] for kind in algorithm.targets)}, "
-            f"but this data set has {kinds[target]}; choose another algo or dataset"
+            f"algo={name} learns {' or '.join(described(kind) for kind in algorithm.targets)}, "
+            f"but this dataset has {described(target)}; choose another algo or dataset"
         )
     episode = settings.episode
     if algorithm.fixed_way and settings.train.source == "episodes" and episode.train.way != episode.way:
@@ -85,20 +101,27 @@ def check(settings: RunConfig) -> None:
             f"train.source={settings.train.source}: {name} trains on {' or '.join(algorithm.sources)}; "
             f"use train.source={algorithm.sources[0]}"
         )
-    if settings.statistics == "population" and not normalises(settings):
-        raise UserError("statistics=population wants a backbone with normalisation")
-    if settings.engine.rematerialise and (
-        not hasattr(algorithm, "rematerialise") or getattr(algorithm, "first_order", False)
-    ):
+    if algorithm.normalisation.has_population and not algorithm.backbone.normalises:
+        raise UserError("statistics=population needs a backbone with normalisation")
+    if settings.engine.rematerialise and not algorithm.can_rematerialise:
         raise UserError(f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept")
+    if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
+        raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
+    optimisers.check(settings.optimiser)
+    augmentation_of(settings)
     device_of(settings.device)
 
 
-def build(settings: RunConfig, only_test: str | None = None) -> Run:
-    """Reads the data and makes the run.
+def build(settings: RunConfig, only_test: str | None = None, is_restored: bool = False) -> Run:
+    """Read the data and make the run.
 
-    Args: only_test: the split to test on, for a run that is not trained again.
-    Raises: UserError for what the data cannot give.
+    Args:
+        settings: of the run.
+        only_test: the split to test on, for a run that is not trained again.
+        is_restored: see `algorithm_of`.
+
+    Raises:
+        UserError: for what the data cannot give.
     """
     check(settings)
     device = device_of(settings.device)
@@ -118,22 +141,26 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
         data = dataset.open(
             folder_of(settings.data_dir, ".local/share"), folder_of(settings.cache_dir, ".cache"), device
         )
-    algorithm = algorithm_of(settings)
+    algorithm = algorithm_of(settings, is_restored)
     episode = settings.episode
-    test_shape = Shape(episode.way, episode.shot, episode.query)
-    train_shape = Shape(episode.train.way, episode.train.shot, episode.train.query)
-    train: TaskSource = (
-        data.episodes("train", train_shape, settings.seed)
+    test_shape, train_shape = (
+        Shape(one.way, one.shot, one.query, one.unlabelled, one.distractors) for one in (episode, episode.train)
+    )
+    check_inputs(settings, algorithm, data.inputs)
+    changes = augmentation_of(settings)
+    train: BatchSource = (
+        data.episodes("train", train_shape, settings.seed, changes)
         if settings.train.source == "episodes"
-        else data.batches("train", settings.train.batch_size, settings.seed)
+        else data.batches("train", settings.train.batch_size, settings.seed, changes)
     )
     val = None if only_test else data.episodes("val", test_shape, settings.episode_seed)
     test_split = only_test or "test"
     test = data.episodes(test_split, test_shape, settings.episode_seed)
-    spec = Spec(data.input_shape, episode.way, data.num_classes("train"), data.target)
+    inputs, outputs = data.inputs, data.outputs or episode.way
+    spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
     train_engine, test_engine = _engines(settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices)
-    state = algorithm.init(spec, random.key_of(settings.seed, _INIT_STREAM, device=device))
-    frozen = getattr(algorithm.backbone, "frozen", False) and all(name.startswith("net.") for name in state.meta)
+    state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
+    frozen = algorithm.backbone.is_frozen and all(name.startswith("net.") for name in state.params)
     if frozen and settings.train.steps and not only_test:
         raise UserError(
             f"backbone.frozen=true: {type(algorithm).__name__} has nothing else to learn; test it as it is with train.steps=0"
@@ -155,15 +182,18 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
         test=test,
         train_engine=train_engine,
         test_engine=test_engine,
-        score=SCORES[data.target],
         device=device,
         processes=together,
         spec=spec,
         standardisation=data.standardisation,
         protocol={
             **data.protocol(test_split),
-            **dataclasses.asdict(test_shape),
-            "statistics": settings.statistics if normalises(settings) else "none",
+            "way": test_shape.way,
+            "shot": test_shape.shot,
+            "query": test_shape.query,
+            **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
+            **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
+            "statistics": settings.statistics if algorithm.backbone.normalises else "none",
             "episodes": settings.test.episodes,
             "episode_seed": settings.episode_seed,
         },
@@ -173,7 +203,7 @@ def build(settings: RunConfig, only_test: str | None = None) -> Run:
 def _engines(
     settings: RunConfig,
     algorithm: Algorithm,
-    train: Task,
+    train: Task | Batch,
     test: Task,
     together: Processes,
     choices: dict[str, Any] | None,
@@ -181,7 +211,7 @@ def _engines(
     """The engines of training and of testing, for tasks of these shapes."""
     if choices:
         stored = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
-        if stored[0].strategy == "mixed" and stored[0].has_own_loss:
+        if stored[0].strategy == "mixed" and stored[0].has_own_loss(train):
             raise UserError("engine.choices: that run's strategy, mixed, does not suit a method with its own loss")
         return stored[0], stored[1]
     asked = settings.engine
@@ -224,27 +254,87 @@ def _is_choice(found: dict[str, Any]) -> bool:
     )
 
 
-def from_checkpoint(settings: RunConfig) -> RunConfig:
-    """Settings of a run whose weights lie in a checkpoint, so that no file of a backbone's weights is read."""
-    if not settings.backbone.get("weights"):
-        return settings
-    return dataclasses.replace(settings, backbone=settings.backbone | {"weights": None})
+def family_of(settings: RunConfig) -> TaskFamily:
+    """Return how the run's tasks are learned from and scored. Raises UserError for a loss that does not exist."""
+    dataset = config.make(settings.dataset, "dataset")
+    known: Any = LOSSES.get(dataset.target, {})
+    loss, inner = settings.loss.name, settings.loss.inner
+    functions: list[Any] = [
+        name and plugins.find(name, known, where) for name, where in ((loss, "loss.name"), (inner, "loss.inner"))
+    ]
+    for key in settings.loss.settings:
+        if loss is None or key not in inspect.signature(functions[0]).parameters:
+            raise UserError(f"loss.settings.{key}: loss.name={loss} has no such setting")
+    family: TaskFamily = dataset.family(*functions, settings.loss.settings)
+    return family
 
 
-def algorithm_of(settings: RunConfig) -> Algorithm:
-    """The method with its backbone."""
-    return config.make(
+def augmentation_of(settings: RunConfig) -> Augmentation | None:
+    """Return the changes of training inputs, or None. Raises UserError for one that does not exist."""
+    ops: dict[str, Any] = {}
+    known: Any = augment.AUGMENTATIONS
+    for name, own in settings.augment.ops.items():
+        function: Any = plugins.find(name, known, "augment.ops")
+        for key in own or {}:
+            if key not in inspect.signature(function).parameters:
+                raise UserError(f"augment.ops.{name}.{key}: there is no such setting")
+        ops[name] = (function, own or {})
+    return augment.chain(ops) if ops else None
+
+
+def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
+    """Return the method with its backbone.
+
+    Args:
+        settings: of the run.
+        is_restored: whether a checkpoint has the weights, so that no file of pretrained ones is read.
+    """
+    backbone: Backbone = config.make(settings.backbone, "backbone")
+    algorithm: Algorithm = config.make(
         settings.algo,
         "algo",
-        backbone=config.make(settings.backbone, "backbone"),
+        backbone=backbone.without_weights() if is_restored else backbone,
         statistics=settings.statistics,
-        statistics_momentum=settings.train.statistics_momentum,
+        family=family_of(settings),
+        source=settings.train.source,
         rematerialise=settings.engine.rematerialise,
     )
+    return algorithm
 
 
-def normalises(settings: RunConfig) -> bool:
-    return settings.backbone.get("normalisation") != "none"
+def described(target: str) -> str:
+    """Return a kind of target as people call it."""
+    return {"class": "classes", "value": "values (regression)"}.get(target, target)
+
+
+def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -> None:
+    """Raise UserError where the backbone or the augmentation cannot take these inputs."""
+    backbone = algorithm.backbone
+    if inputs.kind not in backbone.input_kinds:
+        raise UserError(
+            f"backbone={type(backbone).__name__} takes {' or '.join(backbone.input_kinds)}, but this dataset has "
+            f"{inputs.kind}; choose another backbone"
+        )
+    if settings.augment.ops and inputs.kind != "images":
+        raise UserError(f"augment changes images, but this dataset has {inputs.kind}; use augment=none")
+
+
+def inductive_counterpart(settings: RunConfig, statistics: str) -> str:
+    """Return the statistics to hold beside these: the inductive ones of the run for "query", else "query"."""
+    if not STATISTICS[statistics].is_transductive:
+        return "query"
+    return inductive_statistics(settings)
+
+
+def inductive_statistics(settings: RunConfig) -> str:
+    """Return the inductive statistics that a trained run has: those of its population, or else of the support set."""
+    return settings.statistics if STATISTICS[settings.statistics].has_population else "support"
+
+
+def check_population(settings: RunConfig, statistics: str) -> None:
+    """Raise UserError where a trained run is asked for population statistics that it did not gather."""
+    if STATISTICS[statistics].has_population and not STATISTICS[settings.statistics].has_population:
+        raise UserError("statistics=population: this run gathered none; train with statistics=population")
 
 
 def device_of(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metalearn.atomic import replacing
 from metalearn.errors import UserError, ran_out
-from metalearn.types import State
+from metalearn.tasks.types import State
 
 BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
 
@@ -102,8 +102,8 @@ def _checksum(content: Any) -> str:
 
 def state(kept: dict[str, Any], wanted: State, folder: Path) -> State:
     """The state in a checkpoint of the run in `folder`. Raises: UserError when its weights are not named and shaped as wanted."""
-    for part in ("meta", "fixed"):
-        own, found = getattr(wanted, part), kept[part]
+    for part, own in zip(("meta", "fixed"), wanted, strict=True):
+        found = kept[part]
         if missing := sorted(own.keys() - found.keys()):
             raise UserError(f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method")
         if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:

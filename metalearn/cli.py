@@ -47,6 +47,7 @@ def _say(error: BaseException) -> None:
 
 
 def _dispatch(words: list[str]) -> int:
+    words = launch.take_plugins(words)
     if any(word in ("-sc", "--shell-completion") for word in words):
         return _completion(words)
     if not words or words[0] in ("-h", "--help", "help"):

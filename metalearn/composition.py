@@ -10,16 +10,63 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config import checked, leaves, nearest
-from metalearn.errors import UserError, first_line
+from metalearn import plugins
+from metalearn.config import checked, conf_dir, leaves, plain
+from metalearn.errors import UserError, first_line, nearest
 
-_PACKAGE = Path(__file__).parent
+
+def conf_dirs() -> list[Path]:
+    """Return the package's own `conf/`, and those of plugins."""
+    return [conf_dir(), *plugins.conf_dirs()]
 
 
-def conf_dir() -> Path:
-    """Where `conf/` lies: inside an installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "conf"
-    return inside if inside.is_dir() else _PACKAGE.parent / "conf"
+def search_path(folders: list[Path]) -> list[str]:
+    """Return the override by which Hydra looks for configuration files in these folders too; [] for none."""
+    if not folders:
+        return []
+    places = ",".join(quoted(f"file://{folder}") for folder in folders)
+    return [f"hydra.searchpath=[{places}]"]
+
+
+def quoted(text: str) -> str:
+    """Return a text as a quoted value of Hydra's grammar."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _file(group: str, name: str) -> Path | None:
+    """Return the file of a choice, or None."""
+    return next((path for folder in conf_dirs() if (path := folder / group / f"{name}.yaml").is_file()), None)
+
+
+def _recipe(kind: str, algo: str, *others: str) -> str:
+    """Return the name of the recipe that applies to a method, on a dataset and with a backbone; "none" where there is none.
+
+    A method without a recipe of its own has that of the first family that has one; a comment `# recipes: …` in its file names them.
+    """
+    names = [algo]
+    if (path := _file("algo", algo)) is not None:
+        lines = [line for line in _comments(path) if line.startswith("recipes:")]
+        names += [name.strip() for line in lines for name in line.partition(":")[2].split(",")]
+    known = ["-".join([name, *others]) for name in names]
+    return next((name for name in known if _file(f"recipe/{kind}", name) is not None), "none")
+
+
+OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
+
+
+def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:
+    """Return the names of the recipes that apply: for the dataset, and for the backbone on it."""
+    names = (_recipe("data", algo, dataset), _recipe("net", algo, dataset, backbone))
+    return [name for name in names if name != "none"]
+
+
+def recipe_line(choices: Any) -> str:
+    """Return a line that says which recipe applies to Hydra's choices of groups."""
+    if choices.get("experiment"):
+        return f"recipe: experiment {choices.experiment}"
+    if names := recipe_names(choices.algo, choices.dataset, choices.backbone):
+        return f"recipe: {', '.join(names)}"
+    return f"recipe: none for {choices.algo} on {choices.dataset}; general settings apply"
 
 
 @contextlib.contextmanager
@@ -34,7 +81,7 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if found := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
         group, name = found[1], found[2]
-        if not (conf_dir() / group).is_dir():
+        if not any((folder / group).is_dir() for folder in conf_dirs()):
             return f"{group}={name}: there is no such {group}"
         choices = options(group)
         return f"{group}={name}: there is no such {group}; there are {', '.join(choices)}{nearest(name, choices)}"
@@ -60,7 +107,14 @@ def initialised() -> Iterator[Any]:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
-        yield lambda overrides, **options: compose("config", overrides=overrides, **options)
+        yield lambda overrides, **options: compose("config", overrides=with_plugins(overrides), **options)
+
+
+def with_plugins(overrides: list[str]) -> list[str]:
+    """Return overrides that look for configuration files in the folders of plugins too."""
+    if any(word.startswith("hydra.searchpath=") for word in overrides):
+        return overrides
+    return [*overrides, *search_path(plugins.conf_dirs())]
 
 
 def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -81,24 +135,10 @@ def stored(folder: Path) -> DictConfig:
         raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
     if not isinstance(found, DictConfig):
         raise UserError(f"{path} is not a configuration")
-    usual = {group: _usual(found, group) for group in ("algo", "backbone")}
-    merged: Any = OmegaConf.merge(OmegaConf.load(conf_dir() / "base.yaml"), usual, found)
     try:
-        checked(merged)
+        return OmegaConf.create(plain(checked(found)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return merged
-
-
-def _usual(found: DictConfig, group: str) -> Any:
-    """The settings of a stored run's method or backbone as the first file of `conf/` with its class has them, for those that are newer than the run."""
-    target = OmegaConf.select(found, f"{group}._target_")
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
-        file: Any = OmegaConf.load(path)
-        usual = file.get(group, file)  # a file may set other groups too
-        if target is not None and usual.get("_target_") == target:
-            return usual
-    return {}
 
 
 def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
@@ -144,13 +184,13 @@ def combinations(overrides: list[str]) -> list[list[str]]:
 
 def groups() -> list[str]:
     """Names of the configuration groups."""
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "hydra")
+    return sorted({path.name for folder in conf_dirs() for path in folder.iterdir() if path.is_dir()} - {"hydra"})
 
 
 def options(group: str) -> dict[str, str]:
     """The choices of a group, each with the first comment line of its file."""
     found = {}
-    for path in sorted((conf_dir() / group).glob("*.yaml")):
+    for path in sorted(path for folder in conf_dirs() for path in (folder / group).glob("*.yaml")):
         found[path.stem] = next((line for line in _comments(path) if not line.startswith("@package")), "")
     return found
 
@@ -159,7 +199,8 @@ def families() -> dict[str, list[str]]:
     """The algorithms of each family, which a comment `# family: …` in their file names; "other" where none does."""
     found: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
     for name in options("algo"):
-        comments = _comments(conf_dir() / "algo" / f"{name}.yaml")
+        path = _file("algo", name)
+        comments = _comments(path) if path else []
         family = next((line.partition(":")[2].strip() for line in comments if line.startswith("family:")), "other")
         found.setdefault(family, []).append(name)
     return found

@@ -1,7 +1,15 @@
 """What ends in one line and no traceback: a user's mistake (exit code 2), a run that cannot go on (1)."""
 
+import difflib
 import os
+from collections.abc import Iterable
 from typing import TextIO
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the nearest known word, or ""."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def first_line(error: Exception) -> str:

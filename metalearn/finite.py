@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from metalearn.atomic import replacing
 from metalearn.build import Run
 from metalearn.errors import RunFailed
-from metalearn.training import Meter
-from metalearn.types import Task
+from metalearn.meter import Meter
+from metalearn.tasks.types import Batch, Task
 
 #: Steps in a row that are not finite, after which skipping them leads nowhere.
 _SKIPPED_IN_A_ROW = 100
@@ -47,17 +48,20 @@ def judge_scores(run: Run, scores: Tensor, step: int) -> None:
     if len(bad):
         number = int(bad[0])
         raise RunFailed(
-            f"val.{run.score.name} of validation episode {number} is {scores[number]} at step {step}; lower train.lr or the "
+            f"val.{run.metric.name} of validation episode {number} is {scores[number]} at step {step}; lower train.lr or the "
             "inner rate"
         )
 
 
-def _keep(task: Task, file: Path) -> bool:
+def _keep(task: Task | Batch, file: Path) -> bool:
     """Writes one task [1, …] down for inspection, unless there are enough already. Returns: whether it is there."""
     file.parent.mkdir(exist_ok=True)
     if len(list(file.parent.iterdir())) >= _KEPT_TASKS:
         return file.exists()
-    parts = {name: {"x": one.x[0], "y": one.y[0]} for name, one in (("support", task.support), ("query", task.query))}
+    sets: dict[str, Any] = (
+        {"batch": task} if isinstance(task, Batch) else {"support": task.support, "query": task.query}
+    )
+    parts = {name: {"x": one.x[0], "y": one.y[0]} for name, one in sets.items()}
     with replacing(file) as stream:
-        torch.save(parts | {"key": task.key[0]}, stream)
+        torch.save({**parts, "key": task.key[0]}, stream)
     return True

@@ -22,16 +22,18 @@ _CHOICES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """A parsed command line: overrides, Hydra's flags, and overrides that name extra places of configuration files."""
+    """A parsed command line: overrides, Hydra's flags, and more folders of configuration files."""
 
     overrides: list[str]
     flags: list[str]
-    searched: list[str]
+    folders: list[Path]
 
     @property
     def settings(self) -> list[str]:
-        """What is composed."""
-        return self.overrides + self.searched
+        """Everything that is composed."""
+        from metalearn import composition, plugins
+
+        return self.overrides + composition.search_path(self.folders + plugins.conf_dirs())
 
     @property
     def multirun(self) -> bool:
@@ -44,7 +46,7 @@ class Words:
 
     def no_flags(self, verb: str) -> "Words":
         """Itself. Raises: UserError where there are flags, or extra places, which this verb does not take."""
-        if other := self.flags + self.searched:
+        if other := self.flags + (["--config-dir"] if self.folders else []):
             raise UserError(f"{verb}: takes key=value settings only, not {other[0]}")
         return self
 
@@ -53,7 +55,7 @@ def parsed(words: list[str]) -> Words:
     """Raises: UserError for a word that is neither a setting nor one of Hydra's options."""
     overrides: list[str] = []
     flags: list[str] = []
-    searched: list[str] = []
+    folders: list[Path] = []
     queue = list(words)
     while queue:
         word = queue.pop(0)
@@ -64,7 +66,7 @@ def parsed(words: list[str]) -> Words:
         elif word in ("--config-dir", "-cd"):
             if not queue or not Path(queue[0]).is_dir():
                 raise UserError(f"{word} {queue[0] if queue else ''}: should name a folder of configuration files")
-            searched.append(f"hydra.searchpath=[{_quoted(f'file://{Path(queue.pop(0)).absolute()}')}]")
+            folders.append(Path(queue.pop(0)).absolute())
         elif word in ("-m", "--multirun", "--resolve", "--hydra-help"):
             flags.append(word)
         elif word.startswith("-"):
@@ -73,7 +75,22 @@ def parsed(words: list[str]) -> Words:
             raise UserError(f"{word}: settings are written key=value, like train.steps=1000 or episode.shot=5")
         else:
             overrides.append(word)
-    return Words(overrides, flags, searched)
+    return Words(overrides, flags, folders)
+
+
+def take_plugins(words: list[str]) -> list[str]:
+    """Take `plugins=[package, …]` out of the words of a command line, and import and allow these packages.
+
+    Raises:
+        UserError: for a package that cannot be imported.
+    """
+    from metalearn import plugins
+
+    for word in words:
+        if word.startswith("plugins="):
+            names = word.partition("=")[2].strip("[]")
+            plugins.add(name.strip() for name in names.split(",") if name.strip())
+    return [word for word in words if not word.startswith("plugins=")]
 
 
 def check(words: Words) -> None:
@@ -101,7 +118,7 @@ def trained(words: Words) -> tuple[Path, bool]:
     folder = Path(hydra.sweep.dir if words.multirun else hydra.run.dir)
     created = _made(folder)
     # The folder is settled here once, since its name carries the time.
-    where = f"hydra.{'sweep' if words.multirun else 'run'}.dir={_quoted(str(folder))}"
+    where = f"hydra.{'sweep' if words.multirun else 'run'}.dir={composition.quoted(str(folder))}"
     job = _Job(words.multirun)
     try:
         hydra_main(job, [*words.flags, *words.settings, where])
@@ -152,10 +169,12 @@ def _follow(overrides: list[str]) -> NoReturn:
 
 def _check(config: Any) -> None:
     """All that can be known before data are read."""
-    from metalearn import build
     from metalearn.config import checked
 
-    build.check(checked(config))
+    settings = checked(config)  # before torch is imported, so that a mistyped word is answered at once
+    from metalearn import build
+
+    build.check(settings)
 
 
 def _check_multirun(overrides: list[str]) -> None:
@@ -182,7 +201,10 @@ class _Job:
     """The function Hydra calls for each run; picklable, so that launchers can send it to other processes."""
 
     def __init__(self, multirun: bool) -> None:
+        from metalearn import plugins
+
         self.multirun = multirun
+        self.plugins = plugins.named()
         self.error: Exception | None = None
         self.__name__ = "metalearn"
 
@@ -190,15 +212,17 @@ class _Job:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf
 
-        from metalearn import report
+        from metalearn import composition, plugins, report
         from metalearn.verbs import train
 
+        plugins.add(self.plugins)
         settings = HydraConfig.get()
         folder = Path(settings.runtime.output_dir)
         choices: Any = settings.runtime.choices
         name = f"{choices.algo} {choices.dataset}"
         console = report.console()
-        overrides = list(settings.overrides.task)
+        recipe = composition.recipe_line(choices)
+        overrides = [*([f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []), *settings.overrides.task]
         try:
             if self.multirun:
                 console.print(
@@ -208,7 +232,7 @@ class _Job:
                 train.note_command(folder, name, overrides)
                 # Given again with the same hydra.sweep.dir, a multirun skips what is finished and goes on with what is not.
                 config = OmegaConf.merge(config, {"resume": "auto"})
-            return train.train(config, _relative(folder), name, overrides, console)
+            return train.train(config, _relative(folder), name, overrides, console, recipe)
         except Exception as error:
             # Hydra prints lines of its own about a failing job, so the error of a single run goes around it; one failed
             # run of several must not end the others: it is named in the table, and the sweeper is told the worst score.
@@ -239,14 +263,14 @@ def _written(path: Path, text: str) -> None:
 
 
 def _worst_score(config: Any) -> float:
-    from metalearn.config import component
-    from metalearn.types import SCORES
+    from metalearn.build import family_of
+    from metalearn.config import checked
 
     try:
-        score = SCORES[component(config.dataset, "dataset").target]
+        metric = family_of(checked(config)).metric
     except UserError:
         return float("-inf")
-    return float("-inf") if score.higher_is_better else float("inf")
+    return float("-inf") if metric.higher_is_better else float("inf")
 
 
 def hydra_main(job: Any, words: list[str]) -> None:
@@ -264,10 +288,6 @@ def _is_sweep(override: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(override).is_sweep_override()
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _relative(folder: Path) -> Path:

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metalearn import checkpoint, finite, interrupts
+from metalearn import checkpoint, finite, interrupts, optimisers
 from metalearn.build import EVALUATION_BATCH, Run
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
-from metalearn.episodes import TaskSource
 from metalearn.errors import RunFailed
 from metalearn.stats import estimate
+from metalearn.tasks.sampling import TaskSource
+from metalearn.tasks.types import Estimate, State
 from metalearn.training import Training
-from metalearn.types import Estimate, State
 
 
 class Tracker(Protocol):
@@ -84,7 +84,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
         estimate_now = estimate(scores)
         if training.validated(estimate_now):
             save_best()
-        return {f"val.{run.score.name}": estimate_now.mean, f"val.{run.score.name}_ci95": estimate_now.ci95}
+        return {f"val.{run.metric.name}": estimate_now.mean, f"val.{run.metric.name}_ci95": estimate_now.ci95}
 
     def stop_if_asked(last: bool = False) -> None:
         # Several processes must stop at the same step, and agree on it when they wait for each other anyway.
@@ -131,7 +131,7 @@ def _patience_is_over(training: Training, settings: Any) -> bool:
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
     """One score an episode [E], float32 on the host; fetched once."""
-    parts = {part: run.test_engine.scores(state, source.draw(*part), run.score) for part in _own_parts(run, episodes)}
+    parts = {part: run.test_engine.scores(state, source.draw(*part)) for part in _own_parts(run, episodes)}
     return _gathered(run, parts, episodes).cpu()
 
 
@@ -156,12 +156,13 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
     for part in _own_parts(run, episodes):
         tasks = run.test.draw(*part)
-        prediction, y = run.test_engine.predictions(state, tasks, steps), tasks.query.y
-        if not prediction.isfinite().all():
+        answers = (run.test_engine.predictions if run.family.predicts else run.test_engine.scores)(state, tasks, steps)
+        if not answers.isfinite().all():
             raise RunFailed(
                 f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; lower the inner rate"
             )
-        found = {"scores": run.score.of(prediction, y)}
+        prediction, y = answers, tasks.query.y
+        found = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}
         classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
@@ -190,4 +191,7 @@ def _why_no_graph(run: Run) -> str | None:
     """Why a meta-step is not to be captured as a CUDA graph, or None."""
     if not run.config.engine.cuda_graph:
         return "engine.cuda_graph=false"
-    return "several processes exchange gradients within a step" if run.processes.size > 1 else None
+    if run.processes.size > 1:
+        return "several processes exchange gradients within a step"
+    name = run.config.optimiser["_target_"].rpartition(".")[2]
+    return None if optimisers.can_be_captured(getattr(torch.optim, name)) else f"{name} cannot be captured"

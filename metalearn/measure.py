@@ -10,7 +10,7 @@ from metalearn import checkpoint, loop, stats
 from metalearn.build import Run
 from metalearn.errors import UserError
 from metalearn.report import as_dict
-from metalearn.types import State
+from metalearn.tasks.types import State
 
 #: Half-widths of the interval for which the number of episodes is told: half a point, a tenth of a point.
 _HALF_WIDTHS = (0.005, 0.001)
@@ -30,8 +30,8 @@ def measure(
     tested = loop.test(run, state, steps)
     scores = tested.scores
     if files:
-        write_scores(files.with_name(f"{files.name}scores.csv"), run.score.name, scores)
-    worst, which = stats.worst_decile(scores, run.score.higher_is_better)
+        write_scores(files.with_name(f"{files.name}scores.csv"), run.metric.name, scores)
+    worst, which = stats.worst_decile(scores, run.metric.higher_is_better)
     details: dict[str, Any] = {"worst_decile": {"mean": worst, "episodes": which}}
     if tested.classes is not None and tested.correct is not None and tested.confidence is not None:
         correct = tested.correct.flatten()
@@ -46,7 +46,7 @@ def measure(
         judged = [(name, share) for name, share, count in rows if count >= _QUERIES_OF_A_CLASS]
         details["worst_classes"] = dict(judged[:5])
     result = {
-        "test": {run.score.name: as_dict(stats.estimate(scores))},
+        "test": {run.metric.name: as_dict(stats.estimate(scores))},
         "details": details,
         "protocol": run.protocol,
         "protocol_id": run.protocol_id,

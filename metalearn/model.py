@@ -1,6 +1,6 @@
 """A trained run from Python: adapt it to a few labelled examples, predict others; needs the run folder and no data."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +9,45 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from metalearn import checkpoint, composition, config, random
-from metalearn.build import algorithm_of, device_of, from_checkpoint
+from metalearn import checkpoint, composition, config
+from metalearn import plugins as registry
+from metalearn.build import algorithm_of, check_population, device_of, inductive_statistics
 from metalearn.errors import UserError, first_line
-from metalearn.types import Labelled, Spec
+from metalearn.tasks import prng
+from metalearn.tasks.types import Spec, Support
 
 #: Random stream of the choices a method makes while it adapts here.
 _ADAPT_STREAM = 200
 
 
-def load(run_folder: str | Path, statistics: str | None = None, device: str = "auto") -> "Model":
-    """The best checkpoint of a finished run, ready to adapt.
+def load(
+    run_folder: str | Path,
+    statistics: str | None = None,
+    device: str = "auto",
+    plugins: Iterable[str] = (),
+) -> "Model":
+    """Load the best checkpoint of a finished run, ready to adapt.
 
     Args:
-      statistics: of the normalisation at prediction. None: inductive ones ("population" where the run has them, else
-        "support"), so that a prediction does not depend on what else is asked with it; "query" for the transductive
-        ones that most figures of MAML's family stand for.
-    Raises: UserError where no such run lies there, or its statistics are not to be had.
+        run_folder: of the run.
+        statistics: of the normalisation at prediction. None: inductive ones ("population" where the run has them, else
+            "support"), so that a prediction does not depend on the other queries; "query" for the transductive ones that
+            most published results of MAML's family use.
+        device: "auto", "cpu" or "cuda".
+        plugins: packages whose classes the run may use; the run's own files cannot name any.
+
+    Raises:
+        UserError: where no such run exists, or it has no such statistics.
     """
+    registry.add(plugins)
     folder = Path(run_folder)
     composed = composition.stored(folder)
     settings = config.checked(composed)
     if statistics is None:
-        statistics = "population" if settings.statistics == "population" else "support"
-    if statistics == "population" != settings.statistics:
-        raise UserError("statistics=population: this run gathered none; train with statistics=population")
+        statistics = inductive_statistics(settings)
+    check_population(settings, statistics)
     asked: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
-    settings = from_checkpoint(config.checked(asked))
+    settings = config.checked(asked)
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
         raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
@@ -53,12 +65,14 @@ class Model:
         self.config = composed
         self.spec = Spec(**kept["spec"] | {"input_shape": tuple(kept["spec"]["input_shape"])})
         self.classes: list[Hashable] = []
-        self._algorithm = algorithm_of(settings)
+        self._algorithm = algorithm_of(settings, is_restored=True)
+        if not self._algorithm.family.predicts:
+            raise UserError(f"{folder}: its tasks are not learned from examples, so there is nothing to adapt to here")
         self._dataset = config.make(settings.dataset, "dataset")
-        untrained = self._algorithm.init(self.spec, random.key_of(0))
+        untrained = self._algorithm.init(self.spec, prng.key_of(0))
         self._state = checkpoint.state(kept, untrained, folder)
         self._standardisation = kept["standardisation"]
-        self._device = next(iter(self._state.meta.values())).device
+        self._device = next(iter(self._state.params.values())).device
         self._learner: Any = None
 
     def inputs(self, x: Any) -> Tensor:
@@ -66,10 +80,11 @@ class Model:
 
         Args:
           x: picture files, which are read as the run's data set reads its own; or an array, tensor or nested list
-            [M, C, H, W] of uint8 or of floats in [0, 1] (for handwriting, ink is 1); or [M, D] for regression.
+            [M, C, H, W] of uint8 or of floats in [0, 1] (for handwriting, ink is 1); feature vectors [M, D]; or tokens [M, L].
         Raises: UserError for what the run cannot take, or a file that is no picture.
         """
-        pictures = self.spec.target == "class" and len(self.spec.input_shape) == 3
+        kind = self.spec.inputs.kind
+        pictures = kind == "images"
         items = [x] if isinstance(x, str | Path) else x
         if not hasattr(items, "__len__"):
             items = list(items)  # a generator, or what Path.glob gives
@@ -84,7 +99,9 @@ class Model:
             raise UserError(f"x has shape {tuple(found.shape)}; this run wants [M, {wanted}]")
         if pictures and found.dtype == torch.uint8:
             found = found / 255
-        found = found.to(self._device, torch.float32)
+        found = found.to(self._device, torch.int64 if kind == "tokens" else torch.float32)
+        if kind == "tokens" and len(found) and not 0 <= found.min() <= found.max() < (self.spec.vocabulary or 0):
+            raise UserError(f"x holds tokens outside 0 to {(self.spec.vocabulary or 0) - 1}, the run's vocabulary")
         if not found.isfinite().all():
             raise UserError("x holds values that are not finite")
         if pictures and len(found) and not 0 <= found.min() <= found.max() <= 1:
@@ -107,16 +124,25 @@ class Model:
             raise UserError(f"{path} is not a readable picture ({error})") from None
 
     @torch.no_grad()
-    def adapt(self, x: Any, y: Any, steps: int | None = None) -> "Model":
-        """Learns from labelled examples, starting from the meta-trained state each time. Returns: self.
+    def adapt(self, x: Any, y: Any, steps: int | None = None, unlabelled: Any = None) -> "Model":
+        """Learn from labelled examples, starting from the meta-trained state each time.
 
         Args:
-          x: see `inputs`; y: a label for each, of any kind that can be compared for equality; for regression
-            targets [M, D]. steps: adaptation steps; None: as the run was tested.
-        Raises: UserError where the numbers of examples, labels or classes do not fit.
+            x: inputs, see `inputs`.
+            y: a label for each, of any kind that can be compared for equality; for regression targets [M, D].
+            steps: adaptation steps; None: as the run was tested.
+            unlabelled: more inputs without labels, for methods that learn from them.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            UserError: where the numbers of examples, labels or classes do not fit.
         """
         x = self.inputs(x)
-        if steps is not None and (steps < 0 or "test_inner_steps" not in self.config.algo):
+        if unlabelled is not None and not self._algorithm.uses_unlabelled:
+            raise UserError("unlabelled: this run's method does not learn from unlabelled examples; leave it out")
+        if steps is not None and (steps < 0 or not self._algorithm.adapts_in_steps):
             raise UserError(
                 f"steps={steps}: should be at least 0, and left out where the method does not adapt in steps"
             )
@@ -140,8 +166,8 @@ class Model:
                 raise UserError(f"y has shape {tuple(target.shape)}; this run wants [M, {way}]")
         if len(target) != len(x) or not len(x):
             raise UserError(f"x has {len(x)} examples and y {len(target)}; they should be as many, and at least one")
-        key = random.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
-        support = Labelled(x, target, way)
+        key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
+        support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
         self.classes = classes
         return self

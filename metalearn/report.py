@@ -20,7 +20,7 @@ from metalearn.atomic import replacing
 from metalearn.errors import leave_unread
 from metalearn.figures import shown, shown_interval
 from metalearn.stats import Difference
-from metalearn.types import Estimate
+from metalearn.tasks.types import Estimate
 
 
 class _Console(Console):

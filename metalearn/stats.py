@@ -11,7 +11,7 @@ import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
-from metalearn.types import Estimate
+from metalearn.tasks.types import Estimate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from metalearn.atomic import replacing
 from metalearn.config import RunConfig
 from metalearn.errors import first_line
 from metalearn.figures import draw_learning_curve, shown
-from metalearn.types import Score
+from metalearn.tasks.metrics import Metric
 
 #: Without a terminal a training row is printed this often at most; every validation is printed.
 _QUIET_SECONDS = 15.0
@@ -30,7 +30,7 @@ class Tracker:
     """Sends each row of figures to all places; the loop's only listener."""
 
     def __init__(
-        self, settings: RunConfig, score: Score, folder: Path, console: Console, identifier: str, step: int
+        self, settings: RunConfig, metric: Metric, folder: Path, console: Console, identifier: str, step: int
     ) -> None:
         """identifier: of the run at W&B; step: the step a stopped run goes on from, later rows are cut; -1: a run that begins.
 
@@ -40,7 +40,7 @@ class Tracker:
         self.rows = [row for row in _read_rows(file) if row["step"] <= step]
         self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
         self._start = time.perf_counter()
-        self.score = score.name
+        self.score = metric.name
         self.folder = folder
         self._console = console
         self._printed = 0.0

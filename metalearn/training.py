@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
-import time
 from typing import Any
 
 import torch
@@ -11,9 +9,15 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
+from metalearn import optimisers
 from metalearn.build import Run
+from metalearn.config import TrainConfig
 from metalearn.errors import UserError
-from metalearn.types import Estimate, Params, State
+from metalearn.meter import Meter
+from metalearn.tasks.types import Estimate, Params, State
+
+#: Version of the content of last.pt; older ones cannot be resumed.
+FORMAT = 2
 
 
 @dataclasses.dataclass
@@ -29,16 +33,17 @@ class Best:
 class Training:
     """The state of a run, the optimiser's, what has been seen since the last row of figures, and the best so far.
 
-    step: meta-steps taken; engine: what takes the next one, another object where the method enters another stage. The tensors are
+    step: meta-steps taken; reads_host: whether values may be read on the host, which costs nothing on a CPU; engine: what takes the next one, another object where the method enters another stage. The tensors are
     the same throughout, changed in place: a CUDA graph reads and writes them where they lie.
     """
 
     def __init__(self, run: Run) -> None:
         self._run, self._settings = run, run.config.train
-        self.state = State(run.state.meta, {name: value.clone() for name, value in run.state.fixed.items()})
-        self._leaves = list(self.state.meta.values())
-        self._optimiser, self._schedule = _optimiser(self._settings, self._leaves)
+        self.state = State(run.state.params, {name: value.clone() for name, value in run.state.buffers.items()})
+        self._leaves = list(self.state.params.values())
+        self.optimiser = optimisers.make(run.config.optimiser, self._settings.lr, self._leaves)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
+        self.reads_host = run.device.type == "cpu"
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()  # which are in which split
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
@@ -48,35 +53,63 @@ class Training:
         self.meter = Meter(run.device)
 
     def meta_step(self) -> None:
-        """One step on the device, without a look at any value. A step whose loss or gradient is not finite changes nothing but
-        what the optimiser does with a gradient of zero.
+        """Take one step on the device without reading a value on the host.
+
+        A step whose loss or gradient is not finite changes nothing: no weight, no buffer, no state of the optimiser.
         """
-        run, settings, fixed = self._run, self._settings, self.state.fixed
+        run, settings, buffers = self._run, self._settings, self.state.buffers
         progress = self._steps_done.to(torch.float32) / settings.steps
         with record_function("draw tasks"):
             tasks = run.train.draw(self._steps_done * settings.meta_batch + self._own_first, self._own_count)
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.placed(step.losses, settings.meta_batch)
-            gradients, logs, statistics, losses = run.processes.summed((*step[:3], losses))
+            gradients, logs, statistics, new, losses = run.processes.summed((*step[:4], losses))
         with record_function("optimiser"):
-            finite = torch.stack(
-                [value.isfinite().all() for value in pytree.tree_leaves((gradients, logs, statistics))]
-            ).all()
-            for leaf, gradient in zip(self._leaves, _clipped(gradients, settings), strict=True):
-                leaf.grad = torch.where(finite, gradient, torch.zeros_like(gradient))
-            self._optimiser.step()
-            seen = {name: torch.where(finite, value, fixed[name]) for name, value in statistics.items()}
-            fold(fixed, seen, settings.statistics_momentum)
+            values = pytree.tree_leaves((gradients, logs, statistics, new))
+            finite = torch.stack([value.isfinite().all() for value in values]).all()
+            for leaf, gradient in zip(self._leaves, clip_gradients(gradients, settings), strict=True):
+                leaf.grad = gradient
+            self._optimise(finite)
+            seen = {name: torch.where(finite, value, buffers[name]) for name, value in statistics.items()}
+            fold(buffers, seen, settings.statistics_momentum)
+            for name, value in new.items():
+                buffers[name].copy_(torch.where(finite, value.to(buffers[name].dtype), buffers[name]))
             self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
 
+    def _optimise(self, finite: Tensor) -> None:
+        """Let the optimiser take a step, if `finite`.
+
+        On a device other than the CPU, what it changed is put back where the step is not finite, so that nothing is read on the
+        host. That needs its state to exist and to be on the device, which is not so at the first step.
+        """
+        state = [value for one in self.optimiser.state.values() for value in one.values() if isinstance(value, Tensor)]
+        tensors = [*self._leaves, *state]
+        if self.reads_host or not self.optimiser.state or any(t.device != finite.device for t in state):
+            if finite:
+                self.optimiser.step()
+            return
+        before = [value.detach().clone() for value in tensors]
+        self.optimiser.step()
+        with torch.no_grad():
+            for value, old in zip(tensors, before, strict=True):
+                value.copy_(torch.where(finite, value, old))
+
     def count(self) -> None:
-        """The host's part of a meta-step."""
+        """Do the host's part of a meta-step: count it, and set the learning rate of the next one."""
         self.step += 1
-        self._schedule.step()
+        self._set_learning_rate()
         self.meter.count(self._settings.meta_batch)
         self._enter_stage()
+
+    def _set_learning_rate(self) -> None:
+        lr = optimisers.learning_rate(self._settings, self.step)
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # a CUDA graph reads this tensor
+            else:
+                group["lr"] = lr
 
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
@@ -85,7 +118,7 @@ class Training:
 
     def validated(self, estimate: Estimate) -> bool:
         """Takes note of a validation. Returns: whether it is the best so far."""
-        if self.best is not None and not self._run.score.better(estimate.mean, self.best.estimate.mean):
+        if self.best is not None and not self._run.metric.better(estimate.mean, self.best.estimate.mean):
             self.best.since += 1
             return False
         state = State(*({name: value.detach().clone() for name, value in part.items()} for part in self.state))
@@ -96,8 +129,8 @@ class Training:
         """All of it, as tensors and plain data."""
         return {
             **self._weights(self.step, self.state),
-            "optimiser": self._optimiser.state_dict(),
-            "schedule": {"last_epoch": self._schedule.last_epoch},
+            "format": FORMAT,
+            "optimiser": self.optimiser.state_dict()["state"],
             "meter": self.meter.kept(),
             "best": self.kept_best() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
@@ -111,16 +144,21 @@ class Training:
     def _weights(self, step: int, state: State) -> dict[str, Any]:
         return {
             "step": step,
-            "meta": state.meta,
-            "fixed": state.fixed,
+            "meta": state.params,
+            "fixed": state.buffers,
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
             "content_hash": self._run.content_hash,
         }
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Becomes what `kept` gave, wherever its tensors lie. Raises: UserError where that is of other data or another version."""
+        """Restore the training state from a checkpoint, on any device. Raises UserError if the data or the format differ."""
         device = self._run.device
+        if kept.get("format") != FORMAT:
+            raise UserError(
+                "the checkpoint was made by another version of metalearn and cannot be resumed; train again in another "
+                "hydra.run.dir"
+            )
         try:
             if (kept["content_hash"], kept["classes"]) != (self._run.content_hash, self._classes):
                 raise UserError(
@@ -131,20 +169,12 @@ class Training:
                     raise UserError("the checkpoint's weights are not those of this configuration")
                 for name, value in part.items():
                     value.copy_(found[name])
-            own: list[dict[str, Any]] = [
-                {name: group[name] for name in ("lr", "capturable", "fused") if name in group}
-                for group in self._optimiser.param_groups
-            ]
-            self._optimiser.load_state_dict(kept["optimiser"])
-            for group, usual, found in zip(
-                self._optimiser.param_groups, own, kept["optimiser"]["param_groups"], strict=True
-            ):
-                group.update(usual)  # a rate on the device stays the tensor that it is
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(float(found["lr"]))
-                else:
-                    group["lr"] = float(found["lr"])
-            self._schedule.last_epoch = kept["schedule"]["last_epoch"]
+            groups = self.optimiser.param_groups
+            rates = [group["lr"] for group in groups]
+            own = self.optimiser.state_dict()["param_groups"]
+            self.optimiser.load_state_dict({"state": kept["optimiser"], "param_groups": own})
+            for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate  # a rate on the device stays the tensor that it is
             self.meter.restore(kept["meter"])
             best = kept["best"]
             if best is not None:
@@ -153,6 +183,7 @@ class Training:
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
             self.step = kept["step"]
+            self._set_learning_rate()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"the checkpoint cannot be gone on from ({error}); it was made by another version"
@@ -161,108 +192,8 @@ class Training:
         self._enter_stage()
 
 
-class Meter:
-    """Means since the last reading, summed on the device and fetched when read; tasks a second; the first step since then
-    whose loss or gradient was not finite.
-
-    steps: taken since the last reading.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums: Params = {}
-        self.steps = self._tasks = 0
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)  # step and task, from 0
-        self.restart_clock()
-
-    def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
-        """What a step says, into the sums where they lie.
-
-        Args: finite: [] bool; step: [] its number from 0; losses: of its tasks, [T].
-        """
-        for name, value in logs.items():
-            counted = torch.where(finite, value, torch.zeros_like(value))
-            if name in self._sums:
-                self._sums[name].add_(counted)
-            else:
-                self._sums[name] = counted.clone()
-        bad = ~losses.isfinite()
-        task = torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
-        new = ~finite & (self._skipped == 0)
-        self._first_skipped.copy_(torch.where(new, torch.stack([step, task]), self._first_skipped))
-        self._skipped.add_((~finite).to(torch.int64))
-        self._in_a_row.copy_(torch.where(finite, 0, self._in_a_row + 1))
-
-    def count(self, tasks: int) -> None:
-        """A step with so many tasks is done."""
-        self.steps += 1
-        self._tasks += tasks
-
-    def restart_clock(self) -> None:
-        self._clock = time.perf_counter()
-
-    def skipped(self) -> tuple[int, int, int | None]:
-        """How many steps were not finite, the first of them, and its first task whose loss was not (from 0)."""
-        step, task = self._first_skipped.tolist()
-        return int(self._skipped), step, task if task >= 0 else None
-
-    def in_a_row(self) -> int:
-        """How many steps up to now were not finite, one after the other."""
-        return int(self._in_a_row)
-
-    def read(self) -> dict[str, float]:
-        """The figures of a row; then all begins anew."""
-        skipped = int(self._skipped)
-        counted = self.steps - skipped
-        row = {f"train.{name}": value.item() / counted for name, value in self._sums.items()} if counted else {}
-        if skipped:
-            row["train.skipped"] = skipped
-        for value in (*self._sums.values(), self._skipped):
-            value.zero_()
-        now = time.perf_counter()
-        row["tasks_per_second"] = self._tasks / (now - self._clock)
-        self._clock, self.steps, self._tasks = now, 0, 0
-        return row
-
-    def kept(self) -> dict[str, Any]:
-        return {
-            "sums": self._sums,
-            "steps": self.steps,
-            "skipped": self._skipped,
-            "first_skipped": self._first_skipped,
-            "in_a_row": self._in_a_row,
-        }
-
-    def restore(self, kept: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self._skipped.device) for name, value in kept["sums"].items()}
-        self.steps = kept["steps"]
-        self._skipped.copy_(kept["skipped"])
-        self._first_skipped.copy_(kept["first_skipped"])
-        self._in_a_row.copy_(kept["in_a_row"])
-
-
-def _optimiser(settings: Any, leaves: list[Tensor]) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    lr: Any = settings.lr
-    capturable = leaves[0].device.type == "cuda"
-    if capturable:  # a CUDA graph reads the rate from the device
-        lr = torch.tensor(lr, device=leaves[0].device)
-    optimiser: torch.optim.Optimizer
-    if settings.optimiser == "adam":
-        optimiser = torch.optim.Adam(leaves, lr=lr, capturable=capturable)
-    else:
-        # torch's other implementations fetch a rate that lies on the device.
-        optimiser = torch.optim.SGD(leaves, lr=lr, fused=capturable)
-    factors = {
-        "constant": lambda step: 1.0,
-        "linear": lambda step: 1 - step / max(1, settings.steps),
-        "cosine": lambda step: (1 + math.cos(math.pi * step / max(1, settings.steps))) / 2,
-        "step": lambda step: settings.schedule_factor ** (step // settings.schedule_every),
-    }
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factors[settings.schedule])
-
-
-def _clipped(gradients: Params, settings: Any) -> list[Tensor]:
+def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:
+    """Return meta-gradients clipped by `train.clip_value` and `train.clip_norm`."""
     values = list(gradients.values())
     if settings.clip_value is not None:
         values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
@@ -273,7 +204,7 @@ def _clipped(gradients: Params, settings: Any) -> list[Tensor]:
     return values
 
 
-def fold(fixed: Params, seen: Params, momentum: float) -> None:
-    """Moves `fixed`, in place, by a share of the way to the statistics of a step: an exponential moving average."""
+def fold(buffers: Params, seen: Params, momentum: float) -> None:
+    """Move buffers, in place, by a share of the way to the statistics of a step: an exponential moving average."""
     for name, value in seen.items():
-        fixed[name].lerp_(value.to(fixed[name].dtype), momentum)
+        buffers[name].lerp_(value.to(buffers[name].dtype), momentum)

@@ -18,8 +18,9 @@ from benchmark_methods import run
 from pages import ROOT, fill
 
 import metalearn
-from metalearn import random, report
+from metalearn import report
 from metalearn.figures import draw_fits, draw_lines, shown_interval
+from metalearn.tasks import prng
 
 _RUNS = Path("outputs/benchmark/sinusoid")
 _METHODS = ("maml", "meta_sgd", "reptile", "finetune")
@@ -48,7 +49,7 @@ def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
     grid = torch.linspace(-5, 5, 201)[:, None]
     found: dict[str, Any] = {}
     for number, (name, (low, high)) in enumerate(_RANGES.items()):
-        x = low + (high - low) * random.uniform(random.key_of(number), (10, 1))
+        x = low + (high - low) * prng.uniform(prng.key_of(number), (10, 1))
         y = _AMPLITUDE * torch.sin(x - _PHASE)
         found[name] = {
             "points": (x.flatten().tolist(), y.flatten().tolist()),

@@ -262,7 +262,7 @@ def _memory(device: torch.device) -> float:
 def share_outside_model(run: Run) -> float:
     """Share of a meta-step that draws tasks and steps the optimiser."""
     batch = run.config.train.meta_batch
-    optimiser = torch.optim.Adam(list(run.state.meta.values()))
+    optimiser = torch.optim.Adam(list(run.state.params.values()))
     spent = {"outside": 0.0, "model": 0.0}
     for number in range(6):
         marks = [time.perf_counter()]
@@ -270,7 +270,7 @@ def share_outside_model(run: Run) -> float:
         marks.append(time.perf_counter())
         result = run.train_engine.step(run.state, tasks, torch.zeros((), device=run.device))
         marks.append(time.perf_counter())
-        for leaf, gradient in zip(run.state.meta.values(), result.gradients.values(), strict=True):
+        for leaf, gradient in zip(run.state.params.values(), result.gradients.values(), strict=True):
             leaf.grad = gradient
         optimiser.step()
         marks.append(time.perf_counter())

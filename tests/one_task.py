@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from metalearn import random
 from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
-from metalearn.types import Labelled, Spec, Task
+from metalearn.tasks import prng
+from metalearn.tasks.types import Query, Spec, Support, Task
 from tests.conftest import doubled
 
 IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
@@ -26,12 +26,12 @@ def task(shot=2, way=3, query=4, features=4, seed=0):
     parts = []
     for each in (shot, query):
         y = torch.arange(way).repeat(each)
-        parts.append(Labelled(torch.randn(way * each, features).double() + F.one_hot(y, features), y, way))
-    return Task(parts[0], parts[1], KEY)
+        parts.append((torch.randn(way * each, features).double() + F.one_hot(y, features), y))
+    return Task(Support(*parts[0], way), Query(*parts[1]), KEY)
 
 
 def state_of(algorithm, way=3, features=4, classes=0):
-    return doubled(algorithm.init(Spec((features,), way, classes, "class"), random.key_of(0)))
+    return doubled(algorithm.init(Spec((features,), way, classes, "class"), prng.key_of(0)))
 
 
 def batched(one):

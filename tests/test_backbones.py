@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 import metalearn
-from metalearn import composition, config, loop, random
+from metalearn import composition, config, loop
 from metalearn.backbones import layers, normalisation, resnet18
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.mlp import MLP
@@ -22,7 +22,8 @@ from metalearn.backbones.resnet12 import ResNet12
 from metalearn.backbones.resnet18 import ResNet18
 from metalearn.build import build
 from metalearn.errors import UserError
-from metalearn.types import Kernels
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec, Kernels
 from metalearn.verbs.evaluate import evaluate
 from metalearn.verbs.train import train
 from tests.conftest import doubled
@@ -67,7 +68,7 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
 
     def ours(x, w, b):
         kernels = Kernels(fused_norm=not mapped)
-        return normalisation.normalise("n", {"n.weight": w, "n.bias": b}, x, None, False, 1e-5, kernels)[0]
+        return normalisation.Normaliser({"n.weight": w, "n.bias": b}, kernels=kernels)("n", x)
 
     def meta_gradient(norm, x, target, weight, bias):
         def inner(parameters):
@@ -98,7 +99,7 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
 
 def test_given_statistics_of_a_batch_equal_its_own():
     net = conv4()
-    params, _ = net.init((1, 16, 16), random.key_of(0))
+    params, _ = net.init(InputSpec((1, 16, 16)), prng.key_of(0))
     x = torch.randn(7, 1, 16, 16)
     own, collected = net.embed(params, x, collect=True)
     torch.testing.assert_close(net.embed(params, x, given=collected)[0], own, rtol=1e-4, atol=1e-5)
@@ -111,8 +112,8 @@ def test_given_statistics_of_a_batch_equal_its_own():
 @pytest.mark.parametrize("halvings", [None, 2, 0])
 def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
     net = conv4(downsample=downsample, output=output, halvings=halvings)
-    params, _ = net.init((3, size, size), random.key_of(0))
-    shape = net.shape((3, size, size))
+    params, _ = net.init(InputSpec((3, size, size)), prng.key_of(0))
+    shape = net.shape(InputSpec((3, size, size)))
     z = net.embed(params, torch.rand(2, 3, size, size))[0]
     assert z.shape == (2, math.prod(shape))
     halved = [size // 2**block if downsample == "pool" else -(-size // 2**block) for block in range(4)]
@@ -123,8 +124,11 @@ def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
 @pytest.mark.parametrize("net", [r2d2_conv(), resnet12(), resnet12(output="flatten")])
 @pytest.mark.parametrize("size", [28, 32, 21])
 def test_shape_of_the_larger_networks(net, size):
-    params, _ = net.init((3, size, size), random.key_of(0))
-    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (2, math.prod(net.shape((3, size, size))))
+    params, _ = net.init(InputSpec((3, size, size)), prng.key_of(0))
+    assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (
+        2,
+        math.prod(net.shape(InputSpec((3, size, size)))),
+    )
 
 
 def layer(params, name, stride=1):
@@ -146,7 +150,7 @@ def spread(params):
 
 def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
     net = r2d2_conv()
-    params = spread(net.init((3, 32, 32), random.key_of(0))[0])
+    params = spread(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
     x = torch.randn(5, 3, 32, 32)
     outputs = [x]
     for block, stride in enumerate((2, 2, 2, 1)):
@@ -159,12 +163,12 @@ def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
 @pytest.mark.parametrize(("size", "features"), [(28, 3584), (32, 8064), (84, 72576)])
 def test_r2d2_conv_has_as_many_features_as_the_authors_code(size, features):
     net = R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5)
-    assert net.shape((3, size, size)) == (features,)
+    assert net.shape(InputSpec((3, size, size))) == (features,)
 
 
 def test_resnet12_is_four_residual_blocks():
     net = resnet12()
-    params = spread(net.init((3, 32, 32), random.key_of(0))[0])
+    params = spread(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
     x = torch.randn(5, 3, 32, 32)
     z = x
     for block in range(4):
@@ -194,14 +198,14 @@ def torchvision_weights(tmp_path):
 def test_resnet18_is_torchvisions(torchvision_weights, size):
     theirs, path = torchvision_weights
     ours = ResNet18(weights=str(path), frozen=False, eps=1e-5)
-    params, population = ours.init((3, size, size), random.key_of(0))
+    params, population = ours.init(InputSpec((3, size, size)), prng.key_of(0))
     x = torch.randn(4, 3, size, size)
     with torch.no_grad():
         inductive = theirs.eval()(x)
         transductive = theirs.train()(x)
     torch.testing.assert_close(ours.embed(params, x, given=population)[0], inductive, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.embed(params, x)[0], transductive, rtol=1e-3, atol=1e-3)
-    assert inductive.shape[1:] == ours.shape((3, size, size))
+    assert inductive.shape[1:] == ours.shape(InputSpec((3, size, size)))
 
 
 def resnet18_composed(cache_dir, *words):
@@ -246,7 +250,7 @@ def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weig
         after = {name: value for part in state for name, value in part.items()}
         changed[frozen] = {name for name, value in after.items() if not torch.equal(value, before[name])}
         changed[frozen] |= {
-            name for name in adapted if not torch.equal(adapted[name], state.meta.get(name, adapted[name]))
+            name for name in adapted if not torch.equal(adapted[name], state.params.get(name, adapted[name]))
         }
     assert not [name for name in changed["true"] if name.startswith("net.")]
     assert {"net.conv_stem.weight", "net.norm_stem.mean"} <= changed["false"]
@@ -256,12 +260,12 @@ def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weig
 def test_nothing_to_learn_is_refused_and_tested_as_it_is(cache_dir):
     with pytest.raises(UserError, match=r"train\.steps=0"):
         build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true"))
-    assert build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")).state.meta
+    assert build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")).state.params
 
 
 @pytest.mark.slow
 def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
-    key = random.key_of(0)
+    key = prng.key_of(0)
     weights = torch.load(torchvision_weights[1])
     cases = {
         "conv1.weight is missing": {name: value for name, value in weights.items() if name != "conv1.weight"},
@@ -272,11 +276,11 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
         path = tmp_path / f"{number}.pth"
         torch.save(content, path)
         with pytest.raises(UserError, match=words):
-            ResNet18(weights=str(path), frozen=False, eps=1e-5).init((3, 32, 32), key)
+            ResNet18(weights=str(path), frozen=False, eps=1e-5).init(InputSpec((3, 32, 32)), key)
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("text.pth", "absent.pth"):
         with pytest.raises(UserError, match=name):
-            ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init((3, 32, 32), key)
+            ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init(InputSpec((3, 32, 32)), key)
 
 
 @pytest.mark.slow
@@ -289,32 +293,32 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(torchvision_weight
     net = ResNet18(weights="imagenet", frozen=True, eps=1e-5)
     monkeypatch.setattr(resnet18, "_address", lambda: f"{address}/{name}")
     with pytest.raises(UserError, match=r"invalid hash.*backbone\.weights"):
-        net.init((3, 32, 32), random.key_of(0))
+        net.init(InputSpec((3, 32, 32)), prng.key_of(0))
     (folder / name).write_bytes(content)
-    first, _ = net.init((3, 32, 32), random.key_of(0))
+    first, _ = net.init(InputSpec((3, 32, 32)), prng.key_of(0))
     (folder / name).unlink()
-    again, _ = net.init((3, 32, 32), random.key_of(1))
+    again, _ = net.init(InputSpec((3, 32, 32)), prng.key_of(1))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_dropout_and_drop_block_keep_the_mean():
     x = torch.ones(8, 6, 20, 20)
     for noise in (lambda key: layers.dropout(x, 0.2, key), lambda key: layers.drop_block(x, 0.2, 5, key)):
-        found = torch.stack([noise(random.key_of(number)) for number in range(20)])
+        found = torch.stack([noise(prng.key_of(number)) for number in range(20)])
         assert abs(found.mean().item() - 1) < 0.01
         assert 0.15 < (found == 0).double().mean().item() < 0.22
         assert not torch.equal(found[0], found[1])
-        torch.testing.assert_close(noise(random.key_of(3)), found[3])
+        torch.testing.assert_close(noise(prng.key_of(3)), found[3])
 
 
 def test_drop_block_drops_squares():
     x = torch.ones(1, 200, 12, 12)
-    dropped = layers.drop_block(x, 0.02, 3, random.key_of(0)) == 0
+    dropped = layers.drop_block(x, 0.02, 3, prng.key_of(0)) == 0
     # Where one corner fell, its whole square is gone: each dropped place lies in a dropped 3x3 square.
     whole = dropped.unfold(2, 3, 1).unfold(3, 3, 1).all(-1).all(-1).to(torch.float32)
     covered = torch.nn.functional.max_pool2d(torch.nn.functional.pad(whole, [2] * 4), 3, 1) > 0
     assert dropped.any() and torch.equal(covered, dropped)
-    assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, random.key_of(0)).isnan().any()
+    assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, prng.key_of(0)).isnan().any()
 
 
 @pytest.mark.slow
@@ -350,13 +354,13 @@ def test_bias_stands_exactly_where_no_normalisation_follows():
     for net in (conv4(), MLP(hidden=[5, 4], normalisation="batch", activation="relu", eps=1e-5)):
         assert not any(
             name.startswith(("conv", "linear")) and "bias" in name
-            for name in net.init((1, 16, 16), random.key_of(0))[0]
+            for name in net.init(InputSpec((1, 16, 16)), prng.key_of(0))[0]
         )
-    params, population = conv4(normalisation="none").init((1, 16, 16), random.key_of(0))
+    params, population = conv4(normalisation="none").init(InputSpec((1, 16, 16)), prng.key_of(0))
     assert sum("bias" in name for name in params) == 3
     assert population == {}
 
 
 def test_too_small_pictures_are_refused():
     with pytest.raises(UserError, match="6x6"):
-        conv4().shape((1, 6, 6))
+        conv4().shape(InputSpec((1, 6, 6)))

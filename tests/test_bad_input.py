@@ -67,7 +67,7 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
         (["dataset.fractions=[0.6,0.2]"], ["dataset.fractions=[0.6, 0.2]", "three shares"]),
         (["dataset.fractions=[0.1,0.34,0.34]"], ["sum to 1"]),
         (["episode.way=1"], ["way=1", "2 or more"]),
-        (["episode.query=20"], ["1 + 20", "20 images"]),
+        (["episode.query=20"], ["1 + 20", "20 examples"]),
         (["dataset=folder", "data_dir=/nowhere"], ["dataset.path=pictures", "/nowhere/pictures", "glyphs"]),
         (["dataset.image_size=8", "backbone.downsample=pool"], ["8x8", "fewer blocks"]),
     ],

@@ -143,7 +143,7 @@ def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
         (["train", "--algo"], ["--algo", "no such option"]),
         (["train", "train.steps=x"], ["a whole number"]),
         (["train", *SMALL, "episode.way=500"], ["way=500"]),
-        (["train", *SMALL, "episode.query=30"], ["20 images"]),
+        (["train", *SMALL, "episode.query=30"], ["20 examples"]),
         (["train", "algo=protonet", "dataset=sinusoid"], ["regression"]),
         (["train", "dataset=folder"], ["no folder or zip"]),
         (["train", *SMALL, "hydra.run.dir=/proc/nowhere/x"], ["/proc/nowhere/x", "cannot be written"]),

@@ -17,8 +17,8 @@ from PIL import Image
 from metalearn import composition, config, download
 from metalearn.data.glyphs import Glyphs
 from metalearn.data.omniglot import vinyals_split
-from metalearn.episodes import Shape
 from metalearn.errors import UserError
+from metalearn.tasks.sampling import Shape
 
 _CPU = torch.device("cpu")
 _SHARED = Path(os.environ.get("METALEARN_DATA", Path(__file__).parent.parent.parent / "shared/data"))
@@ -61,7 +61,7 @@ def own_pictures(tmp_path):
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
 def test_folder_of_mixed_pictures(own_pictures, tmp_path, colour):
     data = opened("folder", own_pictures, tmp_path / "c", colour=colour, image_size=16, standardise=False)
-    assert data.input_shape == ((3 if colour == "rgb" else 1), 16, 16)
+    assert data.inputs.shape == ((3 if colour == "rgb" else 1), 16, 16)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [6, 2, 2]
     task = data.episodes("train", Shape(5, 1, 3), 0).draw(0, 4)
     for t in range(4):  # a picture's level tells its class: 1-bit pictures apart, a palette is a few levels coarse
@@ -152,9 +152,9 @@ def test_cache_is_used_renewed_and_mended(own_pictures, tmp_path):
 
 def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pictures, tmp_path):
     data = opened("folder", own_pictures, tmp_path / "c")
-    table = data._tables["train"]
-    rows = torch.cat([row[:count] for row, count in zip(table.rows, table.counts, strict=True)])
-    x = data._store.pictures(rows, None)
+    index = data.views["train"].index
+    rows = torch.cat([row[:count] for row, count in zip(index.rows, index.counts, strict=True)])
+    x = data.stores["train"].gather(rows[None], torch.zeros(1, dtype=torch.int64))[0]
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 
@@ -194,8 +194,8 @@ def test_real_omniglot(tmp_path):
         100,
         423,
     ]
-    alphabets = opened("omniglot", _SHARED, tmp_path, split="alphabet")._tables
-    sets = {name: {cls.split("/")[0] for cls in table.names} for name, table in alphabets.items()}
+    alphabets = opened("omniglot", _SHARED, tmp_path, split="alphabet").views
+    sets = {name: {cls.split("/")[0] for cls in view.index.names} for name, view in alphabets.items()}
     assert [len(sets[name]) for name in ("train", "val", "test")] == [30, 5, 15]
     assert not (sets["train"] & sets["val"] | sets["train"] & sets["test"] | sets["val"] & sets["test"])
 

@@ -120,7 +120,7 @@ def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
     tested = run.test.draw(0, 40)
     first, second = (one.test_engine.predictions(run.state, tested) for one in (run, rough))
     assert second.dtype == torch.float32
-    accuracies = [float(run.score.of(found, tested.query.y).mean()) for found in (first, second)]
+    accuracies = [float(run.metric.of(found, tested.query.y).mean()) for found in (first, second)]
     assert abs(accuracies[0] - accuracies[1]) < 0.03
 
 

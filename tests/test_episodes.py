@@ -5,25 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalearn.data.images import ImageData, Pictures
-from metalearn.episodes import Shape
+from metalearn.data.base import ClassData
+from metalearn.data.images import ImageDataset, Pictures
 from metalearn.errors import UserError
+from metalearn.tasks.sampling import Shape
 
 _CPU = torch.device("cpu")
 
 
-def numbered(counts: dict[str, list[int]], rotations: str = "none", may_meet: bool = True) -> ImageData:
-    """A data set whose every picture shows its own number, in 2 x 2 pixels: (class, image; 0, 0)."""
+def numbered(
+    counts: dict[str, list[int]], rotations: str = "none", may_meet: bool = True, share_drawings: bool = True
+) -> ClassData:
+    """A dataset whose every image shows its own number, in 2 x 2 pixels: (class, image; 0, 0)."""
     names = [f"{split}{index}" for split, sizes in counts.items() for index in range(len(sizes))]
     sizes = [size for each in counts.values() for size in each]
     images = torch.stack(
         [torch.tensor([[[c, i], [255, 0]]], dtype=torch.uint8) for c, size in enumerate(sizes) for i in range(size)]
     )
     splits = {split: [f"{split}{index}" for index in range(len(each))] for split, each in counts.items()}
-    return ImageData(
-        Pictures(images, sizes, names), splits,
-        rotations=rotations, rotations_may_meet=may_meet, standardise=False, device=_CPU,
-    )  # fmt: skip
+    settings = ImageDataset(rotations=rotations, rotations_may_meet=may_meet, rotations_share_drawings=share_drawings)
+    return settings.class_data(Pictures(images, sizes, names), splits, _CPU)
 
 
 def identity(x: torch.Tensor) -> torch.Tensor:
@@ -74,6 +75,45 @@ def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, se
         assert len(set(classes.values())) == way
         assert torch.equal(task.support.y[t].bincount(minlength=way), torch.full((way,), shot))
         assert torch.equal(task.query.y[t].bincount(minlength=way), torch.full((way,), query))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    way=st.integers(2, 4), shot=st.integers(1, 2), query=st.integers(1, 2), unlabelled=st.integers(1, 3),
+    distractors=st.integers(0, 3), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_unlabelled_examples_are_others_of_the_same_classes_and_of_distractors(
+    way, shot, query, unlabelled, distractors, seed
+):
+    data = numbered({"train": [7] * 8, "val": [4] * 5, "test": [4] * 5})
+    task = data.episodes("train", Shape(way, shot, query, unlabelled, distractors), seed).draw(0, 5)
+    assert task.support.unlabelled is not None
+    for t in range(5):
+        labelled = [tuple(row) for part in (task.support, task.query) for row in identity(part.x[t]).tolist()]
+        more = [tuple(row) for row in identity(task.support.unlabelled[t]).tolist()]
+        assert len({*labelled, *more}) == way * (shot + query) + (way + distractors) * unlabelled
+        classes = [cls for cls, _ in more]
+        assert {classes.count(cls) for cls in classes} == {unlabelled}
+        assert {cls for cls, _ in labelled} <= set(classes)
+        assert len(set(classes)) == way + distractors
+    plain = data.episodes("train", Shape(way, shot, query), seed).draw(0, 5)
+    if not distractors:  # the rest of the episode does not depend on them
+        assert torch.equal(plain.query.x, task.query.x)
+
+
+@pytest.mark.parametrize("share_drawings", [True, False])
+def test_rotations_of_one_class_share_their_drawings_where_asked(share_drawings):
+    data = numbered({"train": [9] * 2, "val": [4] * 5, "test": [4] * 5}, "classes", True, share_drawings)
+    task = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 60)
+    met, shared = 0, 0
+    for x in task.support.x:
+        drawings = [tuple(one) for one in identity(upright(x)).tolist()]
+        for place, (cls, image) in enumerate(drawings):
+            for other, other_image in drawings[place + 1 :]:
+                met += cls == other
+                shared += (cls, image) == (other, other_image)
+    assert met > 100
+    assert shared == met if share_drawings else shared < met / 4
 
 
 def test_task_depends_on_its_number_alone():
@@ -130,18 +170,25 @@ def test_rotations_of_one_character_meet_only_where_allowed(may_meet):
 
 def test_batches_carry_global_labels():
     data = numbered({"train": [4, 7, 5], "val": [4] * 5, "test": [4] * 5}, "train_classes")
-    task = data.batches("train", 300, 0).draw(0, 2)
-    assert task.support.x.shape == (2, 0, 1, 2, 2)
-    turns = turns_of(task.query.x)
-    pictures = identity(torch.stack([upright(row) for row in task.query.x]))
-    assert torch.equal(task.query.y, pictures[..., 0] + 3 * turns)
-    assert task.query.y.unique().numel() == 12
+    batch = data.batches("train", 300, 0).draw(0, 2)
+    assert batch.x.shape == (2, 300, 1, 2, 2)
+    turns = turns_of(batch.x)
+    pictures = identity(torch.stack([upright(row) for row in batch.x]))
+    assert torch.equal(batch.y, pictures[..., 0] + 3 * turns)
+    assert batch.y.unique().numel() == 12
     share = (pictures[..., 0] == 1).float().mean()
     assert abs(share - 7 / 16) < 0.1  # every image equally often, so larger classes more often
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"), [(Shape(6, 1, 1), ["way=6", "5 classes"]), (Shape(5, 2, 3), ["2 + 3", "train1", "4 images"])]
+    ("shape", "words"),
+    [
+        (Shape(6, 1, 1), ["way=6", "5 classes"]),
+        (Shape(5, 2, 3), ["2 + 3", "train1", "4 examples"]),
+        (Shape(5, 1, 2, unlabelled=2), ["1 + 2 + 2", "train1", "4 examples"]),
+        (Shape(4, 1, 1, unlabelled=1, distractors=2), ["4 + 2", "5 classes"]),
+        (Shape(2, 1, 1, distractors=1), ["distractors=1", "episode.unlabelled"]),
+    ],
 )
 def test_impossible_shapes_are_refused(shape, words):
     data = numbered({"train": [9, 4, 9, 9, 9], "val": [4] * 5, "test": [4] * 5})

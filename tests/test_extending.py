@@ -1,65 +1,120 @@
-"""The example of docs/extending.md, run as it stands there."""
+"""The package of docs/extending.md, written as it stands there into an empty folder, installed and run."""
 
+import os
 import re
+import shlex
+import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-import torch
-from omegaconf import OmegaConf
-from rich.console import Console
+import reading
 
-import metalearn
-from metalearn import composition, config, loop
-from metalearn.build import build
-from metalearn.engine import Engine
-from metalearn.verbs.compare import compare
-from metalearn.verbs.evaluate import evaluate
-from metalearn.verbs.train import train
-from tests.conftest import SMALL, doubled
+from metalearn import plugins
+from metalearn.errors import UserError
 
 _PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+#: What makes the page's commands short.
+_SMALL = (
+    "train.steps=2", "val.every=2", "val.episodes=4", "test.episodes=4", "logger=none", "hydra.run.dir=run", "episode.train.way=5",
+    "episode.train.query=3", "episode.query=3", "device=cpu", "train.meta_batch=2",
+)  # fmt: skip
+
+
+def files() -> dict[str, str]:
+    """The files of the page by name."""
+    return dict(re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", _PAGE, re.S | re.M))
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The package, installed into a folder of its own."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name, content in files().items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(content)
+    uv = Path(sys.executable).with_name("uv")
+    done = subprocess.run(
+        [uv, "pip", "install", "--quiet", "--offline", "--no-build-isolation", "--no-deps", "--target", site, source],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return site
 
 
 @pytest.fixture
-def example(tmp_path, monkeypatch):
-    """The module and the YAML of the page, in place for one test; returns how many lines they have."""
-    code, yaml = (re.search(rf"```{kind}\n(.*?)```", _PAGE, re.S)[1] for kind in ("python", "yaml"))
-    name = re.search(r"_target_: ([\w.]+)\.\w+", yaml)[1]
-    module = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(code, name, "exec"), module.__dict__)
-    (tmp_path / "algo").mkdir()
-    (tmp_path / "algo" / f"{name.rpartition('.')[2]}.yaml").write_text(yaml)
-    return code.count("\n") + yaml.count("\n")
+def in_package(package, tmp_path, cache_dir):
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(package), "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
-
-def test_the_example_is_short_and_trains(example, tmp_path, cache_dir):
-    assert example < 60
-    words = [*SMALL, "algo=neighbour", f"cache_dir={cache_dir}", f"hydra.searchpath=[file://{tmp_path}]"]
-    run = build(config.checked(composition.composed([*words, "train.steps=3", "val.every=3", "train.meta_batch=3"])))
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
-    half = torch.tensor(0.5).double()
-    steps = [Engine(run.algorithm, strategy, 3).step(state, tasks, half).gradients for strategy in ("vmap", "loop")]
-    torch.testing.assert_close(*steps, rtol=1e-7, atol=1e-9)
-    assert all(value.abs().max() > 0 for value in steps[0].values())
-    before = {name: value.clone() for name, value in run.state.meta.items()}
-    loop.fit(run, loop.Silent(), tmp_path)
-    assert not any(torch.equal(before[name], value) for name, value in run.state.meta.items())
+    return run
 
 
 @pytest.mark.slow
-def test_every_verb_knows_the_example(example, tmp_path, cache_dir):
-    words = [*SMALL, "algo=neighbour", f"cache_dir={cache_dir}"]
-    composed = composition.composed([*words, f"hydra.searchpath=[file://{tmp_path}]"])
-    console, folders = Console(record=True, width=160), [tmp_path / "a", tmp_path / "b"]
-    for seed, folder in enumerate(folders):
-        train(OmegaConf.merge(composed, {"seed": seed}), folder, "neighbour glyphs", words, console)
-    evaluate(folders[0], ["episode.shot=2"], "test", None, console)
-    compare(folders, tmp_path / "compared", console)
-    assert "neighbour glyphs" in (tmp_path / "compared/comparison.md").read_text()
-    model = metalearn.load(folders[0])
-    pictures = torch.rand(4, *model.spec.input_shape)
-    model.adapt(pictures, ["x", "y", "x", "y"])
-    assert model.predict(pictures) == ["x", "y", "x", "y"]
+def test_every_command_of_the_page_runs(in_package, tmp_path):
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", _PAGE, re.S) for line in block.splitlines()]
+    assert len(commands) == 8
+    for number, line in enumerate(commands):
+        words = shlex.split(line)
+        small: list[str] = []
+        if words[0] == "metalearn":
+            no_shape = ("episode.",) if "sinusoid" in line else ("-",)
+            words = [sys.executable, "-m", *words]
+            small = [word for word in _SMALL if not word.startswith(no_shape)] + [f"hydra.run.dir=run{number}"]
+            small += ["dataset.num_classes=60", "dataset.image_size=16"] if "glyphs" in line else []
+        else:
+            words[0] = sys.executable
+        done = in_package(*words, *small)
+        assert done.returncode == 0, line + done.stdout + done.stderr
+    assert "neighbour" in in_package(sys.executable, "-m", "metalearn", "list").stdout
+    # Later commands find the plugin by its entry point alone.
+    again = in_package(sys.executable, "-m", "metalearn", "evaluate", "run=run0", "episode.shot=2")
+    assert again.returncode == 0, again.stderr
+    code = "import metalearn, sys; metalearn.load('run0'); print('fewshot_extras.momentum' in sys.modules)"
+    assert in_package(sys.executable, "-c", code).stdout == "False\n"
+
+
+@pytest.mark.slow
+def test_nothing_stored_can_name_a_plugin(package, tmp_path, metalearn, monkeypatch):
+    """Not installed, the package must be named each time; a run folder that asks for it gets an explanation."""
+    plain = tmp_path / "path"
+    plain.mkdir()
+    (plain / "fewshot_extras").symlink_to(package / "fewshot_extras")  # importable, but with no entry point
+    words = ["train", "algo=neighbour", "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16"]
+    words += ["backbone.filters=4", *_SMALL]
+    path = {"PYTHONPATH": str(plain)}
+    (tmp_path / "outside.py").write_text("raise AssertionError('imported')")
+
+    def refused(*command: str) -> str:
+        done = metalearn(*command, prepend=str(plain))
+        assert done.returncode == 2, done.stdout + done.stderr
+        return str(done.stderr)
+
+    assert "there is no such algo" in refused(*words)
+    done = metalearn(*words, "plugins=[fewshot_extras]", prepend=str(plain))
+    assert done.returncode == 0, done.stderr
+    assert "plugins=[fewshot_extras]" in (tmp_path / "run/result.json").read_text()
+    line = refused("evaluate", "run=run")
+    assert "add plugins=[fewshot_extras]" in line
+    config = tmp_path / "run/config.yaml"
+    config.write_text(config.read_text() + "plugins: [fewshot_extras]\n")
+    assert "plugins: nothing reads this key" in refused("evaluate", "run=run", "plugins=[fewshot_extras]")
+    config.write_text(config.read_text().replace("plugins: [fewshot_extras]\n", ""))
+    for command in (("evaluate", "run=run"), ("resume", "run"), ("compare", "run")):
+        done = metalearn(*command, "plugins=[fewshot_extras]", prepend=str(plain))
+        assert done.returncode == 0, done.stderr
+    assert "plugins=[outside]: cannot be imported" in refused("list", "plugins=[nowhere]").replace("nowhere", "outside")
+    del path
+
+
+def test_a_plugin_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(plugins, "_named", [])
+    with pytest.raises(UserError, match=r"plugins=\[nowhere\]: cannot be imported"):
+        plugins.add(["nowhere"])
+    assert plugins.named() == ()
+
+
+@pytest.mark.parametrize(("kind", "limit"), reading.LIMITS.items())
+def test_what_a_stranger_must_read_is_short(kind, limit):
+    assert reading.lines(kind) <= limit

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, hessian
 
-from metalearn.algorithms.base import select
 from metalearn.algorithms.imaml import IMAML, conjugate_gradients
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.maml_pp import MAMLPlusPlus
 from metalearn.algorithms.meta_sgd import MetaSGD
+from metalearn.algorithms.params import select
 from metalearn.algorithms.proto_maml import ProtoMAML
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
 from metalearn.backbones.mlp import MLP
-from metalearn.types import State
+from metalearn.tasks.types import State
 from tests.one_task import (
     COMMON,
     GRADIENT,
@@ -34,13 +34,13 @@ from tests.one_task import (
 def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
     algorithm = MetaSGD(**COMMON, **(GRADIENT | {"inner_steps": 1}), inner_lr_max=0.5)
     one, state = task(), state_of(algorithm)
-    rates = {name: value for name, value in state.meta.items() if name.startswith("rate.")}
+    rates = {name: value for name, value in state.params.items() if name.startswith("rate.")}
     assert all(
         value.min() >= 0.3 and value.max() <= 0.5 and value.std() > 0.01
         for value in rates.values()
         if value.numel() > 4
     )
-    theta = {name: value for name, value in state.meta.items() if name not in rates}
+    theta = {name: value for name, value in state.params.items() if name not in rates}
     support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
     phi = {name: theta[name] - rates[f"rate.{name}"] * support[name] for name in theta}
     query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
@@ -56,9 +56,9 @@ def test_first_order_still_learns_the_rates(kind):
         MetaSGD(**COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
     )
     one, state = task(), state_of(algorithm)
-    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
+    theta = {name: value for name, value in state.params.items() if not name.startswith("rate.")}
     support = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-    phi = {name: theta[name] - state.meta[f"rate.{name}"] * support[name] for name in theta}
+    phi = {name: theta[name] - state.params[f"rate.{name}"] * support[name] for name in theta}
     query = grad(lambda p: F.cross_entropy(network(p, one.query.x), one.query.y))(phi)
     found = gradients(algorithm, state, one)
     for name in theta:
@@ -81,11 +81,11 @@ def test_maml_pp_without_its_switches_is_maml():
 def test_maml_pp_rates_of_each_step():
     algorithm = plus_plus(learned_rates=True)
     one, state = task(), state_of(algorithm)
-    state.meta["rate.head.weight"][:] = torch.tensor([0.1, 0.7]).double()
-    theta = {name: value for name, value in state.meta.items() if not name.startswith("rate.")}
+    state.params["rate.head.weight"][:] = torch.tensor([0.1, 0.7]).double()
+    theta = {name: value for name, value in state.params.items() if not name.startswith("rate.")}
     for step in range(2):
         gradient = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-        theta = {name: theta[name] - state.meta[f"rate.{name}"][step] * gradient[name] for name in theta}
+        theta = {name: theta[name] - state.params[f"rate.{name}"][step] * gradient[name] for name in theta}
     torch.testing.assert_close(predictions(algorithm, state, one), network(theta, one.query.x))
 
 
@@ -117,9 +117,9 @@ def test_maml_pp_drops_second_derivatives_at_first():
 def test_maml_pp_normalisation_weights_belong_to_a_step():
     algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True)
     one, state = task(), state_of(algorithm)
-    assert state.meta["step.net.norm0.weight"].shape == (2, 5)
+    assert state.params["step.net.norm0.weight"].shape == (2, 5)
     before = predictions(algorithm, state, one, steps=1)
-    state.meta["step.net.norm0.weight"][1] += 1
+    state.params["step.net.norm0.weight"][1] += 1
     torch.testing.assert_close(predictions(algorithm, state, one, steps=1), before)
     assert not torch.allclose(predictions(algorithm, state, one, steps=2), before)
     beyond = predictions(algorithm, state, one, steps=4)
@@ -129,10 +129,10 @@ def test_maml_pp_normalisation_weights_belong_to_a_step():
 def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
     algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapted_part="head")
     one, state = task(), state_of(algorithm)
-    state.meta["step.net.norm0.weight"][1] += 1
-    head = {name: value for name, value in state.meta.items() if name.startswith("head.")}
+    state.params["step.net.norm0.weight"][1] += 1
+    head = {name: value for name, value in state.params.items() if name.startswith("head.")}
     for step in range(2):
-        params = algorithm.at_step(state.meta, step)
+        params = algorithm.at_step(state.params, step)
         z = algorithm.embed(params, one.support.x, {})
         gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
         head = {name: head[name] - 0.3 * gradient[name] for name in head}
@@ -144,7 +144,7 @@ def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
 def test_maml_pp_adapts_the_normalisation_of_a_step():
     algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
     one, state = task(), state_of(algorithm)
-    after = algorithm.trajectory(state, one.support, 2)
+    after = algorithm.trajectory(state, one.support, KEY, 2)
     moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
     for step in range(2):
         assert moved[step][step].abs().min() > 0
@@ -154,7 +154,7 @@ def test_maml_pp_adapts_the_normalisation_of_a_step():
 def test_l2_maml_descends_the_regularised_loss():
     algorithm = MAML(**COMMON, **(GRADIENT | {"pull": 0.8}))
     one, state = task(), state_of(algorithm)
-    theta = phi = state.meta
+    theta = phi = state.params
 
     def inner(phi):
         away = sum((phi[name] - theta[name]).square().sum() for name in phi)
@@ -170,14 +170,14 @@ def test_boil_changes_the_body_alone():
     algorithm = MAML(**COMMON, **(GRADIENT | {"adapted_part": "body"}))
     one, state = task(), state_of(algorithm)
     params = algorithm.adapt(state, one.support, key=KEY).params
-    assert all(torch.equal(params[name], state.meta[name]) == name.startswith("head.") for name in params)
+    assert all(torch.equal(params[name], state.params[name]) == name.startswith("head.") for name in params)
 
 
 def test_proto_maml_without_steps_is_protonet():
     algorithm = ProtoMAML(**COMMON, **GRADIENT)
     metric = ProtoNet(**COMMON, distance="squared_euclidean", temperature=1.0)
     one, state = task(), state_of(algorithm)
-    assert not any(name.startswith("head.") for name in state.meta)
+    assert not any(name.startswith("head.") for name in state.params)
     torch.testing.assert_close(
         predictions(algorithm, state, one, steps=0).log_softmax(-1), predictions(metric, state, one).log_softmax(-1)
     )
@@ -191,7 +191,7 @@ def imaml(**settings):
 def test_imaml_solves_the_dense_system(damping, strength_damping):
     algorithm = imaml(cg_steps=60, damping=damping, strength_damping=strength_damping)
     one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state, one.support, 3)
+    phi = algorithm.solve(state, one.support, KEY, 3)
     names = list(phi)
 
     def tree(flat):
@@ -212,10 +212,10 @@ def test_imaml_solves_the_dense_system(damping, strength_damping):
 def test_imaml_finds_the_regularised_minimum():
     algorithm = imaml(cg_steps=5, damping=1.0, strength_damping=0.0)
     one, state = task(), state_of(algorithm)
-    phi = algorithm.solved(state, one.support, 300)
-    slope = grad(algorithm.support_loss)(phi, one.support, {})
+    phi = algorithm.solve(state, one.support, KEY, 300)
+    slope = grad(algorithm.support_loss)(phi, one.support, {}, KEY)
     for name in phi:
-        torch.testing.assert_close(slope[name], -2 * (phi[name] - state.meta[name]), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(slope[name], -2 * (phi[name] - state.params[name]), rtol=1e-6, atol=1e-8)
 
 
 def test_conjugate_gradients_of_nothing():
@@ -227,14 +227,11 @@ def test_conjugate_gradients_of_nothing():
 
 
 class Frozen(MLP):
-    frozen = True
-
-    def embed(self, params, *words, **more):
-        return super().embed({name: value.detach() for name, value in params.items()}, *words, **more)
+    is_frozen = True
 
 
 OF_IMAML = dict(strength=0.5, cg_steps=2, damping=0.0, strength_damping=0.0)
-OF_REPTILE = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8, statistics_momentum=0.1)
+OF_REPTILE = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8)
 STEPS = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")}
 
 
@@ -254,16 +251,16 @@ def test_adaptation_sees_a_frozen_network_with_the_statistics_it_came_with(metho
     frozen = method(**settings, backbone=net, statistics="population")
     bare = method(**settings, backbone=IDENTITY, statistics="query")
     one, state = task(), state_of(frozen)
-    fixed = {name: value + 0.3 * torch.rand_like(value) for name, value in state.fixed.items()}
-    state = State(state.meta, fixed)
+    fixed = {name: value + 0.3 * torch.rand_like(value) for name, value in state.buffers.items()}
+    state = State(state.params, fixed)
 
     def embedded(part):
-        z = net.embed(select(state.meta, "net"), part.x, select(fixed, "net"))[0]
+        z = net.embed(select(state.params, "net"), part.x, select(fixed, "net"))[0]
         return dataclasses.replace(part, x=z)
 
     seen = dataclasses.replace(one, support=embedded(one.support), query=embedded(one.query))
-    of_head = State(*({k: v for k, v in part.items() if "net." not in k} for part in (state.meta, fixed)))
+    of_head = State(*({k: v for k, v in part.items() if "net." not in k} for part in (state.params, fixed)))
     torch.testing.assert_close(predictions(frozen, state, one), predictions(bare, of_head, seen))
-    if of_head.meta:
+    if of_head.params:
         expected, found = gradients(bare, of_head, seen), gradients(frozen, state, one)
         torch.testing.assert_close({name: found[name] for name in expected}, expected)

@@ -1,14 +1,17 @@
 """The loop: what is kept, when it stops, how the step is scheduled and clipped."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
+from same_run import difference
+from torch.utils import _pytree as pytree
 
 from metalearn import checkpoint, composition, config, loop, training
-from metalearn.build import build
+from metalearn.build import build, check
 from metalearn.errors import RunFailed, UserError
-from metalearn.types import Estimate, State
+from metalearn.tasks.types import Estimate, State
 
 
 class Rows:
@@ -38,7 +41,7 @@ def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monke
     best = checkpoint.load(tmp_path / "checkpoints/best.pt", torch.device("cpu"))
     last = checkpoint.load(tmp_path / "checkpoints/last.pt", torch.device("cpu"))
     assert (best["step"], last["step"]) == (4, 10)
-    assert all(torch.equal(fitted.state.meta[name], best["meta"][name]) for name in best["meta"])
+    assert all(torch.equal(fitted.state.params[name], best["meta"][name]) for name in best["meta"])
     assert not torch.equal(best["meta"]["net.conv0.weight"], last["meta"]["net.conv0.weight"])
 
 
@@ -51,10 +54,10 @@ def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
 
 def test_population_statistics_are_folded_into_fixed(make_run, tmp_path):
     run = make_run("algo=protonet", "train.steps=1", "train.statistics_momentum=0.25")
-    before = {name: value.clone() for name, value in run.state.fixed.items()}
+    before = {name: value.clone() for name, value in run.state.buffers.items()}
     seen = run.train_engine.step(run.state, run.train.draw(0, 1), torch.zeros(())).statistics
     fitted = loop.fit(run, Rows(), tmp_path)
-    for name, value in fitted.state.fixed.items():
+    for name, value in fitted.state.buffers.items():
         torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * seen[name])
 
 
@@ -72,19 +75,19 @@ def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
         "algo=reptile", "train.optimiser=sgd", "train.lr=2", f"train.schedule={schedule}", "train.steps=4",
         "train.schedule_every=2", "train.schedule_factor=0.5",
     )  # fmt: skip
-    weights = [run.state.meta["head.weight"].clone()]
+    weights = [run.state.params["head.weight"].clone()]
     gradients = []
     step = type(run.train_engine).step
 
     def spied(engine, state, tasks, progress, count):
         result = step(engine, state, tasks, progress, count)
-        weights.append(state.meta["head.weight"].clone())
+        weights.append(state.params["head.weight"].clone())
         gradients.append(result.gradients["head.weight"])
         return result
 
     monkeypatch.setattr(type(run.train_engine), "step", spied)
     loop.fit(run, Rows(), tmp_path)
-    weights = [*weights[2:], run.state.meta["head.weight"]]
+    weights = [*weights[2:], run.state.params["head.weight"]]
     before = weights[:-1]
     for number in range(len(before)):
         torch.testing.assert_close(
@@ -99,10 +102,87 @@ def test_clipping():
         clip_norm: float | None = None
 
     gradients = {"a": torch.tensor([3.0, -4.0])}
-    assert training._clipped(gradients, Settings())[0].tolist() == [3, -4]
-    assert training._clipped(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
-    torch.testing.assert_close(training._clipped(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
-    torch.testing.assert_close(training._clipped(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+    assert training.clip_gradients(gradients, Settings())[0].tolist() == [3, -4]
+    assert training.clip_gradients(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
+    torch.testing.assert_close(training.clip_gradients(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(training.clip_gradients(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+
+
+@pytest.mark.parametrize("reads_host", [True, False])
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        ["optimiser=adamw", "optimiser.weight_decay=0.1"],
+        ["optimiser=sgd", "optimiser.momentum=0.9", "optimiser.weight_decay=0.1"],
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_run, monkeypatch):
+    run = make_run("algo=protonet", "train.nonfinite=skip", *optimiser)
+    under_way = training.Training(run)
+    under_way.reads_host = reads_host
+    original = type(run.train_engine).step
+
+    def step():
+        under_way.meta_step()
+        under_way.count()
+
+    def snapshot():
+        kept = under_way.kept()
+        return copy.deepcopy({name: kept[name] for name in ("meta", "fixed", "optimiser")})
+
+    def sick(*arguments):
+        result = original(*arguments)
+        return result._replace(gradients=pytree.tree_map(lambda leaf: leaf * torch.nan, result.gradients))
+
+    monkeypatch.setattr(type(run.train_engine), "step", sick)
+    before = snapshot()
+    step()  # before the optimiser has a state
+    assert difference(snapshot(), before) is None
+    monkeypatch.setattr(type(run.train_engine), "step", original)
+    step()
+    before = snapshot()
+    monkeypatch.setattr(type(run.train_engine), "step", sick)
+    step()
+    assert difference(snapshot(), before) is None
+    monkeypatch.setattr(type(run.train_engine), "step", original)
+    step()
+    after = snapshot()
+    assert not torch.equal(after["meta"]["net.conv0.weight"], before["meta"]["net.conv0.weight"])
+    assert under_way.meter.skipped()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["optimiser._target_=torch.optim.LBFGS"], "LBFGS: is not possible here"),
+        (["optimiser._target_=torch.optim.SparseAdam"], "SparseAdam: is not possible here"),
+        (["optimiser._target_=torch.optim.lr_scheduler.StepLR"], "should name an optimiser of torch"),
+        (["optimiser._target_=os.system"], "should name an optimiser of torch"),
+        (["optimiser._target_=torch.optim.AdmW"], "did you mean torch.optim.Adam"),
+        (["+optimiser.momentum=0.9"], r"optimiser\.momentum: Adam has no such setting"),
+        (["+optimiser.lr=0.9"], r"optimiser\.lr: Adam has no such setting"),
+        (["optimiser.eps=-1"], "Adam refuses its settings"),
+    ],
+)
+def test_optimisers_that_cannot_be_are_refused(words, line, compose):
+    with pytest.raises(UserError, match=line):
+        check(config.checked(compose("algo=protonet", *words)))
+
+
+def test_optimisers_are_those_of_torch(make_run):
+    for words, kind, expected in (
+        (["train.optimiser=sgd"], torch.optim.SGD, {"momentum": 0.0}),
+        (["algo=reptile"], torch.optim.SGD, {"weight_decay": 0.0}),
+        (["algo=reptile", "train.optimiser=adam"], torch.optim.Adam, {"betas": [0.9, 0.999]}),
+        (["optimiser=adamw", "optimiser.weight_decay=0.3"], torch.optim.AdamW, {"weight_decay": 0.3}),
+        (["~optimiser", "+optimiser._target_=torch.optim.RMSprop"], torch.optim.RMSprop, {"alpha": 0.99}),
+    ):
+        optimiser = training.Training(make_run("algo=protonet", "train.lr=0.25", *words)).optimiser
+        assert type(optimiser) is kind
+        group = optimiser.param_groups[0]
+        assert group["lr"] == 0.25 and all(
+            list(group[k]) == v if isinstance(v, list) else group[k] == v for k, v in expected.items()
+        )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
@@ -116,7 +196,7 @@ def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, 
     whole = loop.test(run, run.state, None).scores
     monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
     torch.testing.assert_close(loop.test(run, run.state, None).scores, whole)
-    learning = State({name: value.requires_grad_() for name, value in run.state.meta.items()}, run.state.fixed)
+    learning = State({name: value.requires_grad_() for name, value in run.state.params.items()}, run.state.buffers)
     assert not run.test_engine.predictions(learning, run.test.draw(0, 2)).requires_grad
 
 

@@ -1,6 +1,7 @@
 """Metric, memory and transfer methods against a closed form or an independent slow computation, in float64."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import scipy.optimize
@@ -8,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from metalearn import random
-from metalearn.algorithms.base import select
 from metalearn.algorithms.baseline import Baseline
 from metalearn.algorithms.finetune import FineTuning
 from metalearn.algorithms.geometry import class_means
@@ -17,12 +16,15 @@ from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.mapping import MappingNetwork
 from metalearn.algorithms.matching import MatchingNetwork
 from metalearn.algorithms.metanet import MetaNet
+from metalearn.algorithms.params import select
 from metalearn.algorithms.r2d2 import R2D2, ridge
 from metalearn.algorithms.relation import RelationNetwork
 from metalearn.algorithms.rfs import logistic_regression
 from metalearn.algorithms.siamese import Siamese
 from metalearn.backbones.conv4 import Conv4
-from metalearn.types import Spec, State, Task
+from metalearn.tasks import prng
+from metalearn.tasks.family import supervised
+from metalearn.tasks.types import Spec, State, Task
 from tests.conftest import doubled
 from tests.one_task import (
     COMMON,
@@ -40,7 +42,7 @@ from tests.one_task import (
 
 def test_lstm_cell_is_that_of_torch():
     torch.manual_seed(0)
-    weights = doubled(init_lstm(random.key_of(1), 3, 3))
+    weights = doubled(init_lstm(prng.key_of(1), 3, 3))
     assert weights["bias"].tolist() == [0.0] * 3 + [1.0] * 3 + [0.0] * 6
     x, hidden, cell = (torch.randn(2, 3).double() for _ in range(3))
     theirs = torch.nn.LSTMCell(3, 3).double()
@@ -73,17 +75,17 @@ def test_full_context_reads_the_set_both_ways_and_attends():
     names = {"forward": "", "backward": "_reverse"}
     own = {}
     for part, suffix in names.items():
-        own[f"weight_ih_l0{suffix}"] = state.meta[f"{part}.input"]
-        own[f"weight_hh_l0{suffix}"] = state.meta[f"{part}.recurrent"]
-        own[f"bias_ih_l0{suffix}"] = state.meta[f"{part}.bias"]
+        own[f"weight_ih_l0{suffix}"] = state.params[f"{part}.input"]
+        own[f"weight_hh_l0{suffix}"] = state.params[f"{part}.recurrent"]
+        own[f"bias_ih_l0{suffix}"] = state.params[f"{part}.bias"]
         own[f"bias_hh_l0{suffix}"] = torch.zeros(20).double()
     output = functional_call(both, own, (z[:, None],))[0][:, 0]
-    torch.testing.assert_close(algorithm.in_context(state.meta, z), output[:, :5] + output[:, 5:] + z)
-    for row, found in zip(z, algorithm.attending(state.meta, z, z), strict=True):
+    torch.testing.assert_close(algorithm.in_context(state.params, z), output[:, :5] + output[:, 5:] + z)
+    for row, found in zip(z, algorithm.attending(state.params, z, z), strict=True):
         hidden, memory = row, torch.zeros(5).double()
         for _ in range(2):
             read = (z @ hidden).softmax(0) @ z
-            step = lstm_cell(select(state.meta, "attend"), row[None], torch.cat([hidden, read])[None], memory[None])
+            step = lstm_cell(select(state.params, "attend"), row[None], torch.cat([hidden, read])[None], memory[None])
             hidden, memory = step[0][0] + row, step[1][0]
         torch.testing.assert_close(found, hidden)
     assert all(value.abs().max() > 0 for value in gradients(algorithm, state, one).values())
@@ -104,10 +106,10 @@ def test_relation_network_by_loops(maps):
     algorithm = RelationNetwork(**COMMON | {"backbone": conv4 if maps else IDENTITY}, filters=5, hidden=[6])
     one = task(features=50 if maps else 4)
     if maps:
-        parts = (dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query))
+        parts: Any = [dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query)]
         one = Task(*parts, KEY)
-    state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), random.key_of(0)))
-    meta, total = {name: value + 0.1 for name, value in state.meta.items()}, 0.0
+    state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), prng.key_of(0)))
+    meta, total = {name: value + 0.1 for name, value in state.params.items()}, 0.0
     z = [
         conv4.embed(select(meta, "net"), part.x)[0].view(-1, 3, 5, 5) if maps else part.x[..., None, None]
         for part in (one.support, one.query)
@@ -124,7 +126,7 @@ def test_relation_network_by_loops(maps):
             hidden = (meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]).relu()
             relation = (meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]).sigmoid()
             total += (relation - float(way == y)) ** 2 / 36
-    value = algorithm.loss(State(meta, state.fixed), one, PROGRESS).value
+    value = algorithm.loss(State(meta, state.buffers), one, PROGRESS).value
     torch.testing.assert_close(value, total.squeeze())
 
 
@@ -134,7 +136,7 @@ def test_siamese_by_loops():
     logits = torch.empty(12, 6).double()
     for row, x in enumerate(one.query.x):
         for column, other in enumerate(one.support.x):
-            logits[row, column] = state.meta["pair.alpha"] @ (x - other).abs() + state.meta["pair.bias"]
+            logits[row, column] = state.params["pair.alpha"] @ (x - other).abs() + state.params["pair.bias"]
     same = one.query.y[:, None] == one.support.y
     losses = torch.where(same, -F.logsigmoid(logits), -F.logsigmoid(-logits))
     torch.testing.assert_close(algorithm.loss(state, one, PROGRESS).value, losses.mean())
@@ -161,7 +163,7 @@ def test_r2d2_scales_a_ridge_regression_of_the_labels():
 def test_mapping_gives_weights_and_offsets():
     algorithm = MappingNetwork(**COMMON | {"backbone": IDENTITY}, hidden=[6])
     one, state = task(), state_of(algorithm)
-    meta = state.meta
+    meta = state.params
     for way in range(3):
         mean = one.support.x[one.support.y == way].mean(0)
         hidden = F.leaky_relu(meta["map0.weight"] @ mean + meta["map0.bias"])
@@ -176,8 +178,8 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
         **COMMON | {"backbone": IDENTITY}, hidden=6, representation=5, meta_hidden=7, second_order=second_order
     )
     one, state = task(), state_of(algorithm)
-    meta = state.meta | state.fixed
-    memory = algorithm.learn(meta, one.support.x, one.support)
+    meta = state.params | state.buffers
+    memory = algorithm.learn(meta, one.support.x, one.support, KEY)
     for row, x in enumerate(one.query.x):
         r = meta["represent.layer"] @ x + memory.representation @ x
         a = torch.stack([F.cosine_similarity(r, key, 0) for key in memory.keys]).softmax(0)
@@ -189,7 +191,7 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
         torch.testing.assert_close(predictions(algorithm, state, one)[row], expected)
     # The fast weights of an example come from the gradient of its own loss alone.
     other = dataclasses.replace(one.support, y=torch.cat([one.support.y[:1], one.support.y[1:].flip(0)]))
-    changed = algorithm.learn(meta, one.support.x, other)
+    changed = algorithm.learn(meta, one.support.x, other, KEY)
     torch.testing.assert_close(changed.fast["hidden"][0], memory.fast["hidden"][0])
     found = gradients(algorithm, state, one)
     assert all(value.abs().max() > 0 for value in found.values())
@@ -197,10 +199,10 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
 
 
 def baseline(**changes):
-    settings = dict(
+    settings: dict[str, Any] = dict(
         head="linear", train_scale=3.0, head_scale=4.0, head_steps=7, head_lr=0.3, head_momentum=0.9, head_decay=0.01
     )
-    return Baseline(**(COMMON | {"backbone": IDENTITY} | settings | changes))
+    return Baseline(**(COMMON | {"backbone": IDENTITY, "source": "batches"} | settings | changes))
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
@@ -245,9 +247,9 @@ def test_logistic_regression_is_at_its_minimum():
 def test_baseline_pp_learns_a_norm_of_each_training_class():
     algorithm = baseline(head="cosine")
     one, state = task(), state_of(algorithm, classes=20)
-    z, weight = one.query.x, state.meta["global.weight"]
+    z, weight = one.query.x, state.params["global.weight"]
     cosines = F.cosine_similarity(z[:, None], weight[None], dim=-1)
-    torch.testing.assert_close(algorithm.trained_logits(state.meta, z), 3 * cosines * weight.norm(dim=1))
+    torch.testing.assert_close(algorithm.classify(state.params, z), 3 * cosines * weight.norm(dim=1))
 
 
 def test_fine_tuning_under_population_statistics_sees_each_example_apart():
@@ -267,7 +269,7 @@ def test_fine_tuning_under_population_statistics_sees_each_example_apart():
 @pytest.mark.parametrize("target", ["class", "value"])
 def test_fine_tuning_descends_from_the_trained_weights(target):
     """With a new head for classes, and with the trained one for values."""
-    algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3)
+    algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3, family=supervised(target))
     one = task()
     if target == "class":
         state, loss = state_of(algorithm, classes=20), F.cross_entropy
@@ -275,9 +277,9 @@ def test_fine_tuning_descends_from_the_trained_weights(target):
     else:
         values = dataclasses.replace(one.support, y=one.support.x[:, :2].sin())
         one, loss = dataclasses.replace(one, support=values), F.mse_loss
-        state = doubled(algorithm.init(Spec((4,), 2, 0, "value"), random.key_of(0)))
-        head = {f"head.{name}": state.meta[f"global.{name}"] for name in ("weight", "bias")}
-    params = {name: value for name, value in state.meta.items() if name.startswith("net.")} | head
+        state = doubled(algorithm.init(Spec((4,), 2, 0, "value"), prng.key_of(0)))
+        head = {f"head.{name}": state.params[f"global.{name}"] for name in ("weight", "bias")}
+    params = {name: value for name, value in state.params.items() if name.startswith("net.")} | head
     params = {name: value.clone().requires_grad_() for name, value in params.items()}
     optimiser = torch.optim.SGD(params.values(), lr=0.2)
     for _ in range(3):

@@ -3,30 +3,30 @@
 import torch
 from torch.func import vmap
 
-from metalearn import random
+from metalearn.tasks import prng
 
 
 def test_batched_keys_give_what_single_keys_give():
-    keys = random.fold_in(random.key_of(3), torch.arange(5))
-    singly = torch.stack([random.uniform(key, (4, 2)) for key in keys])
-    assert torch.equal(random.uniform(keys, (4, 2)), singly)
-    assert torch.equal(vmap(lambda key: random.normal(key, (7,)))(keys), random.normal(keys, (7,)))
+    keys = prng.fold_in(prng.key_of(3), torch.arange(5))
+    singly = torch.stack([prng.uniform(key, (4, 2)) for key in keys])
+    assert torch.equal(prng.uniform(keys, (4, 2)), singly)
+    assert torch.equal(vmap(lambda key: prng.normal(key, (7,)))(keys), prng.normal(keys, (7,)))
 
 
 def test_uniform_and_normal_have_their_moments():
-    u = random.uniform(random.key_of(0), (200_000,)).double()
+    u = prng.uniform(prng.key_of(0), (200_000,)).double()
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 1 / 2) < 0.003
     assert abs(u.var() - 1 / 12) < 0.001
-    z = random.normal(random.key_of(0), (200_000,)).double()
+    z = prng.normal(prng.key_of(0), (200_000,)).double()
     assert abs(z.mean()) < 0.01
     assert abs(z.var() - 1) < 0.02
     assert abs((z**3).mean()) < 0.03
 
 
 def test_neighbouring_keys_are_uncorrelated():
-    keys = random.fold_in(random.key_of(0), torch.arange(300))
-    u = random.uniform(keys, (2000,)).double()
+    keys = prng.fold_in(prng.key_of(0), torch.arange(300))
+    u = prng.uniform(keys, (2000,)).double()
     correlation = torch.corrcoef(u) - torch.eye(300)
     assert correlation.abs().max() < 0.13  # 5.8 standard errors of 1/sqrt(2000), 45,000 pairs
     successive = torch.corrcoef(torch.stack([u[:, 1:].flatten(), u[:, :-1].flatten()]))[0, 1]
@@ -34,7 +34,7 @@ def test_neighbouring_keys_are_uncorrelated():
 
 
 def test_permutation_is_a_permutation_and_all_places_are_equally_likely():
-    order = random.permutation(random.fold_in(random.key_of(1), torch.arange(6000)), 5)
+    order = prng.permutation(prng.fold_in(prng.key_of(1), torch.arange(6000)), 5)
     assert torch.equal(order.sort(-1).values, torch.arange(5).expand(6000, 5))
     counts = torch.stack([(order == value).sum(0) for value in range(5)]).double()
     assert (counts - 1200).abs().max() < 5 * (6000 * 0.2 * 0.8) ** 0.5
@@ -42,4 +42,4 @@ def test_permutation_is_a_permutation_and_all_places_are_equally_likely():
 
 def test_key_depends_on_order_and_number_of_its_parts():
     parts = [(), (0,), (0, 0), (1, 2), (2, 1), (-1,), (2**40,)]
-    assert len({random.key_of(*part).item() for part in parts}) == len(parts)
+    assert len({prng.key_of(*part).item() for part in parts}) == len(parts)

@@ -181,7 +181,7 @@ def test_a_multirun_skips_what_is_finished_and_goes_on_with_the_rest(metalearn, 
 def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_path, monkeypatch):
     from metalearn.algorithms.protonet import ProtoNet
 
-    original = ProtoNet.judged
+    original = ProtoNet.embedding_loss
 
     def sick_at_step(number):
         seen = iter(range(1000))
@@ -193,7 +193,7 @@ def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_pa
                 loss = loss._replace(value=nan, logs=loss.logs | {"loss": nan.detach()})
             return loss
 
-        monkeypatch.setattr(ProtoNet, "judged", judged)
+        monkeypatch.setattr(ProtoNet, "embedding_loss", judged)
 
     words = ["algo=protonet", "engine.strategy=loop"]
     sick_at_step(5)

@@ -1,216 +1,200 @@
-"""The interface holds methods of other kinds, each in one class and with no change elsewhere."""
+"""The seams hold methods, tasks, inputs, losses and augmentations of other kinds, as a plugin and with no change elsewhere."""
 
 import dataclasses
-import math
-from typing import NamedTuple
+import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from rich.console import Console
 
-from metalearn import loop, random
-from metalearn.algorithms.base import Algorithm, objective, prefixed, select
-from metalearn.algorithms.linear_head import LinearHeadAlgorithm
-from metalearn.algorithms.protonet import ProtoNet
+import metalearn
+from metalearn import composition, config, loop, plugins, testing
+from metalearn.build import build
 from metalearn.engine import Engine
-from metalearn.types import Labelled, Loss, Spec, State, Task
+from metalearn.errors import UserError
+from metalearn.stats import estimate, paired_difference
+from metalearn.tasks.types import InputSpec, Support
+from metalearn.verbs.evaluate import evaluate
+from metalearn.verbs.train import train
 from tests.conftest import doubled
+from tests.toys import Bag
+
+_TOYS = ["transfer", "multi_step", "sequence", "ridge", "soft_means"]
+_SMALL = ["val.episodes=20", "test.episodes=20", "logger=none", "train.meta_batch=4", "device=cpu", "train.lr=0.01"]
 
 
-def network(algorithm, spec, key):
-    params, population = algorithm.backbone.init(spec.input_shape, random.fold_in(key, 0))
-    return prefixed(params, "net"), prefixed(population, "net")
+@pytest.fixture(autouse=True)
+def named(monkeypatch):
+    """The plugin, for one test."""
+    monkeypatch.setattr(plugins, "_named", ["tests.toys"])
 
 
-class TransferToy(Algorithm):
-    """Trains a linear layer over all training classes on ordinary batches; adapts by nearest class mean."""
-
-    def init(self, spec, key):
-        net, population = network(self, spec, key)
-        size = math.prod(self.backbone.shape(spec.input_shape))
-        net["global.weight"] = random.normal(random.fold_in(key, 1), (spec.train_classes, size)) * size**-0.5
-        return State(net, population)
-
-    def adapt(self, state, support, unlabelled=None, *, key, steps=None):
-        z = self.backbone.embed(select(state.meta, "net"), support.x, select(state.fixed, "net"))[0]
-        member = F.one_hot(support.y, support.way).to(z.dtype)
-        return member.T @ z / member.sum(0)[:, None]
-
-    def forward(self, state, learner, x, key):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
-        return -torch.cdist(z, learner), seen
-
-    def loss(self, state, task, progress):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, task.query.x, True)
-        logits = z @ state.meta["global.weight"].T
-        return self.scored(objective(logits, task.query.y), logits, task.query.y, seen)
+def settings_of(*words):
+    return config.checked(composition.composed([*_SMALL, *words]))
 
 
-class MultiStepToy(LinearHeadAlgorithm):
-    """A learned rate for each inner step, and a loss over the predictions after each of them (as MAML++)."""
-
-    def init(self, spec, key):
-        state = super().init(spec, key)
-        return State(state.meta | {"inner_lr": torch.full((3,), 0.1, device=key.device)}, state.fixed)
-
-    def trajectory(self, state, support, steps):
-        theta = {name: value for name, value in state.meta.items() if name != "inner_lr"}
-        for step in range(steps):
-            yield theta
-
-            def inner(params):
-                return objective(
-                    self.head(params, self.embed(params, support.x, self.own_statistics(state))), support.y
-                )
-
-            gradient = torch.func.grad(inner)(theta)
-            theta = {name: theta[name] - state.meta["inner_lr"][step] * gradient[name] for name in theta}
-        yield theta
-
-    def adapt(self, state, support, unlabelled=None, *, key, steps=None):
-        *_, last = self.trajectory(state, support, 3 if steps is None else steps)
-        return self.adapted(last, support.x)
-
-    def loss(self, state, task, progress):
-        losses = [
-            self.query_loss(state, self.adapted(theta, task.support.x), task.query, task.key)
-            for theta in self.trajectory(state, task.support, 3)
-        ]
-        return Loss(torch.stack([loss.value for loss in losses]).mean(), losses[-1].logs, losses[-1].statistics)
-
-
-class Memory(NamedTuple):
-    hidden: Tensor
-
-
-class SequenceToy(Algorithm):
-    """A recurrent cell reads (embedding, label) pairs one by one; its last state is the learner."""
-
-    targets = ("class",)
-    fixed_way = True
-    class_equivariant = False
-    support_order_matters = True
-
-    def init(self, spec, key):
-        net, population = network(self, spec, key)
-        size = math.prod(self.backbone.shape(spec.input_shape))
-        for number, (name, rows) in enumerate({"cell": 16, "read": spec.way}.items()):
-            columns = size + spec.way + 16 if name == "cell" else size + 16
-            net[f"{name}.weight"] = random.normal(random.fold_in(key, number + 1), (rows, columns)) * columns**-0.5
-        return State(net, population)
-
-    def adapt(self, state, support, unlabelled=None, *, key, steps=None):
-        z = self.backbone.embed(select(state.meta, "net"), support.x)[0]
-        inputs = torch.cat([z, F.one_hot(support.y, support.way).to(z.dtype)], -1)
-        hidden = torch.zeros_like(state.meta["cell.weight"][:, 0])
-        for row in inputs:
-            hidden = torch.tanh(state.meta["cell.weight"] @ torch.cat([row, hidden]))
-        return Memory(hidden)
-
-    def forward(self, state, learner, x, key):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
-        hidden = learner.hidden.expand(len(z), -1)
-        return torch.cat([z, hidden], -1) @ state.meta["read.weight"].T, seen
-
-
-class RidgeToy(Algorithm):
-    """Solves a linear system on the support set (as R2D2)."""
-
-    def init(self, spec, key):
-        net, population = network(self, spec, key)
-        return State(net | {"log_lambda": torch.zeros((), device=key.device)}, population)
-
-    def adapt(self, state, support, unlabelled=None, *, key, steps=None):
-        z = self.backbone.embed(select(state.meta, "net"), support.x)[0]
-        y = F.one_hot(support.y, support.way).to(z.dtype)
-        gram = z @ z.T + state.meta["log_lambda"].exp() * torch.eye(len(z), dtype=z.dtype)
-        return z.T @ torch.linalg.solve(gram, y)
-
-    def forward(self, state, learner, x, key):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
-        return z @ learner, seen
-
-
-class UnlabelledToy(Algorithm):
-    """Class means refined once by soft-assigned unlabelled pictures (as Ren et al. 2018)."""
-
-    def init(self, spec, key):
-        return State(*network(self, spec, key))
-
-    def adapt(self, state, support, unlabelled=None, *, key, steps=None):
-        net = select(state.meta, "net")
-        z = self.backbone.embed(net, support.x)[0]
-        member = F.one_hot(support.y, support.way).to(z.dtype)
-        if unlabelled is not None:
-            z_more = self.backbone.embed(net, unlabelled)[0]
-            means = member.T @ z / member.sum(0)[:, None]
-            z = torch.cat([z, z_more])
-            member = torch.cat([member, (-torch.cdist(z_more, means).square()).softmax(-1)])
-        return member.T @ z / member.sum(0)[:, None]
-
-    def forward(self, state, learner, x, key):
-        z, seen = self.embed_queries(state, select(state.meta, "net"), {}, x, key)
-        return -torch.cdist(z, learner).square(), seen
-
-
-TOYS = [TransferToy, MultiStepToy, SequenceToy, RidgeToy, UnlabelledToy]
-
-
-def dress(task: Task, toy: type) -> Task:
-    """The part of a task that only some methods use."""
-    return dataclasses.replace(task, unlabelled=task.query.x.flip(1)) if toy is UnlabelledToy else task
-
-
-@pytest.mark.parametrize("toy", TOYS)
-def test_toy_goes_through_the_same_engine_and_loop(toy, make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(ProtoNet, "sources", ("episodes", "batches"))  # which stands in until the toy takes its place
-    source = "batches" if toy is TransferToy else "episodes"
-    statistics = "population" if toy is TransferToy else "query"
-    run = make_run(
-        "algo=protonet", f"statistics={statistics}", f"train.source={source}", "train.batch_size=16", "train.steps=3"
-    )
-    algorithm = toy(backbone=run.algorithm.backbone, statistics=statistics)
-    source_train, source_test = run.train, run.test
-
-    @dataclasses.dataclass
-    class Dressed:
-        source: object
-
-        def draw(self, first, count):
-            return dress(self.source.draw(first, count), toy)
-
-        def classes(self, first, count):
-            return self.source.classes(first, count)
-
-    spec_classes = 4 * 39 if source == "batches" else 0
-    state = algorithm.init(Spec((1, 16, 16), 5, spec_classes, "class"), random.key_of(0))
-    engine = Engine(algorithm, "vmap", 2)
-    run = dataclasses.replace(
-        run, algorithm=algorithm, state=state, train=Dressed(source_train), val=Dressed(source_test),
-        test=Dressed(source_test), train_engine=engine, test_engine=engine,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", _TOYS)
+def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
+    run = build(settings_of(f"algo={name}", "dataset=gaussians", "train.steps=3", "val.every=3", "train.batch_size=8"))
 
     class Positive(loop.Silent):
         def log(self, row):
             assert row["train.loss"] > 0
 
-    before = {name: value.clone() for name, value in state.meta.items()}
+    before = {key: value.clone() for key, value in run.state.params.items()}
     fitted = loop.fit(run, Positive(), tmp_path)
-    moved = [name for name in before if not torch.equal(before[name], state.meta[name])]
-    assert moved == list(before)
-    assert loop.test(run, fitted.state, None).scores.shape == (6,)
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(state)
+    assert [key for key in before if not torch.equal(before[key], run.state.params[key])] == list(before)
+    assert loop.test(run, fitted.state, None).scores.shape == (20,)
+    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     progress = torch.zeros((), dtype=torch.float64)
-    for strategy in ("loop", "mixed") if type(algorithm).loss is Algorithm.loss else ("loop",):
-        torch.testing.assert_close(
-            Engine(algorithm, strategy, 3).step(state, tasks, progress).gradients,
-            Engine(algorithm, "vmap", 3).step(state, tasks, progress).gradients, rtol=1e-7, atol=1e-9,
-        )  # fmt: skip
+    steps = [Engine(run.algorithm, one, 3).step(state, tasks, progress).gradients for one in ("vmap", "loop")]
+    torch.testing.assert_close(*steps, rtol=1e-7, atol=1e-9)
 
 
-def test_labelled_is_a_pytree_with_a_static_way():
-    part = Labelled(torch.zeros(3, 2), torch.zeros(3), 5)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in _TOYS if name != "sequence"])  # which learns slowly
+def test_toy_methods_keep_the_contract(name):
+    for check in testing.METHOD_CHECKS.values():
+        check(testing.Method(name))
+
+
+def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told_the_labels(tmp_path):
+    words = ["algo=soft_means", "dataset=gaussians", "train.steps=60", "val.every=60", "dataset.noise_std=0.5"]
+    words += ["test.episodes=300", "episode.unlabelled=8", "episode.query=5", "train.meta_batch=2"]
+    run = build(settings_of(*words))
+    state = loop.fit(run, loop.Silent(), tmp_path).state
+    scores = loop.test(run, state, None).scores
+
+    @dataclasses.dataclass
+    class Without:
+        def draw(self, first, count):
+            task = run.test.draw(first, count)
+            few = dataclasses.replace(task.support, unlabelled=task.support.x)  # says nothing new
+            return dataclasses.replace(task, support=few)
+
+    gain = paired_difference(scores, loop.evaluate(run, state, Without(), 300))
+    assert gain.mean - gain.ci95 > 0
+    distracted = build(settings_of(*words, "episode.distractors=3"))
+    assert estimate(loop.test(distracted, state, None).scores).mean < scores.mean()
+
+
+def test_unlabelled_examples_from_python(tmp_path):
+    words = ["algo=soft_means", "dataset=gaussians", "train.steps=2", "val.every=2", "episode.unlabelled=4"]
+    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "toy", words, Console(quiet=True))
+    model = metalearn.load(tmp_path / "run")
+    x, more = torch.randn(6, 16), torch.randn(9, 16)
+    alone = model.adapt(x, list("aabbcc")).probabilities(more)
+    together = model.adapt(x, list("aabbcc"), unlabelled=more).probabilities(more)
+    assert not torch.allclose(alone, together)
+    evaluate(tmp_path / "run", ["episode.unlabelled=2", "episode.distractors=1"], "test", None, Console(quiet=True))
+    found = [json.loads(path.read_text())["protocol"] for path in (tmp_path / "run/evaluations").glob("*.json")]
+    assert {(one["unlabelled"], one["distractors"]) for one in found} == {(2, 1)}
+    train(
+        composition.composed([*_SMALL, *words[1:4], "algo=protonet"]), tmp_path / "plain", "p", [], Console(quiet=True)
+    )
+    with pytest.raises(UserError, match="does not learn from unlabelled examples"):
+        metalearn.load(tmp_path / "plain").adapt(x, list("aabbcc"), unlabelled=more)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "imaml", "reptile"])
+def test_gradient_methods_adapt_a_policy(name):
+    """A family of control tasks needs no change in a method, the engine or the loop."""
+    words = [f"algo={name}", "dataset=goals", "train.steps=2", "val.every=2"]
+    run = build(settings_of(*words))
+    assert "head.log_std" in run.state.params and run.metric.name == "return"
+    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    progress = torch.zeros((), dtype=torch.float64)
+    strategies = ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
+    steps = [Engine(run.algorithm, one, 3).step(state, tasks, progress) for one in strategies]
+    for step in steps[1:]:
+        torch.testing.assert_close(step.gradients, steps[0].gradients, rtol=1e-7, atol=1e-9)
+    assert all(value.abs().max() > 0 for value in steps[0].gradients.values())
+    scores = [Engine(run.algorithm, one, 3).scores(state, tasks) for one in ("vmap", "loop", "mixed")]
+    torch.testing.assert_close(scores[1], scores[0])
+    torch.testing.assert_close(scores[2], scores[0])
+
+
+def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
+    words = [
+        "algo=maml",
+        "algo.inner_lr=0.5",
+        "algo.step_lrs=[0.5,0.25]",
+        "algo.inner_steps=2",
+        "dataset=goals",
+        "train.steps=60",
+        "val.every=30",
+    ]
+    words += ["algo.test_inner_steps=2", "test.episodes=60", "train.meta_batch=10", "train.lr=0.003"]
+    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "maml goals", words, Console(quiet=True))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["test"]["return"]["episodes"] == 60
+    evaluate(tmp_path / "run", ["algo.test_inner_steps=0"], "test", None, Console(quiet=True))
+    (other,) = (tmp_path / "run/evaluations").glob("*=0.json")
+    before, after = json.loads(other.read_text())["test"]["return"], result["test"]["return"]
+    assert after["mean"] - after["ci95"] > before["mean"] + before["ci95"]
+
+
+def test_text_goes_through_as_tokens(tmp_path):
+    words = [
+        "algo=protonet",
+        "dataset=sentences",
+        "train.steps=40",
+        "val.every=40",
+        "test.episodes=100",
+        "episode.query=5",
+    ]
+    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "protonet sentences", words, Console(quiet=True))
+    accuracy = json.loads((tmp_path / "run/result.json").read_text())["test"]["accuracy"]
+    assert accuracy["mean"] > 0.7
+    model = metalearn.load(tmp_path / "run")
+    assert model.spec.vocabulary == 211
+    tokens = torch.randint(1, 200, (4, 8))
+    assert model.adapt(tokens, list("abcd")).predict(tokens) == list("abcd")
+    with pytest.raises(UserError, match="tokens outside 0 to 210"):
+        model.adapt(tokens + 300, list("abcd"))
+    for name in ("maml", "rfs"):
+        run = build(settings_of(f"algo={name}", "dataset=sentences", "train.batch_size=8"))
+        run.train_engine.step(run.state, run.train.draw(0, 2), torch.zeros(()))
+    with pytest.raises(UserError, match="takes images, but this dataset has tokens"):
+        build(settings_of("algo=protonet", "dataset=sentences", "backbone=conv4"))
+
+
+@pytest.mark.parametrize("check", testing.BACKBONE_CHECKS)
+def test_a_backbone_of_a_plugin_keeps_the_contract(check):
+    testing.BACKBONE_CHECKS[check](testing.BackboneCase(Bag(width=4), InputSpec((6,), 20)))
+
+
+def test_a_loss_and_an_augmentation_are_one_entry():
+    words = [
+        "dataset=glyphs",
+        "dataset.num_classes=60",
+        "dataset.image_size=12",
+        "backbone.filters=4",
+        "backbone.blocks=2",
+    ]
+    plain, other, inner = (
+        build(settings_of("algo=maml", *words, *more))
+        for more in ([], ["loss.name=cubic", "+loss.settings.power=2"], ["loss.inner=tests.toys.cubic"])
+    )
+    tasks = plain.train.draw(0, 2)
+    losses = [run.train_engine.step(run.state, tasks, torch.zeros(())).logs["loss"] for run in (plain, other, inner)]
+    assert losses[0] != losses[1] != losses[2] != losses[0]
+    darker = build(settings_of("algo=maml", *words, "+augment.ops.darken.least=0.1"))
+    assert darker.train.draw(0, 2).query.x.mean() < 0.8 * tasks.query.x.mean()
+    assert torch.equal(darker.test.draw(0, 2).query.x, plain.test.draw(0, 2).query.x)
+    for word, line in {
+        "loss.name=qubic": "loss.name=qubic: there is no such name; .*did you mean cubic",
+        "+loss.settings.power=2": r"loss\.settings\.power: loss\.name=None has no such setting",
+        "+augment.ops.darcen.least=1": "augment.ops=darcen: there is no such name; .*did you mean darken",
+        "+augment.ops.darken.most=1": r"augment\.ops\.darken\.most: there is no such setting",
+        "loss.name=os.system": "there is no such name",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            build(settings_of("algo=maml", *words, word))
+
+
+def test_support_is_a_pytree_with_a_static_way():
+    part = Support(torch.zeros(3, 2), torch.zeros(3), 5)
     mapped = torch.func.vmap(lambda item: dataclasses.replace(item, x=item.x + item.way))(part)
-    assert mapped.way == 5
+    assert mapped.way == 5 and mapped.unlabelled is None
     assert torch.equal(mapped.x, torch.full((3, 2), 5.0))

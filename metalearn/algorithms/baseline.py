@@ -4,21 +4,22 @@ Chen et al. (2019), "A closer look at few-shot classification".
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad
 
-from metalearn import random
-from metalearn.algorithms.base import objective
+from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
-from metalearn.algorithms.transfer import TransferAlgorithm
 from metalearn.settings import above, at_least, between, choice
-from metalearn.types import Labelled, Params, Spec, State
+from metalearn.tasks import prng
+from metalearn.tasks.losses import cross_entropy
+from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Baseline(TransferAlgorithm):
+class Baseline(EmbeddingAlgorithm):
     """logits = W z + b ("linear"), or head_scale * cosine(w_n, z) ("cosine", Baseline++), fitted on the frozen support set by
     gradient descent with momentum and weight decay (Chen et al. 2019, 3.2 and 3.3).
 
@@ -26,6 +27,9 @@ class Baseline(TransferAlgorithm):
     Departures: every step sees the whole support set (theirs: batches of 4), and classes of a task have no norm of their own.
     The linear head starts at zero, so that it does not depend on the order of the classes; the cosine one at random.
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("batches",)
+    is_iterative: ClassVar[bool] = True
 
     head: str = choice("linear", "cosine")
     train_scale: float = above(0)
@@ -43,29 +47,30 @@ class Baseline(TransferAlgorithm):
         state = super().init(spec, key)
         if self.head == "linear":
             return state
-        return State({name: value for name, value in state.meta.items() if name != "global.bias"}, state.fixed)
+        return State({name: value for name, value in state.params.items() if name != "global.bias"}, state.buffers)
 
-    def trained_logits(self, meta: Params, z: Tensor) -> Tensor:
+    def classify(self, params: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
-            return super().trained_logits(meta, z)
-        return self.train_scale * F.linear(F.normalize(z, dim=-1), meta["global.weight"])
+            return super().classify(params, z)
+        return self.train_scale * F.linear(F.normalize(z, dim=-1), params["global.weight"])
 
-    def compare(self, learned: Params, z: Tensor) -> Tensor:
+    def compare(self, weights: Params, learned: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
             return F.linear(z, learned["weight"], learned["bias"])
         return self.head_scale * cosine(z, learned["weight"])
 
-    def learn(self, z: Tensor, support: Labelled, key: Tensor) -> Params:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Params:
+        z = z.detach()
         shape = (support.way, z.shape[-1])
         if self.head == "linear":
             head = {"weight": z.new_zeros(shape), "bias": z.new_zeros(support.way)}
         else:
             head = {
-                "weight": random.normal(key, shape).to(z.dtype) * (3 * shape[1]) ** -0.5
+                "weight": prng.normal(key, shape).to(z.dtype) * (3 * shape[1]) ** -0.5
             }  # as wide as torch's linear layer starts
 
         def loss(head: Params) -> Tensor:
-            return objective(self.compare(head, z), support.y)
+            return cross_entropy(self.compare(weights, head, z), support.y)
 
         speed: Params = {}
         for _ in range(self.head_steps):

@@ -1,21 +1,22 @@
 """Full fine-tuning of a network trained on all classes, or on all tasks together."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad
 
-from metalearn.algorithms.base import objective, prefixed, select
-from metalearn.algorithms.linear_head import Adapted
-from metalearn.algorithms.transfer import TransferAlgorithm
+from metalearn.algorithms.batches import BatchTraining
+from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.algorithms.params import prefixed, select
 from metalearn.settings import above, at_least
-from metalearn.types import Labelled, Params, State
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuning(TransferAlgorithm):
+class FineTuning(BatchTraining, LinearHeadAlgorithm):
     """theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) for all weights, from the trained ones; for classes the head is new
     and starts at zero (the fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
 
@@ -24,36 +25,36 @@ class FineTuning(TransferAlgorithm):
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")
+    fixed_way: ClassVar[bool] = False
+    class_equivariant: ClassVar[bool] = True
 
     inner_lr: float = above(0)
     test_inner_steps: int = at_least(0)
 
-    def adapt(  # type: ignore[override]
-        self,
-        state: State,
-        support: Labelled,
-        unlabelled: Tensor | None = None,
-        *,
-        key: Tensor,
-        steps: int | None = None,
-    ) -> Adapted:
-        params = {name: value for name, value in state.meta.items() if name.startswith("net.")}
-        trained = prefixed(select(state.meta, "global"), "head")
-        if not support.y.is_floating_point():
-            shape = (support.way, trained["head.weight"].shape[-1])
-            trained = {"head.weight": support.x.new_zeros(shape), "head.bias": support.x.new_zeros(support.way)}
-        params |= trained
-        given = select(state.fixed, "net") if self.statistics == "population" else None
+    def init(self, spec: Spec, key: Tensor) -> State:
+        net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
+        size = math.prod(self.backbone.shape(spec.inputs))
+        params = prefixed(net, "net") | self.init_classifier(spec, size, prng.fold_in(key, 1))
+        return State(params, prefixed(population, "net"))
 
-        def loss(params: Params) -> Tensor:
-            z = self.backbone.embed(select(params, "net"), support.x, given)[0]
-            return objective(F.linear(z, params["head.weight"], params["head.bias"]), support.y)
+    def given(self, state: State) -> Params:
+        return self.normalisation.for_support(state) or {}
 
-        for _ in range(self.test_inner_steps if steps is None else steps):
-            gradient = grad(loss)(params)
+    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
+        params = {name: value for name, value in state.params.items() if name.startswith("net.")}
+        head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
+        if self.family.target == "class":
+            shape = (support.way, head["head.weight"].shape[-1])
+            head = {"head.weight": support.x.new_zeros(shape), "head.bias": support.x.new_zeros(support.way)}
+        params |= head
+
+        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+            return self.head(params, self.embed(params, x, given)), {}
+
+        def loss(params: Params, key: Tensor) -> Tensor:
+            return self.family.support_loss(net, params, support, key)
+
+        for step in range(self.test_inner_steps if steps is None else steps):
+            gradient = grad(loss)(params, prng.fold_in(key, step))
             params = {name: value - self.inner_lr * gradient[name] for name, value in params.items()}
-        return Adapted(params, self.reference(select(params, "net"), support.x))
-
-    def forward(self, state: State, learner: Adapted, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:  # type: ignore[override]
-        z, seen = self.embed_queries(state, select(learner.params, "net"), learner.reference, x, key)
-        return F.linear(z, learner.params["head.weight"], learner.params["head.bias"]), seen
+        return self.adapted(params, support.x)

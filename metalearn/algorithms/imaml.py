@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from metalearn.algorithms.base import objective
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.settings import above, at_least
-from metalearn.types import Labelled, Loss, Params, State, Task
+from metalearn.tasks import prng
+from metalearn.tasks.types import Loss, Params, State, Support, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class IMAML(LinearHeadAlgorithm):
     """
 
     inner_lr: float = above(0)
-    inner_steps: int = at_least(0)
+    inner_steps: int = at_least(0, in_testing="test_inner_steps")
     test_inner_steps: int = at_least(0)
     strength: float = above(0)
     cg_steps: int = at_least(0)
@@ -39,56 +39,55 @@ class IMAML(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
-    def support_loss(self, params: Params, support: Labelled, given: Params) -> Tensor:
-        return objective(self.head(params, self.embed(params, support.x, given)), support.y)
+    def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
+        """Compute L_support []; given: see `embed`; key: int64 []."""
 
-    def solved(self, state: State, support: Labelled, steps: int) -> Params:
-        """phi, approached by gradient descent from theta."""
-        theta, given = state.meta, self.own_statistics(state)
+        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+            return self.head(params, self.embed(params, x, given)), {}
+
+        return self.family.support_loss(net, params, support, key)
+
+    def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:
+        """Return phi, approached by gradient descent from theta."""
+        theta, given = state.params, self.given(state)
         phi = theta
-        for _ in range(steps):
-            gradient = grad(self.support_loss)(phi, support, given)
+        for step in range(steps):
+            gradient = grad(self.support_loss)(phi, support, given, prng.fold_in(key, step))
             phi = {
                 name: value - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
                 for name, value in phi.items()
             }
         return phi
 
-    def adapt(
-        self,
-        state: State,
-        support: Labelled,
-        unlabelled: Tensor | None = None,
-        *,
-        key: Tensor,
-        steps: int | None = None,
-    ) -> Adapted:
+    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
-        return self.adapted(self.solved(state, support, steps), support.x)
+        return self.adapted(self.solve(state, support, key, steps), support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """A surrogate whose gradient in theta is the implicit meta-gradient; the query loss of phi is among the logs."""
-        theta = {name: value.detach() for name, value in state.meta.items()}
-        start = State(theta, state.fixed)
-        phi = self.solved(start, task.support, self.inner_steps)
+        theta = {name: value.detach() for name, value in state.params.items()}
+        start, given = State(theta, state.buffers), self.given(state)
+        phi = self.solve(start, task.support, task.key, self.inner_steps)
+        last = prng.fold_in(task.key, self.inner_steps)
 
-        def query_loss(phi: Params) -> Loss:
-            return self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
+        def query_loss(phi: Params) -> tuple[Tensor, Loss]:
+            loss = self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
+            return loss.value, loss
 
-        gradient, held_out = grad(lambda phi: (lambda loss: (loss.value, loss))(query_loss(phi)), has_aux=True)(phi)
+        gradient, held_out = grad(query_loss, has_aux=True)(phi)
 
         def product(v: Params) -> Params:
             """(I + H / lambda) v with both dampings, by the gradient of <grad L_support, v>."""
 
             def along(phi: Params) -> Tensor:
-                return dot(grad(self.support_loss)(phi, task.support, self.own_statistics(state)), v)
+                return dot(grad(self.support_loss)(phi, task.support, given, last), v)
 
             hessian_v = grad(along)(phi)
             curvature = self.strength + self.strength_damping
             return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 
         direction = conjugate_gradients(product, gradient, self.cg_steps)
-        value = torch.stack([(state.meta[name] * direction[name].detach()).sum() for name in theta]).sum()
+        value = torch.stack([(state.params[name] * direction[name].detach()).sum() for name in theta]).sum()
         return Loss(value, held_out.logs, held_out.statistics)
 
 

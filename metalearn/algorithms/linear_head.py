@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
-from metalearn.algorithms.base import Algorithm, prefixed, select
+from metalearn.algorithms.base import Algorithm
+from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.layers import init_weight
-from metalearn.types import Params, Spec, State
+from metalearn.tasks import prng
+from metalearn.tasks.types import Loss, Params, Query, Spec, State
 
 
 class Adapted(NamedTuple):
@@ -23,34 +24,53 @@ class Adapted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHeadAlgorithm(Algorithm):
-    """Backbone weights stand under "net.", the head's [N, D] and [N] under "head."."""
+    """Backbone weights are under "net.", the head's [N, D] and [N] under "head.", with parameters that the family adds."""
 
-    targets: ClassVar[tuple[str, ...]] = ("class", "value")
+    targets: ClassVar[tuple[str, ...]] = ("class", "value", "control")
     fixed_way: ClassVar[bool] = True
+    adapts_in_steps: ClassVar[bool] = True
+    is_iterative: ClassVar[bool] = True
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        params, population = self.backbone.init(spec.input_shape, random.fold_in(key, 0))
-        features = math.prod(self.backbone.shape(spec.input_shape))
+        params, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
+        features = math.prod(self.backbone.shape(spec.inputs))
         head = {
-            "head.weight": init_weight(random.fold_in(key, 1), spec.way, features),
+            "head.weight": init_weight(prng.fold_in(key, 1), spec.way, features),
             "head.bias": torch.zeros(spec.way, device=key.device),
         }
-        return State(prefixed(params, "net") | head, prefixed(population, "net"))
+        own = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
+        return State(prefixed(params, "net") | head | own, prefixed(population, "net"))
+
+    def given(self, state: State) -> Params:
+        """Return the statistics by which adaptation normalises the support set; {}: its own."""
+        return self.normalisation.for_training(state) or {}
 
     def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
-        """Embeddings [M, D] as adaptation sees them; given: `own_statistics`, by which x is normalised if there are any."""
+        """Compute embeddings [M, D] of x [M, *X] as adaptation sees them; given: see `given`."""
         return self.backbone.embed(select(params, "net"), x, given or None)[0]
 
     def head(self, params: Params, z: Tensor) -> Tensor:
-        """Outputs [M, N] for embeddings z [M, D]."""
+        """Compute outputs [M, N] for embeddings z [M, D]."""
         return F.linear(z, params["head.weight"], params["head.bias"])
 
     def adapted(self, params: Params, support_x: Tensor) -> Adapted:
-        """The learner with these weights."""
-        return Adapted(params, self.reference(select(params, "net"), support_x))
+        """Return the learner with these weights."""
+        return Adapted(params, self.normalisation.reference(select(params, "net"), support_x))
 
     def forward(self, state: State, learner: Adapted, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
         net = select(learner.params, "net")
-        z, statistics = self.embed_queries(state, net, learner.reference, x, key)
+        z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics
+
+    def query_loss(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Loss:
+        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+            return self.forward(state, learner._replace(params=params), x, key)
+
+        return self.family.query_loss(net, learner.params, query, key)
+
+    def score(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Tensor:
+        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+            return self.forward(state, learner._replace(params=params), x, None)
+
+        return self.family.score(net, learner.params, query, key)

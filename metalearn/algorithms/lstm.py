@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from metalearn import random
-from metalearn.types import Params
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params
 
 
 def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None) -> Params:
@@ -17,7 +17,7 @@ def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None)
     bound = size**-0.5
 
     def uniform(number: int, columns: int) -> Tensor:
-        return bound * (2 * random.uniform(random.fold_in(key, number), (4 * size, columns)) - 1)
+        return bound * (2 * prng.uniform(prng.fold_in(key, number), (4 * size, columns)) - 1)
 
     bias = torch.zeros(4 * size, device=key.device)
     bias[size : 2 * size] = 1

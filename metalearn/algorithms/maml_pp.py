@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
 from metalearn.settings import between
-from metalearn.types import Loss, Params, Spec, State, Task
+from metalearn.tasks.types import Loss, Params, Spec, State, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class MAMLPlusPlus(GradientAdaptation):
 
     multi_step_share: share of meta-training over which w goes from 1 / K each towards the last step's alone (4.1; with their
       code's floor of 0.03 / K for the other steps); after it, the last step's alone.
-    learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr.
+    learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr or step_lrs.
     normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB); those of the earlier steps learn by
       second derivatives and by the losses of their steps alone. Departure: running statistics of each step (BNRS) are left out,
       since in the authors' code they never reach an output.
@@ -36,18 +36,16 @@ class MAMLPlusPlus(GradientAdaptation):
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
         steps = max(1, self.inner_steps)
-        meta = dict(state.meta)
+        params = dict(state.params)
         if self.normalisation_per_step:
-            for name in [name for name in meta if name.startswith("net.norm")]:
-                meta[f"step.{name}"] = meta.pop(name).repeat(steps, 1)
+            for name in [name for name in params if name.startswith("net.norm")]:
+                params[f"step.{name}"] = params.pop(name).repeat(steps, 1)
         if self.learned_rates:
-            rates = {
-                f"rate.{name}": torch.full((steps,), self.inner_lr, device=key.device)
-                for name in meta
-                if self.adapts(name)
+            initial = [GradientAdaptation.rate(self, {}, "", step) for step in range(steps)]
+            params |= {
+                f"rate.{name}": torch.tensor(initial, device=key.device) for name in list(params) if self.adapts(name)
             }
-            meta |= rates
-        return State(meta, state.fixed)
+        return State(params, state.buffers)
 
     @property
     def embeds_once(self) -> bool:
@@ -58,7 +56,7 @@ class MAMLPlusPlus(GradientAdaptation):
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
         if not self.learned_rates:
-            return self.inner_lr
+            return super().rate(slow, name, step)
         rates = slow[f"rate.{name}"]
         return rates[min(step, len(rates) - 1)]
 
@@ -75,7 +73,7 @@ class MAMLPlusPlus(GradientAdaptation):
         )
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        trajectory = self.trajectory(state, task.support, self.inner_steps)
+        trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [
             self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)

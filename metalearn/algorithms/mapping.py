@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import class_means
 from metalearn.backbones.layers import init_weight
 from metalearn.settings import at_least
-from metalearn.types import Labelled, Params, Spec
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params, Spec, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,21 +33,21 @@ class MappingNetwork(EmbeddingAlgorithm):
         width = size
         widths = [*self.hidden, size + 1]
         for layer, features in enumerate(widths):
-            weight = init_weight(random.fold_in(key, layer), features, width)
+            weight = init_weight(prng.fold_in(key, layer), features, width)
             found[f"map{layer}.weight"] = 0.1 * weight if layer == len(widths) - 1 else weight
             found[f"map{layer}.bias"] = torch.zeros(features, device=key.device)
             width = features
         return found
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Weight and offset of each class [N, D + 1]."""
         means = class_means(z, support.y, support.way)
         found = means
         for layer in range(len(self.hidden) + 1):
             found = F.linear(
-                found if layer == 0 else F.leaky_relu(found), meta[f"map{layer}.weight"], meta[f"map{layer}.bias"]
+                found if layer == 0 else F.leaky_relu(found), weights[f"map{layer}.weight"], weights[f"map{layer}.bias"]
             )
         return found + F.pad(means, (0, 1))
 
-    def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
+    def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
         return F.pad(z, (0, 1), value=1.0) @ learned.T * z.shape[-1] ** -0.5

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
-from metalearn.algorithms.base import prefixed, select
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
 from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
+from metalearn.algorithms.params import prefixed, select
 from metalearn.settings import above, at_least
-from metalearn.types import Labelled, Params, Spec
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params, Spec, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,37 +43,42 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return {
             name: value
             for number, (part, hidden) in enumerate(recurrent.items())
-            for name, value in prefixed(init_lstm(random.fold_in(key, number), size, hidden), part).items()
+            for name, value in prefixed(init_lstm(prng.fold_in(key, number), size, hidden), part).items()
         }
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Examples:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.in_context(meta, z) if self.full_context else z, y)
+        return Examples(self.in_context(weights, z) if self.full_context else z, y)
 
-    def in_context(self, meta: Params, z: Tensor) -> Tensor:
+    def in_context(self, weights: Params, z: Tensor) -> Tensor:
         """g(x_i, S) = h_i forward + h_i backward + z_i (Vinyals et al. 2016, A.2): [M, D] -> [M, D]."""
 
         def passed(name: str, z: Tensor) -> Tensor:
-            weights, hidden, cell, found = select(meta, name), torch.zeros_like(z[:1]), torch.zeros_like(z[:1]), []
+            cell_weights, hidden, cell, outputs = (
+                select(weights, name),
+                torch.zeros_like(z[:1]),
+                torch.zeros_like(z[:1]),
+                [],
+            )
             for row in z.split(1):
-                hidden, cell = lstm_cell(weights, row, hidden, cell)
-                found.append(hidden)
-            return torch.cat(found)
+                hidden, cell = lstm_cell(cell_weights, row, hidden, cell)
+                outputs.append(hidden)
+            return torch.cat(outputs)
 
         return passed("forward", z) + passed("backward", z.flip(0)).flip(0) + z
 
-    def attending(self, meta: Params, z: Tensor, support_z: Tensor) -> Tensor:
+    def attending(self, weights: Params, z: Tensor, support_z: Tensor) -> Tensor:
         """f(x, S) after the processing steps (Vinyals et al. 2016, A.1): [Q, D] -> [Q, D]."""
-        weights, hidden, cell = select(meta, "attend"), z, torch.zeros_like(z)
+        cell_weights, hidden, cell = select(weights, "attend"), z, torch.zeros_like(z)
         for _ in range(self.processing_steps):
             read = (hidden @ support_z.T).softmax(-1) @ support_z
-            found, cell = lstm_cell(weights, z, torch.cat([hidden, read], -1), cell)
-            hidden = found + z
+            output, cell = lstm_cell(cell_weights, z, torch.cat([hidden, read], -1), cell)
+            hidden = output + z
         return hidden
 
-    def compare(self, meta: Params, learned: Examples, z: Tensor) -> Tensor:
+    def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
         if self.full_context:
-            z = self.attending(meta, z, learned.z)
+            z = self.attending(weights, z, learned.z)
         attention = (cosine(z, learned.z) / self.temperature).log_softmax(-1)
         # log sum_i a_i y_i, over the examples of each class.
         return torch.where(learned.y.T > 0, attention[:, None, :], -torch.inf).logsumexp(-1)

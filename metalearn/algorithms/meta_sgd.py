@@ -7,10 +7,11 @@ import dataclasses
 
 from torch import Tensor
 
-from metalearn import random
 from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.errors import UserError
 from metalearn.settings import above
-from metalearn.types import Params, Spec, State
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params, Spec, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,15 +23,19 @@ class MetaSGD(GradientAdaptation):
 
     inner_lr_max: float = above(0)
 
+    def __post_init__(self) -> None:
+        if self.step_lrs:
+            raise UserError(f"algo.step_lrs={list(self.step_lrs)}: MetaSGD learns its rates; leave it empty")
+
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
         width = self.inner_lr_max - self.inner_lr
         rates = {
-            f"rate.{name}": self.inner_lr + width * random.uniform(random.fold_in(key, 100 + number), value.shape)
-            for number, (name, value) in enumerate(state.meta.items())
+            f"rate.{name}": self.inner_lr + width * prng.uniform(prng.fold_in(key, 100 + number), value.shape)
+            for number, (name, value) in enumerate(state.params.items())
             if self.adapts(name)
         }
-        return State(state.meta | rates, state.fixed)
+        return State(state.params | rates, state.buffers)
 
     def rate(self, slow: Params, name: str, step: int) -> Tensor:
         return slow[f"rate.{name}"]

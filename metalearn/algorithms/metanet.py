@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from metalearn import random
-from metalearn.algorithms.base import objective, select
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
+from metalearn.algorithms.params import select
 from metalearn.backbones.layers import init_weight
 from metalearn.settings import at_least
-from metalearn.types import Labelled, Params, Spec, State
+from metalearn.tasks import prng
+from metalearn.tasks.losses import cross_entropy
+from metalearn.tasks.types import Params, Spec, State, Support
 
 #: p of the preprocessing of gradients; 7 in the authors' code, 10 in that of Andrychowicz et al.
 _P = 7
@@ -60,11 +61,10 @@ class MetaNet(EmbeddingAlgorithm):
             "represent.layer": (self.representation, size), "represent.output": (spec.way, self.representation),
         }  # fmt: skip
         found = {
-            name: init_weight(random.fold_in(key, number), *shape)
-            for number, (name, shape) in enumerate(shapes.items())
+            name: init_weight(prng.fold_in(key, number), *shape) for number, (name, shape) in enumerate(shapes.items())
         }
         for number, name in enumerate(("m", "d")):
-            first, second = random.fold_in(key, 10 + number), random.fold_in(key, 20 + number)
+            first, second = prng.fold_in(key, 10 + number), prng.fold_in(key, 20 + number)
             found[f"{name}.in"] = init_weight(first, self.meta_hidden, 2)
             found[f"{name}.in_bias"] = torch.zeros(self.meta_hidden, device=key.device)
             found[f"{name}.out"] = 0.1 * init_weight(second, 1, self.meta_hidden)
@@ -74,8 +74,8 @@ class MetaNet(EmbeddingAlgorithm):
         state = super().init(spec, key)
         if self.second_order:
             return state
-        meta = dict(state.meta)
-        return State(meta, state.fixed | {"represent.output": meta.pop("represent.output")})
+        params = dict(state.params)
+        return State(params, state.buffers | {"represent.output": params.pop("represent.output")})
 
     def written(self, weights: Params, gradient: Tensor) -> Tensor:
         """Fast weights from a gradient, coordinate by coordinate: the same shape."""
@@ -88,27 +88,27 @@ class MetaNet(EmbeddingAlgorithm):
         hidden = F.linear(torch.stack([size, sign], -1), weights["in"], weights["in_bias"]).relu()
         return F.linear(hidden, weights["out"]).squeeze(-1)
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Memory:
-        def represent_loss(weights: Params) -> Tensor:
-            return objective(F.linear(F.linear(z, weights["layer"]).relu(), weights["output"]), support.y)
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
+        def represent_loss(own: Params) -> Tensor:
+            return cross_entropy(F.linear(F.linear(z, own["layer"]).relu(), own["output"]), support.y)
 
-        def base_loss(weights: Params, z: Tensor, y: Tensor) -> Tensor:
-            return objective(F.linear(F.linear(z, weights["hidden"]).relu(), weights["output"])[None], y[None])
+        def base_loss(own: Params, z: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(F.linear(F.linear(z, own["hidden"]).relu(), own["output"])[None], y[None])
 
-        of_task = grad(represent_loss)(select(meta, "represent"))["layer"]
-        representation = self.written(select(meta, "d"), of_task)
-        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(select(meta, "base"), z, support.y)
-        fast = {name: self.written(select(meta, "m"), gradient) for name, gradient in gradients.items()}
-        return Memory(fast, self.represented(meta, representation, z), representation)
+        of_task = grad(represent_loss)(select(weights, "represent"))["layer"]
+        representation = self.written(select(weights, "d"), of_task)
+        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(select(weights, "base"), z, support.y)
+        fast = {name: self.written(select(weights, "m"), gradient) for name, gradient in gradients.items()}
+        return Memory(fast, self.represented(weights, representation, z), representation)
 
-    def represented(self, meta: Params, fast: Tensor, z: Tensor) -> Tensor:
+    def represented(self, weights: Params, fast: Tensor, z: Tensor) -> Tensor:
         """r with layer augmentation: [B, D] -> [B, R]. As in the authors' code it is not rectified, so that cosines may be negative."""
-        return F.linear(z, meta["represent.layer"]) + F.linear(z, fast)
+        return F.linear(z, weights["represent.layer"]) + F.linear(z, fast)
 
-    def compare(self, meta: Params, learned: Memory, z: Tensor) -> Tensor:
-        attention = cosine(self.represented(meta, learned.representation, z), learned.keys).softmax(-1)
+    def compare(self, weights: Params, learned: Memory, z: Tensor) -> Tensor:
+        attention = cosine(self.represented(weights, learned.representation, z), learned.keys).softmax(-1)
         # W* z = sum_i a_i W*_i z: the fast weights of each query need not be written out.
         fast_hidden = torch.einsum("qm,mhd,qd->qh", attention, learned.fast["hidden"], z)
-        hidden = F.linear(z, meta["base.hidden"]).relu() + fast_hidden.relu()
+        hidden = F.linear(z, weights["base.hidden"]).relu() + fast_hidden.relu()
         fast_output = torch.einsum("qm,mnh,qh->qn", attention, learned.fast["output"], hidden)
-        return F.linear(hidden, meta["base.output"]) + fast_output
+        return F.linear(hidden, weights["base.output"]) + fast_output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metalearn.algorithms.geometry import class_means
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.types import Labelled, Params, Spec, State
+from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,10 @@ class ProtoMAML(GradientAdaptation):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
-        return State({name: value for name, value in state.meta.items() if not name.startswith("head.")}, state.fixed)
+        params = {name: value for name, value in state.params.items() if not name.startswith("head.")}
+        return State(params, state.buffers)
 
-    def trajectory(self, state: State, support: Labelled, steps: int) -> list[Params]:
-        c = class_means(self.embed(state.meta, support.x, self.own_statistics(state)), support.y, support.way)
+    def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
+        c = class_means(self.embed(state.params, support.x, self.given(state)), support.y, support.way)
         head = {"head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
-        return super().trajectory(State(state.meta | head, state.fixed), support, steps)
+        return super().trajectory(State(state.params | head, state.buffers), support, key, steps)

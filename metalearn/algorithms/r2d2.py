@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.settings import above
-from metalearn.types import Labelled, Params, Spec
+from metalearn.tasks.types import Params, Spec, Support
 
 
 def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ class R2D2(EmbeddingAlgorithm):
         start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
         return {name: torch.full((), value, device=key.device).log() for name, value in start.items()}
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * meta["ridge.log_penalty"].exp())
+        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * weights["ridge.log_penalty"].exp())
 
-    def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
-        return meta["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)
+    def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
+        return weights["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import class_sums
 from metalearn.backbones.layers import init_weight
 from metalearn.errors import UserError
 from metalearn.settings import at_least
-from metalearn.types import Labelled, Loss, Params, Spec
+from metalearn.tasks import prng
+from metalearn.tasks.types import Loss, Params, Query, Spec, Support
 
 #: Blocks of convolution in g.
 _BLOCKS = 2
@@ -38,7 +38,7 @@ class RelationNetwork(EmbeddingAlgorithm):
     hidden: list[int] = at_least(1)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        channels, *extent = self.backbone.shape(spec.input_shape)
+        channels, *extent = self.backbone.shape(spec.inputs)
         height, side = extent or (1, 1)
         if height != side:
             raise UserError(f"algo=relation compares square maps; the backbone gives {height}x{side}")
@@ -46,24 +46,24 @@ class RelationNetwork(EmbeddingAlgorithm):
         width = 2 * channels
         for block in range(_BLOCKS):
             kernel = 3 if side > 1 else 1
-            weight = init_weight(random.fold_in(key, block), self.filters, width, kernel, kernel)
+            weight = init_weight(prng.fold_in(key, block), self.filters, width, kernel, kernel)
             found[f"relation.conv{block}.weight"] = weight
             found[f"relation.norm{block}.weight"] = torch.ones(self.filters, device=key.device)
             found[f"relation.norm{block}.bias"] = torch.zeros(self.filters, device=key.device)
             width, side = self.filters, max(1, side // 2)
         width *= side**2
         for layer, features in enumerate([*self.hidden, 1]):
-            weight = init_weight(random.fold_in(key, _BLOCKS + layer), features, width)
+            weight = init_weight(prng.fold_in(key, _BLOCKS + layer), features, width)
             found[f"relation.linear{layer}.weight"] = weight
             found[f"relation.linear{layer}.bias"] = torch.zeros(features, device=key.device)
             width = features
         return found
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Tensor:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         return class_sums(z, support.y, support.way)
 
-    def compare(self, meta: Params, learned: Tensor, z: Tensor) -> Tensor:
-        first = meta["relation.conv0.weight"]
+    def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
+        first = weights["relation.conv0.weight"]
         channels = first.shape[1] // 2
         side = math.isqrt(z.shape[-1] // channels)
         classes, queries = (part.unflatten(-1, (channels, side, side)) for part in (learned, z))
@@ -72,19 +72,19 @@ class RelationNetwork(EmbeddingAlgorithm):
         x = pairs.flatten(0, 1)
         for block in range(_BLOCKS):
             if block:
-                x = _convolved(x, meta[f"relation.conv{block}.weight"])
-            x = F.group_norm(x, 1, meta[f"relation.norm{block}.weight"], meta[f"relation.norm{block}.bias"])
+                x = _convolved(x, weights[f"relation.conv{block}.weight"])
+            x = F.group_norm(x, 1, weights[f"relation.norm{block}.weight"], weights[f"relation.norm{block}.bias"])
             x = _halved(x.relu())
         x = x.flatten(1)
         for layer in range(len(self.hidden) + 1):
             name = f"relation.linear{layer}"
-            x = F.linear(x if layer == 0 else x.relu(), meta[f"{name}.weight"], meta[f"{name}.bias"])
+            x = F.linear(x if layer == 0 else x.relu(), weights[f"{name}.weight"], weights[f"{name}.bias"])
         return x.view(len(z), len(learned))
 
-    def judged(self, meta: Params, learned: Tensor, z: Tensor, query: Labelled, statistics: Params) -> Loss:
-        logits = self.compare(meta, learned, z)
-        wanted = F.one_hot(query.y, query.way).to(logits.dtype)
-        return self.scored((logits.sigmoid() - wanted).square().mean(), logits, query.y, statistics)
+    def embedding_loss(self, weights: Params, learned: Tensor, z: Tensor, query: Query, statistics: Params) -> Loss:
+        logits = self.compare(weights, learned, z)
+        target = F.one_hot(query.y, logits.shape[-1]).to(logits.dtype)
+        return self.supervised.judge((logits.sigmoid() - target).square().mean(), logits, query.y, statistics)
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:

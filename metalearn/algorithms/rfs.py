@@ -4,14 +4,15 @@ Tian et al. (2020), "Rethinking few-shot image classification: A good embedding 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.algorithms.transfer import TransferAlgorithm
+from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.settings import above, at_least
-from metalearn.types import Labelled
+from metalearn.tasks.types import Params, Support
 
 
 def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations: int) -> Tensor:
@@ -36,17 +37,20 @@ def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RFS(TransferAlgorithm):
+class RFS(EmbeddingAlgorithm):
     """logits of a multinomial logistic regression on z / |z| (Tian et al. 2020, 3.2; their simple variant, no distillation).
 
     cost: weight of the cross-entropies against 1/2 |W|^2 (theirs: 1); iterations: of the solver.
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("batches",)
+    is_iterative: ClassVar[bool] = True
+
     cost: float = above(0)
     iterations: int = at_least(1)
 
-    def learn(self, z: Tensor, support: Labelled, key: Tensor) -> Tensor:
-        return logistic_regression(F.normalize(z, dim=-1), support.y, support.way, self.cost, self.iterations)
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
+        return logistic_regression(F.normalize(z.detach(), dim=-1), support.y, support.way, self.cost, self.iterations)
 
-    def compare(self, learned: Tensor, z: Tensor) -> Tensor:
+    def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
         return F.pad(F.normalize(z, dim=-1), (0, 1), value=1.0) @ learned

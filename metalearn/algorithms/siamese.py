@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.types import Labelled, Loss, Params, Spec
+from metalearn.tasks import prng
+from metalearn.tasks.types import Loss, Params, Query, Spec, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,23 +24,23 @@ class Siamese(EmbeddingAlgorithm):
     """
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        alpha = (0.2 * random.normal(key, (size,)) - 1) * size**-0.5  # a distance from the start: alike is near
+        alpha = (0.2 * prng.normal(key, (size,)) - 1) * size**-0.5  # a distance from the start: alike is near
         return {"pair.alpha": alpha, "pair.bias": torch.ones((), device=key.device)}
 
-    def learn(self, meta: Params, z: Tensor, support: Labelled) -> Examples:
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         return Examples(z, F.one_hot(support.y, support.way).to(z.dtype))
 
-    def pairs(self, meta: Params, learned: Examples, z: Tensor) -> Tensor:
+    def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
         """Logits [Q, M] that query and support example are of the same class."""
         distance = (z[:, None] - learned.z).abs()
-        return distance @ meta["pair.alpha"] + meta["pair.bias"]
+        return distance @ weights["pair.alpha"] + weights["pair.bias"]
 
-    def compare(self, meta: Params, learned: Examples, z: Tensor) -> Tensor:
-        pairs = self.pairs(meta, learned, z)
+    def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
+        pairs = self.pairs(weights, learned, z)
         return torch.where(learned.y.T > 0, pairs[:, None, :], -torch.inf).amax(-1)
 
-    def judged(self, meta: Params, learned: Examples, z: Tensor, query: Labelled, statistics: Params) -> Loss:
-        pairs = self.pairs(meta, learned, z)
-        same = F.one_hot(query.y, query.way).to(pairs.dtype) @ learned.y.T
+    def embedding_loss(self, weights: Params, learned: Examples, z: Tensor, query: Query, statistics: Params) -> Loss:
+        pairs = self.pairs(weights, learned, z)
+        same = F.one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)
-        return self.scored(value, self.compare(meta, learned, z), query.y, statistics)
+        return self.supervised.judge(value, self.compare(weights, learned, z), query.y, statistics)

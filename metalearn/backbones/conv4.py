@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.backbones import layers, normalisation
+from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
+from metalearn.backbones.normalisation import Normaliser
 from metalearn.errors import UserError
-from metalearn.settings import above, at_least, choice, given_by_run
-from metalearn.types import Kernels, Params
+from metalearn.settings import at_least, choice
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Conv4:
+class Conv4(Backbone):
     """Blocks of 3x3 convolution, normalisation, activation and a halving of the picture.
 
     halvings: how many of the blocks halve it, from the first; None: all.
@@ -25,20 +27,22 @@ class Conv4:
 
     filters: int = at_least(1)
     blocks: int = at_least(1)
-    halvings: int | None = at_least(0)
+    halvings: int | None = at_least(0, default=None)
     downsample: str = choice("pool", "stride")
     output: str = choice("flatten", "mean")
     normalisation: str = choice("batch", "none")
     activation: str = choice(*ACTIVATIONS)
-    eps: float = above(0)
-    kernels: Kernels = given_by_run(Kernels())
 
-    def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
+    @property
+    def normalises(self) -> bool:
+        return self.normalisation != "none"
+
+    def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
         population: Params = {}
-        channels = input_shape[0]
+        channels = inputs.shape[0]
         for block in range(self.blocks):
-            weight = init_weight(random.fold_in(key, block), self.filters, channels, 3, 3)
+            weight = init_weight(prng.fold_in(key, block), self.filters, channels, 3, 3)
             params[f"conv{block}.weight"] = weight
             if self.normalisation == "batch":
                 affine, statistics = normalisation.init(f"norm{block}", self.filters, key.device)
@@ -52,33 +56,26 @@ class Conv4:
     def halves(self, block: int) -> bool:
         return self.halvings is None or block < self.halvings
 
-    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        height, width = input_shape[1:]
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
             height, width = (
                 (height // 2, width // 2) if self.downsample == "pool" else ((height + 1) // 2, (width + 1) // 2)
             )
         if height == 0 or width == 0:
             raise UserError(
-                f"backbone.blocks={self.blocks} halve pictures of {input_shape[1]}x{input_shape[2]} to nothing; "
+                f"backbone.blocks={self.blocks} halve pictures of {start[0]}x{start[1]} to nothing; "
                 "use fewer blocks, fewer backbone.halvings, larger pictures or backbone.downsample=stride"
             )
         return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
-    def embed(
-        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
-    ) -> tuple[Tensor, Params]:
-        """x [B, C, H, W] -> z [B, D]; see `metalearn.types.Backbone`."""
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         activation = ACTIVATIONS[self.activation]
-        statistics: Params = {}
         for block in range(self.blocks):
             weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")
             stride = 2 if self.halves(block) and self.downsample == "stride" else 1
-            x = layers.convolution(x, weight, bias, stride, self.kernels)
-            if self.normalisation == "batch":
-                x, seen = normalisation.normalise(f"norm{block}", params, x, given, collect, self.eps, self.kernels)
-                statistics |= seen
-            x = activation(x)
+            x = layers.convolution(x, weight, bias, stride, norm.kernels)
+            x = activation(norm(f"norm{block}", x))
             if self.halves(block) and self.downsample == "pool":
                 x = F.max_pool2d(x, 2)
-        return (x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)), statistics
+        return x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)

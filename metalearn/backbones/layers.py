@@ -1,6 +1,5 @@
 """What the backbones share: initial weights, activations, convolutions with a normalisation, and noise."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -8,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.backbones import normalisation
-from metalearn.types import Kernels, Params
+from metalearn.backbones.normalisation import Normaliser
+from metalearn.tasks import prng
+from metalearn.tasks.types import Kernels, Params
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -31,7 +31,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, ker
 
 def init_weight(key: Tensor, *shape: int) -> Tensor:
     """A normal weight [out, in, ...] with variance 2 / fan_in (He et al. 2015)."""
-    return random.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
+    return prng.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def init_conv_norm(name: str, key: Tensor, out: int, channels: int, size: int) -> tuple[Params, Params]:
@@ -40,32 +40,14 @@ def init_conv_norm(name: str, key: Tensor, out: int, channels: int, size: int) -
     return {f"conv{name}.weight": init_weight(key, out, channels, size, size)} | affine, population
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvNorm:
-    """Convolutions, each followed by its normalisation, in one pass of a network.
-
-    given, collect: see `Backbone.embed`; seen: statistics of the layers so far, if collected.
-    """
-
-    params: Params
-    given: Params | None
-    collect: bool
-    eps: float
-    kernels: Kernels
-    seen: Params = dataclasses.field(default_factory=dict)
-
-    def __call__(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
-        x = convolution(x, self.params[f"conv{name}.weight"], None, stride, self.kernels)
-        x, seen = normalisation.normalise(
-            f"norm{name}", self.params, x, self.given, self.collect, self.eps, self.kernels
-        )
-        self.seen.update(seen)
-        return x
+def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
+    """Convolve x [B, C, H, W] by the layer of this name, and normalise."""
+    return norm(f"norm{name}", convolution(x, norm.params[f"conv{name}.weight"], None, stride, norm.kernels))
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
     """Each number zero with probability `rate`, the others scaled by 1 / (1 - rate) (Srivastava et al. 2014)."""
-    kept = random.uniform(key, tuple(x.shape)) >= rate
+    kept = prng.uniform(key, tuple(x.shape)) >= rate
     return x * kept / (1 - rate)
 
 
@@ -79,7 +61,7 @@ def drop_block(x: Tensor, rate: float, size: int, key: Tensor) -> Tensor:
     size = min(size, height, width)
     places = (height - size + 1, width - size + 1)
     share = rate * height * width / (size**2 * places[0] * places[1])
-    corners = random.uniform(key, (batch, channels, *places)) < share
+    corners = prng.uniform(key, (batch, channels, *places)) < share
     dropped = F.max_pool2d(F.pad(corners.to(x.dtype), [size - 1] * 4), size, stride=1)
     kept = 1 - dropped
     return x * kept * (kept.numel() / kept.sum().clamp_min(1))

@@ -2,34 +2,41 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
 from metalearn.backbones import normalisation
+from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
-from metalearn.settings import above, at_least, choice, given_by_run
-from metalearn.types import Kernels, Params
+from metalearn.backbones.normalisation import Normaliser
+from metalearn.settings import at_least, choice
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MLP:
+class MLP(Backbone):
     """Linear layers of the sizes `hidden`, each with an optional normalisation and an activation."""
+
+    input_kinds: ClassVar[tuple[str, ...]] = ("images", "features")
 
     hidden: list[int] = at_least(1)
     normalisation: str = choice("batch", "none")
     activation: str = choice(*ACTIVATIONS)
-    eps: float = above(0)
-    kernels: Kernels = given_by_run(Kernels())
 
-    def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
+    @property
+    def normalises(self) -> bool:
+        return self.normalisation != "none"
+
+    def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
         population: Params = {}
-        width = math.prod(input_shape)
+        width = math.prod(inputs.shape)
         for layer, features in enumerate(self.hidden):
-            params[f"linear{layer}.weight"] = init_weight(random.fold_in(key, layer), features, width)
+            params[f"linear{layer}.weight"] = init_weight(prng.fold_in(key, layer), features, width)
             if self.normalisation == "batch":
                 affine, statistics = normalisation.init(f"norm{layer}", features, key.device)
                 params |= affine
@@ -39,19 +46,12 @@ class MLP:
             width = features
         return params, population
 
-    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (self.hidden[-1] if self.hidden else math.prod(input_shape),)
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        return (self.hidden[-1] if self.hidden else math.prod(inputs.shape),)
 
-    def embed(
-        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
-    ) -> tuple[Tensor, Params]:
-        """x [B, *X] -> z [B, D]; see `metalearn.types.Backbone`."""
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         x = x.flatten(1)
-        statistics: Params = {}
         for layer in range(len(self.hidden)):
             x = F.linear(x, params[f"linear{layer}.weight"], params.get(f"linear{layer}.bias"))
-            if self.normalisation == "batch":
-                x, seen = normalisation.normalise(f"norm{layer}", params, x, given, collect, self.eps, self.kernels)
-                statistics |= seen
-            x = ACTIVATIONS[self.activation](x)
-        return x, statistics
+            x = ACTIVATIONS[self.activation](norm(f"norm{layer}", x))
+        return x

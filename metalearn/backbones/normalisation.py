@@ -1,14 +1,16 @@
 """Batch normalisation as a function of explicit statistics; the only place that normalises."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.types import Kernels, Params
+from metalearn.tasks.types import Kernels, Params
 
 
 def init(name: str, features: int, device: torch.device) -> tuple[Params, Params]:
-    """Scale 1 and shift 0 under `name`, and population statistics of a standard normal input."""
+    """Return scale 1 and shift 0 under `name`, and the population statistics of a standard normal input."""
     one, zero = torch.ones(features, device=device), torch.zeros(features, device=device)
     return (
         {f"{name}.weight": one, f"{name}.bias": zero},
@@ -16,31 +18,52 @@ def init(name: str, features: int, device: torch.device) -> tuple[Params, Params
     )
 
 
-def normalise(
-    name: str, params: Params, x: Tensor, given: Params | None, collect: bool, eps: float, kernels: Kernels
-) -> tuple[Tensor, Params]:
-    """(x - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015).
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+    """All normalisations in one pass of a network. Call it with the name of a layer and its input x [B, C, ...].
 
-    Args:
-      x: [B, C, ...]; given: the statistics to use, or None for those of x itself (biased variance).
-      collect: also return the statistics of x, differentiable in x.
-    Returns: the normalised x, and {"<name>.mean": [C], "<name>.var": [C]} or {}.
+    params: of the network; layers without `<name>.weight` are not normalised.
+    given: the statistics to use, or None for those of each x itself (biased variance).
+    collect: whether to gather the statistics of each x, differentiable in x, in `seen`.
+    film: `<name>.scale` and `<name>.shift` [C] of a task, applied after each layer's normalisation: x (1 + scale) + shift
+    (Perez et al. 2018); None for none.
+    seen: {"<name>.mean": [C], "<name>.var": [C]} of the layers so far, if collected; features: C of each layer so far.
     """
-    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    collected: Params = {}
-    if collect:
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0)
-        collected = {f"{name}.mean": mean, f"{name}.var": var}
-    if given is None:
-        if kernels.fused_norm:
-            return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), collected
-        # The affine part stands outside, because under vmap the second derivative of F.batch_norm is wrong when its
-        # weight differs between tasks (torch 2.15; tests/test_backbones.py holds it).
-        standard = F.batch_norm(x, None, None, training=True, eps=eps)
-        return standard * weight.view(shape) + bias.view(shape), collected
-    # Written out, because F.batch_norm treats given statistics as constants and gradients must pass through them.
-    scale = weight * torch.rsqrt(given[f"{name}.var"] + eps)
-    shift = bias - given[f"{name}.mean"] * scale
-    return x * scale.view(shape) + shift.view(shape), collected
+
+    params: Params
+    given: Params | None = None
+    collect: bool = False
+    eps: float = 1e-5
+    kernels: Kernels = Kernels()
+    film: Params | None = None
+    seen: Params = dataclasses.field(default_factory=dict)
+    features: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        """Compute (x - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015)."""
+        self.features[name] = x.shape[1]
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        if f"{name}.weight" in self.params:
+            x = self._normalise(name, x, shape)
+        if self.film is not None:
+            scale, shift = self.film[f"{name}.scale"], self.film[f"{name}.shift"]
+            x = x * (1 + scale.view(shape)) + shift.view(shape)
+        return x
+
+    def _normalise(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        if self.collect:
+            axes = [axis for axis in range(x.dim()) if axis != 1]
+            var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0)
+            self.seen.update({f"{name}.mean": mean, f"{name}.var": var})
+        if self.given is None:
+            if self.kernels.fused_norm:
+                return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            # The affine part is outside, because under vmap the second derivative of F.batch_norm is wrong when its
+            # weight differs between tasks (torch 2.15; tests/test_backbones.py holds it).
+            standard = F.batch_norm(x, None, None, training=True, eps=self.eps)
+            return standard * weight.view(shape) + bias.view(shape)
+        # Written out, because F.batch_norm treats given statistics as constants and gradients must pass through them.
+        scale = weight * torch.rsqrt(self.given[f"{name}.var"] + self.eps)
+        shift = bias - self.given[f"{name}.mean"] * scale
+        return x * scale.view(shape) + shift.view(shape)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn import random
-from metalearn.backbones.layers import ConvNorm, init_conv_norm
+from metalearn.backbones.base import Backbone
+from metalearn.backbones.layers import conv_norm, init_conv_norm
+from metalearn.backbones.normalisation import Normaliser
 from metalearn.download import with_network
 from metalearn.errors import UserError, first_line
-from metalearn.settings import above, given_by_run
-from metalearn.types import Kernels, Params
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec, Params
 
 _FILTERS = (64, 128, 256, 512)
 _BLOCKS = 2
@@ -46,7 +47,7 @@ def _layers() -> Iterator[_Layer]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNet18:
+class ResNet18(Backbone):
     """torchvision.models.resnet18 without its classifier: 512 features.
 
     weights: null for random ones, "imagenet" for torchvision's own (downloaded once into torch's hub folder), or a file with a
@@ -58,15 +59,20 @@ class ResNet18:
 
     weights: str | None
     frozen: bool
-    eps: float = above(0)
-    kernels: Kernels = given_by_run(Kernels())
 
-    def init(self, input_shape: tuple[int, ...], key: Tensor) -> tuple[Params, Params]:
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen
+
+    def without_weights(self) -> "ResNet18":
+        return dataclasses.replace(self, weights=None)
+
+    def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
         population: Params = {}
         for number, layer in enumerate(_layers()):
             weights, statistics = init_conv_norm(
-                layer.name, random.fold_in(key, number), layer.out, layer.channels, layer.size
+                layer.name, prng.fold_in(key, number), layer.out, layer.channels, layer.size
             )
             params |= weights
             population |= statistics
@@ -95,27 +101,21 @@ class ResNet18:
             raise UserError(f"backbone.weights={self.weights}: {name} is {found}; should be a state dict of ResNet-18")
         return value.to(place)
 
-    def shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
-        if input_shape[0] not in (1, _COLOURS):
-            raise UserError(f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {input_shape[0]}")
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        if inputs.shape[0] not in (1, _COLOURS):
+            raise UserError(f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {inputs.shape[0]}")
         return (_FILTERS[-1],)
 
-    def embed(
-        self, params: Params, x: Tensor, given: Params | None = None, collect: bool = False, key: Tensor | None = None
-    ) -> tuple[Tensor, Params]:
-        """x [B, 1 or 3, H, W] -> z [B, 512]; see `metalearn.types.Backbone`."""
-        if self.frozen:
-            params = {name: value.detach() for name, value in params.items()}
-        conv_norm = ConvNorm(params, given, collect, self.eps, self.kernels)
-        x = F.relu(conv_norm("_stem", x.expand(-1, _COLOURS, -1, -1), stride=2))
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        x = F.relu(conv_norm(norm, "_stem", x.expand(-1, _COLOURS, -1, -1), stride=2))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for group in range(1, len(_FILTERS) + 1):
             for block in range(_BLOCKS):
                 stride = 2 if group > 1 and block == 0 else 1
-                beside = conv_norm(f"{group}_{block}_beside", x, stride) if stride == 2 else x
-                x = F.relu(conv_norm(f"{group}_{block}_1", x, stride))
-                x = F.relu(conv_norm(f"{group}_{block}_2", x) + beside)
-        return x.mean((-2, -1)), conv_norm.seen
+                beside = conv_norm(norm, f"{group}_{block}_beside", x, stride) if stride == 2 else x
+                x = F.relu(conv_norm(norm, f"{group}_{block}_1", x, stride))
+                x = F.relu(conv_norm(norm, f"{group}_{block}_2", x) + beside)
+        return x.mean((-2, -1))
 
 
 def _address() -> str:

@@ -5,23 +5,24 @@ import json
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from metalearn.data.base import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
-from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
+from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
 from metalearn.download import with_network
 from metalearn.errors import UserError, first_line
-from metalearn.settings import at_least, choice
+from metalearn.settings import anything, at_least, choice
 
 _CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"  # torchvision's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Folder:
+class Folder(ImageDataset):
     """Pictures named <class>/<file>, below `path` (in `data_dir` unless absolute): a folder, a zip, or a folder of zips.
 
     name: of the cache file. colour: "rgb" or "grey". Pictures are resized (shorter side first) and cropped in the middle to a square.
@@ -30,34 +31,23 @@ class Folder:
     download: "none", or "cifar100": CIFAR-100 through torchvision when nothing lies in `path`.
     """
 
-    name: str
-    path: str
+    name: str = anything()
+    path: str = anything()
     image_size: int = at_least(8)
     colour: str = choice("rgb", "grey")
-    split: str
-    split_seed: int
+    split: str = anything()
+    split_seed: int = anything()
     fractions: list[float] = at_least(0)
-    standardise: bool
-    rotations: str = choice(*ROTATIONS)
-    rotations_may_meet: bool
+    standardise: bool = anything()
     download: str = choice("none", "cifar100")
 
-    target: ClassVar[str] = ImageData.target
-
-    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Reads the pictures once, keeps them in the cache, and splits them."""
         root = self.files(data_dir)[0]
         containers = self._containers(root)
         settings = ("1", self.image_size, self.colour, files_hash(containers))
         pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
-        return ImageData(
-            pictures,
-            self._splits(pictures.names, root),
-            rotations=self.rotations,
-            rotations_may_meet=self.rotations_may_meet,
-            standardise=self.standardise,
-            device=device,
-        )
+        return self.class_data(pictures, self._splits(pictures.names, root), device, self.standardise)
 
     def files(self, data_dir: Path) -> list[Path]:
         """The folder or zip that is read."""

@@ -6,17 +6,17 @@ control points, a random affine map and pen width, rendered with anti-aliasing.
 
 import dataclasses
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn import random
+from metalearn.data.base import ClassData
 from metalearn.data.files import cached, ink
-from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split, shares
-from metalearn.settings import at_least, choice
+from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
+from metalearn.settings import anything, at_least, choice
+from metalearn.tasks import prng
 
 _POINTS = 28  # of the pen path, a stroke
 _STROKES = 4  # at most, a class
@@ -24,46 +24,31 @@ _PIXELS_TOGETHER = 50 * 20 * 28**2  # rendered at a time, a bound on memory (abo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Glyphs:
+class Glyphs(ImageDataset):
     """jitter: scale of all deviations of a drawing from its class (1 is legible, 0 is print)."""
 
     num_classes: int = at_least(20)
     drawings: int = at_least(2)
     image_size: int = at_least(8)
     jitter: float = at_least(0)
-    glyph_seed: int
+    glyph_seed: int = anything()
     split: str = choice("random")
-    split_seed: int
+    split_seed: int = anything()
     fractions: list[float] = at_least(0)
-    rotations: str = choice(*ROTATIONS)
-    rotations_may_meet: bool
 
-    target: ClassVar[str] = ImageData.target
-
-    def files(self, data_dir: Path) -> list[Path]:
-        """None are read."""
-        return []
-
-    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Renders (or takes from the cache) all drawings; reads no files."""
         settings = ("3", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
         splits = seeded_split(pictures.names, shares(self.num_classes, self.fractions), self.split_seed)
-        return ImageData(
-            pictures,
-            splits,
-            rotations=self.rotations,
-            rotations_may_meet=self.rotations_may_meet,
-            standardise=False,
-            device=device,
-        )
+        return self.class_data(pictures, splits, device)
 
     def to_array(self, picture: Image.Image) -> np.ndarray:
         """Somebody's own drawing as the network sees it: uint8 [1, H, W], ink 255 on paper 0."""
         return ink(picture, self.image_size)
 
     def _render(self) -> Pictures:
-        keys = random.fold_in(random.key_of(self.glyph_seed), torch.arange(self.num_classes))
+        keys = prng.fold_in(prng.key_of(self.glyph_seed), torch.arange(self.num_classes))
         together = max(1, min(50, _PIXELS_TOGETHER // (self.drawings * self.image_size**2)))
         images = torch.cat([self._draw(chunk) for chunk in keys.split(together)])
         names = [f"glyph{index:05d}" for index in range(self.num_classes)]
@@ -74,12 +59,12 @@ class Glyphs:
         classes, drawings, jitter = len(key_C), self.drawings, self.jitter
 
         def noise(number: int, *shape: int) -> Tensor:
-            return random.normal(random.fold_in(key_C, number), shape)
+            return prng.normal(prng.fold_in(key_C, number), shape)
 
         # The class: 2 to 4 strokes of 4 control points, starting anywhere, then wandering.
-        starts = random.uniform(random.fold_in(key_C, 0), (_STROKES, 1, 2)) * 1.4 - 0.7
+        starts = prng.uniform(prng.fold_in(key_C, 0), (_STROKES, 1, 2)) * 1.4 - 0.7
         control = (starts + torch.cat([torch.zeros_like(starts), 0.55 * noise(1, _STROKES, 3, 2)], 2)).clamp(-0.8, 0.8)
-        num_strokes = 2 + random.integers(random.fold_in(key_C, 2), (1,), _STROKES - 1)
+        num_strokes = 2 + prng.integers(prng.fold_in(key_C, 2), (1,), _STROKES - 1)
 
         # The drawing: jitter of control points, then an affine map close to the identity.
         control = control[:, None] + 0.06 * jitter * noise(3, drawings, _STROKES, 4, 2)

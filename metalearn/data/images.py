@@ -1,4 +1,4 @@
-"""A data set of pictures: decoded images, classes and splits, ready to draw tasks from."""
+"""Datasets of images: decoded images, classes and splits, ready to draw tasks from."""
 
 import dataclasses
 import hashlib
@@ -7,9 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
-from metalearn import random
-from metalearn.episodes import STREAMS, ClassTable, ImageBatches, ImageEpisodes, ImageStore, Shape
+from metalearn.data.base import ClassData, Dataset
 from metalearn.errors import UserError
+from metalearn.settings import anything, choice
+from metalearn.tasks import prng
+from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes
 
 ROTATIONS = ("none", "train_classes", "classes", "episode")
 
@@ -35,7 +37,7 @@ class Pictures:
 def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
     """Classes of each split, drawn without replacement from the sorted names."""
     names = sorted(names)
-    order = random.permutation(random.key_of(seed), len(names)).tolist()
+    order = prng.permutation(prng.key_of(seed), len(names)).tolist()
     chosen: dict[str, list[str]] = {}
     start = 0
     for split, size in sizes.items():
@@ -52,32 +54,33 @@ def shares(total: int, fractions: list[float]) -> dict[str, int]:
     return {"train": total - val - test, "val": val, "test": test}
 
 
-class ImageData:
-    """Pictures on the device with their splits; hands out task sources.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageDataset(Dataset):
+    """Settings that all datasets of images share.
 
-    standardise: subtract the mean and divide by the standard deviation of the training pictures, for each channel.
-    rotations: "none"; "train_classes" or "classes" (each class stands for four, in training or everywhere);
-    "episode" (a random quarter turn of each class in each episode).
+    rotations: "none"; "train_classes" or "classes" (each class stands for four, rotated by 0, 90, 180 and 270 degrees, in
+    training or everywhere); "episode" (each class is rotated at random in each episode).
+    rotations_may_meet, rotations_share_drawings: see `RotatedClasses`.
     """
 
-    target = "class"
+    rotations: str = choice(*ROTATIONS)
+    rotations_may_meet: bool = anything()
+    rotations_share_drawings: bool = anything(default=True)
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        splits: dict[str, list[str]],
-        *,
-        rotations: str,
-        rotations_may_meet: bool,
-        standardise: bool,
-        device: torch.device,
-    ) -> None:
+    def class_data(
+        self, pictures: Pictures, splits: dict[str, list[str]], device: torch.device, standardise: bool = False
+    ) -> ClassData:
+        """Return decoded images on the device, ready to draw tasks from.
+
+        Args:
+            pictures: all images.
+            splits: names of the classes of each split.
+            device: where the images are kept.
+            standardise: subtract the mean and divide by the standard deviation of the training images, for each channel.
+        """
         index_of = {name: index for index, name in enumerate(pictures.names)}
         starts = torch.tensor([0, *pictures.counts]).cumsum(0).tolist()
-        self.content_hash = pictures.content_hash()
-        self.device = device
-        self.input_shape = tuple(pictures.images.shape[1:])
-        self._tables: dict[str, ClassTable] = {}
+        views: dict[str, ClassView] = {}
         for split, names in splits.items():
             if not names:
                 raise UserError(f"dataset.split leaves no class for {split}: bring more classes or another split")
@@ -85,60 +88,21 @@ class ImageData:
             column = torch.arange(int(counts.max()))
             first = torch.tensor([starts[index_of[name]] for name in names])
             rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
-            self._tables[split] = ClassTable(
-                rows.to(device),
-                counts.to(device),
-                tuple(names),
-                turned=rotations == "classes" or (rotations == "train_classes" and split == "train"),
-                turned_may_meet=rotations_may_meet,
-                turn_in_episode=rotations == "episode",
-            )
-        channels = self.input_shape[0]
+            index = ClassIndex(rows.to(device), counts.to(device), tuple(names))
+            if self.rotations == "classes" or (self.rotations == "train_classes" and split == "train"):
+                views[split] = RotatedClasses(index, self.rotations_may_meet, self.rotations_share_drawings)
+            else:
+                views[split] = RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
+        channels = pictures.images.shape[1]
         shift, scale = torch.zeros(channels), torch.ones(channels)
         if standardise:
-            shift, scale = _moments(pictures.images, self._tables["train"].rows.cpu().unique())
-        self._store = ImageStore(
+            shift, scale = _moments(pictures.images, views["train"].index.rows.cpu().unique())
+        store = ImageStore(
             pictures.images.to(device), shift.view(-1, 1, 1).to(device), 1 / scale.view(-1, 1, 1).to(device)
         )
-
-    @property
-    def standardisation(self) -> dict[str, list[float]]:
-        """What is subtracted from x / 255, and what multiplied then, for each channel."""
-        return {"shift": self._store.shift.flatten().tolist(), "scale": self._store.scale.flatten().tolist()}
-
-    def class_names(self, split: str) -> tuple[str, ...]:
-        """Names of the classes of a split; a class keeps its name when it is turned."""
-        return self._tables[split].names
-
-    def num_classes(self, split: str) -> int:
-        return self._tables[split].num_classes
-
-    def protocol(self, split: str) -> dict[str, object]:
-        """What of the data a measurement on this split depends on."""
-        table = self._tables[split]
-        others = [self._tables[name].names for name in self._tables if name != split]
-        rotations = "classes" if table.turned else "episode" if table.turn_in_episode else "none"
-        return {
-            "data": self.content_hash,
-            "classes": hashlib.sha256(repr(table.names).encode()).hexdigest()[:16],
-            "split": hashlib.sha256(repr(others).encode()).hexdigest()[:16],  # what was left to train and validate on
-            "num_classes": table.num_classes,
-            "rotations": rotations,
-            "rotations_may_meet": table.turned_may_meet if table.turned else None,
-        }
-
-    def episodes(self, split: str, shape: Shape, seed: int) -> ImageEpisodes:
-        """N-way K-shot episodes of a split."""
-        try:
-            key = random.key_of(seed, STREAMS[split], device=self.device)
-            return ImageEpisodes(self._store, self._tables[split], shape, key)
-        except UserError as error:
-            raise UserError(f"{split} episodes: {error}") from None
-
-    def batches(self, split: str, batch: int, seed: int) -> ImageBatches:
-        """Ordinary batches with global labels of a split."""
-        key = random.key_of(seed, STREAMS[split], device=self.device)
-        return ImageBatches(self._store, self._tables[split], batch, key)
+        stores = {name: dataclasses.replace(store, has_rotations=view.has_rotations) for name, view in views.items()}
+        standardisation = {"shift": store.shift.flatten().tolist(), "scale": store.scale.flatten().tolist()}
+        return ClassData(stores, views, pictures.content_hash(), standardisation)
 
 
 def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

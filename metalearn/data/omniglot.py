@@ -4,17 +4,17 @@ import dataclasses
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from metalearn.data.base import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
-from metalearn.data.images import ROTATIONS, ImageData, Pictures, seeded_split
+from metalearn.data.images import ImageDataset, Pictures, seeded_split
 from metalearn.download import fetch
 from metalearn.errors import UserError
-from metalearn.settings import at_least, choice
+from metalearn.settings import anything, at_least, choice
 
 _PARTS = ("images_background", "images_evaluation")
 _DRAWINGS = 20
@@ -28,7 +28,7 @@ def vinyals_split() -> dict[str, list[str]]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Omniglot:
+class Omniglot(ImageDataset):
     """Pictures of ink = 1 on paper = 0.
 
     split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`), "alphabet" (30/5/15 alphabets
@@ -39,15 +39,11 @@ class Omniglot:
     image_size: int = at_least(8)
     resample: str = choice(*_RESAMPLING)
     split: str = choice("vinyals", "random", "alphabet")
-    split_seed: int
-    rotations: str = choice(*ROTATIONS)
-    rotations_may_meet: bool
-    url: str
-    md5: dict[str, str]
+    split_seed: int = anything()
+    url: str = anything()
+    md5: dict[str, str] = anything()
 
-    target: ClassVar[str] = ImageData.target
-
-    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ImageData:
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Finds or downloads the two archives (or their folders), decodes them once, and splits them."""
         parts = [
             path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
@@ -55,14 +51,7 @@ class Omniglot:
         ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
-        return ImageData(
-            pictures,
-            self._splits(pictures.names),
-            rotations=self.rotations,
-            rotations_may_meet=self.rotations_may_meet,
-            standardise=False,
-            device=device,
-        )
+        return self.class_data(pictures, self._splits(pictures.names), device)
 
     def files(self, data_dir: Path) -> list[Path]:
         """The two archives or folders that are read, or where they would be downloaded to."""

@@ -8,22 +8,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metalearn import random
-from metalearn.episodes import STREAMS, Shape, numbered_keys
+from metalearn.data.base import Dataset
 from metalearn.errors import UserError
-from metalearn.settings import at_least
-from metalearn.types import Labelled, Task
+from metalearn.settings import anything, at_least
+from metalearn.tasks import prng
+from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys
+from metalearn.tasks.store import Augmentation
+from metalearn.tasks.types import Batch, InputSpec, Query, Support, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sinusoid:
+class Sinusoid(Dataset):
     """Ranges [low, high] of amplitude, phase (radians) and input, and the standard deviation of the noise."""
 
-    amplitude: list[float]
-    phase: list[float]
-    x: list[float]
-    noise: float = at_least(0)
     target: ClassVar[str] = "value"
+
+    amplitude: list[float] = anything()
+    phase: list[float] = anything()
+    x: list[float] = anything()
+    noise: float = at_least(0)
 
     def __post_init__(self) -> None:
         for name in ("amplitude", "phase", "x"):
@@ -31,23 +34,18 @@ class Sinusoid:
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise UserError(f"dataset.{name}={list(bounds)} should be [low, high] with low <= high")
 
-    def files(self, data_dir: Path) -> list[Path]:
-        """None are read."""
-        return []
-
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "SinusoidData":
-        """Needs no files."""
         return SinusoidData(self, device)
 
 
 class SinusoidData:
-    """Hands out task sources; an episode's `shot` and `query` are numbers of points, its `way` is 1."""
+    """Hands out tasks; an episode's `shot` and `query` are numbers of points, its `way` is 1."""
 
-    target = Sinusoid.target
-    input_shape = (1,)
-    standardisation: ClassVar[dict[str, list[float]]] = {}
+    inputs = InputSpec((1,))
+    outputs: int | None = 1
 
     def __init__(self, settings: Sinusoid, device: torch.device) -> None:
+        self.standardisation: dict[str, list[float]] = {}
         self.settings = settings
         self.device = device
         self.content_hash = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
@@ -59,19 +57,15 @@ class SinusoidData:
         return 0
 
     def protocol(self, split: str) -> dict[str, object]:
-        """What of the data a measurement on this split depends on."""
         return {"data": self.content_hash}
 
-    def episodes(self, split: str, shape: Shape, seed: int) -> "SinusoidEpisodes":
-        """Regression tasks of a split."""
+    def episodes(self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None) -> "SinusoidEpisodes":
         if shape.way != 1:
             raise UserError(f"{split} episodes: way={shape.way} has no meaning for regression; leave it at 1")
-        return SinusoidEpisodes(self.settings, shape, random.key_of(seed, STREAMS[split], device=self.device))
+        return SinusoidEpisodes(self.settings, shape, prng.key_of(seed, STREAMS[split], device=self.device))
 
-    def batches(self, split: str, batch: int, seed: int) -> "SinusoidBatches":
-        """Points of all tasks mixed: each example from a task of its own."""
-        episodes = self.episodes(split, Shape(1, 1, 1), seed)
-        return SinusoidBatches(episodes, batch)
+    def batches(self, split: str, size: int, seed: int, augment: Augmentation | None = None) -> "SinusoidBatches":
+        return SinusoidBatches(self.episodes(split, Shape(1, 1, 1), seed), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,29 +84,29 @@ class SinusoidEpisodes:
 
         def between(number: int, bounds: list[float], size: int) -> Tensor:
             low, high = bounds
-            return low + (high - low) * random.uniform(random.fold_in(key_T, number), (size, 1))
+            return low + (high - low) * prng.uniform(prng.fold_in(key_T, number), (size, 1))
 
         support, query = self.shape.shot, self.shape.query
         amplitude = between(0, self.settings.amplitude, 1)
         phase = between(1, self.settings.phase, 1)
         x = between(2, self.settings.x, support + query)
-        noise = self.settings.noise * random.normal(random.fold_in(key_T, 3), (support + query, 1))
+        noise = self.settings.noise * prng.normal(prng.fold_in(key_T, 3), (support + query, 1))
         y = amplitude * torch.sin(x - phase) + noise
         return Task(
-            Labelled(x[:, :support], y[:, :support], 1),
-            Labelled(x[:, support:], y[:, support:], 1),
-            random.fold_in(key_T, 4),
+            Support(x[:, :support], y[:, :support], 1),
+            Query(x[:, support:], y[:, support:]),
+            prng.fold_in(key_T, 4),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class SinusoidBatches:
-    """Ordinary batches: one query point of each of `batch` tasks."""
+    """Ordinary batches: one query point of each of `size` tasks."""
 
     episodes: SinusoidEpisodes
-    batch: int
+    size: int
 
-    def draw(self, first: int | Tensor, count: int) -> Task:
-        points = self.episodes.draw(first * self.batch, count * self.batch)
-        x, y = (part.view(count, self.batch, 1) for part in (points.query.x, points.query.y))
-        return Task(Labelled(x[:, :0], y[:, :0], 1), Labelled(x, y, 1), points.key.view(count, self.batch)[:, 0])
+    def draw(self, first: int | Tensor, count: int) -> Batch:
+        points = self.episodes.draw(first * self.size, count * self.size)
+        x, y = (part.view(count, self.size, 1) for part in (points.query.x, points.query.y))
+        return Batch(x, y, points.key.view(count, self.size)[:, 0])

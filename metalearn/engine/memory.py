@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from metalearn.engine.process import release_memory
 from metalearn.errors import RunFailed, ran_out
-from metalearn.types import Task
+from metalearn.tasks.types import Batch, Task
 
 
 @contextlib.contextmanager
-def explained(attempt: Callable[[int, Task], Any], tasks: Task, chunk: int) -> Iterator[None]:
+def explained(attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: int) -> Iterator[None]:
     """Turns running out of memory into a line that names the `engine.task_chunk` that fits, found by trying.
 
     attempt: computes the given tasks, so many in flight together.
@@ -33,7 +33,7 @@ def explained(attempt: Callable[[int, Task], Any], tasks: Task, chunk: int) -> I
     raise RunFailed(_advice(attempt, tasks, tried))
 
 
-def _advice(attempt: Callable[[int, Task], Any], tasks: Task, tried: int) -> str:
+def _advice(attempt: Callable[[int, Any], Any], tasks: Task | Batch, tried: int) -> str:
     size = tried // 2
     while size:
         try:

@@ -15,17 +15,13 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from metalearn import composition, report, stats
+from metalearn import config, report, stats
 from metalearn.errors import UserError
 from metalearn.figures import draw_comparison, shown, shown_interval
 from metalearn.measure import read_scores
-from metalearn.types import SCORES
+from metalearn.tasks.family import METRICS
 from metalearn.verbs.train import CONFIG_FILE, ERROR_FILE, RESULT_FILE
 
-#: Settings that make no other method: two runs that differ in these alone are one method, seen twice.
-_NEUTRAL = (
-    "seed", "device", "data_dir", "cache_dir", "logger", "engine", "checkpoint", "reproduction", "resume", "train.log_every", "test",
-)  # fmt: skip
 _SHOWN_SETTINGS = 4
 #: Characters of the console that a column of figures takes, and all that stands left of them.
 _COLUMN_WIDTH, _LEFT_WIDTH = 20, 84
@@ -80,12 +76,11 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
     runs = sorted({path for folder in folders for path in _runs(folder)})
     if not runs:
         raise UserError(f"{folders[0]}: no finished run ({RESULT_FILE}) there or below")
-    usual = yaml.safe_load((composition.conf_dir() / "base.yaml").read_text())
     measurements: list[Measurement] = []
     unreadable: list[str] = []
     for run in runs:
         try:
-            measurements += _measurements(run, usual)
+            measurements += _measurements(run)
         except UserError as error:
             unreadable.append(str(error))
     if not measurements:
@@ -135,14 +130,14 @@ def _unfinished(folders: list[Path]) -> list[Path]:
     return sorted(folder for folder in started if not (folder / RESULT_FILE).exists())
 
 
-def _measurements(folder: Path, usual: dict[str, Any]) -> Iterator[Measurement]:
+def _measurements(folder: Path) -> Iterator[Measurement]:
     """The run's own test, and its evaluations under other protocols or with other adaptation."""
     try:
         own = json.loads((folder / RESULT_FILE).read_text())
         with (folder / CONFIG_FILE).open() as stream:
             # The C parser, because a multirun may have a thousand of these.
             settings = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        settings = _filled(settings, usual)
+        settings = _identity(settings)
         tests = [(own, folder / "test_scores.csv", "")]
         for path in sorted((folder / "evaluations").glob("*.json")):
             found = json.loads(path.read_text())
@@ -161,7 +156,7 @@ def _measurements(folder: Path, usual: dict[str, Any]) -> Iterator[Measurement]:
             if abs(scores.mean().item() - estimate["mean"]) > 1e-4 * max(1.0, abs(estimate["mean"])):
                 raise UserError(f"{scores_file} has mean {scores.mean().item():.4f}, the result {estimate['mean']:.4f}")
             yield Measurement(
-                folder=folder, name=own["name"], settings=dict(_leaves(settings)), seed=own["seed"], score=score,
+                folder=folder, name=own["name"], settings=settings, seed=own["seed"], score=score,
                 mean=estimate["mean"], ci95=estimate["ci95"], protocol=found["protocol"],
                 protocol_id=found["protocol_id"], episodes=estimate["episodes"], where=" ".join(where), variant=variant, minutes=own["seconds"] / 60,
                 hardware=own["environment"]["hardware"], scores=scores,
@@ -170,15 +165,11 @@ def _measurements(folder: Path, usual: dict[str, Any]) -> Iterator[Measurement]:
         raise UserError(f"{folder} is not a readable run ({type(error).__name__}: {error})") from None
 
 
-def _filled(settings: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, with the usual value of those that are newer than the run."""
-    found = dict(settings)
-    for key, value in usual.items():
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            found[key] = _filled(found[key], value)
-        else:
-            found.setdefault(key, value)
-    return found
+def _identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that tell a run's method from others, by dotted name, those that are newer than the run included."""
+    complete = config.complete(settings, is_strict=False)
+    described = config.roles(complete, is_strict=False)
+    return {key: value for key, value in _leaves(complete) if config.tells_methods_apart(key, described)}
 
 
 def _leaves(node: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,8 +187,7 @@ class _Table:
         self.score = score
         self.methods: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
         for found in measurements:
-            kept = {key: value for key, value in found.settings.items() if not _neutral(key)}
-            self.methods[found.name, json.dumps([kept, found.variant], sort_keys=True)].append(found)
+            self.methods[found.name, json.dumps([found.settings, found.variant], sort_keys=True)].append(found)
         self.labels = self._labels()
         self.protocols = {found.protocol_id: found.protocol for found in measurements}
         self.where = {found.protocol_id: found.where for found in measurements}
@@ -213,7 +203,7 @@ class _Table:
         labels = {}
         for name in dict.fromkeys(name for name, _ in self.methods):
             own = {method: found[0] for method, found in self.methods.items() if method[0] == name}
-            keys = {key for one in own.values() for key in one.settings if not _neutral(key)}
+            keys = {key for one in own.values() for key in one.settings}
             differing = [key for key in sorted(keys) if len({repr(one.settings.get(key)) for one in own.values()}) > 1]
             for method, one in own.items():
                 words = [f"{key}={one.settings.get(key)}" for key in differing]
@@ -266,7 +256,7 @@ class _Table:
         lines = ["± is the 95% interval over the shared episodes (Student's t), of each figure by itself"]
         if any(cell.seeds_ci95 is not None for cell in self.cells.values()):
             lines[0] += "; beside it the one over seeds, each seed one value"
-        higher = next(score for score in SCORES.values() if score.name == self.score).higher_is_better
+        higher = next((one.higher_is_better for one in METRICS.values() if one.name == self.score), True)
         alone = False
         for protocol in self.protocols:
             found = {method: cell for (method, other), cell in self.cells.items() if other == protocol}
@@ -321,10 +311,6 @@ class _Table:
             ]
             for protocol in self.protocols
         }
-
-
-def _neutral(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in _NEUTRAL)
 
 
 def _cell(found: list[Measurement]) -> Cell:

@@ -114,6 +114,6 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
             fitted = loop.fit(run, loop.Silent(), folder)
             steps = run.config.train.steps / (time.perf_counter() - start)
         kept = checkpoint.load(folder / "checkpoints" / checkpoint.BEST, run.device)
-        if not all(torch.equal(value, kept["meta"][name]) for name, value in fitted.state.meta.items()):
+        if not all(torch.equal(value, kept["meta"][name]) for name, value in fitted.state.params.items()):
             raise AssertionError("a checkpoint does not hold what was written")
         yield f"{run.config.train.steps} meta-steps ({steps:.0f} a second), validated, saved and read back"

@@ -12,18 +12,22 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn import composition, config, report, stats
-from metalearn.build import FREE_CHOICES, Run, build, device_of, from_checkpoint, normalises
+from metalearn.build import (
+    FREE_CHOICES,
+    Run,
+    algorithm_of,
+    build,
+    check_population,
+    described,
+    device_of,
+    inductive_counterpart,
+)
 from metalearn.config import RunConfig, checked
 from metalearn.errors import RunFailed, UserError
 from metalearn.figures import draw_lines, shown_interval
 from metalearn.measure import measure, trained_state
 from metalearn.verbs.train import ENGINE_FILE, RESULT_FILE
 
-#: What may be changed for a test; everything else is part of how the run was trained.
-_MAY_CHANGE = (
-    "algo", "dataset", "episode", "episode_seed", "statistics", "test.episodes",
-    "device", "data_dir", "cache_dir", "engine",
-)  # fmt: skip
 _SPLITS = ("train", "val", "test")
 _CURVES = {"shot": "shots", "steps": "inner steps"}
 _SHOTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
@@ -84,9 +88,8 @@ class _Asked:
         before, after = checked(stored), checked(changed)
         old, new = (config.component(settings.dataset, "dataset").target for settings in (before, after))
         if old != new:
-            kinds = {"class": "classes", "value": "values (regression)"}
-            raise UserError(f"dataset: the run learned {kinds[old]}, but this data set has {kinds[new]}")
-        if config.component(after.algo, "algo").fixed_way and after.episode.way != before.episode.way:
+            raise UserError(f"dataset: the run learned {described(old)}, but this dataset has {described(new)}")
+        if algorithm_of(after, is_restored=True).fixed_way and after.episode.way != before.episode.way:
             raise UserError(
                 f"episode.way={after.episode.way}: the run tells {before.episode.way} classes apart, the number of ways "
                 "is part of its weights; train with that number"
@@ -100,24 +103,22 @@ class _Asked:
     def statistics(self) -> list[str]:
         """The statistics asked for first, then their counterpart; alone where nothing is normalised."""
         after = checked(self.changed)
-        if not normalises(after):
+        if not algorithm_of(after, is_restored=True).backbone.normalises:
             return [after.statistics]
-        inductive = "population" if self.before.statistics == "population" else "support"
-        return [after.statistics, inductive if after.statistics == "query" else "query"]
+        return [after.statistics, inductive_counterpart(self.before, after.statistics)]
 
     def run(self, statistics: str, **episode: int) -> Run:
         """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
         settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
-        after, before = from_checkpoint(checked(settings)), self.before
-        if after.statistics == "population" != before.statistics:
-            raise UserError("statistics=population: this run gathered none; train with statistics=population")
-        run = build(after, self.split)
+        after, before = checked(settings), self.before
+        check_population(before, after.statistics)
+        run = build(after, self.split, is_restored=True)
         same_source = all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
         if self.split == "test" and same_source and before.dataset != after.dataset:
             own = dataclasses.replace(after, dataset=before.dataset, episode=before.episode)
-            names = build(own, self.split).class_names
+            names = build(own, self.split, is_restored=True).class_names
             if shared := sorted({*names["train"], *names["val"]} & set(run.class_names[self.split])):
                 raise UserError(
                     f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
@@ -158,13 +159,19 @@ def _check_may_change(stored: DictConfig, word: str) -> None:
     key = word.split("=")[0].lstrip("+~")
     if key in ("algo", "backbone"):
         raise UserError(f"{word}: a run is tested with what it was trained with; train another one")
-    allowed = any(key == name or key.startswith(f"{name}.") for name in _MAY_CHANGE)
-    if not allowed or key.startswith("episode.train"):
-        composition.changed(stored, [word])  # a mistyped key is told as such
-        raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(_MAY_CHANGE)}")
-    group, _, name = key.rpartition(".")
-    if group == "algo" and f"test_{name}" in stored.algo:
-        raise UserError(f"{word}: only training reads this; did you mean algo.test_{name}?")
+    plain: Any = OmegaConf.to_container(stored)
+    described = config.roles(plain)
+    composition.changed(stored, [word])  # a mistyped key is reported as such
+    if key in ("dataset", "episode") or config.may_evaluate_with(key, described):
+        return
+    if key in described and (other := described[key].rule.get("in_testing")):
+        raise UserError(f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?")
+    allowed = dict.fromkeys(
+        name if name.partition(".")[0] in ("test", "val", "train") else name.partition(".")[0]
+        for name in described
+        if config.may_evaluate_with(name, described)
+    )
+    raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(allowed)}")
 
 
 def _both(asked: _Asked, console: Console) -> None:
@@ -200,10 +207,10 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     """A score over shots or over inner steps, as a table, a CSV and a PNG."""
     statistics = asked.statistics[0]
     run = asked.run(statistics)
-    if curve == "steps" and "test_inner_steps" not in run.config.algo:
+    if curve == "steps" and not run.algorithm.adapts_in_steps:
         raise UserError(f"curve=steps: {type(run.algorithm).__name__} does not adapt in steps; use curve=shot")
     state = trained_state(run, asked.folder.parent)
-    protocol, score = run.protocol, run.score.name
+    protocol, score = run.protocol, run.metric.name
     csv, png = (asked.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png"))
     results: dict[int, dict[str, Any]] = {}
     ends = ""

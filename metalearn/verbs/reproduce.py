@@ -5,15 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from metalearn import composition, report
-from metalearn.config import checked, nearest
-from metalearn.errors import UserError
+from metalearn import composition, config, report
+from metalearn.config import checked
+from metalearn.errors import UserError, nearest
 from metalearn.figures import shown, shown_interval
 from metalearn.verbs.train import RESULT_FILE
 
 VERDICT_FILE = "reproduction.json"
-#: What may be chosen without making it another experiment.
-_MAY_CHANGE = ("seed", "device", "data_dir", "cache_dir", "engine", "logger", "checkpoint", "resume", "hydra")
 
 
 def experiments() -> dict[str, str]:
@@ -49,11 +47,16 @@ class Recipe:
             key = word.split("=")[0]
             if key.partition(".")[0] not in known:
                 raise UserError(f"{word}: there is no such key{nearest(key, known)}")
-            if not any(key == allowed or key.startswith((f"{allowed}.", f"{allowed}/")) for allowed in _MAY_CHANGE):
-                raise UserError(
-                    f"{word}: makes it another experiment; reproduce takes {', '.join(_MAY_CHANGE)}; "
-                    f"use metalearn train experiment={self.name} {word}"
-                )
+            described = config.roles(config.plain(self._composed))
+            if key.partition(".")[0].partition("/")[0] == "hydra" or config.may_reproduce_with(key, described):
+                continue
+            allowed = dict.fromkeys(
+                name.partition(".")[0] for name in described if config.may_reproduce_with(name, described)
+            )
+            raise UserError(
+                f"{word}: makes it another experiment; reproduce takes {', '.join(allowed)} and hydra; "
+                f"use metalearn train experiment={self.name} {word}"
+            )
         folder = f"outputs/reproduce/{self.name}-{self.budget}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
         own = [] if any(word.startswith("hydra.run.dir=") for word in more) else [f"hydra.run.dir={folder}"]
         return [f"experiment={self.name}", *self.settings.budgets[self.budget], *own, *more]

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from metalearn import checkpoint, composition, loop, report
+from metalearn import config as schema
 from metalearn.atomic import remove_abandoned, replacing
-from metalearn.build import FREE_CHOICES, build, from_checkpoint
+from metalearn.build import FREE_CHOICES, build
 from metalearn.config import COMPONENTS, RunConfig, checked, leaves
 from metalearn.errors import RunFailed, UserError, of_system
 from metalearn.interrupts import Stopped
@@ -32,19 +33,16 @@ ENGINE_FILE = "engine.json"
 COMMAND_FILE = "command.json"
 #: Why a run of a multirun failed.
 ERROR_FILE = "error.txt"
-#: Settings in which a run that is gone on with may differ from what it was.
-_MAY_DIFFER = (
-    "resume", "logger", "data_dir", "cache_dir", "checkpoint", "engine.task_chunk", "engine.cuda_graph", "engine.profile", "train.nonfinite",
-    "reproduction",
-)  # fmt: skip
 
 
-def train(config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console) -> float:
+def train(
+    config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console, recipe: str = ""
+) -> float:
     """One run, from data to `result.json` in `folder`; with `resume=auto`, what lies there is gone on with, and what is finished
     is shown again. Returns: the best validation score.
 
     Of several processes (torchrun) this is the leading one's part; the others `follow`.
-    Args: name, overrides: what the result says of itself, beside its figures.
+    Args: name, overrides: what the result says of itself, beside its figures; recipe: a line on where its settings come from.
     Raises: UserError before anything is written; RunFailed later; Stopped on a signal, once all is saved.
     """
     settings = checked(config)
@@ -54,7 +52,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
     if earlier:
         settings = _as_before(settings, folder)
     start = time.perf_counter()
-    run = build(settings)
+    run = build(settings, is_restored=earlier is not None and _has_weights(folder))
     environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
     folder.mkdir(parents=True, exist_ok=True)
     with _explained(folder), alone_in(folder):
@@ -66,17 +64,19 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
         if earlier is None:
             report.write_json(folder / ENGINE_FILE, run.choices)
             with replacing(folder / CONFIG_FILE) as stream:  # last, for it says that there is a run
-                stream.write(OmegaConf.to_yaml(config, resolve=True).encode())
+                stream.write(OmegaConf.to_yaml(OmegaConf.create(schema.plain(checked(config)))).encode())
         else:
             _check_place(folder, run.choices)
             _note_chunk(folder, settings, run.choices)
-        tracker = Tracker(settings, run.score, folder, console, command["id"], kept["step"] if kept else -1)
+        tracker = Tracker(settings, run.metric, folder, console, command["id"], kept["step"] if kept else -1)
         failed = True
         try:
             console.print(
                 f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
                 f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
             )  # fmt: skip
+            if recipe:
+                report.print_line(console, recipe)
             if kept:
                 report.print_line(console, f"going on from step {kept['step']} of {folder}")
             with tracker.training():
@@ -86,7 +86,7 @@ def train(config: DictConfig, folder: Path, name: str, overrides: list[str], con
                 "name": name,
                 "command": shlex.join(["metalearn", "train", *overrides]),
                 "environment": environment,
-                "val": {run.score.name: report.as_dict(fitted.best_val)},
+                "val": {run.metric.name: report.as_dict(fitted.best_val)},
                 "best_step": fitted.best_step,
                 "steps": fitted.steps,
                 "seed": settings.seed,
@@ -117,9 +117,11 @@ def _earlier(folder: Path, config: DictConfig, settings: RunConfig) -> Path | No
         does = "shows it again" if finished else "goes on with it"
         raise UserError(f"{folder} holds a {'finished' if finished else 'stopped'} run; resume=auto {does}, another hydra.run.dir "
                         "keeps it")  # fmt: skip
-    before, now = (dict(_leaves(node)) for node in (composition.stored(folder), config))
+    current = schema.plain(settings)
+    before, now = (dict(_leaves(node)) for node in (composition.stored(folder), OmegaConf.create(current)))
+    described = schema.roles(current)
     for key in sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS):  # what explains most
-        if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & set(_MAY_DIFFER):
+        if before.get(key) != now.get(key) and not schema.may_resume_with(key, described):
             raise UserError(
                 f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; go on with it as it was "
                 f"(metalearn resume {folder}), or choose another hydra.run.dir"
@@ -140,8 +142,12 @@ def _as_before(settings: RunConfig, folder: Path) -> RunConfig:
     path, engine = folder / ENGINE_FILE, settings.engine
     if path.exists() and composition.stored(folder).engine.task_chunk == engine.task_chunk:
         engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(path))
-    settings = dataclasses.replace(settings, engine=engine)
-    return from_checkpoint(settings) if (folder / "checkpoints" / checkpoint.LAST).exists() else settings
+    return dataclasses.replace(settings, engine=engine)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return True if a checkpoint of the run exists, so that files of pretrained weights are not needed."""
+    return (folder / "checkpoints" / checkpoint.LAST).exists()
 
 
 def _check_place(folder: Path, choices: dict[str, Any]) -> None:
@@ -242,7 +248,7 @@ def follow(config: DictConfig, folder: Path) -> None:
     settings = checked(config)
     if settings.resume == "auto" and (folder / CONFIG_FILE).exists():
         settings = _as_before(settings, folder)
-    run = build(settings)
+    run = build(settings, is_restored=_has_weights(folder))
     assert not run.processes.leading
     loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)
 

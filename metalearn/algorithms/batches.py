@@ -1,0 +1,40 @@
+"""Ordinary training over all training classes, which transfer methods share (Chen et al. 2019, "A closer look")."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.algorithms.base import Algorithm
+from metalearn.algorithms.params import select
+from metalearn.tasks import prng
+from metalearn.tasks.types import Batch, Loss, Params, Spec, State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchTraining(Algorithm):
+    """Meta-training is cross-entropy over all training classes on ordinary batches (`train.source=batches`).
+
+    The classifier's weight [C, D] and bias [C] are "global.weight" and "global.bias"; testing does not use them.
+    """
+
+    sources: ClassVar[tuple[str, ...]] = ("batches",)
+
+    def init_classifier(self, spec: Spec, size: int, key: Tensor) -> Params:
+        """Return a classifier of embeddings of `size` features, or for regression the outputs of one task."""
+        outputs = spec.train_classes or spec.way
+        weight = prng.normal(key, (outputs, size)) * size**-0.5
+        return {"global.weight": weight, "global.bias": torch.zeros(outputs, device=key.device)}
+
+    def classify(self, params: Params, z: Tensor) -> Tensor:
+        """Compute logits [B, C] over all training classes from embeddings z [B, D]."""
+        return F.linear(z, params["global.weight"], params["global.bias"])
+
+    def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
+        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+            z, seen = self.normalisation.embed_batch(state, select(params, "net"), x, batch.key)
+            return self.classify(params, z), seen
+
+        return self.family.query_loss(net, state.params, batch, batch.key)

@@ -1,0 +1,53 @@
+"""Gaussian classes in a feature space, made in no time: for tests, and the shortest example of a dataset without images."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+
+from metalearn.data.base import ClassData, Dataset
+from metalearn.data.images import seeded_split, shares
+from metalearn.settings import anything, at_least
+from metalearn.tasks import prng
+from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussians(Dataset):
+    """Feature vectors x = A [c + noise_std e, nuisance_std n]: c, the mean of a class, and e have `informative` dimensions, n the
+    other `features - informative`; c, e and n are standard normal, and A is orthogonal.
+
+    A network that learns to ignore n tells new classes apart much better than one that does not.
+    """
+
+    num_classes: int = at_least(3)
+    examples: int = at_least(2)
+    features: int = at_least(2)
+    informative: int = at_least(1)
+    noise_std: float = at_least(0)
+    nuisance_std: float = at_least(0)
+    data_seed: int = anything()
+    split_seed: int = anything()
+    fractions: list[float] = at_least(0)
+
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        key = prng.key_of(self.data_seed)
+        means = prng.normal(prng.fold_in(key, 0), (self.num_classes, 1, self.informative))
+        size = (self.num_classes, self.examples, self.features)
+        noise = prng.normal(prng.fold_in(key, 1), size)
+        signal = means + self.noise_std * noise[..., : self.informative]
+        nuisance = self.nuisance_std * noise[..., self.informative :]
+        rotation = torch.linalg.qr(prng.normal(prng.fold_in(key, 2), (self.features,) * 2).double())[0]
+        x = (torch.cat([signal, nuisance], -1).double() @ rotation.T).float().flatten(0, 1)
+
+        names = [f"class{number:04}" for number in range(self.num_classes)]
+        splits = seeded_split(names, shares(self.num_classes, self.fractions), self.split_seed)
+        views = {}
+        for split, chosen in splits.items():
+            number = torch.tensor([names.index(name) for name in chosen])
+            rows = number[:, None] * self.examples + torch.arange(self.examples)
+            counts = torch.full((len(chosen),), self.examples)
+            views[split] = ClassView(ClassIndex(rows.to(device), counts.to(device), tuple(chosen)))
+        content_hash = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        return ClassData(dict.fromkeys(views, ArrayStore(x.to(device))), views, content_hash)

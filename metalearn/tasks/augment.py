@@ -1,0 +1,45 @@
+"""Augmentations by name, as `augment.ops` lists them. A new one is one function here or in a plugin, and its entry below.
+
+Each is a function of images in [0, 1], float32 [B, C, H, W], and of one key for each, int64 [B]; its further arguments are
+its settings.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.tasks import prng
+from metalearn.tasks.store import Augmentation
+
+
+def random_crop(x: Tensor, key: Tensor, padding: int = 4) -> Tensor:
+    """Pad with `padding` black pixels on each side and cut out a random place of the old size."""
+    _, _, height, width = x.shape
+    offsets = prng.integers(key, (2,), 2 * padding + 1)
+    rows = offsets[:, :1] + torch.arange(height, device=x.device)
+    columns = offsets[:, 1:] + torch.arange(width, device=x.device)
+    images = torch.arange(len(x), device=x.device)[:, None, None]
+    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)
+    return padded[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def horizontal_flip(x: Tensor, key: Tensor) -> Tensor:
+    """Mirror left and right with probability 1/2."""
+    return torch.where(prng.uniform(key, (1, 1, 1)) < 0.5, x.flip(-1), x)
+
+
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {"random_crop": random_crop, "horizontal_flip": horizontal_flip}
+
+
+def chain(ops: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, Any]]]) -> Augmentation:
+    """Return augmentations applied one after the other, each with a key of its own. ops: name -> (function, settings)."""
+
+    def augment(x: Tensor, key: Tensor) -> Tensor:
+        for number, (function, settings) in enumerate(ops.values()):
+            x = function(x, prng.fold_in(key, number), **settings)
+        return x
+
+    return augment

@@ -1,0 +1,31 @@
+"""Losses by name, as `loss.name` and `loss.inner` choose them. A new loss is one entry here or in a plugin."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+#: (prediction [Q, N], y) -> [], the mean over the examples.
+LossFunction = Callable[..., Tensor]
+
+
+def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
+    """Compute the mean cross-entropy of logits [Q, N] for labels [Q] or shares [Q, N]."""
+    return F.cross_entropy(prediction, y)
+
+
+def label_smoothing(prediction: Tensor, y: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Compute cross-entropy with a share `smoothing` of each target spread over all classes (Szegedy et al. 2016, 7)."""
+    return F.cross_entropy(prediction, y, label_smoothing=smoothing)
+
+
+def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
+    """Compute the mean squared error of values [Q, D] for targets [Q, D]."""
+    return F.mse_loss(prediction, y)
+
+
+#: Losses by kind of target; the first of each kind is its default.
+LOSSES: dict[str, dict[str, LossFunction]] = {
+    "class": {"cross_entropy": cross_entropy, "label_smoothing": label_smoothing},
+    "value": {"squared_error": squared_error},
+}

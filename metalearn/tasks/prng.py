@@ -1,0 +1,88 @@
+"""Counter-based random numbers: a function of a key, never of a generator's history.
+
+A key is an int64 tensor. The same key gives the same numbers on every device, under `vmap`, in any order of
+calls and with any number of processes. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood
+2014, "Fast splittable pseudorandom number generators"), which passes the usual batteries of statistical tests.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_M1 = _signed(0xBF58476D1CE4E5B9)
+_M2 = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    # torch shifts int64 arithmetically; the mask makes it logical.
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _M1
+    x = (x ^ _shift_right(x, 27)) * _M2
+    return x ^ _shift_right(x, 31)
+
+
+def key_of(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key of a tuple of integers, for example (seed, stream): int64 []."""
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    for number in numbers:
+        key = fold_in(key, number)
+    return key
+
+
+def fold_in(key: Tensor, number: int | Tensor) -> Tensor:
+    """A new key from a key and a number (both broadcast), independent of the first."""
+    number = number * _GOLDEN if isinstance(number, Tensor) else _signed(number * _GOLDEN)
+    return _mix(_mix(key + _GOLDEN) ^ _mix(torch.zeros_like(key) + number + _M1))
+
+
+def _bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    counter = torch.arange(1, math.prod(shape) + 1, device=key.device) * _GOLDEN
+    bits = _mix(_mix(key).unsqueeze(-1) + counter)
+    return bits.unflatten(-1, shape) if shape else bits.squeeze(-1)
+
+
+def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uniform float32 numbers in [0, 1): key [...] -> [..., *shape]."""
+    # 24 bits: every value is exact in float32, and 1.0 cannot occur.
+    return _shift_right(_bits(key, shape), 40).to(torch.float32) * 2.0**-24
+
+
+def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 numbers (Box-Muller): key [...] -> [..., *shape]."""
+    # In float64, so that processors that round differently agree in float32 all but never.
+    radius = (-2 * torch.log1p(-uniform(fold_in(key, 1), shape).double())).sqrt()
+    return (radius * torch.cos(2 * math.pi * uniform(fold_in(key, 2), shape).double())).float()
+
+
+def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
+    """Uniform int64 numbers in [0, high), high < 2**24: key [...] -> [..., *shape]."""
+    return (uniform(key, shape) * high).to(torch.int64).clamp_max(high - 1)
+
+
+def permutation(key: Tensor, size: int) -> Tensor:
+    """A random permutation of 0..size-1: key [...] -> int64 [..., size]."""
+    return uniform(key, (size,)).argsort(-1)
+
+
+def choice(key: Tensor, size: int, count: int) -> Tensor:
+    """Draw `count` different numbers below `size`: key [...] -> int64 [..., count]."""
+    return uniform(key, (size,)).topk(count).indices
+
+
+def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
+    """Draw `count` different places that are not excluded: key [...], bool [..., M] -> int64 [..., count]."""
+    order = uniform(key, excluded.shape[-1:])
+    return order.masked_fill(excluded, 2.0).topk(count, largest=False).indices
