@@ -21,7 +21,7 @@ from metalearn.tasks import augment, prng
 from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.metrics import Metric
-from metalearn.tasks.sampling import STREAMS, BatchSource, Shape, TaskSource
+from metalearn.tasks.sampling import SAMPLER_VERSION, STREAMS, BatchSource, Shape, TaskSource
 from metalearn.tasks.store import Augmentation
 from metalearn.tasks.types import Batch, InputSpec, Spec, State, Task
 
@@ -194,6 +194,8 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
             **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
             **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
             "statistics": settings.statistics if algorithm.backbone.normalises else "none",
+            "transductive": is_transductive(algorithm),
+            "sampler": SAMPLER_VERSION,
             "episodes": settings.test.episodes,
             "episode_seed": settings.episode_seed,
         },
@@ -317,6 +319,12 @@ def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -
         )
     if settings.augment.ops and inputs.kind != "images":
         raise UserError(f"augment changes images, but this dataset has {inputs.kind}; use augment=none")
+
+
+def is_transductive(algorithm: Algorithm) -> bool:
+    """Return True if a prediction depends on the other queries, by the statistics or by the method itself."""
+    by_statistics = algorithm.backbone.normalises and algorithm.normalisation.is_transductive
+    return by_statistics or algorithm.is_transductive
 
 
 def inductive_counterpart(settings: RunConfig, statistics: str) -> str:

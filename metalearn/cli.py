@@ -208,7 +208,7 @@ def _reproduce(words: list[str]) -> int:
     console = report.console()
     report.print_line(console, recipe.announcement())
     folder, _ = launch.trained(line)
-    return 0 if recipe.verdict(folder, console) else 1
+    return recipe.verdict(folder, console)
 
 
 def _taken(overrides: list[str], key: str, otherwise: Any = None) -> Any:

@@ -83,8 +83,9 @@ outputs/compare/<time>.
 
 REPRODUCE = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
 
-Trains and tests a recipe of a published figure, and ends with PASS or FAIL (exit code 0 or 1). At budget=paper (the
-default, hours on a CPU) the published figure is what counts, at smaller budgets the recipe's own measured figure.
+Trains and tests the recipe of a published result, and ends with PASS or FAIL (exit code 0 or 1). At budget=paper (the
+default, hours on a CPU) the published result counts, at smaller budgets the recipe's own measured one; a budget that was
+not measured with this version of the episode sampler ends with NOT MEASURED (exit code 3).
 
 {experiments}
 """

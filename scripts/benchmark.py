@@ -16,7 +16,7 @@ from typing import Any
 import results
 from omegaconf import OmegaConf
 
-from metalearn import composition
+from metalearn import composition, config
 from metalearn.errors import UserError
 from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
 from metalearn.verbs.train import CONFIG_FILE
@@ -28,14 +28,18 @@ def make_room(folder: Path, overrides: list[str]) -> None:
     """
     if not (folder / CONFIG_FILE).exists():
         return
-    names = ("algo", "dataset", "backbone", "episode", "statistics", "train", "val", "test", "episode_seed", "seed")
-    wanted: Any = OmegaConf.to_container(composition.composed(overrides), resolve=True)
+    wanted: Any = OmegaConf.create(config.plain(config.checked(composition.composed(overrides))))
+    described = config.roles(OmegaConf.to_container(wanted))
     try:
-        stored: Any = OmegaConf.to_container(composition.stored(folder))
+        stored: Any = composition.stored(folder)
     except UserError:
-        stored = {}
-    if any(stored.get(name) != wanted[name] for name in names):
         shutil.rmtree(folder)
+        return
+    for key in {*config.leaves(wanted), *config.leaves(stored)}:
+        has = config.role_of(key, described)[0]
+        if has & {"identity", "protocol", "seed"} and OmegaConf.select(wanted, key) != OmegaConf.select(stored, key):
+            shutil.rmtree(folder)
+            return
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def main() -> None:
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
             if not (folder / VERDICT_FILE).exists():
                 sys.exit(f"{name} ended with exit code {done.returncode}; run this again to go on from here")
-        if not json.loads((folder / VERDICT_FILE).read_text())["passed"]:
+        if json.loads((folder / VERDICT_FILE).read_text())["outcome"] == "FAIL":
             failed.append(name)
         results.collect(folder, measured=False)
     print("\n" + "\n".join(results.write_tables()))

@@ -57,6 +57,7 @@ def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
             "commit": result["environment"]["commit"],
             "seed": result["seed"],
             "protocol_id": result["protocol_id"],
+            "sampler": result["protocol"]["sampler"],
         },
     )
     path.write_text("\n".join([f"{before}{mark}", *(lines[name] for name in _BUDGETS if name in lines), ""]))

@@ -45,7 +45,12 @@ def package(tmp_path_factory):
 @pytest.fixture
 def in_package(package, tmp_path, cache_dir):
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(package), "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(package),
+            "METALEARN_CACHE": str(cache_dir),
+            "OMP_NUM_THREADS": "1",
+        }
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
     return run

@@ -11,6 +11,7 @@ from metalearn import cli, composition, config
 from metalearn.errors import RunFailed, UserError
 from metalearn.measure import read_scores
 from metalearn.stats import estimate, paired_difference
+from metalearn.tasks.sampling import SAMPLER_VERSION
 from metalearn.verbs import reproduce
 from metalearn.verbs.compare import compare
 from metalearn.verbs.evaluate import evaluate
@@ -307,29 +308,34 @@ def test_recipes_compose_at_every_budget(name):
 
 
 @pytest.mark.parametrize(
-    ("budget", "mean", "ci95", "passed"),
+    ("budget", "mean", "ci95", "sampler", "code"),
     [
-        ("paper", 0.9829, 0.0001, True),  # published 98.7 ± 0.4: 98.3 is what must be reached
-        ("paper", 0.9828, 0.0001, False),
-        ("quick", 0.899, 0.001, True),  # measured 90 ± 0: reached by the upper end of the interval
-        ("quick", 0.898, 0.001, False),
-        ("smoke", 0.99, 0.01, False),  # nothing to hold against
+        ("paper", 0.9829, 0.0001, SAMPLER_VERSION, 0),  # published 98.7 ± 0.4: 98.3 is what must be reached
+        ("paper", 0.9828, 0.0001, SAMPLER_VERSION, 1),
+        ("quick", 0.899, 0.001, SAMPLER_VERSION, 0),  # measured 90 ± 0: reached by the upper end of the interval
+        ("quick", 0.898, 0.001, SAMPLER_VERSION, 1),
+        ("quick", 0.899, 0.001, 1, 3),  # on other episodes
+        ("smoke", 0.99, 0.01, None, 3),  # nothing to hold against
     ],
 )
-def test_verdict(budget, mean, ci95, passed, tmp_path, console):
+def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", budget)
     recipe.measured = None
     if budget == "quick":
         recipe.measured = config.MeasuredConfig(
-            mean=0.9, ci95=0.0, minutes=1.0, hardware="", commit=None, seed=0, protocol_id="p"
+            mean=0.9, ci95=0.0, minutes=1.0, hardware="", commit=None, seed=0, protocol_id="p", sampler=sampler
         )
     result = {"test": {"accuracy": {"mean": mean, "ci95": ci95}}, "protocol_id": "p"}
     (tmp_path / "result.json").write_text(json.dumps(result))
-    assert recipe.verdict(tmp_path, console) is passed
-    assert json.loads((tmp_path / "reproduction.json").read_text())["passed"] is passed
-    if budget == "quick":  # another protocol is no confirmation
+    assert recipe.verdict(tmp_path, console) == code
+    verdict = json.loads((tmp_path / "reproduction.json").read_text())
+    assert verdict["passed"] is (code == 0)
+    assert verdict["outcome"] == {0: "PASS", 1: "FAIL", 3: "NOT MEASURED"}[code]
+    if code == 3:
+        assert "not measured with this sampler" in console.export_text()
+    if (budget, code) == ("quick", 0):  # another protocol is no confirmation
         (tmp_path / "result.json").write_text(json.dumps(result | {"protocol_id": "other"}))
-        assert recipe.verdict(tmp_path, console) is False
+        assert recipe.verdict(tmp_path, console) == 1
 
 
 def test_reproduce_refuses_what_makes_another_experiment(capsys):

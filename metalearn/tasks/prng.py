@@ -73,16 +73,19 @@ def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
 
 
 def permutation(key: Tensor, size: int) -> Tensor:
-    """A random permutation of 0..size-1: key [...] -> int64 [..., size]."""
-    return uniform(key, (size,)).argsort(-1)
+    """Draw a permutation of 0..size-1: key [...] -> int64 [..., size].
+
+    Sort keys are whole 64-bit numbers, which differ for each place, so that no tie is broken by the device.
+    """
+    return _bits(key, (size,)).argsort(-1)
 
 
 def choice(key: Tensor, size: int, count: int) -> Tensor:
     """Draw `count` different numbers below `size`: key [...] -> int64 [..., count]."""
-    return uniform(key, (size,)).topk(count).indices
+    return _bits(key, (size,)).topk(count).indices
 
 
 def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
     """Draw `count` different places that are not excluded: key [...], bool [..., M] -> int64 [..., count]."""
-    order = uniform(key, excluded.shape[-1:])
-    return order.masked_fill(excluded, 2.0).topk(count, largest=False).indices
+    order = _bits(key, excluded.shape[-1:])
+    return order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices

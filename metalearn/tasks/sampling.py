@@ -14,6 +14,8 @@ from metalearn.tasks import prng
 from metalearn.tasks.store import ClassView, Store
 from metalearn.tasks.types import Batch, Query, Support, Task
 
+#: Version of the rules by which tasks are drawn; results of different versions are of different episodes.
+SAMPLER_VERSION = 2
 #: Numbers of the random streams, so that equal seeds give different tasks in different splits.
 STREAMS = {"train": 0, "val": 1, "test": 2}
 

@@ -163,7 +163,7 @@ class ClassView:
     @property
     def protocol(self) -> dict[str, object]:
         """What a measurement depends on besides the classes, as plain data."""
-        return {"rotations": "none", "rotations_may_meet": None}
+        return {"rotations": "none", "rotations_may_meet": None, "rotations_share_drawings": None}
 
     @property
     def max_way(self) -> int:
@@ -206,7 +206,11 @@ class RotatedClasses(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
-        return {"rotations": "classes", "rotations_may_meet": self.may_meet}
+        return {
+            "rotations": "classes",
+            "rotations_may_meet": self.may_meet,
+            "rotations_share_drawings": self.share_drawings if self.may_meet else None,
+        }
 
     @property
     def num_classes(self) -> int:
@@ -242,7 +246,7 @@ class RotatedEpisodes(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
-        return {"rotations": "episode", "rotations_may_meet": None}
+        return {"rotations": "episode", "rotations_may_meet": None, "rotations_share_drawings": None}
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         classes, _ = super().choose(key, count)

@@ -106,6 +106,9 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
         text += [*report.markdown_table(table.rows(protocols, " ")), "", *(f"- {line}" for line in table.notes()), ""]
         files.append(f"comparison_{score}.png" if number else "comparison.png")
         draw_comparison(table.panels(), score, out / files[-1])
+    if line := _sampler_line(measurements):
+        report.print_line(console, f"  {line}")
+        text += [f"- {line}", ""]
     (out / "comparison.md").write_text("\n".join(text))
     for line in unreadable:
         report.print_line(console, f"  left out: {line}")
@@ -113,6 +116,20 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
         report.print_line(console, f"  left out: {folder} has no result; its run failed or has not ended")
     for name in files:
         report.print_line(console, f"  {out / name}")
+
+
+def _sampler_line(measurements: list[Measurement]) -> str:
+    """Return a line where runs were tested on episodes of different versions of the sampler, or ""."""
+    runs: dict[int, set[str]] = defaultdict(set)
+    for one in measurements:
+        runs[int(one.protocol.get("sampler", 1))].add(str(one.folder))
+    if len(runs) < 2:
+        return ""
+    parts = [f"version {version}: {', '.join(sorted(folders)[:3])}" for version, folders in sorted(runs.items())]
+    return (
+        f"tested on episodes of different versions of the sampler, which are different measurements ({'; '.join(parts)}); "
+        "metalearn evaluate tests an old run on the episodes of this version"
+    )
 
 
 def _runs(folder: Path) -> Iterator[Path]:

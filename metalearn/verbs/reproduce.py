@@ -9,9 +9,12 @@ from metalearn import composition, config, report
 from metalearn.config import checked
 from metalearn.errors import UserError, nearest
 from metalearn.figures import shown, shown_interval
+from metalearn.tasks.sampling import SAMPLER_VERSION
 from metalearn.verbs.train import RESULT_FILE
 
 VERDICT_FILE = "reproduction.json"
+#: Exit code where there is nothing to hold a result against.
+NOT_MEASURED = 3
 
 
 def experiments() -> dict[str, str]:
@@ -76,7 +79,11 @@ class Recipe:
         lines = [
             f"{self.name}, budget={self.budget}; published: {_shown(published.mean, published.ci95)} ({published.source})"
         ]
-        if self.measured:
+        if self._is_outdated:
+            lines.append(
+                f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION}): no verdict"
+            )
+        elif self.measured:
             lines.append(
                 f"expected: {_shown(self.measured.mean, self.measured.ci95)} after "
                 f"{self.measured.minutes:.1f} minutes on {self.measured.hardware}"
@@ -84,29 +91,39 @@ class Recipe:
         elif self.budget == "paper":
             lines.append("this budget has not been measured yet: it takes hours on a CPU")
         else:
-            lines.append("this budget has no measured figure to hold against yet, so it cannot pass")
+            lines.append("this budget has not been measured yet: no verdict")
         return "\n".join(lines)
 
-    def verdict(self, folder: Path, console: Console) -> bool:
-        """Holds the result in `folder` against the figure: mean + ci95 >= figure - its ci95. Writes it down."""
+    def verdict(self, folder: Path, console: Console) -> int:
+        """Hold the result in `folder` against the target: mean + ci95 >= target - its ci95; write it to reproduction.json.
+
+        Returns:
+            The exit code: 0 passed, 1 failed, 3 there is no result of this budget with this version of the sampler.
+        """
         result = json.loads((folder / RESULT_FILE).read_text())
         found = next(iter(result["test"].values()))
-        target = self._target()
-        if target is None:
-            passed, reason = False, f"no measured figure for budget={self.budget} to hold against"
+        target, code = self._target(), 1
+        if target is None or (self.budget != "paper" and self._is_outdated):
+            code = NOT_MEASURED
+            reason = f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION}); here {_shown(found['mean'], found['ci95'])}"
         elif self.measured and self.budget != "paper" and result["protocol_id"] != self.measured.protocol_id:
-            passed = False
-            reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured figure"
+            reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured result"
         else:
             mean, ci95, where = target
-            passed = found["mean"] + found["ci95"] >= mean - (ci95 or 0)
+            code = 0 if found["mean"] + found["ci95"] >= mean - (ci95 or 0) else 1
             reason = f"{_shown(found['mean'], found['ci95'])} against {_shown(mean, ci95)} ({where})"
+        outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]
         report.write_json(
             folder / VERDICT_FILE,
-            {"experiment": self.name, "budget": self.budget, "passed": passed, "reason": reason},
+            {"experiment": self.name, "budget": self.budget, "passed": code == 0, "outcome": outcome, "reason": reason},
         )
-        report.print_line(console, f"{'PASS' if passed else 'FAIL'}: {reason}")
-        return passed
+        report.print_line(console, f"{outcome}: {reason}")
+        return code
+
+    @property
+    def _is_outdated(self) -> bool:
+        """Whether the measured result is of episodes of another version of the sampler."""
+        return self.measured is not None and self.measured.sampler != SAMPLER_VERSION
 
 
 def _shown(mean: float, ci95: float | None) -> str:
