@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -337,13 +337,17 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
 
 
 def role_of(key: str, described: Mapping[str, Setting]) -> tuple[set[str], bool]:
-    """Return the roles of a dotted key, which may be inside a setting, and whether other values of it may round differently."""
+    """Return the roles of a dotted key, and whether other values of it may round differently.
+
+    The key may also be inside a setting, or be a group of settings: then it has the roles of all of them.
+    """
+    inside = [setting for name, setting in described.items() if name.startswith(f"{key}.")]
     name = key
-    while name not in described and "." in name:
+    while name not in described and "." in name and not inside:
         name = name.rpartition(".")[0]
-    if name not in described:
-        return {"identity"}, False
-    return set(described[name].rule["role"].split()), bool(described[name].rule.get("rounds"))
+    found = inside or ([described[name]] if name in described else [])
+    roles = {role for setting in found for role in setting.rule["role"].split()}
+    return roles or {"identity"}, any(setting.rule.get("rounds") for setting in found)
 
 
 def may_resume_with(key: str, described: Mapping[str, Setting]) -> bool:
@@ -360,6 +364,17 @@ def may_evaluate_with(key: str, described: Mapping[str, Setting]) -> bool:
 def may_reproduce_with(key: str, described: Mapping[str, Setting]) -> bool:
     """Return True if a recipe with another value of this setting is still the same experiment."""
     return role_of(key, described)[0] <= {"seed", "machine", "presentation"}
+
+
+def names_of(described: Mapping[str, Setting], rule: Callable[[str, Mapping[str, Setting]], bool]) -> list[str]:
+    """Return the settings that a rule allows, for a message: groups as a whole where it allows all that is inside."""
+    names: dict[str, None] = {}
+    for name in described:
+        group = name.partition(".")[0]
+        if rule(name, described):
+            whole = all(rule(other, described) for other in described if other.partition(".")[0] == group)
+            names[group if whole else name] = None
+    return list(names)
 
 
 def tells_methods_apart(key: str, described: Mapping[str, Setting]) -> bool:

@@ -34,7 +34,7 @@ class Memory(Tracker):
     """Keeps rows as any run does, and notes resident memory at each, in MiB."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        super().__init__(run.config, run.score, folder, Console(file=io.StringIO()), "long", -1)
+        super().__init__(run.config, run.metric, folder, Console(file=io.StringIO()), "long", -1)
         self.at: list[tuple[int, float]] = []
 
     def log(self, row: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ def make_room(folder: Path, overrides: list[str]) -> None:
     if not (folder / CONFIG_FILE).exists():
         return
     wanted: Any = OmegaConf.create(config.plain(config.checked(composition.composed(overrides))))
-    described = config.roles(OmegaConf.to_container(wanted))
+    content: Any = OmegaConf.to_container(wanted)
+    described = config.roles(content)
     try:
         stored: Any = composition.stored(folder)
     except UserError:

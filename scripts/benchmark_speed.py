@@ -12,6 +12,7 @@ The plain loop is what the field's libraries do: one task after the other, an `n
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import statistics
@@ -79,7 +80,7 @@ def plain_gradient_step(run: Run, tasks: Any) -> Callable[[], None]:
     def step() -> None:
         model.zero_grad()
         for task in range(tasks.key.shape[0]):
-            weights = dict(model.named_parameters())
+            weights: dict[str, torch.Tensor] = dict(model.named_parameters())
             for _ in range(settings["inner_steps"]):
                 loss = F.cross_entropy(functional_call(model, weights, tasks.support.x[task]), tasks.support.y[task])
                 gradients = torch.autograd.grad(loss, [weights[name] for name in adapted], create_graph=not first_order)
@@ -190,9 +191,9 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     for strategy in strategies:
         free = dataclasses.replace(run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk)
         settled = free.resolved(run.train.draw(0, 1), batch, True)
-        steps[strategy] = lambda settled=settled: settled.step(run.state, tasks, progress)
+        steps[strategy] = functools.partial(settled.step, run.state, tasks, progress)
     for name, engine in (("auto", run.train_engine), ("bf16", dataclasses.replace(run.train_engine, precision="bf16"))):
-        steps[name] = lambda engine=engine: engine.step(run.state, tasks, progress)
+        steps[name] = functools.partial(engine.step, run.state, tasks, progress)
     steps |= library_steps(run, tasks)
     found: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):

@@ -12,11 +12,14 @@ from pages import ROOT, fill
 _PAGE = ROOT / "docs/extending.md"
 #: Section of the page and files to read for each kind of extension.
 _TO_READ = {
-    "a metric method": ("A metric method", ["algorithms/embedding.py", "algorithms/geometry.py"]),
+    "a metric method": (
+        "A metric method",
+        ["algorithms/embedding.py", "algorithms/batches.py", "algorithms/geometry.py"],
+    ),
     "a gradient method": ("A gradient method", ["algorithms/gradient.py", "algorithms/linear_head.py"]),
     "a method with unlabelled examples": (
         "A method with unlabelled examples",
-        ["algorithms/embedding.py", "algorithms/geometry.py"],
+        ["algorithms/embedding.py", "algorithms/batches.py", "algorithms/geometry.py"],
     ),
     "a dataset": ("A dataset", ["data/base.py"]),
 }

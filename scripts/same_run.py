@@ -35,4 +35,4 @@ def difference(found: Any, expected: Any, where: str = "") -> str | None:
     else:
         equal = torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
         return None if equal else where or "value"
-    return next((place for name, *pair in parts if (place := difference(*pair, name))), None)
+    return next((place for name, *pair in parts if (place := difference(pair[0], pair[1], name))), None)

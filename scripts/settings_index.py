@@ -23,8 +23,9 @@ def index() -> dict[str, list[dict[str, object]]]:
         package = importlib.import_module(f"metalearn.{home}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             for name, cls in vars(importlib.import_module(module.name)).items():
-                own = isinstance(cls, type) and cls.__module__ == module.name
-                if own and dataclasses.is_dataclass(cls) and hasattr(cls, method):
+                if not isinstance(cls, type) or cls.__module__ != module.name:
+                    continue
+                if dataclasses.is_dataclass(cls) and hasattr(cls, method):
                     settings = [config.to_plain(one) for one in config.settings_of(cls)]
                     found[f"{module.name}.{name}"] = settings
     return dict(sorted(found.items()))

@@ -15,7 +15,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
-def _run(words: list[str], cwd: str, environment: dict[str, str], output: str, memory: int | None) -> None:
+def _run(
+    words: list[str], cwd: str, environment: dict[str, str], output: str, memory: int | None, path: str | None
+) -> None:
     """Become the command: `metalearn` with these words."""
     import torch
 
@@ -31,6 +33,8 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], output: str, m
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     process._ALL_THREADS = int(environment["OMP_NUM_THREADS"])
     torch.set_num_threads(process._ALL_THREADS)
+    if path is not None:
+        sys.path.insert(0, path)
     sys.argv = ["metalearn", *words]
     cli.main()
 
@@ -87,7 +91,12 @@ _number = 0
 
 
 def start(
-    words: tuple[str, ...], cwd: Path, output: Path, environment: dict[str, str | None], memory: int | None = None
+    words: tuple[str, ...],
+    cwd: Path,
+    output: Path,
+    environment: dict[str, str | None],
+    memory: int | None = None,
+    path: str | None = None,
 ) -> Command:
     """Start `metalearn` with these words.
 
@@ -97,6 +106,7 @@ def start(
         output: folder for what it prints.
         environment: changes to the environment; None removes a variable.
         memory: limit on its address space, in bytes.
+        path: a folder of packages that it can import too.
     """
     global _number
     _number += 1
@@ -104,7 +114,7 @@ def start(
     variables = {**os.environ, **usual, **environment}
     place = output / f"command{_number}"
     kept = {name: value for name, value in variables.items() if value is not None}
-    process = CONTEXT.Process(target=_run, args=(list(words), str(cwd), kept, str(place), memory))
+    process = CONTEXT.Process(target=_run, args=(list(words), str(cwd), kept, str(place), memory, path))
     process.start()
     return Command(process, place)  # type: ignore[arg-type]
 

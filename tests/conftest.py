@@ -61,9 +61,15 @@ def start(cache_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFact
     output = tmp_path_factory.mktemp("output")
     started: list[Command] = []
 
-    def run(*words: str, cwd: Path = tmp_path, memory: int | None = None, **environment: str | None) -> Command:
+    def run(
+        *words: str,
+        cwd: Path = tmp_path,
+        memory: int | None = None,
+        path: str | None = None,
+        **environment: str | None,
+    ) -> Command:
         folders = {"METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
-        started.append(command.start(words, cwd, output, {**folders, **environment}, memory))
+        started.append(command.start(words, cwd, output, {**folders, **environment}, memory, path))
         return started[-1]
 
     yield run

@@ -1,5 +1,7 @@
 """What the tests of methods share: a small task in float64, and a method seen through the engine."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -12,8 +14,8 @@ from tests.conftest import doubled
 IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)
 NORMALISED = MLP(hidden=[5], normalisation="batch", activation="tanh", eps=1e-5)
-COMMON = dict(backbone=NET, statistics="query")
-GRADIENT = dict(
+COMMON: dict[str, Any] = dict(backbone=NET, statistics="query")
+GRADIENT: dict[str, Any] = dict(
     inner_lr=0.3, inner_steps=2, test_inner_steps=2, first_order=False, adapted_part="all", pull=0.0,
     adapt_normalisation=False, inner_loss="mean",
 )  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from tests.conftest import doubled
 
 
 def conv4(**changes):
-    settings = dict(
+    settings: dict[str, Any] = dict(
         filters=6,
         blocks=3,
         halvings=None,
@@ -43,11 +44,14 @@ def conv4(**changes):
 
 
 def r2d2_conv(**changes):
-    return R2D2Conv(**({"filters": [4, 5, 6, 7], "dropout": 0.0, "eps": 1e-5} | changes))
+    settings: dict[str, Any] = {"filters": [4, 5, 6, 7], "dropout": 0.0, "eps": 1e-5}
+    return R2D2Conv(**(settings | changes))
 
 
 def resnet12(**changes):
-    settings = dict(filters=[3, 4, 5, 6], output="mean", dropout=0.0, drop_block=False, block_size=2, eps=1e-5)
+    settings: dict[str, Any] = dict(
+        filters=[3, 4, 5, 6], output="mean", dropout=0.0, drop_block=False, block_size=2, eps=1e-5
+    )
     return ResNet12(**(settings | changes))
 
 

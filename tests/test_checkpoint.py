@@ -42,7 +42,8 @@ def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_goes_out_of_the_way_of_the_whole_one(tmp_path):
     checkpoint.save(tmp_path / "previous.pt", {"meta": {}, "fixed": {}, "step": 3})
     (tmp_path / "last.pt").write_bytes(b"")
-    assert checkpoint.latest(tmp_path, lambda line: None)["step"] == 3
+    latest = checkpoint.latest(tmp_path, lambda line: None)
+    assert latest is not None and latest["step"] == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-last.pt", "previous.pt"]
 
 

@@ -57,8 +57,8 @@ def test_strategies_agree_on_images(name, statistics, make_run):
         torch.testing.assert_close(other.statistics, steps[0].statistics, rtol=1e-7, atol=1e-9)
     tasks = doubled(run.test.draw(0, 3))
     predictions = [Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")]
-    for other in predictions[1:]:
-        torch.testing.assert_close(other, predictions[0], rtol=1e-7, atol=1e-9)
+    for found in predictions[1:]:
+        torch.testing.assert_close(found, predictions[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What an episode may and may not hold."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,7 +55,7 @@ def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, se
     data = numbered({"train": sizes, "val": [4] * 5, "test": [4] * 5}, rotations)
     task = data.episodes("train", Shape(way, shot, query), seed).draw(0, 6)
     for t in range(6):
-        parts = {"support": task.support, "query": task.query}
+        parts: dict[str, Any] = {"support": task.support, "query": task.query}
         seen = {
             name: [
                 (y, turn, cls, image)

@@ -88,16 +88,14 @@ def test_nothing_stored_can_name_a_plugin(package, tmp_path, metalearn, monkeypa
     (plain / "fewshot_extras").symlink_to(package / "fewshot_extras")  # importable, but with no entry point
     words = ["train", "algo=neighbour", "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16"]
     words += ["backbone.filters=4", *_SMALL]
-    path = {"PYTHONPATH": str(plain)}
-    (tmp_path / "outside.py").write_text("raise AssertionError('imported')")
 
     def refused(*command: str) -> str:
-        done = metalearn(*command, prepend=str(plain))
+        done = metalearn(*command, path=str(plain))
         assert done.returncode == 2, done.stdout + done.stderr
         return str(done.stderr)
 
     assert "there is no such algo" in refused(*words)
-    done = metalearn(*words, "plugins=[fewshot_extras]", prepend=str(plain))
+    done = metalearn(*words, "plugins=[fewshot_extras]", path=str(plain))
     assert done.returncode == 0, done.stderr
     assert "plugins=[fewshot_extras]" in (tmp_path / "run/result.json").read_text()
     line = refused("evaluate", "run=run")
@@ -107,10 +105,9 @@ def test_nothing_stored_can_name_a_plugin(package, tmp_path, metalearn, monkeypa
     assert "plugins: nothing reads this key" in refused("evaluate", "run=run", "plugins=[fewshot_extras]")
     config.write_text(config.read_text().replace("plugins: [fewshot_extras]\n", ""))
     for command in (("evaluate", "run=run"), ("resume", "run"), ("compare", "run")):
-        done = metalearn(*command, "plugins=[fewshot_extras]", prepend=str(plain))
+        done = metalearn(*command, "plugins=[fewshot_extras]", path=str(plain))
         assert done.returncode == 0, done.stderr
-    assert "plugins=[outside]: cannot be imported" in refused("list", "plugins=[nowhere]").replace("nowhere", "outside")
-    del path
+    assert "plugins=[nowhere]: cannot be imported" in refused("list", "plugins=[nowhere]")
 
 
 def test_a_plugin_that_is_not_there_is_named(monkeypatch):

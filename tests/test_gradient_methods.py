@@ -1,6 +1,7 @@
 """Methods that adapt by gradient descent, against a closed form or an independent slow computation, in float64."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
 
 @pytest.mark.parametrize("kind", ["meta_sgd", "maml_pp"])
 def test_first_order_still_learns_the_rates(kind):
-    first = GRADIENT | {"inner_steps": 1, "first_order": True}
+    first: dict[str, Any] = GRADIENT | {"inner_steps": 1, "first_order": True}
     algorithm = (
         MetaSGD(**COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
     )
@@ -68,7 +69,9 @@ def test_first_order_still_learns_the_rates(kind):
 
 
 def plus_plus(**changes):
-    off = dict(multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0)
+    off: dict[str, Any] = dict(
+        multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0
+    )
     return MAMLPlusPlus(**(COMMON | GRADIENT | off | changes))
 
 
@@ -230,9 +233,9 @@ class Frozen(MLP):
     is_frozen = True
 
 
-OF_IMAML = dict(strength=0.5, cg_steps=2, damping=0.0, strength_damping=0.0)
-OF_REPTILE = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8)
-STEPS = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")}
+OF_IMAML: dict[str, Any] = dict(strength=0.5, cg_steps=2, damping=0.0, strength_damping=0.0)
+OF_REPTILE: dict[str, Any] = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8)
+STEPS: dict[str, Any] = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")}
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "metalearn":
             found |= {f"metalearn.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            found.add(str(node.module))
     return found
 
 

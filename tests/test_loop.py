@@ -96,16 +96,15 @@ def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
 
 
 def test_clipping():
-    @dataclasses.dataclass
-    class Settings:
-        clip_value: float | None = None
-        clip_norm: float | None = None
+    def settings(clip_value=None, clip_norm=None):
+        train = config.checked(composition.composed([])).train
+        return dataclasses.replace(train, clip_value=clip_value, clip_norm=clip_norm)
 
     gradients = {"a": torch.tensor([3.0, -4.0])}
-    assert training.clip_gradients(gradients, Settings())[0].tolist() == [3, -4]
-    assert training.clip_gradients(gradients, Settings(clip_value=2))[0].tolist() == [2, -2]
-    torch.testing.assert_close(training.clip_gradients(gradients, Settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
-    torch.testing.assert_close(training.clip_gradients(gradients, Settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+    assert training.clip_gradients(gradients, settings())[0].tolist() == [3, -4]
+    assert training.clip_gradients(gradients, settings(clip_value=2))[0].tolist() == [2, -2]
+    torch.testing.assert_close(training.clip_gradients(gradients, settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
+    torch.testing.assert_close(training.clip_gradients(gradients, settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
 
 
 @pytest.mark.parametrize("reads_host", [True, False])
@@ -220,10 +219,13 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 
 def test_a_method_enters_its_next_stage_when_its_share_is_over(make_run, monkeypatch):
     run = make_run("algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4")
-    calls = []
-    monkeypatch.setattr(
-        type(run.algorithm), "step_weights", lambda self, steps, progress: calls.append(steps) or torch.ones(steps)
-    )
+    calls: list[int] = []
+
+    def step_weights(self, steps, progress):
+        calls.append(steps)
+        return torch.ones(steps)
+
+    monkeypatch.setattr(type(run.algorithm), "step_weights", step_weights)
     under_way, engines = training.Training(run), []
     for _ in range(4):
         engines.append(under_way.engine)

@@ -1,5 +1,7 @@
 """Closed forms and independent slow computations, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 
 
 def maml(**changes):
-    settings = dict(
+    settings: dict[str, Any] = dict(
         backbone=_IDENTITY, statistics="query", inner_lr=0.1, inner_steps=1, test_inner_steps=1, first_order=False,
         adapted_part="all", adapt_normalisation=False, inner_loss="mean", pull=0.0,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from metalearn.algorithms.siamese import Siamese
 from metalearn.backbones.conv4 import Conv4
 from metalearn.tasks import prng
 from metalearn.tasks.family import supervised
+from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.types import Spec, State, Task
 from tests.conftest import doubled
 from tests.one_task import (
@@ -107,9 +108,9 @@ def test_relation_network_by_loops(maps):
     one = task(features=50 if maps else 4)
     if maps:
         parts: Any = [dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query)]
-        one = Task(*parts, KEY)
+        one = Task(parts[0], parts[1], KEY)
     state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), prng.key_of(0)))
-    meta, total = {name: value + 0.1 for name, value in state.params.items()}, 0.0
+    meta, total = {name: value + 0.1 for name, value in state.params.items()}, torch.zeros(1).double()
     z = [
         conv4.embed(select(meta, "net"), part.x)[0].view(-1, 3, 5, 5) if maps else part.x[..., None, None]
         for part in (one.support, one.query)
@@ -234,6 +235,7 @@ def test_logistic_regression_is_at_its_minimum():
         value = weight[:-1].square().sum() / 2
         value = value + 1.5 * F.cross_entropy(F.pad(z, (0, 1), value=1.0) @ weight, one.support.y, reduction="sum")
         value.backward()
+        assert weight.grad is not None
         return value.item(), weight.grad.flatten().numpy()
 
     best = scipy.optimize.minimize(objective, torch.zeros(15).double().numpy(), jac=True, tol=1e-12, method="BFGS")
@@ -253,7 +255,7 @@ def test_baseline_pp_learns_a_norm_of_each_training_class():
 
 
 def test_fine_tuning_under_population_statistics_sees_each_example_apart():
-    net = {"backbone": NORMALISED, "statistics": "population"}
+    net: dict[str, Any] = {"backbone": NORMALISED, "statistics": "population"}
     algorithm = FineTuning(**COMMON | net, inner_lr=0.2, test_inner_steps=3)
     one, state = task(), state_of(algorithm, classes=20)
 
@@ -270,13 +272,13 @@ def test_fine_tuning_under_population_statistics_sees_each_example_apart():
 def test_fine_tuning_descends_from_the_trained_weights(target):
     """With a new head for classes, and with the trained one for values."""
     algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3, family=supervised(target))
-    one = task()
+    one, loss = task(), LOSSES[target]["cross_entropy" if target == "class" else "squared_error"]
     if target == "class":
-        state, loss = state_of(algorithm, classes=20), F.cross_entropy
+        state = state_of(algorithm, classes=20)
         head = {"head.weight": torch.zeros(3, 5).double(), "head.bias": torch.zeros(3).double()}
     else:
         values = dataclasses.replace(one.support, y=one.support.x[:, :2].sin())
-        one, loss = dataclasses.replace(one, support=values), F.mse_loss
+        one = dataclasses.replace(one, support=values)
         state = doubled(algorithm.init(Spec((4,), 2, 0, "value"), prng.key_of(0)))
         head = {f"head.{name}": state.params[f"global.{name}"] for name in ("weight", "bias")}
     params = {name: value for name, value in state.params.items() if name.startswith("net.")} | head

@@ -26,7 +26,7 @@ def test_shares_are_disjoint_whole_and_even():
 def test_a_loss_that_is_not_finite_is_found_whoever_computed_it():
     losses = torch.tensor([0.5, 1.0, float("nan"), 2.0, float("inf")])
     own = [losses[first : first + number] for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))]
-    whole = sum(Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own))
+    whole = torch.stack([Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own)]).sum(0)
     meter = Meter(torch.device("cpu"))
     meter.add({}, torch.tensor(False), torch.tensor(7), whole)
     assert meter.skipped() == (1, 7, 2)

@@ -155,7 +155,7 @@ def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run,
         [sys.executable, "-c", f"import time, pathlib; from metalearn.lock import alone_in\nwith alone_in(pathlib.Path({str(tmp_path / 'x')!r})):\n print('held', flush=True); time.sleep(60)"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
-    assert holder.stdout.readline() == b"held\n"
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match="another process"):
         run("x", "algo=protonet", "resume=auto")
     holder.kill()

@@ -61,10 +61,11 @@ def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     while not has_logged(tmp_path)():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None
         time.sleep(0.1)
-    process.stdout.close()
-    process.stderr.close()
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
     rows = tmp_path / "x/metrics.jsonl"
     before = rows.read_text().count("val.")
     while rows.read_text().count("val.") < before + 3:  # each is printed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,9 @@ def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told
             task = run.test.draw(first, count)
             few = dataclasses.replace(task.support, unlabelled=task.support.x)  # says nothing new
             return dataclasses.replace(task, support=few)
+
+        def classes(self, first, count):
+            return run.test.classes(first, count)
 
     gain = paired_difference(scores, loop.evaluate(run, state, Without(), 300))
     assert gain.mean - gain.ci95 > 0
@@ -176,11 +180,12 @@ def test_a_loss_and_an_augmentation_are_one_entry():
         build(settings_of("algo=maml", *words, *more))
         for more in ([], ["loss.name=cubic", "+loss.settings.power=2"], ["loss.inner=tests.toys.cubic"])
     )
-    tasks = plain.train.draw(0, 2)
+    tasks: Any = plain.train.draw(0, 2)
     losses = [run.train_engine.step(run.state, tasks, torch.zeros(())).logs["loss"] for run in (plain, other, inner)]
     assert losses[0] != losses[1] != losses[2] != losses[0]
     darker = build(settings_of("algo=maml", *words, "+augment.ops.darken.least=0.1"))
-    assert darker.train.draw(0, 2).query.x.mean() < 0.8 * tasks.query.x.mean()
+    dark: Any = darker.train.draw(0, 2)
+    assert dark.query.x.mean() < 0.8 * tasks.query.x.mean()
     assert torch.equal(darker.test.draw(0, 2).query.x, plain.test.draw(0, 2).query.x)
     for word, line in {
         "loss.name=qubic": "loss.name=qubic: there is no such name; .*did you mean cubic",

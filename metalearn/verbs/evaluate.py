@@ -166,12 +166,9 @@ def _check_may_change(stored: DictConfig, word: str) -> None:
         return
     if key in described and (other := described[key].rule.get("in_testing")):
         raise UserError(f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?")
-    allowed = dict.fromkeys(
-        name if name.partition(".")[0] in ("test", "val", "train") else name.partition(".")[0]
-        for name in described
-        if config.may_evaluate_with(name, described)
-    )
-    raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(allowed)}")
+    allowed = dict.fromkeys(["algo", "dataset", "episode", *config.names_of(described, config.may_evaluate_with)])
+    names = [name for name in allowed if not name.startswith(("algo.", "episode."))]
+    raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(names)}")
 
 
 def _both(asked: _Asked, console: Console) -> None:

@@ -53,9 +53,7 @@ class Recipe:
             described = config.roles(config.plain(self._composed))
             if key.partition(".")[0].partition("/")[0] == "hydra" or config.may_reproduce_with(key, described):
                 continue
-            allowed = dict.fromkeys(
-                name.partition(".")[0] for name in described if config.may_reproduce_with(name, described)
-            )
+            allowed = config.names_of(described, config.may_reproduce_with)
             raise UserError(
                 f"{word}: makes it another experiment; reproduce takes {', '.join(allowed)} and hydra; "
                 f"use metalearn train experiment={self.name} {word}"

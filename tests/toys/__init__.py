@@ -213,7 +213,8 @@ class Goals(Dataset):
 
 
 class OpenGoals:
-    inputs, outputs, content_hash, standardisation = InputSpec((1,)), 1, "goals", {}
+    inputs, outputs, content_hash = InputSpec((1,)), 1, "goals"
+    standardisation: ClassVar[dict[str, list[float]]] = {}
 
     def __init__(self, distance, device):
         self.distance, self.device = distance, device
