@@ -1,5 +1,7 @@
 """What an episode may and may not hold."""
 
+import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -197,3 +199,27 @@ def test_impossible_shapes_are_refused(shape, words):
     with pytest.raises(UserError) as caught:
         data.episodes("train", shape, 0)
     assert all(word in str(caught.value) for word in ["train", *words])
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
+def test_drawing_reads_no_value_on_the_host(rotations):
+    """On torch's `meta` device a read, or a tensor on another device, is an error."""
+    data = numbered({"train": [9] * 8, "val": [4] * 5, "test": [4] * 5}, rotations)
+    meta = torch.device("meta")
+
+    def moved(sampler):
+        store, view = sampler.store, sampler.view
+        index = dataclasses.replace(view.index, rows=view.index.rows.to(meta), counts=view.index.counts.to(meta))
+        index.__dict__["num_inputs"] = view.index.num_inputs  # known since the data were opened
+        parts = {name: getattr(store, name).to(meta) for name in ("images", "shift", "scale")}
+        copied = copy.copy(sampler)
+        for name, value in {
+            "store": dataclasses.replace(store, **parts), "view": dataclasses.replace(view, index=index), "key": sampler.key.to(meta),
+        }.items():  # fmt: skip
+            object.__setattr__(copied, name, value)
+        return copied
+
+    number = torch.zeros((), dtype=torch.int64, device=meta)
+    task = moved(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(number, 4)
+    assert task.query.x.shape == (4, 10, 1, 2, 2) and task.query.x.device == meta
+    assert moved(data.batches("train", 16, 0)).draw(number, 3).y.device == meta

@@ -1,0 +1,113 @@
+"""What is known of every setting: the torch-free index, its roles, and its value in conf/."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import settings_index
+import yaml
+from omegaconf import OmegaConf
+
+from metalearn import composition, config, settings
+from metalearn.errors import UserError
+
+_CONF = Path(config.conf_dir())
+
+
+def plain(*words):
+    content = OmegaConf.to_container(composition.composed(list(words)), resolve=True)
+    assert isinstance(content, dict)
+    return config.complete({str(key): value for key, value in content.items()})
+
+
+def test_the_index_is_that_of_the_classes():
+    assert config.INDEX_FILE.read_text() == settings_index.text(), "run: python scripts/settings_index.py"
+
+
+def test_a_mistyped_word_is_answered_without_torch():
+    code = (
+        "import sys; from metalearn import cli; sys.argv = ['metalearn', 'train', *sys.argv[1:]]\n"
+        "try:\n cli.main()\nfinally:\n print('torch' in sys.modules)"
+    )
+    for word, line in {
+        "algo.inner_lrr=1": "did you mean algo.inner_lr",
+        "train.steps=x": "a whole number",
+        "algo.inner_lr=-1": "greater than 0",
+        "backbone.downsample=strides": "did you mean stride",
+        "dataset.split=alphabets": "did you mean alphabet",
+    }.items():
+        done = subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True)
+        assert done.returncode == 2 and line in done.stderr, done.stderr
+        assert done.stdout == "False\n", f"{word}: torch was imported"
+
+
+def test_every_setting_has_its_value_in_yaml_and_a_role():
+    for group in config.COMPONENTS:
+        for name in composition.options(group):
+            node = composition.composed([f"{group}={name}"])[group]
+            declared = {setting.name for setting in config.component_settings(node, group)}
+            assert declared <= set(node) - {"_target_"}, f"conf/{group}/{name}.yaml"
+    complete = plain("experiment=maml_omniglot_5w1s")
+    base = yaml.safe_load((_CONF / "base.yaml").read_text())
+    for part in ("train", "val", "test", "checkpoint", "engine"):
+        assert base[part].keys() == complete[part].keys()
+    for name, setting in config.roles(complete).items():
+        roles = setting.rule["role"].split()
+        assert roles and set(roles) <= set(settings.ROLES), name
+
+
+@pytest.mark.parametrize(
+    ("key", "resume", "evaluate", "reproduce", "methods"),
+    [
+        # May a resumed run, a test, a reproduction have another value; are runs that differ in it different methods?
+        ("train.steps", False, False, False, True),
+        ("train.log_every", True, False, True, False),
+        ("train.nonfinite", True, True, True, False),
+        ("algo.inner_lr", False, True, False, True),
+        ("algo.inner_steps", False, False, False, True),
+        ("algo.test_inner_steps", False, True, False, True),
+        ("algo._target_", False, False, False, True),
+        ("backbone.filters", False, False, False, True),
+        ("dataset.rotations", False, True, False, True),
+        ("episode.shot", False, True, False, True),
+        ("episode.unlabelled", False, True, False, True),
+        ("episode.train.shot", False, False, False, True),
+        ("episode_seed", False, True, False, True),
+        ("seed", False, False, True, False),
+        ("statistics", False, True, False, True),
+        ("test.episodes", False, True, False, False),
+        ("val.every", False, False, False, True),
+        ("optimiser.weight_decay", False, False, False, True),
+        ("loss.name", False, False, False, True),
+        ("augment.ops.random_crop.padding", False, False, False, True),
+        ("engine.task_chunk", True, True, True, False),
+        ("engine.threads", False, True, True, False),
+        ("engine", False, True, True, False),
+        ("device", False, True, True, False),
+        ("data_dir", True, True, True, False),
+        ("checkpoint.every", True, True, True, False),
+        ("logger.name", True, False, True, False),
+        ("logger", True, False, True, False),
+        ("resume", True, False, True, False),
+        ("nothing.like.it", False, False, False, True),
+    ],
+)
+def test_roles_decide_what_commands_may_change(key, resume, evaluate, reproduce, methods):
+    described = config.roles(plain("algo=maml", "augment=crop_flip"))
+    assert config.may_resume_with(key, described) is resume
+    assert config.may_evaluate_with(key, described) is evaluate
+    assert config.may_reproduce_with(key, described) is reproduce
+    assert config.tells_methods_apart(key, described) is methods
+
+
+def test_a_target_is_of_the_package_or_of_a_plugin():
+    for target, line in {
+        "os.system": "should name a class in metalearn.algorithms",
+        "torch.nn.Linear": r"torch is not a plugin of this installation; .* add plugins=\[torch\]",
+        "metalearn.algorithms.nowhere.X": "there is no such class",
+        "metalearn.build.Run": "should name a class in metalearn.algorithms",
+        "a b": "should name a class",
+    }.items():
+        with pytest.raises(UserError, match=line):
+            config.component_settings({"_target_": target}, "algo")
