@@ -107,6 +107,12 @@ def check(settings: RunConfig) -> None:
         raise UserError(f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept")
     if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
         raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
+    for key, given, is_used in (
+        ("loss.name", settings.loss.name, algorithm.uses_loss),
+        ("loss.inner", settings.loss.inner, algorithm.uses_inner_loss),
+    ):
+        if given is not None and not is_used:
+            raise UserError(f"{key}={given}: {name} has a loss of its own there; leave it out")
     optimisers.check(settings.optimiser)
     augmentation_of(settings)
     device_of(settings.device)

@@ -74,7 +74,9 @@ def _wants_help(words: list[str]) -> bool:
 
 def _list(words: list[str]) -> int:
     if _wants_help(words):
-        print("metalearn list\n\nShows algorithms, data sets, backbones and experiments, with one line each.")
+        print(
+            "metalearn list\n\nShows algorithms, datasets, backbones, episodes, optimisers, losses, augmentations and experiments, with one line each."
+        )
         return 0
     if words:
         raise UserError(f"list {words[0]}: list takes no arguments")
@@ -85,7 +87,7 @@ def _list(words: list[str]) -> int:
         print(f"algo=    {help_texts.FAMILIES.get(family, family)}")
         for name in names:
             print(f"  {name:<16} {lines[name]}")
-    for group in ("dataset", "backbone", "episode", "experiment"):
+    for group in ("dataset", "backbone", "episode", "optimiser", "loss", "augment", "experiment"):
         print(f"{group}=")
         for name, line in options(group).items():
             print(f"  {name:<16} {line}")
@@ -112,7 +114,17 @@ def _train(words: list[str]) -> int:
 
         groups = "".join(
             f"  {group + '=':<12}{', '.join(options(group))}\n"
-            for group in ("algo", "dataset", "backbone", "episode", "logger", "experiment")
+            for group in (
+                "algo",
+                "dataset",
+                "backbone",
+                "episode",
+                "optimiser",
+                "loss",
+                "augment",
+                "logger",
+                "experiment",
+            )
         )
         print(help_texts.TRAIN.format(groups=groups), end="")
         return 0

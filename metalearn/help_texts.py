@@ -44,10 +44,12 @@ often changed
   train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10
   val.every=500 val.episodes=300 test.episodes=1000
   seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
+  optimiser=sgd optimiser.momentum=0.9 optimiser.weight_decay=5e-4 augment=crop_flip loss=label_smoothing
   hydra.run.dir=my/folder                         the run folder
   resume=auto                                     go on with what lies there, or show it again if it is finished
 
 options
+  plugins=[package]    a package whose methods and data may be used, where it is not an installed plugin; for every command
   -m, --multirun       every combination of comma-separated values, each in its own folder
   --cfg job            print the composed configuration and stop
   --config-dir DIR     also look for configuration files in DIR

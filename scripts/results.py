@@ -146,12 +146,13 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
                 _shape(result["protocol"]),
                 result["protocol"]["statistics"],
                 result["protocol_id"],
+                result["protocol"].get("sampler", 1),
                 result["seed"],
                 f"{result['seconds'] / 60:.0f}",
                 environment["commit"],
             ]
         )
-    head = ["experiment", "published", "here", "budget", "way/shot/query", "statistics", "protocol", "seed", "minutes",
+    head = ["experiment", "published", "here", "budget", "way/shot/query", "statistics", "protocol", "sampler", "seed", "minutes",
             "commit"]  # fmt: skip
     return (
         [

@@ -45,6 +45,11 @@ MISTAKES = [
     (["train=null"], ["train"]),
     (["dataset.fractions=[0.5,a,0.2]"], ["dataset.fractions", "a number"]),
     (["train.source=batches"], ["train.source=batches", "MAML trains on episodes"]),
+    (["algo=siamese", "loss.name=cross_entropy"], ["loss.name=cross_entropy", "Siamese", "of its own"]),
+    (["algo=protonet", "loss.inner=cross_entropy"], ["loss.inner=cross_entropy", "ProtoNet"]),
+    (["loss=label_smothing"], ["loss=label_smothing", "did you mean label_smoothing"]),
+    (["augment=crop"], ["augment=crop", "did you mean crop_flip"]),
+    (["algo=meta_sgd", "algo.step_lrs=[0.1]"], ["algo.step_lrs=[0.1]", "learns its rates"]),
 ]
 
 

@@ -35,6 +35,9 @@ class Algorithm:
     adapts_in_steps: ClassVar[bool] = False
     #: Whether adaptation is a chain of many small operations, which are worth batching over tasks.
     is_iterative: ClassVar[bool] = False
+    #: Whether training descends the family's loss, and whether adaptation does (`loss.name`, `loss.inner`).
+    uses_loss: ClassVar[bool] = True
+    uses_inner_loss: ClassVar[bool] = False
     #: Whether `adapt` uses `support.unlabelled`.
     uses_unlabelled: ClassVar[bool] = False
     #: Whether predictions follow a permutation of the classes, and whether they depend on the order of the support set.

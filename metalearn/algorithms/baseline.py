@@ -14,7 +14,6 @@ from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
 from metalearn.settings import above, at_least, between, choice
 from metalearn.tasks import prng
-from metalearn.tasks.losses import cross_entropy
 from metalearn.tasks.types import Params, Spec, State, Support
 
 
@@ -30,6 +29,7 @@ class Baseline(EmbeddingAlgorithm):
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
     is_iterative: ClassVar[bool] = True
+    uses_inner_loss: ClassVar[bool] = True
 
     head: str = choice("linear", "cosine")
     train_scale: float = above(0)
@@ -70,7 +70,7 @@ class Baseline(EmbeddingAlgorithm):
             }  # as wide as torch's linear layer starts
 
         def loss(head: Params) -> Tensor:
-            return cross_entropy(self.compare(weights, head, z), support.y)
+            return self.supervised.inner_loss(self.compare(weights, head, z), support.y)
 
         speed: Params = {}
         for _ in range(self.head_steps):

@@ -30,6 +30,7 @@ class LinearHeadAlgorithm(Algorithm):
     fixed_way: ClassVar[bool] = True
     adapts_in_steps: ClassVar[bool] = True
     is_iterative: ClassVar[bool] = True
+    uses_inner_loss: ClassVar[bool] = True
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:

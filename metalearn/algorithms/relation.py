@@ -5,6 +5,7 @@ Sung et al. (2018), "Learning to compare: Relation network for few-shot learning
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ class RelationNetwork(EmbeddingAlgorithm):
     Departure: g normalises each pair by itself (layer normalisation). Theirs uses the statistics of all pairs of a batch, so that
     predictions would depend on each other.
     """
+
+    uses_loss: ClassVar[bool] = False
 
     filters: int = at_least(1)
     hidden: list[int] = at_least(1)

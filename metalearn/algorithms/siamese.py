@@ -4,6 +4,7 @@ Koch, Zemel and Salakhutdinov (2015), "Siamese neural networks for one-shot imag
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class Siamese(EmbeddingAlgorithm):
     Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid. All pairs of an episode count
     alike, so that the few that are hard to tell apart matter; the paper draws as many pairs of one class as of two.
     """
+
+    uses_loss: ClassVar[bool] = False
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
         alpha = (0.2 * prng.normal(key, (size,)) - 1) * size**-0.5  # a distance from the start: alike is near
