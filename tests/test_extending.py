@@ -42,41 +42,26 @@ def package(tmp_path_factory):
     return site
 
 
-@pytest.fixture
-def in_package(package, tmp_path, cache_dir):
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(package),
-            "METALEARN_CACHE": str(cache_dir),
-            "OMP_NUM_THREADS": "1",
-        }
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-
-    return run
-
-
 @pytest.mark.slow
-def test_every_command_of_the_page_runs(in_package, tmp_path):
+def test_every_command_of_the_page_runs(package, metalearn, tmp_path):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", _PAGE, re.S) for line in block.splitlines()]
     assert len(commands) == 8
     for number, line in enumerate(commands):
         words = shlex.split(line)
-        small: list[str] = []
         if words[0] == "metalearn":
-            words = [sys.executable, "-m", *words]
             small = [*_SMALL, f"hydra.run.dir=run{number}"]
             small += ["dataset.num_classes=60", "dataset.image_size=16"] if "glyphs" in line else []
-        else:
-            words[0] = sys.executable
-        done = in_package(*words, *small)
-        assert done.returncode == 0, line + done.stdout + done.stderr
-    assert "neighbour" in in_package(sys.executable, "-m", "metalearn", "list").stdout
-    # Later commands find the plugin by its entry point alone.
-    again = in_package(sys.executable, "-m", "metalearn", "evaluate", "run=run0", "episode.shot=2")
+            done = metalearn(*words[1:], *small, path=str(package))
+            assert done.returncode == 0, line + done.stdout + done.stderr
+    assert "neighbour" in metalearn("list", path=str(package)).stdout
+    # Later commands find the plugin by its entry point alone; what is not named is not imported.
+    again = metalearn("evaluate", "run=run0", "episode.shot=2", path=str(package))
     assert again.returncode == 0, again.stderr
-    code = "import metalearn, sys; metalearn.load('run0'); print('fewshot_extras.momentum' in sys.modules)"
-    assert in_package(sys.executable, "-c", code).stdout == "False\n"
+    (check,) = [shlex.split(line)[2] for line in commands if line.startswith("python")]
+    code = f"{check}; import metalearn, sys; metalearn.load('run0'); print('fewshot_extras.momentum' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 @pytest.mark.slow
