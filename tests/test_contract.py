@@ -20,9 +20,9 @@ from tests.conftest import ALGORITHMS, doubled
 
 _HALF = torch.tensor(0.5)
 #: Methods of each kind, whose whole contract is part of `make check`.
-_QUICK = ("maml", "protonet", "rfs")
+_QUICK = ("maml", "protonet")
 #: Cheap checks, which are part of it for all methods.
-_CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared", "runs_on_any_device")
+_CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
 @functools.cache

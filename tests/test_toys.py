@@ -34,7 +34,9 @@ def settings_of(*words):
     return config.checked(composition.composed([*_SMALL, *words]))
 
 
-@pytest.mark.parametrize("name", _TOYS)
+@pytest.mark.parametrize(
+    "name", ["soft_means", *(pytest.param(name, marks=pytest.mark.slow) for name in _TOYS if name != "soft_means")]
+)
 def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
     run = build(settings_of(f"algo={name}", "dataset=gaussians", "train.steps=3", "val.every=3", "train.batch_size=8"))
 
@@ -59,6 +61,7 @@ def test_toy_methods_keep_the_contract(name):
         check(testing.Method(name))
 
 
+@pytest.mark.slow
 def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told_the_labels(tmp_path):
     words = ["algo=soft_means", "dataset=gaussians", "train.steps=60", "val.every=60", "dataset.noise_std=0.5"]
     words += ["test.episodes=300", "episode.unlabelled=8", "episode.query=5", "train.meta_batch=2"]
@@ -100,7 +103,9 @@ def test_unlabelled_examples_from_python(tmp_path):
         metalearn.load(tmp_path / "plain").adapt(x, list("aabbcc"), unlabelled=more)
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "imaml", "reptile"])
+@pytest.mark.parametrize(
+    "name", ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fomaml", "anil", "imaml", "reptile"))]
+)
 def test_gradient_methods_adapt_a_policy(name):
     """A family of control tasks needs no change in a method, the engine or the loop."""
     words = [f"algo={name}", "dataset=goals", "train.steps=2", "val.every=2"]
@@ -118,6 +123,7 @@ def test_gradient_methods_adapt_a_policy(name):
     torch.testing.assert_close(scores[2], scores[0])
 
 
+@pytest.mark.slow
 def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
     words = [
         "algo=maml",
@@ -138,6 +144,7 @@ def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
     assert after["mean"] - after["ci95"] > before["mean"] + before["ci95"]
 
 
+@pytest.mark.slow
 def test_text_goes_through_as_tokens(tmp_path):
     words = [
         "algo=protonet",
