@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup  ## MAML on the embedded data, trained and tested for real, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
 
-check: setup  ## the quick loop: format, lint, types, fast tests (under a minute)
+check: setup  ## the quick loop: format, lint, types, fast tests (one to two minutes)
 	ruff format --check .
 	ruff check .
 	mypy
