@@ -210,12 +210,11 @@ def labels_alone_are_learned_from(method: Method) -> None:
 
 def runs_on_any_device(method: Method) -> None:
     """A meta-step works on torch's `meta` device: no value is read on the host, and no tensor is made on another device."""
-    run = method.run("optimiser=sgd", "optimiser.momentum=0.9", "train.clip_norm=1")
 
     def to_meta(tree: Any) -> Any:
         return pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
 
-    device = torch.device("meta")
+    run, device = method.run("optimiser=sgd", "train.clip_norm=1"), torch.device("meta")
     state, tasks = to_meta(run.state), to_meta(run.train.draw(0, 4))
     for strategy in ("vmap", "loop", "mixed"):
         if _has_loss(run, strategy):
@@ -224,11 +223,14 @@ def runs_on_any_device(method: Method) -> None:
             assert {leaf.device for leaf in pytree.tree_leaves(step)} == {device}
     assert Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4))).device == device
     fixed = dataclasses.replace(run, state=state, device=device, train=_Fixed(tasks))
-    training = Training(fixed)
-    for leaf in state.params.values():
-        leaf.grad = torch.zeros_like(leaf)
-    training.optimiser.step()  # makes its state, as the first step of a run does
-    training.meta_step()
+    for momentum in (0.0, 0.9):
+        run.config.optimiser["momentum"] = momentum
+        training = Training(fixed)
+        for leaf in state.params.values():
+            leaf.grad = torch.zeros_like(leaf)
+        training.optimiser.step()  # makes its state, as the first step of a run does
+        training.has_stepped = True
+        training.meta_step()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Training:
         self.optimiser = optimisers.make(run.config.optimiser, self._settings.lr, self._leaves)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
         self.reads_host = run.device.type == "cpu"
+        self.has_stepped = False  # then the optimiser has all of its state, which may be none
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()  # which are in which split
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
@@ -86,9 +87,10 @@ class Training:
         """
         state = [value for one in self.optimiser.state.values() for value in one.values() if isinstance(value, Tensor)]
         tensors = [*self._leaves, *state]
-        if self.reads_host or not self.optimiser.state or any(t.device != finite.device for t in state):
+        if self.reads_host or not self.has_stepped or any(t.device != finite.device for t in state):
             if finite:
                 self.optimiser.step()
+                self.has_stepped = True
             return
         before = [value.detach().clone() for value in tensors]
         self.optimiser.step()
@@ -183,6 +185,7 @@ class Training:
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
             self.step = kept["step"]
+            self.has_stepped = bool(kept["optimiser"]) or self.step > 0
             self._set_learning_rate()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(

@@ -23,6 +23,12 @@ _TO_READ = {
     ),
     "a dataset": ("A dataset", ["data/base.py"]),
 }
+#: Files that these rest on; they explain why, and are not needed to write the extension as the page shows it.
+_BELOW = {
+    "a dataset": ["tasks/store.py", "settings.py"],
+    "a gradient method": ["algorithms/base.py", "tasks/types.py", "settings.py", "algorithms/inner_loop.py"],
+}
+_BELOW_ANY = ["algorithms/base.py", "tasks/types.py", "settings.py"]
 #: At most so many lines.
 LIMITS = {
     "a metric method": 300,
@@ -52,11 +58,14 @@ def lines(kind: str) -> int:
 
 
 def main() -> None:
-    table = ["| to add | lines to read | which | files edited in metalearn |", "| --- | --- | --- | --- |"]
+    head = ["to add", "lines to read", "which", "with the files that these rest on", "files edited in metalearn"]
+    table = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
     for kind in _TO_READ:
         which = ", ".join(f"{name} {count}" for name, count in parts(kind).items())
-        table.append(f"| {kind} | {lines(kind)} | {which} | none |")
-    table.append("| a loss, an augmentation, an optimiser | one function or one name | its section below | none |")
+        below = _BELOW.get(kind, _BELOW_ANY)
+        more = lines(kind) + sum(len((ROOT / "metalearn" / file).read_text().splitlines()) for file in below)
+        table.append(f"| {kind} | {lines(kind)} | {which} | {more} ({', '.join(below)}) | none |")
+    table.append("| a loss, an augmentation, an optimiser | one function or one name | its section below | | none |")
     fill(_PAGE, "reading: written by scripts/reading.py", table)
 
 

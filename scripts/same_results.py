@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "metanet": ("algo=metanet", *_SMALL),
     "mapping": ("algo=mapping", *_SMALL),
     "r2d2": ("algo=r2d2", *_SMALL),
-    "baseline": ("algo=baseline", "train.schedule=step", *_SMALL),
+    "baseline": ("algo=baseline", "train.schedule=step", "train.schedule_every=2", *_SMALL),
     "baseline_pp": ("algo=baseline_pp", *_SMALL),
     "rfs": ("algo=rfs", *_SMALL),
     "finetune": ("algo=finetune", *_SMALL),

@@ -210,7 +210,7 @@ def test_drawing_reads_no_value_on_the_host(rotations):
     def moved(sampler):
         store, view = sampler.store, sampler.view
         index = dataclasses.replace(view.index, rows=view.index.rows.to(meta), counts=view.index.counts.to(meta))
-        index.__dict__["num_inputs"] = view.index.num_inputs  # known since the data were opened
+        index.__dict__["num_inputs"] = view.index.__dict__.get("num_inputs")  # if the sampler has read it
         parts = {name: getattr(store, name).to(meta) for name in ("images", "shift", "scale")}
         copied = copy.copy(sampler)
         for name, value in {

@@ -112,6 +112,7 @@ def test_clipping():
     "optimiser",
     [
         ["optimiser=adamw", "optimiser.weight_decay=0.1"],
+        ["optimiser=sgd", "optimiser.weight_decay=0.1"],
         ["optimiser=sgd", "optimiser.momentum=0.9", "optimiser.weight_decay=0.1"],
     ],
 )

@@ -29,6 +29,7 @@ class Reptile(LinearHeadAlgorithm):
     """
 
     support_order_matters: ClassVar[bool] = True  # mini-batches are drawn by position
+    uses_loss: ClassVar[bool] = False  # the query loss is only logged
 
     inner_lr: float = above(0)
     inner_steps: int = at_least(0, in_testing="test_inner_steps")

@@ -136,6 +136,9 @@ class BatchSampler:
     size: int
     key: Tensor
 
+    def __post_init__(self) -> None:
+        _ = self.view.index.num_inputs  # read once, so that drawing reads nothing on the host
+
     def draw(self, first: int | Tensor, count: int) -> Batch:
         index = self.view.index
         key_T = numbered_keys(self.key, first, count)

@@ -71,12 +71,12 @@ def train(
         tracker = Tracker(settings, run.metric, folder, console, command["id"], kept["step"] if kept else -1)
         failed = True
         try:
+            if recipe:
+                report.print_line(console, recipe)
             console.print(
                 f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
                 f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
             )  # fmt: skip
-            if recipe:
-                report.print_line(console, recipe)
             if kept:
                 report.print_line(console, f"going on from step {kept['step']} of {folder}")
             with tracker.training():
