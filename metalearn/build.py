@@ -283,6 +283,8 @@ def augmentation_of(settings: RunConfig) -> Augmentation | None:
     known: Any = augment.AUGMENTATIONS
     for name, own in settings.augment.ops.items():
         function: Any = plugins.find(name, known, "augment.ops")
+        if own is not None and not isinstance(own, dict):
+            raise UserError(f"augment.ops.{name}={own}: should hold settings, like {{}}")
         for key in own or {}:
             if key not in inspect.signature(function).parameters:
                 raise UserError(f"augment.ops.{name}.{key}: there is no such setting")

@@ -11,7 +11,11 @@ from metalearn.config import TrainConfig
 from metalearn.errors import UserError, first_line, nearest
 
 #: Optimisers that do not take one plain step for one gradient.
-_UNSUITED = {"LBFGS": "it evaluates the loss several times a step", "SparseAdam": "meta-gradients are dense"}
+_UNSUITED = {
+    "LBFGS": "it evaluates the loss several times a step",
+    "SparseAdam": "meta-gradients are dense",
+    "Muon": "it takes matrices alone",
+}
 #: Arguments that are the run's or the engine's, not the user's.
 _GIVEN = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 
@@ -53,6 +57,8 @@ def make(settings: dict[str, Any], lr: float, leaves: list[Tensor]) -> torch.opt
         if key not in accepted or key in _GIVEN:
             known = [f"optimiser.{name}" for name in accepted if name not in _GIVEN | {"self"}]
             raise UserError(f"optimiser.{key}: {cls.__name__} has no such setting{nearest(f'optimiser.{key}', known)}")
+        if isinstance(accepted[key].default, bool) and not isinstance(own[key], bool):
+            raise UserError(f"optimiser.{key}={own[key]}: should be true or false")
     rate: Any = lr
     if leaves[0].device.type == "cuda":
         if "capturable" in accepted:

@@ -1,4 +1,4 @@
-"""The package of docs/extending.md, written as it stands there into an empty folder, installed and run."""
+"""The package of docs/extending.md, written unchanged into an empty folder, installed and run."""
 
 import os
 import re

@@ -162,6 +162,9 @@ def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_r
         (["+optimiser.momentum=0.9"], r"optimiser\.momentum: Adam has no such setting"),
         (["+optimiser.lr=0.9"], r"optimiser\.lr: Adam has no such setting"),
         (["optimiser.eps=-1"], "Adam refuses its settings"),
+        (["optimiser=sgd", "optimiser.nesterov=off"], r"optimiser\.nesterov=off: should be true or false"),
+        (["optimiser._target_=torch.optim.Muon"], "Muon: is not possible here"),
+        (["+augment.ops.horizontal_flip=3"], r"augment\.ops\.horizontal_flip=3: should hold settings"),
     ],
 )
 def test_optimisers_that_cannot_be_are_refused(words, line, compose):

@@ -103,7 +103,7 @@ class SupportPlusOneStatistics(Normalisation):
 
 @dataclasses.dataclass(frozen=True)
 class PopulationStatistics(Normalisation):
-    """Running averages of meta-training (inductive); a frozen backbone's own are used throughout."""
+    """Running averages of meta-training (inductive); those of a frozen backbone are used throughout."""
 
     is_transductive: ClassVar[bool] = False
     has_population: ClassVar[bool] = True
