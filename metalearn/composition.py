@@ -1,7 +1,6 @@
 """From `conf/` and a command line to one composed configuration, by Hydra; its errors in one line."""
 
 import contextlib
-import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +122,11 @@ def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose(overrides, return_hydra_config=with_hydra)
 
 
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Return a composed configuration without Hydra's own part."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
 def stored(folder: Path) -> DictConfig:
     """The configuration in a run folder; a setting that is newer than the run has its usual value.
 
@@ -165,8 +169,19 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
     return result
 
 
-def combinations(overrides: list[str]) -> list[list[str]]:
-    """Every run of a multirun, as plain overrides; search ranges (for sweepers with a strategy) are left out."""
+def is_sweep(override: str) -> bool:
+    """Return True if an override gives several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def one_run_per_value(overrides: list[str]) -> list[list[str]]:
+    """Return runs of a multirun, as plain overrides, in which each value of each axis occurs.
+
+    The first has the first value of each axis; each other has one other value. Search ranges (of sweepers with a strategy) are
+    left out.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
 
@@ -179,7 +194,9 @@ def combinations(overrides: list[str]) -> list[list[str]]:
             elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
                 key = override.get_key_element()
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    return [list(run) for run in itertools.product(*axes)]
+    first = [axis[0] for axis in axes]
+    others = [[*first[:number], value, *first[number + 1 :]] for number, axis in enumerate(axes) for value in axis[1:]]
+    return [first, *others]
 
 
 def groups() -> list[str]:

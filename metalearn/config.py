@@ -499,7 +499,7 @@ def _conform(settings: list[Setting], values: DictConfig, where: str) -> DictCon
         if OmegaConf.is_missing(values, key):
             raise UserError(f"{where}{key}: has no value")
         try:
-            merged = OmegaConf.merge(merged, {key: values[key]})
+            merged.merge_with({key: values[key]})
         except OmegaConfBaseException as error:
             full = getattr(error, "full_key", None) or str(key)
             given = OmegaConf.select(values, full, default=values[key])

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -94,7 +95,11 @@ def take_plugins(words: list[str]) -> list[str]:
 
 
 def check(words: Words) -> None:
-    """All that can be known before data are read: names, types, impossible pairings. Raises: UserError."""
+    """Check all that can be known before data are read: names, types, impossible pairings.
+
+    Raises:
+        UserError: for the first mistake.
+    """
     from metalearn import composition
 
     if words.multirun:
@@ -104,30 +109,71 @@ def check(words: Words) -> None:
 
 
 def trained(words: Words) -> tuple[Path, bool]:
-    """Trains what a command line says. Returns: the folder of the run or multirun, and whether it is the latter."""
-    from metalearn import composition
+    """Train what a command line says.
 
-    check(words)
-    if words.multirun and "RANK" in os.environ:
-        raise UserError("--multirun: a sweep runs one process at a time; start torchrun without it")
-    if rank() > 0:
-        _follow(words.settings)
-    alone = [word for word in words.settings if not (words.multirun and _is_sweep(word))]
-    hydra = composition.composed(alone, with_hydra=True).hydra
-    _check_callbacks(hydra)
-    folder = Path(hydra.sweep.dir if words.multirun else hydra.run.dir)
-    created = _made(folder)
-    # The folder is settled here once, since its name carries the time.
-    where = f"hydra.{'sweep' if words.multirun else 'run'}.dir={composition.quoted(str(folder))}"
+    Returns:
+        The folder of the run or multirun, and whether it is the latter.
+    """
     job = _Job(words.multirun)
-    try:
-        hydra_main(job, [*words.flags, *words.settings, where])
-    finally:
-        for path in reversed(created):
-            _remove_empty(path)
+    folder = (_start_multirun if words.multirun else _start_run)(words, job)
     if job.error is not None:
         raise job.error
     return folder, words.multirun
+
+
+def _start_run(words: Words, job: "_Job") -> Path:
+    """Compose once, check, and run under Hydra. Returns the folder of the run."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import open_dict
+
+    from metalearn import composition
+
+    config = composition.composed(words.settings, with_hydra=True)
+    hydra = config.hydra
+    _check_callbacks(hydra)
+    if hydra.mode == RunMode.MULTIRUN:
+        raise UserError("hydra.mode=MULTIRUN: a multirun is started with -m")
+    _check(composition.without_hydra(config))
+    folder = Path(hydra.run.dir)
+    if rank() > 0:
+        _follow(composition.without_hydra(config), folder)
+    with open_dict(config):
+        hydra.mode = RunMode.RUN
+        hydra.run.dir = str(folder)  # settled once, since its name carries the time
+    context = HydraContext(None, Callbacks())  # type: ignore[arg-type]  # a loader is for launchers
+    with _folder(folder):
+        run_job(job, config, "hydra.run.dir", None, context)  # type: ignore[arg-type]
+    return folder
+
+
+def _start_multirun(words: Words, job: "_Job") -> Path:
+    """Check each value of each axis, and give the whole to Hydra's sweeper. Returns the folder of the multirun."""
+    from metalearn import composition
+
+    _check_multirun(words.settings)
+    if "RANK" in os.environ:
+        raise UserError("--multirun: a sweep runs one process at a time; start torchrun without it")
+    alone = [word for word in words.settings if not composition.is_sweep(word)]
+    hydra = composition.composed(alone, with_hydra=True).hydra
+    _check_callbacks(hydra)
+    folder = Path(hydra.sweep.dir)
+    with _folder(folder):
+        where = f"hydra.sweep.dir={composition.quoted(str(folder))}"
+        hydra_main(job, [*words.flags, *words.settings, where])
+    return folder
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove what stays empty of it."""
+    created = _made(folder)
+    try:
+        yield
+    finally:
+        for path in reversed(created):
+            _remove_empty(path)
 
 
 def show(words: Words) -> None:
@@ -153,16 +199,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _follow(overrides: list[str]) -> NoReturn:
-    """Computes what the leading process of several asks for, writes nothing, and is done."""
-    from metalearn import composition
+def _follow(config: Any, folder: Path) -> NoReturn:
+    """Compute what the leading process of several needs, write nothing, and exit."""
     from metalearn.verbs.train import RESULT_FILE, follow
 
-    config = composition.composed(overrides, with_hydra=True)
-    folder = Path(config.hydra.run.dir)
-    finished = config.resume == "auto" and (folder / RESULT_FILE).exists()
-    if not finished:
-        follow(composition.composed(overrides), folder)
+    if not (config.resume == "auto" and (folder / RESULT_FILE).exists()):
+        follow(config, folder)
     leave_siblings(0)
     sys.exit(0)
 
@@ -178,23 +220,23 @@ def _check(config: Any) -> None:
 
 
 def _check_multirun(overrides: list[str]) -> None:
-    """A mistyped name ends a multirun before it begins; a run that is impossible only fails itself.
+    """Check each value of each axis once. A mistyped name ends a multirun before it begins; an impossible run only fails itself.
 
-    Raises: UserError when a name is unknown, or when no run at all is possible.
+    Raises:
+        UserError: for an unknown name, or where none of the runs looked at is possible.
     """
     from metalearn import composition
 
-    first: UserError | None = None
-    possible = False
-    for run in composition.combinations(overrides):
-        composed = composition.composed(run)
+    errors: list[UserError] = []
+    runs = composition.one_run_per_value(overrides)
+    for run in runs:
+        config = composition.composed(run)
         try:
-            _check(composed)
-            possible = True
+            _check(config)
         except UserError as error:
-            first = first or error
-    if first and not possible:
-        raise first
+            errors.append(error)
+    if len(errors) == len(runs):
+        raise errors[0]
 
 
 class _Job:
@@ -282,12 +324,6 @@ def hydra_main(job: Any, words: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["metalearn", *words]
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-
-
-def _is_sweep(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 def _relative(folder: Path) -> Path:

@@ -112,10 +112,13 @@ def test_methods_compose_with_the_datasets_they_can_learn_and_have_a_recipe_for(
                 check(settings)
 
 
-def test_combinations_of_a_multirun():
-    found = composition.combinations(["algo=maml,protonet", "seed=0,1", "val.every=3"])
-    assert sorted(found) == [[f"algo={a}", f"seed={s}", "val.every=3"] for a in ("maml", "protonet") for s in (0, 1)]
-    assert composition.combinations(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]
+def test_each_value_of_an_axis_is_checked_once():
+    runs = composition.one_run_per_value(["algo=maml,protonet,anil", "seed=0,1", "val.every=3"])
+    assert runs == [
+        [f"algo={algo}", f"seed={seed}", "val.every=3"]
+        for algo, seed in (("maml", 0), ("protonet", 0), ("anil", 0), ("maml", 1))
+    ]
+    assert composition.one_run_per_value(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])

@@ -64,7 +64,7 @@ def train(
         if earlier is None:
             report.write_json(folder / ENGINE_FILE, run.choices)
             with replacing(folder / CONFIG_FILE) as stream:  # last, for it says that there is a run
-                stream.write(OmegaConf.to_yaml(OmegaConf.create(schema.plain(checked(config)))).encode())
+                stream.write(OmegaConf.to_yaml(OmegaConf.create(schema.plain(settings))).encode())
         else:
             _check_place(folder, run.choices)
             _note_chunk(folder, settings, run.choices)
