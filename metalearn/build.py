@@ -33,7 +33,12 @@ EVALUATION_BATCH = 32
 
 
 #: Engine settings with which everything is chosen here, or by `engine.choices`.
-FREE_CHOICES: dict[str, Any] = {"strategy": "auto", "task_chunk": 0, "threads": 0, "convolution": "auto"}
+FREE_CHOICES: dict[str, Any] = {
+    "strategy": "auto",
+    "task_chunk": 0,
+    "threads": 0,
+    "convolution": "auto",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,11 @@ class Run:
     def choices(self) -> dict[str, Any]:
         """What the engine chose: `engine.json`, with which another run computes just as this one."""
         engines = {"train": self.train_engine.choices, "test": self.test_engine.choices}
-        where = {"device": self.device.type, "threads": torch.get_num_threads(), "processes": self.processes.size}
+        where = {
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
+        }
         return {**where, **engines}
 
 
@@ -91,7 +100,11 @@ def check(settings: RunConfig) -> None:
             f"but this dataset has {described(target)}; choose another algo or dataset"
         )
     episode = settings.episode
-    if algorithm.fixed_way and settings.train.source == "episodes" and episode.train.way != episode.way:
+    if (
+        algorithm.fixed_way
+        and settings.train.source == "episodes"
+        and episode.train.way != episode.way
+    ):
         raise UserError(
             f"episode.train.way={episode.train.way} should equal episode.way={episode.way}: "
             f"the number of ways is part of {name}'s weights"
@@ -104,7 +117,9 @@ def check(settings: RunConfig) -> None:
     if algorithm.normalisation.has_population and not algorithm.backbone.normalises:
         raise UserError("statistics=population needs a backbone with normalisation")
     if settings.engine.rematerialise and not algorithm.can_rematerialise:
-        raise UserError(f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept")
+        raise UserError(
+            f"engine.rematerialise=true: {name} has no inner steps whose derivatives are kept"
+        )
     if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
         raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
     for key, given, is_used in (
@@ -145,12 +160,15 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
     dataset = config.make(settings.dataset, "dataset")
     with together.leader_first():
         data = dataset.open(
-            folder_of(settings.data_dir, ".local/share"), folder_of(settings.cache_dir, ".cache"), device
+            folder_of(settings.data_dir, ".local/share"),
+            folder_of(settings.cache_dir, ".cache"),
+            device,
         )
     algorithm = algorithm_of(settings, is_restored)
     episode = settings.episode
     test_shape, train_shape = (
-        Shape(one.way, one.shot, one.query, one.unlabelled, one.distractors) for one in (episode, episode.train)
+        Shape(one.way, one.shot, one.query, one.unlabelled, one.distractors)
+        for one in (episode, episode.train)
     )
     check_inputs(settings, algorithm, data.inputs)
     changes = augmentation_of(settings)
@@ -164,17 +182,29 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
     test = data.episodes(test_split, test_shape, settings.episode_seed)
     inputs, outputs = data.inputs, data.outputs or episode.way
     spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
-    train_engine, test_engine = _engines(settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices)
+    train_engine, test_engine = _engines(
+        settings, algorithm, train.draw(0, 1), test.draw(0, 1), together, choices
+    )
     state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
     frozen = algorithm.backbone.is_frozen and all(name.startswith("net.") for name in state.params)
     if frozen and settings.train.steps and not only_test:
         raise UserError(
             f"backbone.frozen=true: {type(algorithm).__name__} has nothing else to learn; test it as it is with train.steps=0"
         )
-    timing = settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps
+    timing = (
+        settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps
+    )
     # Several processes would each find their own.
-    if timing and not choices and not only_test and train_engine.strategy != "loop" and together.size == 1:
-        train_engine = train_engine.timed(state, train.draw(0, together.share(settings.train.meta_batch)[1]))
+    if (
+        timing
+        and not choices
+        and not only_test
+        and train_engine.strategy != "loop"
+        and together.size == 1
+    ):
+        train_engine = train_engine.timed(
+            state, train.draw(0, together.share(settings.train.meta_batch)[1])
+        )
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
         content_hash=data.content_hash,
@@ -220,13 +250,19 @@ def _engines(
     if choices:
         stored = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
         if stored[0].strategy == "mixed" and stored[0].has_own_loss(train):
-            raise UserError("engine.choices: that run's strategy, mixed, does not suit a method with its own loss")
+            raise UserError(
+                "engine.choices: that run's strategy, mixed, does not suit a method with its own loss"
+            )
         return stored[0], stored[1]
     asked = settings.engine
     convolution = "plain" if asked.convolution == "auto" else asked.convolution
     unresolved = Engine(algorithm, asked.strategy, asked.task_chunk, asked.precision, convolution)
-    count = -(-settings.train.meta_batch // together.size)  # the largest share, so that all processes choose alike
-    return unresolved.resolved(train, count, True), unresolved.resolved(test, EVALUATION_BATCH, False)
+    count = -(
+        -settings.train.meta_batch // together.size
+    )  # the largest share, so that all processes choose alike
+    return unresolved.resolved(train, count, True), unresolved.resolved(
+        test, EVALUATION_BATCH, False
+    )
 
 
 def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
@@ -235,7 +271,9 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
         return None
     for name, free in FREE_CHOICES.items():
         if (given := getattr(settings, name)) != free:
-            raise UserError(f"engine.{name}={given}: engine.choices says that already; leave one out")
+            raise UserError(
+                f"engine.{name}={given}: engine.choices says that already; leave one out"
+            )
     try:
         found = json.loads(Path(settings.choices).read_text())
         right = all(_is_choice(found[part]) for part in ("train", "test"))
@@ -245,14 +283,20 @@ def _stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     if not right:
         raise UserError(f"engine.choices={settings.choices}: is not an engine.json of a run")
     if found["train"]["precision"] != settings.precision:
-        raise UserError(f"engine.precision={settings.precision}: that run had {found['train']['precision']}")
+        raise UserError(
+            f"engine.precision={settings.precision}: that run had {found['train']['precision']}"
+        )
     return found
 
 
 def _is_choice(found: dict[str, Any]) -> bool:
     """Whether these are the choices of an engine, with values it can have."""
-    settings = {field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(EngineConfig)}
-    words = {name: set(settings[name]) - {"auto"} for name in ("strategy", "precision", "convolution")}
+    settings = {
+        field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(EngineConfig)
+    }
+    words = {
+        name: set(settings[name]) - {"auto"} for name in ("strategy", "precision", "convolution")
+    }
     fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
     return (
         found.keys() == fields
@@ -268,7 +312,8 @@ def family_of(settings: RunConfig) -> TaskFamily:
     known: Any = LOSSES.get(dataset.target, {})
     loss, inner = settings.loss.name, settings.loss.inner
     functions: list[Any] = [
-        name and plugins.find(name, known, where) for name, where in ((loss, "loss.name"), (inner, "loss.inner"))
+        name and plugins.find(name, known, where)
+        for name, where in ((loss, "loss.name"), (inner, "loss.inner"))
     ]
     for key in settings.loss.settings:
         if loss is None or key not in inspect.signature(functions[0]).parameters:
@@ -326,7 +371,9 @@ def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -
             f"{inputs.kind}; choose another backbone"
         )
     if settings.augment.ops and inputs.kind != "images":
-        raise UserError(f"augment changes images, but this dataset has {inputs.kind}; use augment=none")
+        raise UserError(
+            f"augment changes images, but this dataset has {inputs.kind}; use augment=none"
+        )
 
 
 def is_transductive(algorithm: Algorithm) -> bool:
@@ -350,15 +397,23 @@ def inductive_statistics(settings: RunConfig) -> str:
 def check_population(settings: RunConfig, statistics: str) -> None:
     """Raise UserError where a trained run is asked for population statistics that it did not gather."""
     if STATISTICS[statistics].has_population and not STATISTICS[settings.statistics].has_population:
-        raise UserError("statistics=population: this run gathered none; train with statistics=population")
+        raise UserError(
+            "statistics=population: this run gathered none; train with statistics=population"
+        )
 
 
 def device_of(name: str) -> torch.device:
     """The device that "auto", "cpu" or "cuda" stands for. Raises: UserError where there is no such device."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UserError("device=cuda: torch finds no CUDA device here; use device=cpu or device=auto")
-    return torch.device("cuda", processes.local_rank()) if available and name != "cpu" else torch.device("cpu")
+        raise UserError(
+            "device=cuda: torch finds no CUDA device here; use device=cpu or device=auto"
+        )
+    return (
+        torch.device("cuda", processes.local_rank())
+        if available and name != "cpu"
+        else torch.device("cpu")
+    )
 
 
 def folder_of(path: str | None, default: str) -> Path:

@@ -46,7 +46,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         if ran_out(error):
             raise
         raise Damaged(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in ("meta", "fixed")):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(part), dict) for part in ("meta", "fixed")
+    ):
         raise Damaged(f"{path} is no checkpoint of metalearn")
     checksum = found.pop("checksum", None)
     if checksum is not None and checksum != _checksum(found):  # runs of early versions have none
@@ -74,7 +76,9 @@ def latest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
             os.replace(folder / other, folder / f"damaged-{other}")
         return found
     if damaged:
-        raise UserError(f"{folder}: no checkpoint there is whole; to begin afresh, remove the run's folder")
+        raise UserError(
+            f"{folder}: no checkpoint there is whole; to begin afresh, remove the run's folder"
+        )
     return None
 
 
@@ -105,7 +109,13 @@ def state(kept: dict[str, Any], wanted: State, folder: Path) -> State:
     for part, own in zip(("meta", "fixed"), wanted, strict=True):
         found = kept[part]
         if missing := sorted(own.keys() - found.keys()):
-            raise UserError(f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method")
-        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in found.items()}:
-            raise UserError(f"{folder}: its weights do not fit this configuration; change only the test's protocol")
+            raise UserError(
+                f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method"
+            )
+        if {name: value.shape for name, value in own.items()} != {
+            name: value.shape for name, value in found.items()
+        }:
+            raise UserError(
+                f"{folder}: its weights do not fit this configuration; change only the test's protocol"
+            )
     return State(kept["meta"], kept["fixed"])

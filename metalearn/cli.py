@@ -99,7 +99,9 @@ def _completion(words: list[str]) -> int:
 
     asked = next((word for word in words if not word.startswith("-") and word != "train"), "")
     if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", asked):
-        raise UserError(f"-sc {asked}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)")
+        raise UserError(
+            f"-sc {asked}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)"
+        )
     # Hydra completes the words after the program's name; the verb is ours.
     words = [word for word in words if word != "train"]
     line = os.environ.get("COMP_LINE", "")
@@ -148,7 +150,9 @@ def _resume(words: list[str]) -> int:
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError(f"resume {words[-1]}: resume takes one folder, that of a run")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("resume: with torchrun, give the run's own command again with hydra.run.dir=… and resume=auto")
+        raise UserError(
+            "resume: with torchrun, give the run's own command again with hydra.run.dir=… and resume=auto"
+        )
     from metalearn import report
     from metalearn.verbs.train import resume
 
@@ -174,9 +178,15 @@ def _evaluate(words: list[str]) -> int:
         print(help_texts.EVALUATE, end="")
         return 0
     overrides = launch.parsed(words).no_flags("evaluate").overrides
-    run, split, curve = _taken(overrides, "run"), _taken(overrides, "split", "test"), _taken(overrides, "curve")
+    run, split, curve = (
+        _taken(overrides, "run"),
+        _taken(overrides, "split", "test"),
+        _taken(overrides, "curve"),
+    )
     if run is None:
-        raise UserError("evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help")
+        raise UserError(
+            "evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help"
+        )
     from metalearn import report
     from metalearn.verbs.evaluate import evaluate
 
@@ -191,7 +201,9 @@ def _compare(words: list[str]) -> int:
     words = list(words)
     out = _taken(words, "out")
     if wrong := [word for word in words if not Path(word).is_dir()]:
-        raise UserError(f"{wrong[0]}: there is no such folder; compare takes folders of runs, and out=<folder>")
+        raise UserError(
+            f"{wrong[0]}: there is no such folder; compare takes folders of runs, and out=<folder>"
+        )
     from metalearn import report
     from metalearn.verbs.compare import compare
 
@@ -203,12 +215,16 @@ def _reproduce(words: list[str]) -> int:
     from metalearn.verbs import reproduce
 
     if _wants_help(words) or not words:
-        experiments = "\n".join(f"  {name:<24} {line}" for name, line in reproduce.experiments().items())
+        experiments = "\n".join(
+            f"  {name:<24} {line}" for name, line in reproduce.experiments().items()
+        )
         print(help_texts.REPRODUCE.format(experiments=experiments), end="")
         return 0 if words else 2
     names = [word for word in words if "=" not in word]
     if len(names) != 1:
-        raise UserError("reproduce: takes the name of one experiment; see metalearn reproduce --help")
+        raise UserError(
+            "reproduce: takes the name of one experiment; see metalearn reproduce --help"
+        )
     name, rest = names[0], [word for word in words if "=" in word]
     budget = _taken(rest, "budget", "paper")
     recipe = reproduce.Recipe(name, budget)

@@ -34,7 +34,10 @@ def quoted(text: str) -> str:
 
 def _file(group: str, name: str) -> Path | None:
     """Return the file of a choice, or None."""
-    return next((path for folder in conf_dirs() if (path := folder / group / f"{name}.yaml").is_file()), None)
+    return next(
+        (path for folder in conf_dirs() if (path := folder / group / f"{name}.yaml").is_file()),
+        None,
+    )
 
 
 def _recipe(kind: str, algo: str, *others: str) -> str:
@@ -106,7 +109,9 @@ def initialised() -> Iterator[Any]:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
-        yield lambda overrides, **options: compose("config", overrides=with_plugins(overrides), **options)
+        yield lambda overrides, **options: compose(
+            "config", overrides=with_plugins(overrides), **options
+        )
 
 
 def with_plugins(overrides: list[str]) -> list[str]:
@@ -159,7 +164,9 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
             result.dataset = composed([f"dataset={value}"]).dataset
         elif key == "episode":  # what is tested; how the run was trained stays
             shape = composed([f"episode={value}"]).episode
-            result.episode = OmegaConf.merge(result.episode, {name: shape[name] for name in ("way", "shot", "query")})
+            result.episode = OmegaConf.merge(
+                result.episode, {name: shape[name] for name in ("way", "shot", "query")}
+            )
         elif override.is_sweep_override():
             raise UserError(f"{override.input_line}: a test has one value for each setting")
         elif OmegaConf.select(stored, key, default=key) == key:
@@ -195,20 +202,29 @@ def one_run_per_value(overrides: list[str]) -> list[list[str]]:
                 key = override.get_key_element()
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
     first = [axis[0] for axis in axes]
-    others = [[*first[:number], value, *first[number + 1 :]] for number, axis in enumerate(axes) for value in axis[1:]]
+    others = [
+        [*first[:number], value, *first[number + 1 :]]
+        for number, axis in enumerate(axes)
+        for value in axis[1:]
+    ]
     return [first, *others]
 
 
 def groups() -> list[str]:
     """Names of the configuration groups."""
-    return sorted({path.name for folder in conf_dirs() for path in folder.iterdir() if path.is_dir()} - {"hydra"})
+    return sorted(
+        {path.name for folder in conf_dirs() for path in folder.iterdir() if path.is_dir()}
+        - {"hydra"}
+    )
 
 
 def options(group: str) -> dict[str, str]:
     """The choices of a group, each with the first comment line of its file."""
     found = {}
     for path in sorted(path for folder in conf_dirs() for path in (folder / group).glob("*.yaml")):
-        found[path.stem] = next((line for line in _comments(path) if not line.startswith("@package")), "")
+        found[path.stem] = next(
+            (line for line in _comments(path) if not line.startswith("@package")), ""
+        )
     return found
 
 
@@ -218,7 +234,10 @@ def families() -> dict[str, list[str]]:
     for name in options("algo"):
         path = _file("algo", name)
         comments = _comments(path) if path else []
-        family = next((line.partition(":")[2].strip() for line in comments if line.startswith("family:")), "other")
+        family = next(
+            (line.partition(":")[2].strip() for line in comments if line.startswith("family:")),
+            "other",
+        )
         found.setdefault(family, []).append(name)
     return found
 

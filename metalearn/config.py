@@ -183,7 +183,9 @@ class RunConfig:
     engine: EngineConfig = anything(role="machine")
     seed: int = anything(role="seed")
     episode_seed: int = anything(role="identity protocol")
-    statistics: str = choice("query", "support", "support_plus_one", "population", role="identity protocol")
+    statistics: str = choice(
+        "query", "support", "support_plus_one", "population", role="identity protocol"
+    )
     device: str = choice("auto", "cpu", "cuda", role="machine", rounds=True)
     data_dir: str | None = anything(role="machine")
     cache_dir: str | None = anything(role="machine")
@@ -194,7 +196,11 @@ class RunConfig:
 COMPONENTS = ("algo", "dataset", "backbone")
 _FLAGS = ("role", "rounds", "in_testing")
 #: Where the classes of each group are, and a method that they all have.
-_HOMES = {"algo": ("algorithms", "adapt"), "dataset": ("data", "open"), "backbone": ("backbones", "embed")}
+_HOMES = {
+    "algo": ("algorithms", "adapt"),
+    "dataset": ("data", "open"),
+    "backbone": ("backbones", "embed"),
+}
 _PLAIN: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
 #: Types of settings by the name that the index has for them.
 _TYPES: dict[str, Any] = {
@@ -233,7 +239,9 @@ def component(node: Any, where: str) -> Any:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         raise UserError(f"{where}._target_={target}: there is no such class") from None
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, _HOMES[where][1])):
+    if not (
+        isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, _HOMES[where][1])
+    ):
         raise UserError(f"{where}._target_={target}: is no class for {where}")
     return cls
 
@@ -262,14 +270,19 @@ def _index() -> dict[str, list[Setting]]:
 
 def _from_plain(one: dict[str, Any]) -> Setting:
     rule = {name: value for name, value in one.items() if name not in ("name", "type", "default")}
-    return Setting(one["name"], _TYPES[one["type"]], rule, (one["default"],) if "default" in one else ())
+    return Setting(
+        one["name"], _TYPES[one["type"]], rule, (one["default"],) if "default" in one else ()
+    )
 
 
 def to_plain(setting: Setting) -> dict[str, Any]:
     """Return a setting of a component as plain data, as the index has it."""
     name = next(name for name, kind in _TYPES.items() if kind == setting.kind)
     default = {"default": setting.default[0]} if setting.default else {}
-    rule = {key: list(value) if isinstance(value, tuple) else value for key, value in setting.rule.items()}
+    rule = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in setting.rule.items()
+    }
     return {"name": setting.name, "type": name, **default, **rule}
 
 
@@ -366,13 +379,17 @@ def may_reproduce_with(key: str, described: Mapping[str, Setting]) -> bool:
     return role_of(key, described)[0] <= {"seed", "machine", "presentation"}
 
 
-def names_of(described: Mapping[str, Setting], rule: Callable[[str, Mapping[str, Setting]], bool]) -> list[str]:
+def names_of(
+    described: Mapping[str, Setting], rule: Callable[[str, Mapping[str, Setting]], bool]
+) -> list[str]:
     """Return the settings that a rule allows, for a message: groups as a whole where it allows all that is inside."""
     names: dict[str, None] = {}
     for name in described:
         group = name.partition(".")[0]
         if rule(name, described):
-            whole = all(rule(other, described) for other in described if other.partition(".")[0] == group)
+            whole = all(
+                rule(other, described) for other in described if other.partition(".")[0] == group
+            )
             names[group if whole else name] = None
     return list(names)
 
@@ -385,7 +402,9 @@ def tells_methods_apart(key: str, described: Mapping[str, Setting]) -> bool:
 def _nested(kind: Any) -> type | None:
     """Return the dataclass that a setting's type is, perhaps with None, or None."""
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return next((one for one in parts if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+    return next(
+        (one for one in parts if isinstance(one, type) and dataclasses.is_dataclass(one)), None
+    )
 
 
 def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
@@ -398,7 +417,11 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     train = plain.get("train")
     short = train.get("optimiser") if isinstance(train, dict) else None
     if short in ("adam", "sgd"):
-        plain = {**plain, "optimiser": _optimiser(short), "train": {**plain["train"], "optimiser": None}}
+        plain = {
+            **plain,
+            "optimiser": _optimiser(short),
+            "train": {**plain["train"], "optimiser": None},
+        }
     plain = {"optimiser": _optimiser("adam"), "loss": {}, "augment": {}, **plain}
     for name in COMPONENTS:
         node = plain.get(name)
@@ -409,7 +432,9 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
 
 @functools.cache
 def _optimiser(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((conf_dir() / "optimiser" / f"{name}.yaml").read_text())
+    content: dict[str, Any] = yaml.safe_load(
+        (conf_dir() / "optimiser" / f"{name}.yaml").read_text()
+    )
     return content
 
 
@@ -437,7 +462,9 @@ def checked(config: DictConfig) -> RunConfig:
     resolved = complete(resolved)
     parts: dict[str, Any] = {}
     own = [setting for setting in settings_of(RunConfig) if setting.name not in COMPONENTS]
-    plain = OmegaConf.create({key: value for key, value in resolved.items() if key not in COMPONENTS})
+    plain = OmegaConf.create(
+        {key: value for key, value in resolved.items() if key not in COMPONENTS}
+    )
     run = _conform(own, plain, "")
     _check_bounds(own, run, "")
     for key, value in run.items():
@@ -481,7 +508,11 @@ def _names(settings: list[Setting], where: str = "") -> list[str]:
     for setting in settings:
         nested = _nested(setting.kind)
         name = f"{where}{setting.name}"
-        names += _names(settings_of(nested), f"{name}.") if nested is setting.kind and nested is not None else [name]
+        names += (
+            _names(settings_of(nested), f"{name}.")
+            if nested is setting.kind and nested is not None
+            else [name]
+        )
     return names
 
 
@@ -512,7 +543,11 @@ def _conform(settings: list[Setting], values: DictConfig, where: str) -> DictCon
 def leaves(node: DictConfig, where: str = "") -> Iterator[str]:
     """Yield the dotted names of all values of a configuration."""
     for key in map(str, node):
-        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig) and len(node[key]):
+        if (
+            not OmegaConf.is_missing(node, key)
+            and isinstance(node[key], DictConfig)
+            and len(node[key])
+        ):
             yield from leaves(node[key], f"{where}{key}.")
         else:
             yield f"{where}{key}"

@@ -22,7 +22,9 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
     part = target.with_suffix(".part")
 
     def download() -> None:
-        from torchvision.datasets.utils import download_url  # seconds to import: not before there is a network
+        from torchvision.datasets.utils import (
+            download_url,
+        )  # seconds to import: not before there is a network
 
         try:
             download_url(url, str(folder), part.name, md5)
@@ -34,13 +36,18 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
     return target
 
 
-def with_network(url: str, folder: Path, download: Callable[[], object], way_out: str | None = None) -> None:
+def with_network(
+    url: str, folder: Path, download: Callable[[], object], way_out: str | None = None
+) -> None:
     """Runs a download of torchvision's after making sure that its address answers.
 
     Args: way_out: what the user can do without a network; None: what to do about a data set.
     Raises: UserError, see `fetch`.
     """
-    way_out = way_out or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
+    way_out = (
+        way_out
+        or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
+    )
     problem = _unreachable(url)
     if problem:
         raise UserError(f"nothing in {folder} and {url} cannot be reached ({problem}); {way_out}")
@@ -66,7 +73,9 @@ def _unreachable(url: str) -> str | None:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS):
+            with urllib.request.urlopen(
+                urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS
+            ):
                 answer[0] = ""
         except (OSError, ValueError, http.client.HTTPException) as error:
             answer[0] = str(error) or type(error).__name__

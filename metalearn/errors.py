@@ -49,7 +49,9 @@ class _OneLine(Exception):
     """What it says is one line: characters that would break it, or hide in it, are written as escapes."""
 
     def __init__(self, line: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        )
 
 
 class RunFailed(_OneLine):

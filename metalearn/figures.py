@@ -59,7 +59,9 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def draw_lines(lines: dict[str, list[tuple[float, float, float]]], label: str, score: str, path: Path) -> None:
+def draw_lines(
+    lines: dict[str, list[tuple[float, float, float]]], label: str, score: str, path: Path
+) -> None:
     """A score of several methods over a number. lines: method -> (at, mean, half-width of the 95% interval)."""
     figure, axes = _axes()
     factor = _factor(score)
@@ -95,7 +97,9 @@ def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_comparison(columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path) -> None:
+def draw_comparison(
+    columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path
+) -> None:
     """Scores with error bars, one panel a protocol. columns: title of the panel -> (method, mean, half-width)."""
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
     figure = _figure(7.5, sum(heights))

@@ -32,13 +32,19 @@ def judge_steps(run: Run, meter: Meter, folder: Path, note: Callable[[str], None
     if task is not None:
         where += f", task {task} of {settings.meta_batch}"
         file = folder / "nonfinite" / f"step{step + 1}-task{task}.pt"
-        if run.processes.leading and _keep(run.train.draw(step * settings.meta_batch + task, 1), file):
+        if run.processes.leading and _keep(
+            run.train.draw(step * settings.meta_batch + task, 1), file
+        ):
             where += f", kept in {file}"
     line = f"the loss or its gradient is not finite at {where}"
     if settings.nonfinite == "stop":
-        raise RunFailed(f"{line}; lower train.lr or the inner rate, or leave such steps out with train.nonfinite=skip")
+        raise RunFailed(
+            f"{line}; lower train.lr or the inner rate, or leave such steps out with train.nonfinite=skip"
+        )
     if meter.in_a_row() >= _SKIPPED_IN_A_ROW:
-        raise RunFailed(f"{line}, and {meter.in_a_row()} steps in a row were not; lower train.lr or the inner rate")
+        raise RunFailed(
+            f"{line}, and {meter.in_a_row()} steps in a row were not; lower train.lr or the inner rate"
+        )
     note(f"{line}: skipped")
 
 
@@ -59,7 +65,9 @@ def _keep(task: Task | Batch, file: Path) -> bool:
     if len(list(file.parent.iterdir())) >= _KEPT_TASKS:
         return file.exists()
     sets: dict[str, Any] = (
-        {"batch": task} if isinstance(task, Batch) else {"support": task.support, "query": task.query}
+        {"batch": task}
+        if isinstance(task, Batch)
+        else {"support": task.support, "query": task.query}
     )
     parts = {name: {"x": one.x[0], "y": one.y[0]} for name, one in sets.items()}
     with replacing(file) as stream:

@@ -17,7 +17,10 @@ _SHOW = ("--cfg", "-c", "--info", "-i", "--hydra-help")
 
 
 #: Hydra's options that want one of these words.
-_CFG, _INFO = ("job", "hydra", "all"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_CFG, _INFO = (
+    ("job", "hydra", "all"),
+    ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+)
 _CHOICES = {"--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO}
 
 
@@ -62,18 +65,24 @@ def parsed(words: list[str]) -> Words:
         word = queue.pop(0)
         if word in _CHOICES:
             if not queue or queue[0] not in _CHOICES[word]:
-                raise UserError(f"{word} {queue[0] if queue else ''}: should be one of {', '.join(_CHOICES[word])}")
+                raise UserError(
+                    f"{word} {queue[0] if queue else ''}: should be one of {', '.join(_CHOICES[word])}"
+                )
             flags += [word, queue.pop(0)]
         elif word in ("--config-dir", "-cd"):
             if not queue or not Path(queue[0]).is_dir():
-                raise UserError(f"{word} {queue[0] if queue else ''}: should name a folder of configuration files")
+                raise UserError(
+                    f"{word} {queue[0] if queue else ''}: should name a folder of configuration files"
+                )
             folders.append(Path(queue.pop(0)).absolute())
         elif word in ("-m", "--multirun", "--resolve", "--hydra-help"):
             flags.append(word)
         elif word.startswith("-"):
             raise UserError(f"{word}: there is no such option; see metalearn train --help")
         elif "=" not in word and not word.startswith("~"):
-            raise UserError(f"{word}: settings are written key=value, like train.steps=1000 or episode.shot=5")
+            raise UserError(
+                f"{word}: settings are written key=value, like train.steps=1000 or episode.shot=5"
+            )
         else:
             overrides.append(word)
     return Words(overrides, flags, folders)
@@ -187,7 +196,9 @@ def show(words: Words) -> None:
 def _check_callbacks(hydra: Any) -> None:
     """Raises: UserError for Hydra's callbacks, which would call anything that a configuration names."""
     if hydra.callbacks:
-        raise UserError(f"hydra.callbacks.{next(iter(hydra.callbacks))}: callbacks are not supported")
+        raise UserError(
+            f"hydra.callbacks.{next(iter(hydra.callbacks))}: callbacks are not supported"
+        )
 
 
 def _shows_only(config: Any) -> None:
@@ -213,7 +224,9 @@ def _check(config: Any) -> None:
     """All that can be known before data are read."""
     from metalearn.config import checked
 
-    settings = checked(config)  # before torch is imported, so that a mistyped word is answered at once
+    settings = checked(
+        config
+    )  # before torch is imported, so that a mistyped word is answered at once
     from metalearn import build
 
     build.check(settings)
@@ -264,11 +277,16 @@ class _Job:
         name = f"{choices.algo} {choices.dataset}"
         console = report.console()
         recipe = composition.recipe_line(choices)
-        overrides = [*([f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []), *settings.overrides.task]
+        overrides = [
+            *([f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []),
+            *settings.overrides.task,
+        ]
         try:
             if self.multirun:
                 console.print(
-                    f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]", highlight=False, soft_wrap=True
+                    f"[bold]{settings.job.num}: {' '.join(overrides)}[/bold]",
+                    highlight=False,
+                    soft_wrap=True,
                 )
                 (folder / train.ERROR_FILE).unlink(missing_ok=True)
                 train.note_command(folder, name, overrides)
@@ -357,7 +375,8 @@ def _remove_empty(path: Path) -> None:
 
 def leave_siblings(code: int) -> None:
     """Ends one of several processes at once: the threads of torch.distributed now and then outlive the interpreter's
-    orderly end, which aborts the process (torch 2.15: "terminate called without an active exception")."""
+    orderly end, which aborts the process (torch 2.15: "terminate called without an active exception").
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stderr.flush()
         os._exit(code)

@@ -62,7 +62,9 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
     kept = run.processes.from_leader(kept)
     if kept is not None:
         training.restore(kept)
-    take_step = Captured(training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note)
+    take_step = Captured(
+        training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note
+    )
     profile = None
     if run.config.engine.profile and run.processes.leading:
         header = f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks a step on {run.device}, {run.choices}"
@@ -72,7 +74,9 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
         if settings.nonfinite == "stop":
             finite.judge_steps(run, training.meter, folder, tracker.note)
         if run.processes.leading:
-            checkpoint.save(checkpoints / checkpoint.LAST, training.kept(), checkpoints / checkpoint.PREVIOUS)
+            checkpoint.save(
+                checkpoints / checkpoint.LAST, training.kept(), checkpoints / checkpoint.PREVIOUS
+            )
 
     def save_best() -> None:
         if run.processes.leading:
@@ -84,7 +88,10 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
         estimate_now = estimate(scores)
         if training.validated(estimate_now):
             save_best()
-        return {f"val.{run.metric.name}": estimate_now.mean, f"val.{run.metric.name}_ci95": estimate_now.ci95}
+        return {
+            f"val.{run.metric.name}": estimate_now.mean,
+            f"val.{run.metric.name}_ci95": estimate_now.ci95,
+        }
 
     def stop_if_asked(last: bool = False) -> None:
         # Several processes must stop at the same step, and agree on it when they wait for each other anyway.
@@ -92,7 +99,9 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
             return
         if run.processes.any(interrupts.asked() is not None):
             save_last()
-            raise interrupts.Stopped(interrupts.asked() or signal.SIGTERM, f"stopped at step {training.step}, saved")
+            raise interrupts.Stopped(
+                interrupts.asked() or signal.SIGTERM, f"stopped at step {training.step}, saved"
+            )
 
     if kept is not None and training.best is not None:
         save_best()  # what is there may be of a later step, or damaged
@@ -131,7 +140,10 @@ def _patience_is_over(training: Training, settings: Any) -> bool:
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
     """One score an episode [E], float32 on the host; fetched once."""
-    parts = {part: run.test_engine.scores(state, source.draw(*part)) for part in _own_parts(run, episodes)}
+    parts = {
+        part: run.test_engine.scores(state, source.draw(*part))
+        for part in _own_parts(run, episodes)
+    }
     return _gathered(run, parts, episodes).cpu()
 
 
@@ -156,7 +168,9 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
     for part in _own_parts(run, episodes):
         tasks = run.test.draw(*part)
-        answers = (run.test_engine.predictions if run.family.predicts else run.test_engine.scores)(state, tasks, steps)
+        answers = (run.test_engine.predictions if run.family.predicts else run.test_engine.scores)(
+            state, tasks, steps
+        )
         if not answers.isfinite().all():
             raise RunFailed(
                 f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; lower the inner rate"
@@ -166,16 +180,25 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
         classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            found |= {"classes": classes.gather(1, y), "correct": chosen == y, "confidence": confidence}
+            found |= {
+                "classes": classes.gather(1, y),
+                "correct": chosen == y,
+                "confidence": confidence,
+            }
         for name, value in found.items():
             columns.setdefault(name, {})[part] = value
-    return Tested(**{name: _gathered(run, parts, episodes).cpu() for name, parts in columns.items()})
+    return Tested(
+        **{name: _gathered(run, parts, episodes).cpu() for name, parts in columns.items()}
+    )
 
 
 def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
     """(first, count) of the episodes in flight together, as far as they are this process's share."""
     first, count = run.processes.share(episodes)
-    return [(at, min(EVALUATION_BATCH, first + count - at)) for at in range(first, first + count, EVALUATION_BATCH)]
+    return [
+        (at, min(EVALUATION_BATCH, first + count - at))
+        for at in range(first, first + count, EVALUATION_BATCH)
+    ]
 
 
 def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> Tensor:
@@ -194,4 +217,8 @@ def _why_no_graph(run: Run) -> str | None:
     if run.processes.size > 1:
         return "several processes exchange gradients within a step"
     name = run.config.optimiser["_target_"].rpartition(".")[2]
-    return None if optimisers.can_be_captured(getattr(torch.optim, name)) else f"{name} cannot be captured"
+    return (
+        None
+        if optimisers.can_be_captured(getattr(torch.optim, name))
+        else f"{name} cannot be captured"
+    )

@@ -35,13 +35,23 @@ def measure(
     details: dict[str, Any] = {"worst_decile": {"mean": worst, "episodes": which}}
     if tested.classes is not None and tested.correct is not None and tested.confidence is not None:
         correct = tested.correct.flatten()
-        details["expected_calibration_error"] = stats.expected_calibration_error(tested.confidence.flatten(), correct)
-        details["episodes_needed"] = {str(width): stats.episodes_needed(scores, width) for width in _HALF_WIDTHS}
+        details["expected_calibration_error"] = stats.expected_calibration_error(
+            tested.confidence.flatten(), correct
+        )
+        details["episodes_needed"] = {
+            str(width): stats.episodes_needed(scores, width) for width in _HALF_WIDTHS
+        }
         names = run.class_names[run.test_split]
         accuracy, asked = stats.per_class_accuracy(correct, tested.classes.flatten(), len(names))
-        rows = sorted(zip(names, accuracy.tolist(), asked.tolist(), strict=True), key=lambda row: (row[1], row[0]))
+        rows = sorted(
+            zip(names, accuracy.tolist(), asked.tolist(), strict=True),
+            key=lambda row: (row[1], row[0]),
+        )
         if files:
-            lines = ["class,accuracy,queries", *(f"{name},{share:.6f},{count}" for name, share, count in rows if count)]
+            lines = [
+                "class,accuracy,queries",
+                *(f"{name},{share:.6f},{count}" for name, share, count in rows if count),
+            ]
             files.with_name(f"{files.name}classes.csv").write_text("\n".join(lines) + "\n")
         judged = [(name, share) for name, share, count in rows if count >= _QUERIES_OF_A_CLASS]
         details["worst_classes"] = dict(judged[:5])
@@ -56,7 +66,10 @@ def measure(
 
 def write_scores(path: Path, score: str, scores: Tensor) -> None:
     """One line a test episode."""
-    lines = [f"episode,{score}", *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist()))]
+    lines = [
+        f"episode,{score}",
+        *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist())),
+    ]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -71,4 +84,6 @@ def read_scores(path: Path) -> Tensor:
 
 def trained_state(run: Run, folder: Path) -> State:
     """The best state of the run in `folder`. Raises: UserError when its weights do not fit the run."""
-    return checkpoint.state(checkpoint.load(folder / "checkpoints" / "best.pt", run.device), run.state, folder)
+    return checkpoint.state(
+        checkpoint.load(folder / "checkpoints" / "best.pt", run.device), run.state, folder
+    )

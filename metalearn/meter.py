@@ -21,7 +21,9 @@ class Meter:
         self.steps = self._tasks = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)  # step and task, from 0
+        self._first_skipped = torch.full(
+            (2,), -1, dtype=torch.int64, device=device
+        )  # step and task, from 0
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
@@ -63,7 +65,11 @@ class Meter:
         """The figures of a row; then all begins anew."""
         skipped = int(self._skipped)
         counted = self.steps - skipped
-        row = {f"train.{name}": value.item() / counted for name, value in self._sums.items()} if counted else {}
+        row = (
+            {f"train.{name}": value.item() / counted for name, value in self._sums.items()}
+            if counted
+            else {}
+        )
         if skipped:
             row["train.skipped"] = skipped
         for value in (*self._sums.values(), self._skipped):

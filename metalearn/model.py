@@ -50,7 +50,9 @@ def load(
     settings = config.checked(asked)
     kept = checkpoint.load(folder / "checkpoints" / "best.pt", device_of(settings.device))
     if "spec" not in kept:
-        raise UserError(f"{folder}: its checkpoint does not say what its inputs are; train it again with this version")
+        raise UserError(
+            f"{folder}: its checkpoint does not say what its inputs are; train it again with this version"
+        )
     return Model(composed, settings, kept, folder)
 
 
@@ -61,13 +63,17 @@ class Model:
     classes: the labels of the last `adapt`, in the order of the columns of `probabilities`.
     """
 
-    def __init__(self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, composed: DictConfig, settings: config.RunConfig, kept: dict[str, Any], folder: Path
+    ) -> None:
         self.config = composed
         self.spec = Spec(**kept["spec"] | {"input_shape": tuple(kept["spec"]["input_shape"])})
         self.classes: list[Hashable] = []
         self._algorithm = algorithm_of(settings, is_restored=True)
         if not self._algorithm.family.predicts:
-            raise UserError(f"{folder}: its tasks are not learned from examples, so there is nothing to adapt to here")
+            raise UserError(
+                f"{folder}: its tasks are not learned from examples, so there is nothing to adapt to here"
+            )
         self._dataset = config.make(settings.dataset, "dataset")
         untrained = self._algorithm.init(self.spec, prng.key_of(0))
         self._state = checkpoint.state(kept, untrained, folder)
@@ -93,19 +99,29 @@ class Model:
         try:
             found = torch.as_tensor(items)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"x is no array of numbers and no list of picture files ({first_line(error)})") from None
+            raise UserError(
+                f"x is no array of numbers and no list of picture files ({first_line(error)})"
+            ) from None
         if found.shape[1:] != self.spec.input_shape:
             wanted = ", ".join(map(str, self.spec.input_shape))
             raise UserError(f"x has shape {tuple(found.shape)}; this run wants [M, {wanted}]")
         if pictures and found.dtype == torch.uint8:
             found = found / 255
         found = found.to(self._device, torch.int64 if kind == "tokens" else torch.float32)
-        if kind == "tokens" and len(found) and not 0 <= found.min() <= found.max() < (self.spec.vocabulary or 0):
-            raise UserError(f"x holds tokens outside 0 to {(self.spec.vocabulary or 0) - 1}, the run's vocabulary")
+        if (
+            kind == "tokens"
+            and len(found)
+            and not 0 <= found.min() <= found.max() < (self.spec.vocabulary or 0)
+        ):
+            raise UserError(
+                f"x holds tokens outside 0 to {(self.spec.vocabulary or 0) - 1}, the run's vocabulary"
+            )
         if not found.isfinite().all():
             raise UserError("x holds values that are not finite")
         if pictures and len(found) and not 0 <= found.min() <= found.max() <= 1:
-            raise UserError("x holds values outside [0, 1]; give pictures as uint8, or as floats in [0, 1]")
+            raise UserError(
+                "x holds values outside [0, 1]; give pictures as uint8, or as floats in [0, 1]"
+            )
         if self._standardisation:
             shift, scale = (
                 torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
@@ -141,7 +157,9 @@ class Model:
         """
         x = self.inputs(x)
         if unlabelled is not None and not self._algorithm.uses_unlabelled:
-            raise UserError("unlabelled: this run's method does not learn from unlabelled examples; leave it out")
+            raise UserError(
+                "unlabelled: this run's method does not learn from unlabelled examples; leave it out"
+            )
         if steps is not None and (steps < 0 or not self._algorithm.adapts_in_steps):
             raise UserError(
                 f"steps={steps}: should be at least 0, and left out where the method does not adapt in steps"
@@ -153,7 +171,9 @@ class Model:
                 labels = [label.item() if hasattr(label, "item") else label for label in y]
                 classes = list(dict.fromkeys(labels))
             except (TypeError, ValueError, RuntimeError):
-                raise UserError("y should be one label for each example: numbers, words, or an array [M]") from None
+                raise UserError(
+                    "y should be one label for each example: numbers, words, or an array [M]"
+                ) from None
             way = len(classes)
             target = torch.tensor([classes.index(label) for label in labels], device=self._device)
             if self._algorithm.fixed_way and way != self.spec.way:
@@ -165,7 +185,9 @@ class Model:
             if target.shape[1:] != (way,):
                 raise UserError(f"y has shape {tuple(target.shape)}; this run wants [M, {way}]")
         if len(target) != len(x) or not len(x):
-            raise UserError(f"x has {len(x)} examples and y {len(target)}; they should be as many, and at least one")
+            raise UserError(
+                f"x has {len(x)} examples and y {len(target)}; they should be as many, and at least one"
+            )
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)

@@ -25,14 +25,20 @@ def _class(settings: dict[str, Any]) -> type[torch.optim.Optimizer]:
     known = [
         name
         for name, cls in vars(torch.optim).items()
-        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+        if isinstance(cls, type)
+        and issubclass(cls, torch.optim.Optimizer)
+        and cls is not torch.optim.Optimizer
     ]
     name = target.removeprefix("torch.optim.")
     if not target.startswith("torch.optim.") or name not in known:
         hint = nearest(target, [f"torch.optim.{one}" for one in known])
-        raise UserError(f"optimiser._target_={target}: should name an optimiser of torch, like torch.optim.AdamW{hint}")
+        raise UserError(
+            f"optimiser._target_={target}: should name an optimiser of torch, like torch.optim.AdamW{hint}"
+        )
     if name in _UNSUITED:
-        raise UserError(f"optimiser._target_={target}: is not possible here, because {_UNSUITED[name]}")
+        raise UserError(
+            f"optimiser._target_={target}: is not possible here, because {_UNSUITED[name]}"
+        )
     cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return cls
 
@@ -56,21 +62,27 @@ def make(settings: dict[str, Any], lr: float, leaves: list[Tensor]) -> torch.opt
     for key in own:
         if key not in accepted or key in _GIVEN:
             known = [f"optimiser.{name}" for name in accepted if name not in _GIVEN | {"self"}]
-            raise UserError(f"optimiser.{key}: {cls.__name__} has no such setting{nearest(f'optimiser.{key}', known)}")
+            raise UserError(
+                f"optimiser.{key}: {cls.__name__} has no such setting{nearest(f'optimiser.{key}', known)}"
+            )
         if isinstance(accepted[key].default, bool) and not isinstance(own[key], bool):
             raise UserError(f"optimiser.{key}={own[key]}: should be true or false")
     rate: Any = lr
     if leaves[0].device.type == "cuda":
         if "capturable" in accepted:
             own["capturable"] = True
-        elif "fused" in accepted and cls is not torch.optim.Adagrad:  # which has it for the CPU alone
+        elif (
+            "fused" in accepted and cls is not torch.optim.Adagrad
+        ):  # which has it for the CPU alone
             own["fused"] = True
         if can_be_captured(cls):
             rate = torch.tensor(lr, device=leaves[0].device)
     try:
         return cls(leaves, lr=rate, **own)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise UserError(f"optimiser: {cls.__name__} refuses its settings ({first_line(error)})") from None
+        raise UserError(
+            f"optimiser: {cls.__name__} refuses its settings ({first_line(error)})"
+        ) from None
 
 
 def check(settings: dict[str, Any]) -> None:

@@ -82,4 +82,6 @@ def find(name: str, known: dict[str, object], where: str) -> object:
             function = None
         if callable(function):
             return function
-    raise UserError(f"{where}={name}: there is no such name; there are {', '.join(known)}{nearest(name, known)}")
+    raise UserError(
+        f"{where}={name}: there is no such name; there are {', '.join(known)}{nearest(name, known)}"
+    )

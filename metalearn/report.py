@@ -47,9 +47,14 @@ def environment(device: str) -> dict[str, Any]:
         "versions": {
             "metalearn": metalearn.__version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "torchvision", "hydra-core", "numpy")},
+            **{
+                name: metadata.version(name)
+                for name in ("torch", "torchvision", "hydra-core", "numpy")
+            },
         },
-        "hardware": torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name()
+        if cuda
+        else f"{_processor()}, {torch.get_num_threads()} threads",
     }
 
 
@@ -59,7 +64,9 @@ def _commit() -> str | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -67,14 +74,18 @@ def _commit() -> str | None:
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
         return None
-    changed = git("status", "--porcelain", "-uno", "--", "metalearn", "conf")  # what a figure depends on
+    changed = git(
+        "status", "--porcelain", "-uno", "--", "metalearn", "conf"
+    )  # what a figure depends on
     return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if changed else ''}"
 
 
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
@@ -95,7 +106,12 @@ def result_table(rows: list[dict[str, Any]]) -> Table:
     """One line a result; each row is a dict of column heading to text."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(rows[0]):  # only the first may wrap: figures are never cut
-        table.add_column(column, no_wrap=number > 0, overflow="fold", min_width=min(16, len(column)) if number else 12)
+        table.add_column(
+            column,
+            no_wrap=number > 0,
+            overflow="fold",
+            min_width=min(16, len(column)) if number else 12,
+        )
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     return table
@@ -112,7 +128,8 @@ def print_details(console: Console, result: dict[str, Any]) -> None:
     parts = [f"worst tenth of the episodes {shown(score, details['worst_decile']['mean'])}"]
     if "worst_classes" in details:
         parts += [
-            f"worst class {name} {shown(score, share)}" for name, share in [*details["worst_classes"].items()][:1]
+            f"worst class {name} {shown(score, share)}"
+            for name, share in [*details["worst_classes"].items()][:1]
         ]
         parts.append(f"calibration error {shown(score, details['expected_calibration_error'])}")
         parts.append(f"±0.10% wants {details['episodes_needed']['0.001']:,} episodes")
@@ -122,7 +139,10 @@ def print_details(console: Console, result: dict[str, Any]) -> None:
 def shown_difference(score: str, difference: dict[str, Any]) -> str:
     """A paired difference as people read it, in points where the score is an accuracy."""
     factor, digits, unit = (100, 2, " points") if score == "accuracy" else (1, 4, "")
-    p, mean = difference["p_value"], round(factor * difference["mean"], digits) + 0.0  # no minus before a zero
+    p, mean = (
+        difference["p_value"],
+        round(factor * difference["mean"], digits) + 0.0,
+    )  # no minus before a zero
     return (
         f"{mean:+.{digits}f} ± {factor * difference['ci95']:.{digits}f}{unit}"
         f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
@@ -143,7 +163,9 @@ def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
         "run": name,
         "episode": f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q",
         "statistics": protocol["statistics"],
-        f"{result.get('split', 'test')} {score}": shown_interval(score, estimate["mean"], estimate["ci95"]),
+        f"{result.get('split', 'test')} {score}": shown_interval(
+            score, estimate["mean"], estimate["ci95"]
+        ),
         "protocol": result["protocol_id"],
         "minutes": f"{result['seconds'] / 60:.1f}",
     }

@@ -19,7 +19,12 @@ _MISSING = dataclasses.MISSING
 
 
 def anything(
-    *, default: Any = _MISSING, role: str = "", rounds: bool = False, in_testing: str = "", **rule: Any
+    *,
+    default: Any = _MISSING,
+    role: str = "",
+    rounds: bool = False,
+    in_testing: str = "",
+    **rule: Any,
 ) -> Any:
     """Declare a setting without bounds.
 

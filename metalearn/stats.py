@@ -66,7 +66,9 @@ def paired_difference(a: Tensor, b: Tensor) -> Difference:
     Raises: ValueError if their lengths differ or are below two.
     """
     if a.shape != b.shape:
-        raise ValueError(f"paired scores want the same episodes: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"paired scores want the same episodes: {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     difference = a.double() - b.double()
     mean, half_width = _t_interval(difference)
     count = difference.numel()
@@ -89,7 +91,9 @@ def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     error = math.sqrt(sum(parts))
     if error == 0:
         return float(gap == 0)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True))
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True)
+    )
     return float(2 * stdtr(freedom, -gap / error))
 
 
@@ -138,6 +142,8 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 
 
     Args: confidence: [M] in [0, 1], of the predicted class; correct: bool [M].
     """
-    place = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1  # bins are (low, high], as in the paper
+    place = (confidence.double() * bins).ceil().clamp(
+        1, bins
+    ).long() - 1  # bins are (low, high], as in the paper
     gap = torch.bincount(place, weights=correct.double() - confidence.double(), minlength=bins)
     return (gap.abs().sum() / confidence.numel()).item()

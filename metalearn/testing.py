@@ -60,7 +60,9 @@ class Method:
         """Return a small run of the method. words: overrides of its configuration."""
         if isinstance(self.cls, str):
             own = [f"algo.{name}={value}" for name, value in self.settings]
-            settings = config.checked(composition.composed([f"algo={self.cls}", *_SMALL, *own, *words]))
+            settings = config.checked(
+                composition.composed([f"algo={self.cls}", *_SMALL, *own, *words])
+            )
             if not settings.optimiser["_target_"].endswith("SGD"):
                 settings.train.lr = 0.01
             return build(settings)
@@ -74,7 +76,9 @@ class Method:
         )  # fmt: skip
         state = algorithm.init(run.spec, prng.key_of(settings.seed, 100))
         engine = Engine(algorithm, "vmap", 4)
-        return dataclasses.replace(run, algorithm=algorithm, state=state, train_engine=engine, test_engine=engine)
+        return dataclasses.replace(
+            run, algorithm=algorithm, state=state, train_engine=engine, test_engine=engine
+        )
 
     @functools.cached_property
     def trained(self) -> tuple[Run, float, float, Any]:
@@ -108,7 +112,10 @@ def strategies_agree(method: Method, *words: str) -> None:
                 ours, theirs = getattr(steps[0], name), getattr(other, name)
                 torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
         tested = as_double(run.test.draw(0, 4))
-        predictions = [Engine(run.algorithm, one, 2).predictions(state, tested) for one in ("vmap", "loop", "mixed")]
+        predictions = [
+            Engine(run.algorithm, one, 2).predictions(state, tested)
+            for one in ("vmap", "loop", "mixed")
+        ]
         for found in predictions[1:]:
             torch.testing.assert_close(found, predictions[0], rtol=1e-7, atol=1e-9)
 
@@ -116,7 +123,9 @@ def strategies_agree(method: Method, *words: str) -> None:
 def gradients_reach_every_parameter(method: Method) -> None:
     """Meta-gradients are finite, and none is zero for all tasks."""
     run = method.run()
-    gradients = run.train_engine.at(0.5).step(run.state, run.train.draw(0, 4), _HALF.float()).gradients
+    gradients = (
+        run.train_engine.at(0.5).step(run.state, run.train.draw(0, 4), _HALF.float()).gradients
+    )
     assert gradients.keys() == run.state.params.keys()
     for name, value in gradients.items():
         assert value.isfinite().all(), f"the gradient of {name} is not finite"
@@ -128,7 +137,9 @@ def seed_decides(method: Method) -> None:
 
     def first_step(seed: int) -> Params:
         run = method.run(f"seed={seed}")
-        return run.train_engine.at(0.5).step(run.state, run.train.draw(0, 2), _HALF.float()).gradients
+        return (
+            run.train_engine.at(0.5).step(run.state, run.train.draw(0, 2), _HALF.float()).gradients
+        )
 
     first, again, other = first_step(3), first_step(3), first_step(4)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -145,7 +156,9 @@ def transduction_is_declared(method: Method) -> None:
         together = run.algorithm.predict(state, learner, task.query.x)
         apart = torch.cat([run.algorithm.predict(state, learner, x) for x in task.query.x.split(5)])
         depends = statistics.is_transductive or run.algorithm.is_transductive
-        assert torch.allclose(together, apart) != depends, f"statistics={name}: wrong about depending on other queries"
+        assert torch.allclose(together, apart) != depends, (
+            f"statistics={name}: wrong about depending on other queries"
+        )
 
 
 def symmetries_are_declared(method: Method) -> None:
@@ -166,13 +179,17 @@ def symmetries_are_declared(method: Method) -> None:
     support = dataclasses.replace(task.support, x=task.support.x.flip(1), y=task.support.y.flip(1))
     after = engine.predictions(state, dataclasses.replace(task, support=support))
     same = torch.allclose(after, before, rtol=1e-6, atol=1e-8)
-    assert same != run.algorithm.support_order_matters, "support_order_matters is not what the method does"
+    assert same != run.algorithm.support_order_matters, (
+        "support_order_matters is not what the method does"
+    )
 
 
 def training_improves(method: Method) -> None:
     """A short training on easy classes improves the validation score."""
     _, before, after, _ = method.trained
-    assert after > before, f"validation {after:.3f} after {_STEPS} steps, at most {before:.3f} before"
+    assert after > before, (
+        f"validation {after:.3f} after {_STEPS} steps, at most {before:.3f} before"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,22 +214,30 @@ def labels_alone_are_learned_from(method: Method) -> None:
     """A trained method is above chance, at chance where labels are shuffled, and misled by wrong labels."""
     run, _, _, state = method.trained
     right = estimate(loop.evaluate(run, state, run.test, 100))
-    assert right.mean - 3 * right.ci95 > 0.2, f"test accuracy {right.mean:.3f} ± {right.ci95:.3f} is not above chance"
+    assert right.mean - 3 * right.ci95 > 0.2, (
+        f"test accuracy {right.mean:.3f} ± {right.ci95:.3f} is not above chance"
+    )
     for part in ("query", "support"):
         shuffled = estimate(loop.evaluate(run, state, _Shuffled(run.test, part), 400))
-        assert abs(shuffled.mean - 0.2) < 1.5 * shuffled.ci95, f"{part} labels shuffled: {shuffled.mean:.3f}, not 0.2"
+        assert abs(shuffled.mean - 0.2) < 1.5 * shuffled.ci95, (
+            f"{part} labels shuffled: {shuffled.mean:.3f}, not 0.2"
+        )
     task = run.test.draw(0, 100)
     support = dataclasses.replace(task.support, y=(task.support.y + 1) % 5)
     misled = run.test_engine.scores(state, dataclasses.replace(task, support=support))
     loss = estimate(run.test_engine.scores(state, task) - misled)
-    assert loss.mean - 2 * loss.ci95 > 0, f"wrong labels cost {loss.mean:.3f} ± {loss.ci95:.3f} of accuracy alone"
+    assert loss.mean - 2 * loss.ci95 > 0, (
+        f"wrong labels cost {loss.mean:.3f} ± {loss.ci95:.3f} of accuracy alone"
+    )
 
 
 def runs_on_any_device(method: Method) -> None:
     """A meta-step works on torch's `meta` device: no value is read on the host, and no tensor is made on another device."""
 
     def to_meta(tree: Any) -> Any:
-        return pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
+        return pytree.tree_map(
+            lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree
+        )
 
     run, device = method.run("optimiser=sgd", "train.clip_norm=1"), torch.device("meta")
     state, tasks = to_meta(run.state), to_meta(run.train.draw(0, 4))
@@ -221,7 +246,10 @@ def runs_on_any_device(method: Method) -> None:
             engine = Engine(run.algorithm, strategy, 4).at(0.5)
             step = engine.step(state, tasks, torch.zeros((), device=device))
             assert {leaf.device for leaf in pytree.tree_leaves(step)} == {device}
-    assert Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4))).device == device
+    assert (
+        Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4))).device
+        == device
+    )
     fixed = dataclasses.replace(run, state=state, device=device, train=_Fixed(tasks))
     for momentum in (0.0, 0.9):
         run.config.optimiser["momentum"] = momentum
@@ -311,7 +339,9 @@ def tasks_have_their_shape(case: DatasetCase) -> None:
             assert part.x.dtype == (torch.int64 if inputs.kind == "tokens" else torch.float32)
             if case.dataset.target == "class":
                 assert part.y.dtype == torch.int64
-                assert (part.y.sort(-1).values == torch.arange(shape.way).repeat_interleave(each)).all()
+                assert (
+                    part.y.sort(-1).values == torch.arange(shape.way).repeat_interleave(each)
+                ).all()
         assert task.support.way == shape.way
         assert task.key.shape == (4,) and task.key.unique().numel() == 4
 
@@ -329,7 +359,9 @@ def support_and_query_are_disjoint(case: DatasetCase) -> None:
     """No query of a task equals a support example."""
     task = case.tasks("train", count=8)
     for support, query in zip(task.support.x.flatten(2), task.query.x.flatten(2), strict=True):
-        assert not (support[:, None] == query[None]).all(-1).any(), "a query is also in the support set"
+        assert not (support[:, None] == query[None]).all(-1).any(), (
+            "a query is also in the support set"
+        )
 
 
 def batches_have_global_labels(case: DatasetCase) -> None:
@@ -350,7 +382,9 @@ DATASET_CHECKS: dict[str, Callable[[DatasetCase], None]] = {
 }  # fmt: skip
 
 
-def check_dataset(dataset: Dataset, data_dir: Path, cache_dir: Path, shape: Shape | None = None) -> None:
+def check_dataset(
+    dataset: Dataset, data_dir: Path, cache_dir: Path, shape: Shape | None = None
+) -> None:
     """Hold a dataset to the contract that every dataset keeps.
 
     Args:
@@ -394,7 +428,10 @@ def initialises_by_its_key(case: BackboneCase) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first) or not first
     assert bool(population) == case.backbone.normalises
-    assert not any(name.startswith("conv") and name.endswith("bias") for name in first) or not population
+    assert (
+        not any(name.startswith("conv") and name.endswith("bias") for name in first)
+        or not population
+    )
 
 
 def embeds_in_its_shape(case: BackboneCase) -> None:

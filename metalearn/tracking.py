@@ -30,7 +30,13 @@ class Tracker:
     """Sends each row of figures to all places; the loop's only listener."""
 
     def __init__(
-        self, settings: RunConfig, metric: Metric, folder: Path, console: Console, identifier: str, step: int
+        self,
+        settings: RunConfig,
+        metric: Metric,
+        folder: Path,
+        console: Console,
+        identifier: str,
+        step: int,
     ) -> None:
         """identifier: of the run at W&B; step: the step a stopped run goes on from, later rows are cut; -1: a run that begins.
 
@@ -49,7 +55,9 @@ class Tracker:
         self._stream = file.open("a", buffering=1)
         self._wandb: Any = None
         if settings.logger.name == "wandb":
-            self._start_wandb = functools.partial(_start_wandb, settings, folder, console, identifier)
+            self._start_wandb = functools.partial(
+                _start_wandb, settings, folder, console, identifier
+            )
             try:
                 self._wandb = self._start_wandb()
             except Exception as error:
@@ -82,7 +90,9 @@ class Tracker:
         self.rows.append(row)
         self._stream.write(_as_line(row))
         os.fsync(self._stream.fileno())  # a checkpoint must not outlive the rows before it
-        self._to_wandb(lambda run: run.log({key: row[key] for key in row if key != "step"}, step=row["step"]))
+        self._to_wandb(
+            lambda run: run.log({key: row[key] for key in row if key != "step"}, step=row["step"])
+        )
         line = self._line(row)
         if self._progress is not None:
             self._progress.update(self._bar, completed=row["step"], figures=line)
@@ -125,7 +135,9 @@ class Tracker:
                 parts.append(f"train {shown(self.score, row['train.accuracy'])}")
         if (value := row.get(f"val.{self.score}")) is not None:
             interval = row[f"val.{self.score}_ci95"]
-            parts.append(f"[green]val {shown(self.score, value)} ± {shown(self.score, interval)}[/green]")
+            parts.append(
+                f"[green]val {shown(self.score, value)} ± {shown(self.score, interval)}[/green]"
+            )
         return "  ".join(parts)
 
     def finish(self, result: dict[str, Any], table: Table) -> None:
@@ -137,14 +149,25 @@ class Tracker:
         import wandb
 
         estimate = result["test"][self.score]
-        summary = {f"test.{self.score}": estimate["mean"], f"test.{self.score}_ci95": estimate["ci95"]}
+        summary = {
+            f"test.{self.score}": estimate["mean"],
+            f"test.{self.score}_ci95": estimate["ci95"],
+        }
         summary |= {"protocol_id": result["protocol_id"]}
-        cells = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
+        cells = [
+            [str(cell) for cell in row]
+            for row in zip(*(column.cells for column in table.columns), strict=True)
+        ]
         columns: list[str | int] = [str(column.header) for column in table.columns]
 
         def send(run: Any) -> None:
             run.summary.update(summary)
-            run.log({"result": wandb.Table(columns=columns, data=cells), "learning_curve": wandb.Image(str(curve))})
+            run.log(
+                {
+                    "result": wandb.Table(columns=columns, data=cells),
+                    "learning_curve": wandb.Image(str(curve)),
+                }
+            )
 
         self._to_wandb(send)
 
@@ -171,7 +194,9 @@ def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def _start_wandb(settings: RunConfig, folder: Path, console: Console, identifier: str, mode: str | None = None) -> Any:
+def _start_wandb(
+    settings: RunConfig, folder: Path, console: Console, identifier: str, mode: str | None = None
+) -> Any:
     """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line.
 
     mode: the one to take without asking, after a failure.
@@ -204,7 +229,8 @@ def _start_wandb(settings: RunConfig, folder: Path, console: Console, identifier
         console.print(f"W&B: online, {run.url}", highlight=False)
     elif wanted == "offline" and mode is None:
         console.print(
-            f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*", highlight=False
+            f"W&B: offline (no key is configured); later: wandb sync {folder}/wandb/offline-run-*",
+            highlight=False,
         )
     return run
 

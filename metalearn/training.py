@@ -39,13 +39,17 @@ class Training:
 
     def __init__(self, run: Run) -> None:
         self._run, self._settings = run, run.config.train
-        self.state = State(run.state.params, {name: value.clone() for name, value in run.state.buffers.items()})
+        self.state = State(
+            run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
+        )
         self._leaves = list(self.state.params.values())
         self.optimiser = optimisers.make(run.config.optimiser, self._settings.lr, self._leaves)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
         self.reads_host = run.device.type == "cpu"
         self.has_stepped = False  # then the optimiser has all of its state, which may be none
-        self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()  # which are in which split
+        self._classes = hashlib.sha256(
+            repr(run.class_names).encode()
+        ).hexdigest()  # which are in which split
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
         self.engine = run.train_engine
@@ -61,7 +65,9 @@ class Training:
         run, settings, buffers = self._run, self._settings, self.state.buffers
         progress = self._steps_done.to(torch.float32) / settings.steps
         with record_function("draw tasks"):
-            tasks = run.train.draw(self._steps_done * settings.meta_batch + self._own_first, self._own_count)
+            tasks = run.train.draw(
+                self._steps_done * settings.meta_batch + self._own_first, self._own_count
+            )
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.placed(step.losses, settings.meta_batch)
@@ -69,13 +75,20 @@ class Training:
         with record_function("optimiser"):
             values = pytree.tree_leaves((gradients, logs, statistics, new))
             finite = torch.stack([value.isfinite().all() for value in values]).all()
-            for leaf, gradient in zip(self._leaves, clip_gradients(gradients, settings), strict=True):
+            for leaf, gradient in zip(
+                self._leaves, clip_gradients(gradients, settings), strict=True
+            ):
                 leaf.grad = gradient
             self._optimise(finite)
-            seen = {name: torch.where(finite, value, buffers[name]) for name, value in statistics.items()}
+            seen = {
+                name: torch.where(finite, value, buffers[name])
+                for name, value in statistics.items()
+            }
             fold(buffers, seen, settings.statistics_momentum)
             for name, value in new.items():
-                buffers[name].copy_(torch.where(finite, value.to(buffers[name].dtype), buffers[name]))
+                buffers[name].copy_(
+                    torch.where(finite, value.to(buffers[name].dtype), buffers[name])
+                )
             self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
 
@@ -85,7 +98,12 @@ class Training:
         On a device other than the CPU, what it changed is put back where the step is not finite, so that nothing is read on the
         host. That needs its state to exist and to be on the device, which is not so at the first step.
         """
-        state = [value for one in self.optimiser.state.values() for value in one.values() if isinstance(value, Tensor)]
+        state = [
+            value
+            for one in self.optimiser.state.values()
+            for value in one.values()
+            if isinstance(value, Tensor)
+        ]
         tensors = [*self._leaves, *state]
         if self.reads_host or not self.has_stepped or any(t.device != finite.device for t in state):
             if finite:
@@ -120,10 +138,14 @@ class Training:
 
     def validated(self, estimate: Estimate) -> bool:
         """Takes note of a validation. Returns: whether it is the best so far."""
-        if self.best is not None and not self._run.metric.better(estimate.mean, self.best.estimate.mean):
+        if self.best is not None and not self._run.metric.better(
+            estimate.mean, self.best.estimate.mean
+        ):
             self.best.since += 1
             return False
-        state = State(*({name: value.detach().clone() for name, value in part.items()} for part in self.state))
+        state = State(
+            *({name: value.detach().clone() for name, value in part.items()} for part in self.state)
+        )
         self.best = Best(estimate, self.step, state)
         return True
 
@@ -141,7 +163,9 @@ class Training:
     def kept_best(self) -> dict[str, Any]:
         """The best state, as tensors and plain data."""
         assert self.best is not None
-        return self._weights(self.best.step, self.best.state) | {"val": dataclasses.asdict(self.best.estimate)}
+        return self._weights(self.best.step, self.best.state) | {
+            "val": dataclasses.asdict(self.best.estimate)
+        }
 
     def _weights(self, step: int, state: State) -> dict[str, Any]:
         return {
@@ -167,7 +191,9 @@ class Training:
                     "the data, or their split, are others than when the run was stopped; bring those back, or begin another run"
                 )
             for part, found in zip(self.state, (kept["meta"], kept["fixed"]), strict=True):
-                if {name: value.shape for name, value in part.items()} != {n: v.shape for n, v in found.items()}:
+                if {name: value.shape for name, value in part.items()} != {
+                    n: v.shape for n, v in found.items()
+                }:
                     raise UserError("the checkpoint's weights are not those of this configuration")
                 for name, value in part.items():
                     value.copy_(found[name])
@@ -181,7 +207,10 @@ class Training:
             best = kept["best"]
             if best is not None:
                 state = State(
-                    *({name: value.to(device) for name, value in best[part].items()} for part in ("meta", "fixed"))
+                    *(
+                        {name: value.to(device) for name, value in best[part].items()}
+                        for part in ("meta", "fixed")
+                    )
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
             self.step = kept["step"]

@@ -51,7 +51,9 @@ class Place:
             cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit,
         )  # fmt: skip
 
-    def train(self, *words: str, steps: int = 40, limit: Callable[[], None] | None = None) -> tuple[int, str]:
+    def train(
+        self, *words: str, steps: int = 40, limit: Callable[[], None] | None = None
+    ) -> tuple[int, str]:
         """Exit code, and the line that says what is wrong or noted."""
         process = self.start("train", "algo=protonet", *_SMALL, f"train.steps={steps}", "logger=none", f"hydra.run.dir={self.run}", *words, limit=limit)  # fmt: skip
         return self.ended(process)
@@ -60,7 +62,9 @@ class Place:
         said, errors = process.communicate(timeout=300)
         if "Traceback" in errors:
             raise RuntimeError(errors)
-        lines = [line for line in (errors + said).splitlines() if any(word in line for word in _TELLING)]
+        lines = [
+            line for line in (errors + said).splitlines() if any(word in line for word in _TELLING)
+        ]
         return process.returncode, (lines[0] if lines else "").replace(str(self.folder), "…")
 
     def wait_for_steps(self, process: subprocess.Popen[str]) -> None:
@@ -92,7 +96,9 @@ def _mounted(place: Place, options: str) -> contextlib.AbstractContextManager[No
     def mounted() -> Iterator[None]:
         place.run.mkdir()
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place.run)], check=True, capture_output=True
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place.run)],
+            check=True,
+            capture_output=True,
         )
         try:
             yield
@@ -185,7 +191,9 @@ def wandb_dies(place: Place) -> tuple[str, str]:
         f"hydra.run.dir={place.run}",
     )
     place.wait_for_steps(process)
-    services = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    services = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     for service in services:
         os.kill(int(service), signal.SIGKILL)
     code, line = place.ended(process)
@@ -195,7 +203,12 @@ def wandb_dies(place: Place) -> tuple[str, str]:
 
 def two_processes(place: Place) -> tuple[str, str]:
     first = place.start(
-        "train", "algo=protonet", *_SMALL, "train.steps=100000", "logger=none", f"hydra.run.dir={place.run}"
+        "train",
+        "algo=protonet",
+        *_SMALL,
+        "train.steps=100000",
+        "logger=none",
+        f"hydra.run.dir={place.run}",
     )
     place.wait_for_steps(first)
     code, line = place.train("resume=auto", steps=100000)
@@ -203,7 +216,11 @@ def two_processes(place: Place) -> tuple[str, str]:
     first.wait()
     held = place.start("resume", str(place.run))
     time.sleep(8)
-    going = "the lock of the killed process is gone: the run goes on" if held.poll() is None else held.communicate()[1]
+    going = (
+        "the lock of the killed process is gone: the run goes on"
+        if held.poll() is None
+        else held.communicate()[1]
+    )
     held.kill()
     held.wait()
     return f"{line} (exit code {code})", going
@@ -224,7 +241,12 @@ def killed_preparation(place: Place) -> tuple[str, str]:
 
 def stopped_by_signal(place: Place) -> tuple[str, str]:
     process = place.start(
-        "train", "algo=protonet", *_SMALL, "train.steps=40000", "logger=none", f"hydra.run.dir={place.run}"
+        "train",
+        "algo=protonet",
+        *_SMALL,
+        "train.steps=40000",
+        "logger=none",
+        f"hydra.run.dir={place.run}",
     )
     place.wait_for_steps(process)
     process.terminate()
@@ -244,7 +266,9 @@ def malicious_checkpoint(place: Place) -> tuple[str, str]:
 
     torch.save({"meta": Malice(), "fixed": {}}, place.run / "checkpoints/best.pt")
     code, line = place.ended(place.start("evaluate", f"run={place.run}"))
-    return f"{line} (exit code {code})", "its code ran" if (place.folder / "owned").exists() else "its code did not run"
+    return f"{line} (exit code {code})", "its code ran" if (
+        place.folder / "owned"
+    ).exists() else "its code did not run"
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):
@@ -277,7 +301,9 @@ class _Server(http.server.SimpleHTTPRequestHandler):
 
 
 def download(how: str, place: Place) -> tuple[str, str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Server, how=how)) as served:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Server, how=how)
+    ) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{served.server_address[1]}"
         process = place.start(
@@ -291,7 +317,10 @@ def download(how: str, place: Place) -> tuple[str, str]:
         code, line = place.ended(process)
         served.shutdown()
     left = list((place.folder / "data").rglob("*.*"))
-    return f"{line.replace(address, 'http://…')} (exit code {code})", f"{len(left)} files left behind"
+    return (
+        f"{line.replace(address, 'http://…')} (exit code {code})",
+        f"{len(left)} files left behind",
+    )
 
 
 def hostile_archive(place: Place) -> tuple[str, str]:
@@ -305,8 +334,13 @@ def hostile_archive(place: Place) -> tuple[str, str]:
     words = ("train", "algo=protonet", "dataset=folder", f"dataset.path={place.folder}/x.zip", "dataset.image_size=16", "backbone.filters=8",
              "train.steps=1", "val.episodes=2", "test.episodes=2", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
     code, line = place.ended(place.start(*words))
-    outside = list(place.folder.parent.parent.glob("escaped*")) + list(place.folder.parent.glob("escaped*"))
-    return f"{line or 'nothing'} (exit code {code})", "written outside" if outside else "nothing was written outside"
+    outside = list(place.folder.parent.parent.glob("escaped*")) + list(
+        place.folder.parent.glob("escaped*")
+    )
+    return (
+        f"{line or 'nothing'} (exit code {code})",
+        "written outside" if outside else "nothing was written outside",
+    )
 
 
 FAULTS: dict[str, Fault] = {

@@ -56,7 +56,11 @@ class Lines:
         composed = composition.composed([])
         self._keys = [key for key in config.leaves(composed) if not key.startswith("reproduction")]
         self._usual = {key: str(_select(composed, key)) for key in self._keys}
-        self._groups = {group: list(composition.options(group)) for group in composition.groups() if group != "recipe"}
+        self._groups = {
+            group: list(composition.options(group))
+            for group in composition.groups()
+            if group != "recipe"
+        }
 
     def line(self, verbs: bool) -> list[str]:
         """Words after `metalearn`. verbs: others than train too."""
@@ -88,11 +92,26 @@ class Lines:
             key = draw.choice(("+", "++", "~")) + key
         value = self._usual.get(key, "1") if draw.random() < 0.4 else draw.choice(_HOSTILE)
         if draw.random() < 0.15:
-            value = str(draw.choice((draw.randint(-3, 3), draw.uniform(-1, 1), 10 ** draw.randint(0, 30))))
+            value = str(
+                draw.choice((draw.randint(-3, 3), draw.uniform(-1, 1), 10 ** draw.randint(0, 30)))
+            )
         return f"{key}={value}"
 
 
-_VERBS = ("evaluate", "compare", "reproduce", "resume", "list", "doctor", "trian", "", "help", "--version", "-h", "-sc")
+_VERBS = (
+    "evaluate",
+    "compare",
+    "reproduce",
+    "resume",
+    "list",
+    "doctor",
+    "trian",
+    "",
+    "help",
+    "--version",
+    "-h",
+    "-sc",
+)
 
 
 def _select(composed: DictConfig, key: str) -> object:
@@ -161,7 +180,8 @@ def run(words: list[str], folder: Path, cache: Path) -> str | None:
 def main() -> None:
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     count, processes, seed = (
-        int(given.get(name, usual)) for name, usual in (("lines", 10000), ("processes", 300), ("seed", 0))
+        int(given.get(name, usual))
+        for name, usual in (("lines", 10000), ("processes", 300), ("seed", 0))
     )
     signal.signal(signal.SIGALRM, _late)
     failures: list[str] = []
@@ -188,7 +208,10 @@ def main() -> None:
                 failures.append(f"{words}: {wrong}")
                 print(f"FAILED {failures[-1]}", flush=True)
             if number % 50 == 49:
-                print(f"{number + 1} processes, {valid} ended in a run, {len(failures)} failures", flush=True)
+                print(
+                    f"{number + 1} processes, {valid} ended in a run, {len(failures)} failures",
+                    flush=True,
+                )
     tracebacks = [line for line in failures if not re.search(r"no end in \d+ s$", line)]
     environment = report.environment("cpu")
     text = [

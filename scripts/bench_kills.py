@@ -62,7 +62,9 @@ def train(folder: Path, method: str, seed: int, cache: Path, kill_after: float |
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             if os.waitstatus_to_exitcode(status):
-                raise RuntimeError(f"{method} ended with {os.waitstatus_to_exitcode(status)}; see {folder}.log")
+                raise RuntimeError(
+                    f"{method} ended with {os.waitstatus_to_exitcode(status)}; see {folder}.log"
+                )
             return False
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
@@ -80,7 +82,10 @@ def main() -> None:
         place = Path(name)
         while sum(kills.values()) < wanted:
             method, number = _METHODS[runs % len(_METHODS)], runs // len(_METHODS)
-            whole, stopped = place / f"{method}-{number}-whole", place / f"{method}-{number}-stopped"
+            whole, stopped = (
+                place / f"{method}-{number}-whole",
+                place / f"{method}-{number}-stopped",
+            )
             start = time.perf_counter()
             train(whole, method, number, place / "cache", None)
             seconds = time.perf_counter() - start
@@ -90,7 +95,10 @@ def main() -> None:
             differs = difference(left(stopped), left(whole))
             exact += differs is None
             said = f"differs in {differs}; " if differs else ""
-            print(f"{method} seed {number}: {said}{sum(kills.values())} kills, {exact} of {runs} exact", flush=True)
+            print(
+                f"{method} seed {number}: {said}{sum(kills.values())} kills, {exact} of {runs} exact",
+                flush=True,
+            )
     environment = report.environment("cpu")
     lines = [
         f"{sum(kills.values())} kills at random moments of {runs} runs ({', '.join(f'{m} {n}' for m, n in kills.items())}): "

@@ -65,7 +65,15 @@ def main() -> None:
         print(lines[-1], flush=True)
 
         first_run = place / "sweep/0"
-        command = [sys.executable, "-m", "metalearn", "train", *words, "train.steps=500", f"hydra.run.dir={first_run}"]
+        command = [
+            sys.executable,
+            "-m",
+            "metalearn",
+            "train",
+            *words,
+            "train.steps=500",
+            f"hydra.run.dir={first_run}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         size = (first_run / "metrics.jsonl").stat().st_size / len(
             (first_run / "metrics.jsonl").read_text().splitlines()
@@ -76,7 +84,10 @@ def main() -> None:
         for number in range(1, count):
             copy = place / f"sweep/{number}"
             shutil.copytree(first_run, copy, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
-            seed, rate = number % 10, 0.1 + 0.01 * (number // 10)  # a hundred methods, ten seeds each
+            seed, rate = (
+                number % 10,
+                0.1 + 0.01 * (number // 10),
+            )  # a hundred methods, ten seeds each
             settings = OmegaConf.load(copy / "config.yaml")
             settings.seed, settings.algo.inner_lr = seed, rate
             OmegaConf.save(settings, copy / "config.yaml")

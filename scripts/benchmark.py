@@ -38,7 +38,9 @@ def make_room(folder: Path, overrides: list[str]) -> None:
         return
     for key in {*config.leaves(wanted), *config.leaves(stored)}:
         has = config.role_of(key, described)[0]
-        if has & {"identity", "protocol", "seed"} and OmegaConf.select(wanted, key) != OmegaConf.select(stored, key):
+        if has & {"identity", "protocol", "seed"} and OmegaConf.select(
+            wanted, key
+        ) != OmegaConf.select(stored, key):
             shutil.rmtree(folder)
             return
 
@@ -46,7 +48,9 @@ def make_room(folder: Path, overrides: list[str]) -> None:
 def main() -> None:
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     budget, only = given.pop("budget", "quick"), given.pop("only", "")
-    names = [name for name in experiments() if only in name.split("_")] if only else list(experiments())
+    names = (
+        [name for name in experiments() if only in name.split("_")] if only else list(experiments())
+    )
     if not names:
         sys.exit(f"only={only}: no such recipe; there are {', '.join(experiments())}")
     failed = []
@@ -58,10 +62,20 @@ def main() -> None:
         if (folder / VERDICT_FILE).exists():
             print(f"done already: {folder}")
         else:
-            command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}", "resume=auto"]
+            command = [
+                sys.executable,
+                "-m",
+                "metalearn",
+                "reproduce",
+                name,
+                f"budget={budget}",
+                "resume=auto",
+            ]
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
             if not (folder / VERDICT_FILE).exists():
-                sys.exit(f"{name} ended with exit code {done.returncode}; run this again to go on from here")
+                sys.exit(
+                    f"{name} ended with exit code {done.returncode}; run this again to go on from here"
+                )
         if json.loads((folder / VERDICT_FILE).read_text())["outcome"] == "FAIL":
             failed.append(name)
         results.collect(folder, measured=False)

@@ -16,15 +16,26 @@ from metalearn.stats import estimate
 _OUT = Path(__file__).parent.parent / "benchmarks"
 _RUNS, _EPISODES, _SEED = 10_000, 600, 0
 #: Mean accuracy, concentration of the Beta distribution (small: episodes differ much), queries an episode.
-_CASES = [(0.50, 20.0, 75), (0.95, 20.0, 75), (0.98, 20.0, 75), (0.98, 20.0, 5), (0.99, 100.0, 75), (0.20, 200.0, 75)]
+_CASES = [
+    (0.50, 20.0, 75),
+    (0.95, 20.0, 75),
+    (0.98, 20.0, 75),
+    (0.98, 20.0, 5),
+    (0.99, 100.0, 75),
+    (0.20, 200.0, 75),
+]
 
 
-def coverage(mean: float, concentration: float, queries: int, generator: torch.Generator) -> tuple[float, float]:
+def coverage(
+    mean: float, concentration: float, queries: int, generator: torch.Generator
+) -> tuple[float, float]:
     """Share of the runs whose interval holds `mean`, and their mean half-width."""
     alpha, beta = (torch.full((_EPISODES,), share * concentration) for share in (mean, 1 - mean))
     covered = width = 0.0
     for _ in range(_RUNS):
-        gammas = [torch._standard_gamma(parameter.double(), generator) for parameter in (alpha, beta)]
+        gammas = [
+            torch._standard_gamma(parameter.double(), generator) for parameter in (alpha, beta)
+        ]
         share = gammas[0] / (gammas[0] + gammas[1])
         scores = torch.binomial(torch.full_like(share, queries), share, generator) / queries
         found = estimate(scores)
@@ -40,10 +51,22 @@ def main() -> None:
     for mean, concentration, queries in _CASES:
         covered, width = coverage(mean, concentration, queries, generator)
         rows.append(
-            {"mean": mean, "concentration": concentration, "queries": queries, "coverage": covered, "half_width": width}
+            {
+                "mean": mean,
+                "concentration": concentration,
+                "queries": queries,
+                "coverage": covered,
+                "half_width": width,
+            }
         )
     where = environment("cpu")
-    content = {"runs": _RUNS, "episodes": _EPISODES, "seed": _SEED, "environment": where, "rows": rows}
+    content = {
+        "runs": _RUNS,
+        "episodes": _EPISODES,
+        "seed": _SEED,
+        "environment": where,
+        "rows": rows,
+    }
     _OUT.mkdir(exist_ok=True)
     (_OUT / "intervals.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [

@@ -34,17 +34,35 @@ def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
     """The result of a run in this folder, made unless it is there already."""
     make_room(folder, [*overrides, *more])
     if not (folder / RESULT_FILE).exists():
-        command = [sys.executable, "-m", "metalearn", "train", *overrides, "logger=none", "resume=auto", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "metalearn",
+            "train",
+            *overrides,
+            "logger=none",
+            "resume=auto",
+            *more,
+        ]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".log").open("a") as log:
-            subprocess.run([*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log)
+            subprocess.run(
+                [*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log
+            )
     found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
     return found
 
 
 def with_queries(folder: Path, query: int) -> dict[str, Any]:
     """The test of the same weights with another number of queries a class."""
-    command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", f"episode.query={query}"]
+    command = [
+        sys.executable,
+        "-m",
+        "metalearn",
+        "evaluate",
+        f"run={folder}",
+        f"episode.query={query}",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     own = json.loads((folder / RESULT_FILE).read_text())["protocol"]
     found = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
@@ -55,7 +73,10 @@ def measure(table: str, method: str, wanted: dict[str, Any], more: list[str]) ->
     """Trains and tests one method of one table, and keeps the figures."""
     print(f"{table}: {method}", flush=True)
     one = wanted["methods"][method]
-    folder, overrides = _RUNS / table / method, [f"algo={method}", *wanted["settings"], *one["settings"]]
+    folder, overrides = (
+        _RUNS / table / method,
+        [f"algo={method}", *wanted["settings"], *one["settings"]],
+    )
     untrained = run(folder.with_name(f"{method}-untrained"), [*overrides, "train.steps=0"], more)
     result = run(folder, overrides, more)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -103,18 +124,25 @@ def write_tables(definition: dict[str, Any]) -> None:
     lines: list[str] = []
     pages: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
     for table, wanted in definition.items():
-        stored = {path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")}
+        stored = {
+            path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")
+        }
         found = {method: stored[method] for method in order if method in stored}
         if not found:
             continue
         rows = {m: _row(m, one, wanted["methods"][m].get("published")) for m, one in found.items()}
         for method, row in rows.items():
-            pages[method].append({"data": wanted["title"]} | {name: row[name] for name in list(row)[1:]})
+            pages[method].append(
+                {"data": wanted["title"]} | {name: row[name] for name in list(row)[1:]}
+            )
         lines += [_heading(wanted["title"], [one["result"] for one in found.values()]), ""]
         lines += [*report.markdown_table(list(rows.values())), ""]
         for family, methods in families.items():
             curves = {
-                method: [(row["step"], row["val.accuracy"], row["val.accuracy_ci95"]) for row in found[method]["curve"]]
+                method: [
+                    (row["step"], row["val.accuracy"], row["val.accuracy_ci95"])
+                    for row in found[method]["curve"]
+                ]
                 for method in methods
                 if method in found
             }
@@ -129,14 +157,19 @@ def write_tables(definition: dict[str, Any]) -> None:
             "figures",
             report.markdown_table(entries)
             if entries
-            else ["Not trained for the table of methods yet; [results](../results.md) may have other runs."],
+            else [
+                "Not trained for the table of methods yet; [results](../results.md) may have other runs."
+            ],
         )
 
 
 def _heading(title: str, results: list[dict[str, Any]]) -> str:
     """What all rows of a table share."""
     protocol = results[0]["protocol"]
-    machines = {f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}" for one in results}
+    machines = {
+        f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}"
+        for one in results
+    }
     return (
         f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, seed {results[0]['seed']}; "
         f"{'; '.join(sorted(machines))}):"
@@ -155,8 +188,15 @@ def _chosen(key: str, given: str, known: list[str]) -> list[str]:
 def main() -> None:
     definition = yaml.safe_load((_RESULTS.with_suffix(".yaml")).read_text())
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    only, methods, jobs = given.pop("only", ""), given.pop("methods", ""), int(given.pop("jobs", "1"))
-    more = [f"{key}={value}" for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | given).items()]
+    only, methods, jobs = (
+        given.pop("only", ""),
+        given.pop("methods", ""),
+        int(given.pop("jobs", "1")),
+    )
+    more = [
+        f"{key}={value}"
+        for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | given).items()
+    ]
     tables = [] if only == "none" else _chosen("only", only, list(definition))
     known = {name: None for table in tables or definition for name in definition[table]["methods"]}
     names = _chosen("methods", methods, list(known))

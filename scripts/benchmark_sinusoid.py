@@ -38,7 +38,8 @@ def steps_curve(folder: Path) -> list[dict[str, float]]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with next((folder / "evaluations").glob("*_steps_curve.csv")).open() as file:
         rows = [
-            {name: float(row[name]) for name in ("steps", "mean", "ci95", "episodes")} for row in csv.DictReader(file)
+            {name: float(row[name]) for name in ("steps", "mean", "ci95", "episodes")}
+            for row in csv.DictReader(file)
         ]
     return [row for row in rows if row["mean"] < _DIVERGED]
 
@@ -53,9 +54,13 @@ def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
         y = _AMPLITUDE * torch.sin(x - _PHASE)
         found[name] = {
             "points": (x.flatten().tolist(), y.flatten().tolist()),
-            "truth": (grid.flatten().tolist(), (_AMPLITUDE * torch.sin(grid - _PHASE)).flatten().tolist()),
+            "truth": (
+                grid.flatten().tolist(),
+                (_AMPLITUDE * torch.sin(grid - _PHASE)).flatten().tolist(),
+            ),
             "curves": {
-                f"{number} steps": model.adapt(x, y, steps=number).predict(grid).flatten().tolist() for number in steps
+                f"{number} steps": model.adapt(x, y, steps=number).predict(grid).flatten().tolist()
+                for number in steps
             },
         }
     return found
@@ -66,9 +71,14 @@ def _figure(row: dict[str, float] | None) -> str:
 
 
 def main() -> None:
-    results = {name: run(_RUNS / name, [f"algo={name}", "dataset=sinusoid"], sys.argv[1:]) for name in _METHODS}
+    results = {
+        name: run(_RUNS / name, [f"algo={name}", "dataset=sinusoid"], sys.argv[1:])
+        for name in _METHODS
+    }
     curves = {name: steps_curve(_RUNS / name) for name in _METHODS}
-    report.write_json(ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves})
+    report.write_json(
+        ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves}
+    )
     at = {name: {int(row["steps"]): row for row in rows} for name, rows in curves.items()}
     rows = [
         {
@@ -80,11 +90,21 @@ def main() -> None:
         }
         for name, result in results.items()
     ]  # fmt: skip
-    fill(ROOT / "docs/results.md", "sinusoid: written by scripts/benchmark_sinusoid.py", report.markdown_table(rows))
+    fill(
+        ROOT / "docs/results.md",
+        "sinusoid: written by scripts/benchmark_sinusoid.py",
+        report.markdown_table(rows),
+    )
     figures = ROOT / "docs/figures"
-    lines = {name: [(row["steps"], row["mean"], row["ci95"]) for row in rows] for name, rows in curves.items()}
+    lines = {
+        name: [(row["steps"], row["mean"], row["ci95"]) for row in rows]
+        for name, rows in curves.items()
+    }
     draw_lines(lines, "inner steps", "test mse", figures / "sinusoid_steps.png")
-    fitted = {name: fits(_RUNS / name, [steps for steps in _STEPS if steps in at[name]]) for name in _METHODS}
+    fitted = {
+        name: fits(_RUNS / name, [steps for steps in _STEPS if steps in at[name]])
+        for name in _METHODS
+    }
     draw_fits(fitted, figures / "sinusoid_fits.png")
     print(json.dumps({name: result["test"] for name, result in results.items()}, indent=1))
 

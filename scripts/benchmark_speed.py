@@ -54,10 +54,14 @@ class PlainConv4(nn.Module):
         super().__init__()
         self.stride, self.mean = stride, mean
         self.convs = nn.ModuleList(
-            nn.Conv2d(filters if block else 1, filters, 3, 2 if stride else 1, padding=1, bias=False)
+            nn.Conv2d(
+                filters if block else 1, filters, 3, 2 if stride else 1, padding=1, bias=False
+            )
             for block in range(4)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(filters, track_running_stats=False) for _ in range(4))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(filters, track_running_stats=False) for _ in range(4)
+        )
         features = filters * (1 if mean or not stride else 4)
         self.head = nn.Linear(features, way) if way else nn.Identity()
 
@@ -74,7 +78,9 @@ def plain_gradient_step(run: Run, tasks: Any) -> Callable[[], None]:
     model = PlainConv4(run.config.backbone["filters"], True, True, tasks.support.way).to(run.device)
     first_order, head_only = settings["first_order"], settings["adapted_part"] == "head"
     adapted = [
-        name for name, _ in model.named_parameters() if name.startswith("head") or not (head_only or "norm" in name)
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("head") or not (head_only or "norm" in name)
     ]
 
     def step() -> None:
@@ -82,13 +88,19 @@ def plain_gradient_step(run: Run, tasks: Any) -> Callable[[], None]:
         for task in range(tasks.key.shape[0]):
             weights: dict[str, torch.Tensor] = dict(model.named_parameters())
             for _ in range(settings["inner_steps"]):
-                loss = F.cross_entropy(functional_call(model, weights, tasks.support.x[task]), tasks.support.y[task])
-                gradients = torch.autograd.grad(loss, [weights[name] for name in adapted], create_graph=not first_order)
+                loss = F.cross_entropy(
+                    functional_call(model, weights, tasks.support.x[task]), tasks.support.y[task]
+                )
+                gradients = torch.autograd.grad(
+                    loss, [weights[name] for name in adapted], create_graph=not first_order
+                )
                 weights |= {
                     name: weights[name] - settings["inner_lr"] * gradient
                     for name, gradient in zip(adapted, gradients, strict=True)
                 }
-            loss = F.cross_entropy(functional_call(model, weights, tasks.query.x[task]), tasks.query.y[task])
+            loss = F.cross_entropy(
+                functional_call(model, weights, tasks.query.x[task]), tasks.query.y[task]
+            )
             (loss / tasks.key.shape[0]).backward()
 
     return step
@@ -105,7 +117,9 @@ def plain_metric_step(run: Run, tasks: Any) -> Callable[[], None]:
             order = tasks.support.y[task].argsort()
             z = model(torch.cat([tasks.support.x[task][order], tasks.query.x[task]]))
             means = z[: len(order)].unflatten(0, (tasks.support.way, shots)).mean(1)
-            loss = F.cross_entropy(-torch.cdist(z[len(order) :], means).square(), tasks.query.y[task])
+            loss = F.cross_entropy(
+                -torch.cdist(z[len(order) :], means).square(), tasks.query.y[task]
+            )
             (loss / tasks.key.shape[0]).backward()
 
     return step
@@ -118,13 +132,18 @@ def library_steps(run: Run, tasks: Any) -> dict[str, Callable[[], None]]:
         return {}
     rate, inner_steps = settings["inner_lr"], settings["inner_steps"]
     model = PlainConv4(run.config.backbone["filters"], True, True, tasks.support.way).to(run.device)
-    support, query = (list(zip(part.x, part.y, strict=True)) for part in (tasks.support, tasks.query))
+    support, query = (
+        list(zip(part.x, part.y, strict=True)) for part in (tasks.support, tasks.query)
+    )
     optimiser = torch.optim.SGD(model.parameters(), lr=rate)
 
     def with_higher() -> None:
         model.zero_grad()
         for task in range(count):
-            with higher.innerloop_ctx(model, optimiser, copy_initial_weights=False) as (adapted, inner):
+            with higher.innerloop_ctx(model, optimiser, copy_initial_weights=False) as (
+                adapted,
+                inner,
+            ):
                 for _ in range(inner_steps):
                     inner.step(F.cross_entropy(adapted(support[task][0]), support[task][1]))
                 (F.cross_entropy(adapted(query[task][0]), query[task][1]) / count).backward()
@@ -159,7 +178,11 @@ def cases(quick: bool) -> list[tuple[str, list[str]]]:
     found = []
     for way, batch in ((5, 32), (20, 8)):
         for query in (1, 15):
-            shape = [f"episode.way={way}", f"episode.train.query={query}", f"train.meta_batch={4 if quick else batch}"]
+            shape = [
+                f"episode.way={way}",
+                f"episode.train.query={query}",
+                f"train.meta_batch={4 if quick else batch}",
+            ]
             at = f"{way}w1s, {query} {'query' if query == 1 else 'queries'}"
             for name, words in (
                 ("MAML, 1 step", ["algo=maml"]),
@@ -176,8 +199,17 @@ def cases(quick: bool) -> list[tuple[str, list[str]]]:
 
 def made(words: list[str], device: str) -> Run:
     """A run on glyphs, with the recipe's backbone of Omniglot."""
-    stride = [] if "algo=protonet" in words else ["backbone.downsample=stride", "backbone.output=mean"]
-    words = ["dataset=glyphs", "logger=none", f"device={device}", "episode.train.way=${episode.way}", *stride, *words]
+    stride = (
+        [] if "algo=protonet" in words else ["backbone.downsample=stride", "backbone.output=mean"]
+    )
+    words = [
+        "dataset=glyphs",
+        "logger=none",
+        f"device={device}",
+        "episode.train.way=${episode.way}",
+        *stride,
+        *words,
+    ]
     return build(config.checked(composition.composed(words)))
 
 
@@ -186,13 +218,20 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     batch = run.config.train.meta_batch
     tasks, progress = run.train.draw(0, batch), torch.zeros((), device=run.device)
     plain = plain_gradient_step if "inner_steps" in run.config.algo else plain_metric_step
-    strategies = ["loop", "vmap"] + (["mixed"] if type(run.algorithm).loss is Algorithm.loss else [])
+    strategies = ["loop", "vmap"] + (
+        ["mixed"] if type(run.algorithm).loss is Algorithm.loss else []
+    )
     steps: dict[str, Callable[[], Any]] = {"plain": plain(run, tasks)}
     for strategy in strategies:
-        free = dataclasses.replace(run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk)
+        free = dataclasses.replace(
+            run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk
+        )
         settled = free.resolved(run.train.draw(0, 1), batch, True)
         steps[strategy] = functools.partial(settled.step, run.state, tasks, progress)
-    for name, engine in (("auto", run.train_engine), ("bf16", dataclasses.replace(run.train_engine, precision="bf16"))):
+    for name, engine in (
+        ("auto", run.train_engine),
+        ("bf16", dataclasses.replace(run.train_engine, precision="bf16")),
+    ):
         steps[name] = functools.partial(engine.step, run.state, tasks, progress)
     steps |= library_steps(run, tasks)
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -238,7 +277,10 @@ def first_step_seconds(device: str) -> float:
 def peak_memory(words: list[str], device: str) -> float:
     """MiB that one meta-step needs beyond what building the run needs, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--memory", device, *words], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--memory", device, *words],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(done.stdout.splitlines()[-1])
 
@@ -271,7 +313,9 @@ def share_outside_model(run: Run) -> float:
         marks.append(time.perf_counter())
         result = run.train_engine.step(run.state, tasks, torch.zeros((), device=run.device))
         marks.append(time.perf_counter())
-        for leaf, gradient in zip(run.state.params.values(), result.gradients.values(), strict=True):
+        for leaf, gradient in zip(
+            run.state.params.values(), result.gradients.values(), strict=True
+        ):
             leaf.grad = gradient
         optimiser.step()
         marks.append(time.perf_counter())
@@ -285,9 +329,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="small batches, to try the script itself; writes nothing")
     parser.add_argument(
-        "--rest", action="store_true", help="all but the tasks a second, which stay as they were measured"
+        "--quick",
+        action="store_true",
+        help="small batches, to try the script itself; writes nothing",
+    )
+    parser.add_argument(
+        "--rest",
+        action="store_true",
+        help="all but the tasks a second, which stay as they were measured",
     )
     parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -336,7 +386,9 @@ def main() -> None:
     if not arguments.quick:
         _OUT.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=1) + "\n")
-        (_OUT / f"speed-{device}.md").write_text("\n".join(markdown(content, arguments.repeats)) + "\n")
+        (_OUT / f"speed-{device}.md").write_text(
+            "\n".join(markdown(content, arguments.repeats)) + "\n"
+        )
 
 
 def markdown(content: dict[str, Any], repeats: int) -> list[str]:
@@ -355,19 +407,29 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
         cells = []
         for name in ("plain", "loop", "vmap", "mixed"):
             median = row["tasks_per_second"].get(name)
-            cells.append(f"{median:.1f} ({row['slowest'][name]:.1f} to {row['fastest'][name]:.1f})" if median else "")
+            cells.append(
+                f"{median:.1f} ({row['slowest'][name]:.1f} to {row['fastest'][name]:.1f})"
+                if median
+                else ""
+            )
         lines.append(
             f"| {row['case']} | {' | '.join(cells)} | {row['chosen']}: {row['tasks_per_second']['auto']:.1f} | "
             f"{row['speedup']:.2f} | {row['tasks_per_second']['bf16']:.1f} | "
             + "; ".join(
-                f"{name} {row['tasks_per_second'][name]:.1f}" for name in LIBRARIES if name in row["tasks_per_second"]
+                f"{name} {row['tasks_per_second'][name]:.1f}"
+                for name in LIBRARIES
+                if name in row["tasks_per_second"]
             )
             + " |"
         )
     rest = content["environment_of_the_rest"]
     lines += [
         "",
-        *([f"Measured at commit {rest['commit']}:", ""] if rest["commit"] != where["commit"] else []),
+        *(
+            [f"Measured at commit {rest['commit']}:", ""]
+            if rest["commit"] != where["commit"]
+            else []
+        ),
         f"- {content['test_episodes']:,} test episodes of MAML, 5w1s, 15 queries: {content['test_seconds']:.1f} s",
         f"- from the command to the end of the first step, data in the cache: {content['first_step_seconds']:.1f} s",
         f"- share of a meta-step (MAML, 8 tasks, 5 queries) that is drawing tasks and the optimiser: "

@@ -16,7 +16,10 @@ _TO_READ = {
         "A metric method",
         ["algorithms/embedding.py", "algorithms/batches.py", "algorithms/geometry.py"],
     ),
-    "a gradient method": ("A gradient method", ["algorithms/gradient.py", "algorithms/linear_head.py"]),
+    "a gradient method": (
+        "A gradient method",
+        ["algorithms/gradient.py", "algorithms/linear_head.py"],
+    ),
     "a method with unlabelled examples": (
         "A method with unlabelled examples",
         ["algorithms/embedding.py", "algorithms/batches.py", "algorithms/geometry.py"],
@@ -26,7 +29,12 @@ _TO_READ = {
 #: Files that these rest on; they explain why, and are not needed to write the extension as the page shows it.
 _BELOW = {
     "a dataset": ["tasks/store.py", "settings.py"],
-    "a gradient method": ["algorithms/base.py", "tasks/types.py", "settings.py", "algorithms/inner_loop.py"],
+    "a gradient method": [
+        "algorithms/base.py",
+        "tasks/types.py",
+        "settings.py",
+        "algorithms/inner_loop.py",
+    ],
 }
 _BELOW_ANY = ["algorithms/base.py", "tasks/types.py", "settings.py"]
 #: At most so many lines.
@@ -58,14 +66,24 @@ def lines(kind: str) -> int:
 
 
 def main() -> None:
-    head = ["to add", "lines to read", "which", "with the files that these rest on", "files edited in metalearn"]
+    head = [
+        "to add",
+        "lines to read",
+        "which",
+        "with the files that these rest on",
+        "files edited in metalearn",
+    ]
     table = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
     for kind in _TO_READ:
         which = ", ".join(f"{name} {count}" for name, count in parts(kind).items())
         below = _BELOW.get(kind, _BELOW_ANY)
-        more = lines(kind) + sum(len((ROOT / "metalearn" / file).read_text().splitlines()) for file in below)
+        more = lines(kind) + sum(
+            len((ROOT / "metalearn" / file).read_text().splitlines()) for file in below
+        )
         table.append(f"| {kind} | {lines(kind)} | {which} | {more} ({', '.join(below)}) | none |")
-    table.append("| a loss, an augmentation, an optimiser | one function or one name | its section below | | none |")
+    table.append(
+        "| a loss, an augmentation, an optimiser | one function or one name | its section below | | none |"
+    )
     fill(_PAGE, "reading: written by scripts/reading.py", table)
 
 

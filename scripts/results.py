@@ -26,7 +26,9 @@ def collect(folder: Path, measured: bool) -> None:
     Args: measured: whether the experiment's file takes the figure as the one to hold against at this budget.
     """
     result = json.loads((folder / "result.json").read_text())
-    evaluations = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
+    evaluations = [
+        json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
+    ]
     content: dict[str, Any] = {"result": result, "evaluations": evaluations}
     name = f"{result['name'].replace(' ', '-')}-{hashlib.sha256(result['command'].encode()).hexdigest()[:6]}"
     if (folder / "reproduction.json").exists():
@@ -60,7 +62,9 @@ def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
             "sampler": result["protocol"]["sampler"],
         },
     )
-    path.write_text("\n".join([f"{before}{mark}", *(lines[name] for name in _BUDGETS if name in lines), ""]))
+    path.write_text(
+        "\n".join([f"{before}{mark}", *(lines[name] for name in _BUDGETS if name in lines), ""])
+    )
 
 
 def _line(budget: str, figures: dict[str, Any]) -> str:
@@ -87,8 +91,14 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
             f"{environment['hardware']}, torch {environment['versions']['torch']}"
         )
         tests = [one for one in run["evaluations"] if one.get("split", "test") == "test"]
-        others = [one for one in tests if one["protocol_id"] != result["protocol_id"] or _method(one)]
-        same = [one for one in run["evaluations"] if one["protocol_id"] == result["protocol_id"] and not _method(one)]
+        others = [
+            one for one in tests if one["protocol_id"] != result["protocol_id"] or _method(one)
+        ]
+        same = [
+            one
+            for one in run["evaluations"]
+            if one["protocol_id"] == result["protocol_id"] and not _method(one)
+        ]
         for measured in [result, *sorted(others, key=_order)]:
             own = measured is result
             paired = next(iter(same), {}) if own else measured
@@ -111,7 +121,11 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
             )
     head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus it", "protocol", "adaptation",
             "steps", "minutes"]  # fmt: skip
-    return [*report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]), "", *commands]
+    return [
+        *report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
+        "",
+        *commands,
+    ]
 
 
 def _method(measured: dict[str, Any]) -> list[str]:
@@ -120,7 +134,13 @@ def _method(measured: dict[str, Any]) -> list[str]:
 
 def _order(measured: dict[str, Any]) -> tuple[Any, ...]:
     protocol = measured["protocol"]
-    return protocol["way"], protocol["shot"], protocol["query"], protocol["statistics"], _method(measured)
+    return (
+        protocol["way"],
+        protocol["shot"],
+        protocol["query"],
+        protocol["statistics"],
+        _method(measured),
+    )
 
 
 def recipes(runs: list[dict[str, Any]]) -> list[str]:

@@ -21,7 +21,10 @@ _SMALL = (
     "episode.query=3", "train.steps=6", "train.meta_batch=3", "train.batch_size=16", "train.log_every=3", "val.every=3",
     "val.episodes=6", "test.episodes=8", "logger=none", "engine.threads=1", "device=cpu",
 )  # fmt: skip
-_SINUSOID = ("dataset=sinusoid", *(word for word in _SMALL if not word.startswith(("dataset", "backbone", "episode"))))
+_SINUSOID = (
+    "dataset=sinusoid",
+    *(word for word in _SMALL if not word.startswith(("dataset", "backbone", "episode"))),
+)
 
 #: Commands by name: episodes, batches, the four statistics, regression, each kind of objective.
 CASES: dict[str, tuple[str, ...]] = {
@@ -83,7 +86,11 @@ def start(tree: Path, folder: Path, cases: dict[str, tuple[str, ...]]) -> subpro
     }
     with (folder / "log.txt").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", _DRIVER, "cases.json"], cwd=folder, env=environment, stdout=log, stderr=log
+            [sys.executable, "-c", _DRIVER, "cases.json"],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
 
 
@@ -91,12 +98,16 @@ def largest_difference(first: Path, second: Path) -> tuple[float, str]:
     """Compare two finished runs: the largest absolute difference of any number, and where it is."""
     worst, place = 0.0, ""
     for name in ("last.pt", "best.pt"):
-        contents = [torch.load(run / "checkpoints" / name, weights_only=True) for run in (first, second)]
+        contents = [
+            torch.load(run / "checkpoints" / name, weights_only=True) for run in (first, second)
+        ]
         for part in ("meta", "fixed"):
             if contents[0][part].keys() != contents[1][part].keys():
                 return float("inf"), f"{name} {part}: other names"
             for key, value in contents[0][part].items():
-                difference = float((value - contents[1][part][key]).abs().max()) if value.numel() else 0.0
+                difference = (
+                    float((value - contents[1][part][key]).abs().max()) if value.numel() else 0.0
+                )
                 if not difference <= worst:
                     worst, place = difference, f"{name} {part} {key}"
     if (first / "test_scores.csv").read_text() != (second / "test_scores.csv").read_text():
@@ -113,7 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         subprocess.run(
-            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]], check=True
+            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]],
+            check=True,
         )
         try:
             trees = {"base": place / "tree", "here": ROOT}
@@ -129,8 +141,12 @@ def main() -> None:
                 )
                 failed += [] if same else [case]
         finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True)
-    print(f"{len(cases) - len(failed)} of {len(cases)} cases give the same results as {given['base']}")
+            subprocess.run(
+                ["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True
+            )
+    print(
+        f"{len(cases) - len(failed)} of {len(cases)} cases give the same results as {given['base']}"
+    )
     sys.exit(bool(failed))
 
 

@@ -14,8 +14,15 @@ def left(folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     return {
-        "rows": [{name: row[name] for name in row if name not in ("tasks_per_second", "seconds")} for row in rows],
-        "result": {name: result[name] for name in result if name not in ("seconds", "command", "environment")},
+        "rows": [
+            {name: row[name] for name in row if name not in ("tasks_per_second", "seconds")}
+            for row in rows
+        ],
+        "result": {
+            name: result[name]
+            for name in result
+            if name not in ("seconds", "command", "environment")
+        },
         **{name: (folder / name).read_text() for name in ("test_scores.csv", "test_classes.csv")},
         **{
             name: checkpoint.load(folder / "checkpoints" / name, torch.device("cpu"))
@@ -31,8 +38,15 @@ def difference(found: Any, expected: Any, where: str = "") -> str | None:
     if isinstance(found, dict) and found.keys() == expected.keys():
         parts = [(f"{where}.{key}", found[key], expected[key]) for key in found]
     elif isinstance(found, list | tuple) and len(found) == len(expected):
-        parts = [(f"{where}[{place}]", *pair) for place, pair in enumerate(zip(found, expected, strict=True))]
+        parts = [
+            (f"{where}[{place}]", *pair)
+            for place, pair in enumerate(zip(found, expected, strict=True))
+        ]
     else:
-        equal = torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+        equal = (
+            torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+        )
         return None if equal else where or "value"
-    return next((place for name, *pair in parts if (place := difference(pair[0], pair[1], name))), None)
+    return next(
+        (place for name, *pair in parts if (place := difference(pair[0], pair[1], name))), None
+    )

@@ -22,9 +22,27 @@ _COMMON = (
 )  # fmt: skip
 _STRIDE = ("backbone.downsample=stride", "backbone.output=mean")
 _CASES: dict[str, tuple[str, ...]] = {
-    "maml 1 query": ("algo=maml", "episode.train.query=1", "train.meta_batch=32", *_STRIDE, *_COMMON),
-    "maml 15 queries": ("algo=maml", "episode.train.query=15", "train.meta_batch=16", *_STRIDE, *_COMMON),
-    "fomaml 5 steps": ("algo=fomaml", "algo.inner_steps=5", "train.meta_batch=8", *_STRIDE, *_COMMON),
+    "maml 1 query": (
+        "algo=maml",
+        "episode.train.query=1",
+        "train.meta_batch=32",
+        *_STRIDE,
+        *_COMMON,
+    ),
+    "maml 15 queries": (
+        "algo=maml",
+        "episode.train.query=15",
+        "train.meta_batch=16",
+        *_STRIDE,
+        *_COMMON,
+    ),
+    "fomaml 5 steps": (
+        "algo=fomaml",
+        "algo.inner_steps=5",
+        "train.meta_batch=8",
+        *_STRIDE,
+        *_COMMON,
+    ),
     "reptile": ("algo=reptile", "train.meta_batch=5", *_STRIDE, *_COMMON),
     "protonet": ("algo=protonet", "train.meta_batch=1", *_COMMON),
     "rfs batches": ("algo=rfs", "train.batch_size=64", "train.meta_batch=1", *_COMMON),
@@ -46,7 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         subprocess.run(
-            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]], check=True
+            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]],
+            check=True,
         )
         try:
             for pair in range(int(given.get("pairs", "5"))):
@@ -55,10 +74,16 @@ def main() -> None:
                     if start(tree, folder, cases).wait():
                         sys.exit(f"{side} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
                 for case, speeds in found.items():
-                    speeds.append((speed(place / f"base{pair}" / case), speed(place / f"here{pair}" / case)))
+                    speeds.append(
+                        (speed(place / f"base{pair}" / case), speed(place / f"here{pair}" / case))
+                    )
         finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True)
-    print(f"{'case':<20} {'base':>8} {'here':>8} tasks/s   here/base of each pair: median (least to most)")
+            subprocess.run(
+                ["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True
+            )
+    print(
+        f"{'case':<20} {'base':>8} {'here':>8} tasks/s   here/base of each pair: median (least to most)"
+    )
     for case, speeds in found.items():
         base, here = (statistics.median(column) for column in zip(*speeds, strict=True))
         ratios = [new / old for old, new in speeds]

@@ -43,6 +43,8 @@ def text() -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["check"]:
         if config.INDEX_FILE.read_text() != text():
-            sys.exit(f"{config.INDEX_FILE.name} is out of date; run: python scripts/settings_index.py")
+            sys.exit(
+                f"{config.INDEX_FILE.name} is out of date; run: python scripts/settings_index.py"
+            )
     else:
         config.INDEX_FILE.write_text(text())

@@ -16,7 +16,12 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def _run(
-    words: list[str], cwd: str, environment: dict[str, str], output: str, memory: int | None, path: str | None
+    words: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    output: str,
+    memory: int | None,
+    path: str | None,
 ) -> None:
     """Become the command: `metalearn` with these words."""
     import torch
@@ -114,7 +119,9 @@ def start(
     variables = {**os.environ, **usual, **environment}
     place = output / f"command{_number}"
     kept = {name: value for name, value in variables.items() if value is not None}
-    process = CONTEXT.Process(target=_run, args=(list(words), str(cwd), kept, str(place), memory, path))
+    process = CONTEXT.Process(
+        target=_run, args=(list(words), str(cwd), kept, str(place), memory, path)
+    )
     process.start()
     return Command(process, place)  # type: ignore[arg-type]
 

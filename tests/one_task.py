@@ -45,7 +45,9 @@ def gradients(algorithm, state, one, progress=PROGRESS):
 
 
 def predictions(algorithm, state, one, **options):
-    return algorithm.predict(state, algorithm.adapt(state, one.support, key=KEY, **options), one.query.x)
+    return algorithm.predict(
+        state, algorithm.adapt(state, one.support, key=KEY, **options), one.query.x
+    )
 
 
 def network(params, x):

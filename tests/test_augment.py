@@ -31,13 +31,19 @@ def test_horizontal_flip_mirrors_half_of_the_images():
     x = torch.rand(200, 1, 3, 4)
     found = augment.horizontal_flip(x, _KEYS)
     flipped = [torch.equal(image, old.flip(-1)) for image, old in zip(found, x, strict=True)]
-    assert all(torch.equal(image, old) for image, old, yes in zip(found, x, flipped, strict=True) if not yes)
+    assert all(
+        torch.equal(image, old)
+        for image, old, yes in zip(found, x, flipped, strict=True)
+        if not yes
+    )
     assert 70 < sum(flipped) < 130
 
 
 def test_the_same_key_gives_the_same_change_whatever_else_is_in_the_batch():
     x = torch.rand(200, 1, 8, 8)
-    change = augment.chain({"a": (augment.random_crop, {"padding": 3}), "b": (augment.horizontal_flip, {})})
+    change = augment.chain(
+        {"a": (augment.random_crop, {"padding": 3}), "b": (augment.horizontal_flip, {})}
+    )
     assert torch.equal(change(x, _KEYS)[50:60], change(x[50:60], _KEYS[50:60]))
 
 
@@ -57,10 +63,14 @@ def test_training_is_augmented_and_nothing_else(make_run):
     words = ["algo=protonet", "dataset.image_size=12", "backbone.blocks=2"]
     plain, changed = make_run(*words), make_run(*words, "augment=crop_flip")
     first, second = plain.train.draw(0, 2), changed.train.draw(0, 2)
-    assert torch.equal(first.query.y, second.query.y) and not torch.equal(first.query.x, second.query.x)
+    assert torch.equal(first.query.y, second.query.y) and not torch.equal(
+        first.query.x, second.query.x
+    )
     assert torch.equal(second.query.x, changed.train.draw(0, 2).query.x)
     for name in ("val", "test"):
-        assert torch.equal(getattr(plain, name).draw(0, 2).query.x, getattr(changed, name).draw(0, 2).query.x)
+        assert torch.equal(
+            getattr(plain, name).draw(0, 2).query.x, getattr(changed, name).draw(0, 2).query.x
+        )
     assert plain.protocol == changed.protocol
     batches = make_run("algo=rfs", "augment=crop_flip", "train.batch_size=6")
     assert batches.train.draw(0, 2).x.shape == (2, 6, 1, 16, 16)
@@ -70,6 +80,8 @@ def test_settings_of_an_augmentation_are_its_arguments(make_run):
     run = make_run("algo=protonet", "augment=crop_flip", "augment.ops.random_crop.padding=0")
     store = run.train.store
     assert isinstance(store, Augmented)
-    still = dataclasses.replace(store, augment=augment.chain({"a": (augment.random_crop, {"padding": 0})}))
+    still = dataclasses.replace(
+        store, augment=augment.chain({"a": (augment.random_crop, {"padding": 0})})
+    )
     rows = torch.arange(4)[None]
     assert torch.equal(still.gather(rows, _KEYS[:1]), store.store.gather(rows, _KEYS[:1]))

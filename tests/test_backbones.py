@@ -94,7 +94,9 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
             return vmap(one)(x, target, weight, bias)
         return [
             torch.stack(parts)
-            for parts in zip(*(one(*task) for task in zip(x, target, weight, bias, strict=True)), strict=True)
+            for parts in zip(
+                *(one(*task) for task in zip(x, target, weight, bias, strict=True)), strict=True
+            )
         ]
 
     for found, expected in zip(of(ours), of(plain), strict=True):
@@ -107,7 +109,9 @@ def test_given_statistics_of_a_batch_equal_its_own():
     x = torch.randn(7, 1, 16, 16)
     own, collected = net.embed(params, x, collect=True)
     torch.testing.assert_close(net.embed(params, x, given=collected)[0], own, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(net.embed(params, x[:2], given=collected)[0], own[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        net.embed(params, x[:2], given=collected)[0], own[:2], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
@@ -120,7 +124,9 @@ def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
     shape = net.shape(InputSpec((3, size, size)))
     z = net.embed(params, torch.rand(2, 3, size, size))[0]
     assert z.shape == (2, math.prod(shape))
-    halved = [size // 2**block if downsample == "pool" else -(-size // 2**block) for block in range(4)]
+    halved = [
+        size // 2**block if downsample == "pool" else -(-size // 2**block) for block in range(4)
+    ]
     side = halved[3 if halvings is None else halvings]
     assert shape == ((6, side, side) if output == "flatten" else (6,))
 
@@ -139,7 +145,10 @@ def layer(params, name, stride=1):
     """torch's own convolution and normalisation, with the weights of one layer."""
     weight = params[f"conv{name}.weight"]
     out, channels, size = weight.shape[:3]
-    convolution, norm = nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out)
+    convolution, norm = (
+        nn.Conv2d(channels, out, size, stride, size // 2, bias=False),
+        nn.BatchNorm2d(out),
+    )
     convolution.weight.data, norm.weight.data, norm.bias.data = (
         weight, params[f"norm{name}.weight"], params[f"norm{name}.bias"],
     )  # fmt: skip
@@ -158,7 +167,9 @@ def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
     x = torch.randn(5, 3, 32, 32)
     outputs = [x]
     for block, stride in enumerate((2, 2, 2, 1)):
-        blocks = nn.Sequential(layer(params, str(block)), nn.MaxPool2d(2, stride), nn.LeakyReLU(0.1))
+        blocks = nn.Sequential(
+            layer(params, str(block)), nn.MaxPool2d(2, stride), nn.LeakyReLU(0.1)
+        )
         outputs.append(blocks(outputs[-1]))
     expected = torch.cat([nn.MaxPool2d(2, 1)(outputs[3]).flatten(1), outputs[4].flatten(1)], 1)
     torch.testing.assert_close(net.embed(params, x)[0], expected, rtol=1e-4, atol=1e-5)
@@ -177,7 +188,9 @@ def test_resnet12_is_four_residual_blocks():
     z = x
     for block in range(4):
         act = nn.LeakyReLU(0.1)
-        through = layer(params, f"{block}_2")(act(layer(params, f"{block}_1")(act(layer(params, f"{block}_0")(z)))))
+        through = layer(params, f"{block}_2")(
+            act(layer(params, f"{block}_1")(act(layer(params, f"{block}_0")(z))))
+        )
         z = nn.MaxPool2d(2)(act(through + layer(params, f"{block}_beside")(z)))
     torch.testing.assert_close(net.embed(params, x)[0], z.mean((-2, -1)), rtol=1e-4, atol=1e-5)
 
@@ -207,14 +220,28 @@ def test_resnet18_is_torchvisions(torchvision_weights, size):
     with torch.no_grad():
         inductive = theirs.eval()(x)
         transductive = theirs.train()(x)
-    torch.testing.assert_close(ours.embed(params, x, given=population)[0], inductive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ours.embed(params, x, given=population)[0], inductive, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(ours.embed(params, x)[0], transductive, rtol=1e-3, atol=1e-3)
     assert inductive.shape[1:] == ours.shape(InputSpec((3, size, size)))
 
 
 def resnet18_composed(cache_dir, *words):
-    small = ["dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=32", "episode.query=2", "train.steps=2"]
-    few = ["val.episodes=2", "test.episodes=2", "train.meta_batch=1", f"cache_dir={cache_dir}", "logger=none"]
+    small = [
+        "dataset=glyphs",
+        "dataset.num_classes=60",
+        "dataset.image_size=32",
+        "episode.query=2",
+        "train.steps=2",
+    ]
+    few = [
+        "val.episodes=2",
+        "test.episodes=2",
+        "train.meta_batch=1",
+        f"cache_dir={cache_dir}",
+        "logger=none",
+    ]
     return composition.composed(["backbone=resnet18", *small, *few, *words])
 
 
@@ -223,7 +250,9 @@ def resnet18_run(cache_dir, *words):
 
 
 @pytest.mark.slow
-def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(torchvision_weights, cache_dir, tmp_path):
+def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(
+    torchvision_weights, cache_dir, tmp_path
+):
     weights, choices, console = torchvision_weights[1], tmp_path / "engine.json", Console()
     words = ["algo=protonet", f"backbone.weights={weights}"]
     choices.write_text(json.dumps(build(resnet18_run(cache_dir, *words)).choices))
@@ -232,14 +261,19 @@ def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(torchvision_we
     weights.unlink()
     choices.unlink()
     assert metalearn.load(tmp_path / "run").spec.way == 5
-    for changed in ([], ["dataset.jitter=0.9"]):  # with another data set the classes of the run's own are looked at
+    for changed in (
+        [],
+        ["dataset.jitter=0.9"],
+    ):  # with another data set the classes of the run's own are looked at
         evaluate(tmp_path / "run", changed, "test", None, console)
     assert len(list((tmp_path / "run/evaluations").glob("*.json"))) == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["relation", "baseline", "maml", "finetune"])
-def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weights, cache_dir, tmp_path):
+def test_frozen_weights_and_their_statistics_never_change(
+    algo, torchvision_weights, cache_dir, tmp_path
+):
     words = [f"algo={algo}", "statistics=population", f"backbone.weights={torchvision_weights[1]}"]
     changed = {}
     for frozen in ("true", "false"):
@@ -248,13 +282,19 @@ def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weig
         state = loop.fit(run, loop.Silent(), tmp_path / frozen).state
         task = run.test.draw(0, 1)
         learner = run.algorithm.adapt(
-            state, dataclasses.replace(task.support, x=task.support.x[0], y=task.support.y[0]), key=task.key[0]
+            state,
+            dataclasses.replace(task.support, x=task.support.x[0], y=task.support.y[0]),
+            key=task.key[0],
         )
         adapted = getattr(learner, "params", {})
         after = {name: value for part in state for name, value in part.items()}
-        changed[frozen] = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        changed[frozen] = {
+            name for name, value in after.items() if not torch.equal(value, before[name])
+        }
         changed[frozen] |= {
-            name for name in adapted if not torch.equal(adapted[name], state.params.get(name, adapted[name]))
+            name
+            for name in adapted
+            if not torch.equal(adapted[name], state.params.get(name, adapted[name]))
         }
     assert not [name for name in changed["true"] if name.startswith("net.")]
     assert {"net.conv_stem.weight", "net.norm_stem.mean"} <= changed["false"]
@@ -264,7 +304,9 @@ def test_frozen_weights_and_their_statistics_never_change(algo, torchvision_weig
 def test_nothing_to_learn_is_refused_and_tested_as_it_is(cache_dir):
     with pytest.raises(UserError, match=r"train\.steps=0"):
         build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true"))
-    assert build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")).state.params
+    assert build(
+        resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")
+    ).state.params
 
 
 @pytest.mark.slow
@@ -272,7 +314,9 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
     key = prng.key_of(0)
     weights = torch.load(torchvision_weights[1])
     cases = {
-        "conv1.weight is missing": {name: value for name, value in weights.items() if name != "conv1.weight"},
+        "conv1.weight is missing": {
+            name: value for name, value in weights.items() if name != "conv1.weight"
+        },
         "conv1.weight is of shape": weights | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
         "should be a state dict": [1, 2],
     }
@@ -284,11 +328,15 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("text.pth", "absent.pth"):
         with pytest.raises(UserError, match=name):
-            ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init(InputSpec((3, 32, 32)), key)
+            ResNet18(weights=str(tmp_path / name), frozen=False, eps=1e-5).init(
+                InputSpec((3, 32, 32)), key
+            )
 
 
 @pytest.mark.slow
-def test_torchvisions_weights_are_downloaded_once_and_checked(torchvision_weights, server, tmp_path, monkeypatch):
+def test_torchvisions_weights_are_downloaded_once_and_checked(
+    torchvision_weights, server, tmp_path, monkeypatch
+):
     address, folder = server
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     content = torchvision_weights[1].read_bytes()
@@ -307,7 +355,10 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(torchvision_weight
 
 def test_dropout_and_drop_block_keep_the_mean():
     x = torch.ones(8, 6, 20, 20)
-    for noise in (lambda key: layers.dropout(x, 0.2, key), lambda key: layers.drop_block(x, 0.2, 5, key)):
+    for noise in (
+        lambda key: layers.dropout(x, 0.2, key),
+        lambda key: layers.drop_block(x, 0.2, 5, key),
+    ):
         found = torch.stack([noise(prng.key_of(number)) for number in range(20)])
         assert abs(found.mean().item() - 1) < 0.01
         assert 0.15 < (found == 0).double().mean().item() < 0.22
@@ -332,7 +383,11 @@ def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make
     noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]
     noisy += ["backbone.drop_block=true", "backbone.block_size=2"] if backbone == "resnet12" else []
     run = make_run(f"algo={algo}", f"backbone={backbone}", *noisy)
-    tasks, state, half = doubled(run.train.draw(0, 3)), doubled(run.state), torch.tensor(0.5).double()
+    tasks, state, half = (
+        doubled(run.train.draw(0, 3)),
+        doubled(run.state),
+        torch.tensor(0.5).double(),
+    )
 
     def step(strategy, tasks, backbone=run.algorithm.backbone):
         algorithm = dataclasses.replace(run.algorithm, backbone=backbone)
@@ -345,10 +400,16 @@ def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make
     first = step("vmap", tasks)
     torch.testing.assert_close(step("loop", tasks), first, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(step("loop", dataclasses.replace(tasks, key=tasks.key + 1)), first)
-    assert not torch.allclose(step("loop", tasks, dataclasses.replace(run.algorithm.backbone, dropout=0.0)), first)
-    quiet = dataclasses.replace(run.algorithm, backbone=dataclasses.replace(run.algorithm.backbone, dropout=0.0))
+    assert not torch.allclose(
+        step("loop", tasks, dataclasses.replace(run.algorithm.backbone, dropout=0.0)), first
+    )
+    quiet = dataclasses.replace(
+        run.algorithm, backbone=dataclasses.replace(run.algorithm.backbone, dropout=0.0)
+    )
     predictions = [
-        dataclasses.replace(run.test_engine, algorithm=one).predictions(state, doubled(run.test.draw(0, 2)))
+        dataclasses.replace(run.test_engine, algorithm=one).predictions(
+            state, doubled(run.test.draw(0, 2))
+        )
         for one in (run.algorithm, quiet)
     ]
     assert torch.equal(*predictions)

@@ -19,7 +19,10 @@ MISTAKES = [
     (["train.steps=1.5"], ["train.steps=1.5", "a whole number"]),
     (["train.lr=fast"], ["train.lr=fast", "a number"]),
     (["dataset.rotations=???"], ["dataset.rotations", "no value"]),
-    (["dataset._target_=metalearn.build.Run"], ["dataset._target_=metalearn.build.Run", "metalearn.data"]),
+    (
+        ["dataset._target_=metalearn.build.Run"],
+        ["dataset._target_=metalearn.build.Run", "metalearn.data"],
+    ),
     (["train.lr=nan"], ["train.lr=nan", "a number"]),
     (["algo.first_order=perhaps"], ["algo.first_order=perhaps", "true or false"]),
     (["train.steps=-1"], ["train.steps=-1", "at least 0"]),
@@ -37,7 +40,10 @@ MISTAKES = [
     (["episode.train.way=20"], ["episode.train.way=20", "episode.way=5", "MAML"]),
     (["statistics=population", "backbone.normalisation=none"], ["population", "normalisation"]),
     (["algo._target_=os.system"], ["algo._target_=os.system", "metalearn.algorithms"]),
-    (["algo._target_=metalearn.cli.main"], ["algo._target_=metalearn.cli.main", "metalearn.algorithms"]),
+    (
+        ["algo._target_=metalearn.cli.main"],
+        ["algo._target_=metalearn.cli.main", "metalearn.algorithms"],
+    ),
     (["algo._target_=metalearn.algorithms.nowhere.X"], ["no such class"]),
     (["train.lr=${nowhere}"], ["nowhere"]),
     (["train.lr=[1"], ["train.lr=[1"]),
@@ -45,7 +51,10 @@ MISTAKES = [
     (["train=null"], ["train"]),
     (["dataset.fractions=[0.5,a,0.2]"], ["dataset.fractions", "a number"]),
     (["train.source=batches"], ["train.source=batches", "MAML trains on episodes"]),
-    (["algo=siamese", "loss.name=cross_entropy"], ["loss.name=cross_entropy", "Siamese", "of its own"]),
+    (
+        ["algo=siamese", "loss.name=cross_entropy"],
+        ["loss.name=cross_entropy", "Siamese", "of its own"],
+    ),
     (["algo=protonet", "loss.inner=cross_entropy"], ["loss.inner=cross_entropy", "ProtoNet"]),
     (["loss=label_smothing"], ["loss=label_smothing", "did you mean label_smoothing"]),
     (["augment=crop"], ["augment=crop", "did you mean crop_flip"]),
@@ -57,7 +66,11 @@ MISTAKES = [
 def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
     with pytest.raises(UserError) as caught:
         check(
-            config.checked(composition.composed(overrides) if "dataset=sinusoid" in overrides else compose(*overrides))
+            config.checked(
+                composition.composed(overrides)
+                if "dataset=sinusoid" in overrides
+                else compose(*overrides)
+            )
         )
     line = str(caught.value)
     assert "\n" not in line
@@ -73,13 +86,22 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
         (["dataset.fractions=[0.1,0.34,0.34]"], ["sum to 1"]),
         (["episode.way=1"], ["way=1", "2 or more"]),
         (["episode.query=20"], ["1 + 20", "20 examples"]),
-        (["dataset=folder", "data_dir=/nowhere"], ["dataset.path=pictures", "/nowhere/pictures", "glyphs"]),
+        (
+            ["dataset=folder", "data_dir=/nowhere"],
+            ["dataset.path=pictures", "/nowhere/pictures", "glyphs"],
+        ),
         (["dataset.image_size=8", "backbone.downsample=pool"], ["8x8", "fewer blocks"]),
     ],
 )
 def test_what_the_data_cannot_give_is_named(overrides, words, compose):
     with pytest.raises(UserError) as caught:
-        build(config.checked(composition.composed(overrides) if "dataset=folder" in overrides else compose(*overrides)))
+        build(
+            config.checked(
+                composition.composed(overrides)
+                if "dataset=folder" in overrides
+                else compose(*overrides)
+            )
+        )
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -90,7 +112,12 @@ def test_device_that_is_not_there_is_named(compose, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "group", ["dataset", "backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in ("algo", "experiment"))]
+    "group",
+    [
+        "dataset",
+        "backbone",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("algo", "experiment")),
+    ],
 )
 def test_every_choice_composes_and_is_explained(group):
     for name, line in composition.options(group).items():
@@ -108,7 +135,11 @@ def test_methods_compose_with_the_datasets_they_can_learn_and_have_a_recipe_for(
             settings = config.checked(composition.composed([f"algo={algo}", f"dataset={dataset}"]))
             target = config.component(settings.dataset, "dataset").target
             possible = target in config.component(settings.algo, "algo").targets
-            with contextlib.nullcontext() if possible else pytest.raises(UserError, match="regression"):
+            with (
+                contextlib.nullcontext()
+                if possible
+                else pytest.raises(UserError, match="regression")
+            ):
                 check(settings)
 
 
@@ -118,7 +149,9 @@ def test_each_value_of_an_axis_is_checked_once():
         [f"algo={algo}", f"seed={seed}", "val.every=3"]
         for algo, seed in (("maml", 0), ("protonet", 0), ("anil", 0), ("maml", 1))
     ]
-    assert composition.one_run_per_value(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]
+    assert composition.one_run_per_value(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [
+        ["seed=1"]
+    ]
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])

@@ -27,7 +27,13 @@ def nothing_left(tmp_path) -> bool:
 
 def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     done = metalearn(
-        "train", "algo=maml", *SMALL, "train.steps=6", "val.every=3", "train.log_every=2", "hydra.run.dir=my run"
+        "train",
+        "algo=maml",
+        *SMALL,
+        "train.steps=6",
+        "val.every=3",
+        "train.log_every=2",
+        "hydra.run.dir=my run",
     )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "my run"
@@ -36,7 +42,10 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert {"train.loss", "train.accuracy", "tasks_per_second"} <= rows[0].keys()
     assert [row["step"] for row in rows if "val.accuracy" in row] == [3, 6]
     result = json.loads((folder / "result.json").read_text())
-    scores = [float(line.split(",")[1]) for line in (folder / "test_scores.csv").read_text().splitlines()[1:]]
+    scores = [
+        float(line.split(",")[1])
+        for line in (folder / "test_scores.csv").read_text().splitlines()[1:]
+    ]
     assert result["test"]["accuracy"]["episodes"] == len(scores) == 6
     assert result["test"]["accuracy"]["mean"] == pytest.approx(sum(scores) / 6, abs=1e-5)
     assert result["test"]["accuracy"]["ci95"] > 0
@@ -58,14 +67,18 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert stored["test"] == result["test"]
     other = metalearn("evaluate", "run=my run", "statistics=support", "episode.query=5")
     assert other.returncode == 0, other.stderr
-    assert len(list((folder / "evaluations").glob("*.json"))) == 4  # both statistics of two protocols
+    assert (
+        len(list((folder / "evaluations").glob("*.json"))) == 4
+    )  # both statistics of two protocols
     assert "episode.quer" in one_line(metalearn("evaluate", "run=my run", "episode.quer=5"), 2)
     assert "train with statistics=population" in one_line(
         metalearn("evaluate", "run=my run", "statistics=population"), 2
     )
     split = one_line(metalearn("evaluate", "run=my run", "dataset.split_seed=5"), 2)
     assert "were trained or validated on" in split
-    assert "holds a finished run; resume=auto" in one_line(metalearn("train", *SMALL, "hydra.run.dir=my run"), 2)
+    assert "holds a finished run; resume=auto" in one_line(
+        metalearn("train", *SMALL, "hydra.run.dir=my run"), 2
+    )
     assert metalearn("evaluate", "run=my run", "algo.test_inner_steps=9").returncode == 0
     steps = folder / f"evaluations/{result['protocol_id']}-test_inner_steps=9.json"
     assert json.loads(steps.read_text())["overrides"] == ["algo.test_inner_steps=9"]
@@ -102,7 +115,13 @@ def test_regression(metalearn, tmp_path):
 def test_wandb_without_a_key_goes_offline_and_never_asks(metalearn, tmp_path):
     small = [word for word in SMALL if word != "logger=none"]
     done = metalearn(
-        "train", "algo=protonet", *small, "hydra.run.dir=out", WANDB_MODE=None, WANDB_API_KEY=None, HOME=str(tmp_path)
+        "train",
+        "algo=protonet",
+        *small,
+        "hydra.run.dir=out",
+        WANDB_MODE=None,
+        WANDB_API_KEY=None,
+        HOME=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     assert sum("W&B" in line for line in done.stdout.splitlines()) == 1
@@ -110,7 +129,15 @@ def test_wandb_without_a_key_goes_offline_and_never_asks(metalearn, tmp_path):
 
 
 def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_path):
-    done = metalearn("train", "-m", *SMALL, "algo=protonet", "episode.way=5,500", "seed=0,1", "hydra.sweep.dir=sweep")
+    done = metalearn(
+        "train",
+        "-m",
+        *SMALL,
+        "algo=protonet",
+        "episode.way=5,500",
+        "seed=0,1",
+        "hydra.sweep.dir=sweep",
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/result.json")) == ["0", "1"]
@@ -121,14 +148,19 @@ def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_pa
 
 
 def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the sweep extra is not installed")
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="the sweep extra is not installed"
+    )
     done = metalearn(
         "train", "-m", *SMALL, "algo=maml", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize",
         "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "algo.inner_lr=interval(0.05,1)", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     best = (tmp_path / "sweep/optimization_results.yaml").read_text()
-    scores = [json.loads(path.read_text())["val"]["accuracy"]["mean"] for path in tmp_path.glob("sweep/*/result.json")]
+    scores = [
+        json.loads(path.read_text())["val"]["accuracy"]["mean"]
+        for path in tmp_path.glob("sweep/*/result.json")
+    ]
     assert len(scores) == 2
     assert f"best_value: {max(scores)}" in best
 
@@ -165,8 +197,13 @@ def test_mistakes_give_one_line_and_leave_nothing(words, expected, metalearn, tm
 
 
 def test_no_data_and_no_network(metalearn, tmp_path):
-    line = one_line(metalearn("train", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30), 2)
-    assert all(word in line for word in ["http://127.0.0.1:9", str(tmp_path / "data/omniglot"), "dataset=glyphs"]), line
+    line = one_line(
+        metalearn("train", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30), 2
+    )
+    assert all(
+        word in line
+        for word in ["http://127.0.0.1:9", str(tmp_path / "data/omniglot"), "dataset=glyphs"]
+    ), line
     assert nothing_left(tmp_path)
 
 
@@ -195,7 +232,11 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "metalearn", "list"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-m", "metalearn", "list"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")

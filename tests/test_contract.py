@@ -33,7 +33,9 @@ def method(name: str) -> testing.Method:
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        pytest.param(name, check, marks=() if name in _QUICK or check in _CHEAP else pytest.mark.slow)
+        pytest.param(
+            name, check, marks=() if name in _QUICK or check in _CHEAP else pytest.mark.slow
+        )
         for name in ALGORITHMS
         for check in METHOD_CHECKS
     ],
@@ -43,20 +45,36 @@ def test_method(name, check):
 
 
 @pytest.mark.parametrize("statistics", ["query", "population"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_strategies_agree_on_images(name, statistics, make_run):
     """Convolutions have ways of their own to be batched."""
-    maps = ["backbone.halvings=2"] if statistics == "population" else []  # elsewhere of one position
-    words = [f"statistics={statistics}", "train.meta_batch=3", "episode.train.way=5", "backbone.filters=4"]
+    maps = (
+        ["backbone.halvings=2"] if statistics == "population" else []
+    )  # elsewhere of one position
+    words = [
+        f"statistics={statistics}",
+        "train.meta_batch=3",
+        "episode.train.way=5",
+        "backbone.filters=4",
+    ]
     run = make_run(f"algo={name}", *words, *maps)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
-    strategies = ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
-    steps = [Engine(run.algorithm, one, 3).at(0.5).step(state, tasks, _HALF.double()) for one in strategies]
+    strategies = (
+        ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
+    )
+    steps = [
+        Engine(run.algorithm, one, 3).at(0.5).step(state, tasks, _HALF.double())
+        for one in strategies
+    ]
     for other in steps[1:]:
         torch.testing.assert_close(other.gradients, steps[0].gradients, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(other.statistics, steps[0].statistics, rtol=1e-7, atol=1e-9)
     tasks = doubled(run.test.draw(0, 3))
-    predictions = [Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")]
+    predictions = [
+        Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")
+    ]
     for found in predictions[1:]:
         torch.testing.assert_close(found, predictions[0], rtol=1e-7, atol=1e-9)
 
@@ -64,8 +82,20 @@ def test_strategies_agree_on_images(name, statistics, make_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_method_goes_through_every_command(name, cache_dir, tmp_path):
-    words = [f"algo={name}", "dataset=gaussians", "backbone.hidden=[8]", "train.batch_size=16", "train.steps=2"]
-    small = ["val.episodes=4", "test.episodes=6", "logger=none", "train.meta_batch=2", "episode.query=3"]
+    words = [
+        f"algo={name}",
+        "dataset=gaussians",
+        "backbone.hidden=[8]",
+        "train.batch_size=16",
+        "train.steps=2",
+    ]
+    small = [
+        "val.episodes=4",
+        "test.episodes=6",
+        "logger=none",
+        "train.meta_batch=2",
+        "episode.query=3",
+    ]
     composed = composition.composed([*words, *small, f"cache_dir={cache_dir}"])
     console = Console(file=io.StringIO(), width=200)
     train(composed, tmp_path / "run", f"{name} gaussians", words, console)
@@ -91,7 +121,9 @@ _DATASETS = {
 def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     settings = config.checked(composition.composed([f"dataset={name}", *_DATASETS[name]])).dataset
     shape = Shape(1, 3, 5) if name == "sinusoid" else Shape(5, 2, 3)
-    return testing.DatasetCase(config.make(settings, "dataset"), cache_dir / "none", cache_dir, shape)
+    return testing.DatasetCase(
+        config.make(settings, "dataset"), cache_dir / "none", cache_dir, shape
+    )
 
 
 @pytest.mark.parametrize("check", DATASET_CHECKS)
@@ -113,7 +145,8 @@ _BACKBONES = {
 
 @pytest.mark.parametrize("check", BACKBONE_CHECKS)
 @pytest.mark.parametrize(
-    "name", [*(n for n in _BACKBONES if n != "resnet18"), pytest.param("resnet18", marks=pytest.mark.slow)]
+    "name",
+    [*(n for n in _BACKBONES if n != "resnet18"), pytest.param("resnet18", marks=pytest.mark.slow)],
 )
 def test_backbone(name, check):
     words, inputs = _BACKBONES[name]
@@ -133,7 +166,9 @@ def test_a_broken_promise_is_found(flaw):
         is_transductive = flaw == "says it does not"
 
         def compare(self, weights, learned, z):
-            return super().compare(weights, learned, z - z.mean(0) if flaw == "reads the other queries" else z)
+            return super().compare(
+                weights, learned, z - z.mean(0) if flaw == "reads the other queries" else z
+            )
 
     settings = (("distance", "squared_euclidean"), ("temperature", 1.0))
     with pytest.raises(AssertionError, match="wrong about depending on other queries"):

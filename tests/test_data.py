@@ -21,9 +21,12 @@ from metalearn.errors import UserError
 from metalearn.tasks.sampling import Shape
 
 _CPU = torch.device("cpu")
-_SHARED = Path(os.environ.get("METALEARN_DATA", Path(__file__).parent.parent.parent / "shared/data"))
+_SHARED = Path(
+    os.environ.get("METALEARN_DATA", Path(__file__).parent.parent.parent / "shared/data")
+)
 needs_omniglot = pytest.mark.skipif(
-    not (_SHARED / "omniglot/images_background.zip").exists(), reason="real Omniglot is not in METALEARN_DATA"
+    not (_SHARED / "omniglot/images_background.zip").exists(),
+    reason="real Omniglot is not in METALEARN_DATA",
 )
 
 
@@ -60,11 +63,15 @@ def own_pictures(tmp_path):
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
 def test_folder_of_mixed_pictures(own_pictures, tmp_path, colour):
-    data = opened("folder", own_pictures, tmp_path / "c", colour=colour, image_size=16, standardise=False)
+    data = opened(
+        "folder", own_pictures, tmp_path / "c", colour=colour, image_size=16, standardise=False
+    )
     assert data.inputs.shape == ((3 if colour == "rgb" else 1), 16, 16)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [6, 2, 2]
     task = data.episodes("train", Shape(5, 1, 3), 0).draw(0, 4)
-    for t in range(4):  # a picture's level tells its class: 1-bit pictures apart, a palette is a few levels coarse
+    for t in range(
+        4
+    ):  # a picture's level tells its class: 1-bit pictures apart, a palette is a few levels coarse
         for y in range(5):
             levels = task.query.x[t][task.query.y[t] == y].mean((1, 2, 3))
             levels = levels[(levels > 0.01) & (levels < 0.99)]
@@ -90,7 +97,9 @@ def test_split_file(own_pictures, tmp_path):
     path.write_text(json.dumps({"train": names[:5], "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="'class 4é' in both train and val"):
         opened("folder", own_pictures, tmp_path / "c", split=path)
-    path.write_text(json.dumps({"train": [names[0], names[0]], "val": names[4:7], "test": names[7:]}))
+    path.write_text(
+        json.dumps({"train": [names[0], names[0]], "val": names[4:7], "test": names[7:]})
+    )
     with pytest.raises(UserError, match="'class 0é' twice in train"):
         opened("folder", own_pictures, tmp_path / "c", split=path)
     path.write_text(json.dumps({"train": 5, "val": names[4:7], "test": names[7:]}))
@@ -163,7 +172,9 @@ def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pic
 def test_glyphs_are_deterministic_and_classes_differ(tmp_path):
     settings = config.checked(composition.composed(["dataset=glyphs"])).dataset
     assert settings["num_classes"] >= 1000
-    small = {key: value for key, value in settings.items() if key != "_target_"} | {"num_classes": 60}
+    small = {key: value for key, value in settings.items() if key != "_target_"} | {
+        "num_classes": 60
+    }
     first = Glyphs(**small)._render().images
     assert torch.equal(first, Glyphs(**small)._render().images)
     drawings = first.view(60, 20, -1).float()
@@ -187,17 +198,28 @@ def test_real_omniglot(tmp_path):
     task = data.episodes("test", Shape(20, 5, 15), 0).draw(0, 2)
     assert 0.02 < task.query.x.mean() < 0.2  # ink is 1, and there is little of it
     everywhere = opened("omniglot", _SHARED, tmp_path, rotations="classes")
-    assert [everywhere.num_classes(split) for split in ("train", "val", "test")] == [4112, 688, 1692]
+    assert [everywhere.num_classes(split) for split in ("train", "val", "test")] == [
+        4112,
+        688,
+        1692,
+    ]
     split = opened("omniglot", _SHARED, tmp_path, split="random")
-    assert [split.num_classes(name) // (4 if name == "train" else 1) for name in ("train", "val", "test")] == [
+    assert [
+        split.num_classes(name) // (4 if name == "train" else 1)
+        for name in ("train", "val", "test")
+    ] == [
         1100,
         100,
         423,
     ]
     alphabets = opened("omniglot", _SHARED, tmp_path, split="alphabet").views
-    sets = {name: {cls.split("/")[0] for cls in view.index.names} for name, view in alphabets.items()}
+    sets = {
+        name: {cls.split("/")[0] for cls in view.index.names} for name, view in alphabets.items()
+    }
     assert [len(sets[name]) for name in ("train", "val", "test")] == [30, 5, 15]
-    assert not (sets["train"] & sets["val"] | sets["train"] & sets["test"] | sets["val"] & sets["test"])
+    assert not (
+        sets["train"] & sets["val"] | sets["train"] & sets["test"] | sets["val"] & sets["test"]
+    )
 
 
 def archives(characters: dict[str, int]) -> dict[str, bytes]:
@@ -205,7 +227,10 @@ def archives(characters: dict[str, int]) -> dict[str, bytes]:
     stream = io.BytesIO()
     picture(255, "1", (105, 105)).save(stream, "png")
     made = {}
-    for part, names in (("images_background", list(characters)[:3]), ("images_evaluation", list(characters)[3:])):
+    for part, names in (
+        ("images_background", list(characters)[:3]),
+        ("images_evaluation", list(characters)[3:]),
+    ):
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for name in names:
@@ -225,7 +250,13 @@ def few_characters(monkeypatch):
 
 def served_omniglot(address: str, content: dict[str, bytes], data_dir: Path, cache: Path):
     sums = {part: hashlib.md5(data).hexdigest() for part, data in content.items()}
-    return opened("omniglot", data_dir, cache, url=address, **{f"md5.{part}": value for part, value in sums.items()})
+    return opened(
+        "omniglot",
+        data_dir,
+        cache,
+        url=address,
+        **{f"md5.{part}": value for part, value in sums.items()},
+    )
 
 
 def test_download_with_checksum_then_no_network_needed(server, few_characters, tmp_path):
@@ -246,8 +277,12 @@ def test_download_that_lies_is_refused(server, few_characters, tmp_path):
         (folder / f"{part}.zip").write_bytes(data[:-50])
     with pytest.raises(UserError) as caught:
         served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
-    assert all(word in str(caught.value) for word in [address, str(tmp_path / "d/omniglot"), "glyphs"])
-    assert not list((tmp_path / "d").rglob("*.*")), "a wrong file was left where the next run would take it for data"
+    assert all(
+        word in str(caught.value) for word in [address, str(tmp_path / "d/omniglot"), "glyphs"]
+    )
+    assert not list((tmp_path / "d").rglob("*.*")), (
+        "a wrong file was left where the next run would take it for data"
+    )
 
 
 def test_missing_address_is_named(server, few_characters, tmp_path):
@@ -257,7 +292,8 @@ def test_missing_address_is_named(server, few_characters, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"A/2": 19}, ["19 drawings", "A/2"]), ({"B/3": 0}, ["5 of Omniglot's 6", "B/3"])]
+    ("change", "words"),
+    [({"A/2": 19}, ["19 drawings", "A/2"]), ({"B/3": 0}, ["5 of Omniglot's 6", "B/3"])],
 )
 def test_archives_of_the_wrong_content_are_refused(change, words, few_characters, tmp_path):
     (tmp_path / "d/omniglot").mkdir(parents=True)
@@ -284,7 +320,9 @@ def test_sinusoids_follow_their_formula(tmp_path):
     def basis(x):
         return torch.stack([x.sin(), x.cos()], -1)
 
-    fitted = torch.linalg.lstsq(basis(task.support.x[..., 0].double()), task.support.y.double()).solution
+    fitted = torch.linalg.lstsq(
+        basis(task.support.x[..., 0].double()), task.support.y.double()
+    ).solution
     torch.testing.assert_close((basis(x) @ fitted)[..., 0], y, atol=1e-4, rtol=1e-4)
     amplitude = fitted.square().sum((1, 2)).sqrt()
     assert amplitude.min() >= 0.1 and amplitude.max() <= 5.01
@@ -308,7 +346,8 @@ def test_cifar_100_that_was_unpacked_by_half_is_fetched_again(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "answer", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"]
+    "answer",
+    [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"],
 )
 def test_addresses_that_speak_otherwise_or_break_off_are_named(answer, tmp_path):
     class Odd(socketserver.BaseRequestHandler):
@@ -319,6 +358,8 @@ def test_addresses_that_speak_otherwise_or_break_off_are_named(answer, tmp_path)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match="by hand"):
-            download.fetch(f"http://127.0.0.1:{served.server_address[1]}/x.zip", tmp_path / "data", None)
+            download.fetch(
+                f"http://127.0.0.1:{served.server_address[1]}/x.zip", tmp_path / "data", None
+            )
         served.shutdown()
     assert not list(tmp_path.glob("data/*"))

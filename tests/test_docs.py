@@ -37,11 +37,17 @@ def test_the_table_of_methods_is_complete():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("table", "name"), [(table, name) for table, wanted in _TABLES.items() for name in wanted["methods"]]
+    ("table", "name"),
+    [(table, name) for table, wanted in _TABLES.items() for name in wanted["methods"]],
 )
 def test_commands_of_the_table_of_methods_are_valid(table, name):
     wanted = _TABLES[table]
-    words = [f"algo={name}", *wanted["settings"], *wanted["methods"][name]["settings"], "device=cpu"]
+    words = [
+        f"algo={name}",
+        *wanted["settings"],
+        *wanted["methods"][name]["settings"],
+        "device=cpu",
+    ]
     check(config.checked(composition.composed(words)))
 
 
@@ -53,13 +59,24 @@ def test_every_recipe_is_used_by_a_method():
         for backbone in composition.options("backbone")
     ]
     used = {name for one in choices for name in composition.recipe_names(**one)}
-    stored = {path.stem for kind in ("data", "net") for path in (_ROOT / "conf/recipe" / kind).glob("*.yaml")}
-    bases = {"gradient-sinusoid", "gradient-omniglot"}  # what other recipes start from, and perhaps methods to come
+    stored = {
+        path.stem
+        for kind in ("data", "net")
+        for path in (_ROOT / "conf/recipe" / kind).glob("*.yaml")
+    }
+    bases = {
+        "gradient-sinusoid",
+        "gradient-omniglot",
+    }  # what other recipes start from, and perhaps methods to come
     assert stored - bases <= used <= stored
 
 
 def test_the_recipe_of_a_run_is_named():
-    line = composition.recipe_line(OmegaConf.create({"algo": "boil", "dataset": "omniglot", "backbone": "conv4"}))
+    line = composition.recipe_line(
+        OmegaConf.create({"algo": "boil", "dataset": "omniglot", "backbone": "conv4"})
+    )
     assert line == "recipe: gradient-omniglot, gradient-omniglot-conv4"
-    line = composition.recipe_line(OmegaConf.create({"algo": "metanet", "dataset": "cifar_fs", "backbone": "mlp"}))
+    line = composition.recipe_line(
+        OmegaConf.create({"algo": "metanet", "dataset": "cifar_fs", "backbone": "mlp"})
+    )
     assert line == "recipe: none for metanet on cifar_fs; general settings apply"

@@ -22,7 +22,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a C
 
 
 def cosine(first, second):
-    first, second = (torch.cat([leaf.flatten().double() for leaf in tree.values()]) for tree in (first, second))
+    first, second = (
+        torch.cat([leaf.flatten().double() for leaf in tree.values()]) for tree in (first, second)
+    )
     return float(first @ second / first.norm() / second.norm())
 
 
@@ -43,13 +45,21 @@ def test_auto_picks_by_its_rule(words, expected, make_run):
 
 
 def test_a_chunk_is_a_bound_and_no_more_than_there_is(make_run):
-    assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3
-    assert make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=9").train_engine.chunk == 4
+    assert (
+        make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3
+    )
+    assert (
+        make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=9").train_engine.chunk == 4
+    )
 
 
 def test_testing_a_transfer_method_batches_its_adaptation(make_run):
-    assert make_run("algo=finetune", "episode.query=15", "device=cpu").test_engine.strategy == "mixed"
-    assert make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
+    assert (
+        make_run("algo=finetune", "episode.query=15", "device=cpu").test_engine.strategy == "mixed"
+    )
+    assert (
+        make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
+    )
 
 
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
@@ -59,7 +69,9 @@ def test_patches_times_weights_are_a_convolution(downsample, normalisation, make
     run = make_run("algo=maml", "algo.inner_steps=2", *backbone)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     plain = Engine(run.algorithm, "vmap", 3).step(state, tasks, _HALF.double())
-    unfolded = Engine(run.algorithm, "vmap", 3, convolution="unfold").step(state, tasks, _HALF.double())
+    unfolded = Engine(run.algorithm, "vmap", 3, convolution="unfold").step(
+        state, tasks, _HALF.double()
+    )
     torch.testing.assert_close(unfolded.gradients, plain.gradients, rtol=1e-7, atol=1e-9)
 
 
@@ -67,7 +79,9 @@ def test_patches_times_weights_are_a_convolution(downsample, normalisation, make
 @pytest.mark.parametrize("part", ["all", "head"])
 def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
     run = make_run("algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}")
-    again = make_run("algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}", "engine.rematerialise=true")
+    again = make_run(
+        "algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}", "engine.rematerialise=true"
+    )
     assert again.algorithm.rematerialise
     assert not run.algorithm.rematerialise
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
@@ -97,11 +111,28 @@ def peak_memory(words, queue):
 def test_rematerialisation_saves_the_memory_of_long_inner_loops(cache_dir):
     context = command.CONTEXT
     # The images are in the cache beforehand: memory that a process has freed would be used again by the step.
-    build(config.checked(composition.composed(["dataset=glyphs", "dataset.num_classes=60", f"cache_dir={cache_dir}"])))
+    build(
+        config.checked(
+            composition.composed(
+                ["dataset=glyphs", "dataset.num_classes=60", f"cache_dir={cache_dir}"]
+            )
+        )
+    )
 
     def kib(steps, more):
-        words = ["algo=maml", "dataset=glyphs", "dataset.num_classes=60", f"algo.inner_steps={steps}", *more]
-        words += ["train.meta_batch=4", "engine.strategy=vmap", "device=cpu", f"cache_dir={cache_dir}"]
+        words = [
+            "algo=maml",
+            "dataset=glyphs",
+            "dataset.num_classes=60",
+            f"algo.inner_steps={steps}",
+            *more,
+        ]
+        words += [
+            "train.meta_batch=4",
+            "engine.strategy=vmap",
+            "device=cpu",
+            f"cache_dir={cache_dir}",
+        ]
         queue = context.Queue()
         process = context.Process(target=peak_memory, args=(words, queue))
         process.start()
@@ -117,13 +148,19 @@ def test_rematerialisation_without_inner_steps_is_refused(make_run):
         make_run("algo=protonet", "engine.rematerialise=true")
 
 
-@pytest.mark.parametrize("name", ["maml", "protonet", pytest.param("reptile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["maml", "protonet", pytest.param("reptile", marks=pytest.mark.slow)]
+)
 def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
     run = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "test.episodes=40")
-    rough = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "engine.precision=bf16")
+    rough = make_run(
+        f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "engine.precision=bf16"
+    )
     tasks = run.train.draw(0, 4)
     exact, found = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
-    assert 0.9 < cosine(exact.gradients, found.gradients) < 0.999999  # the lower precision is really used
+    assert (
+        0.9 < cosine(exact.gradients, found.gradients) < 0.999999
+    )  # the lower precision is really used
     assert all(value.dtype == torch.float32 for value in found.gradients.values())
     tested = run.test.draw(0, 40)
     first, second = (one.test_engine.predictions(run.state, tested) for one in (run, rough))
@@ -135,7 +172,12 @@ def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
 @pytest.mark.parametrize("name", ["relation", "r2d2"])
 def test_bf16_with_a_head_of_its_own(name, strategy, make_run):
-    words = [f"algo={name}", "train.meta_batch=2", "backbone.halvings=2", f"engine.strategy={strategy}"]
+    words = [
+        f"algo={name}",
+        "train.meta_batch=2",
+        "backbone.halvings=2",
+        f"engine.strategy={strategy}",
+    ]
     run, rough = make_run(*words), make_run(*words, "engine.precision=bf16")
     tasks = run.train.draw(0, 2)
     exact, found = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
@@ -146,7 +188,10 @@ def test_bf16_with_a_head_of_its_own(name, strategy, make_run):
 def test_bf16_goes_through_a_run(compose, tmp_path):
     config = compose("algo=protonet", "engine.precision=bf16", "train.steps=2", "val.every=1")
     train(config, tmp_path / "run", "protonet", [], Console(quiet=True))
-    assert json.loads((tmp_path / "run/result.json").read_text())["engine"]["train"]["precision"] == "bf16"
+    assert (
+        json.loads((tmp_path / "run/result.json").read_text())["engine"]["train"]["precision"]
+        == "bf16"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without CUDA")
@@ -174,7 +219,9 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with (
-        pytest.raises(RunFailed, match="out of memory with 4 tasks in flight together, and not even one"),
+        pytest.raises(
+            RunFailed, match="out of memory with 4 tasks in flight together, and not even one"
+        ),
         memory.explained(hopeless, tasks, 4),
     ):
         hopeless(4, tasks)
@@ -188,7 +235,14 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
 
 @pytest.mark.slow
 def test_a_command_that_runs_out_of_memory_says_what_fits(metalearn):
-    words = ["train", "algo=maml", *SMALL, "dataset.image_size=28", "backbone.filters=64", "train.meta_batch=400"]
+    words = [
+        "train",
+        "algo=maml",
+        *SMALL,
+        "dataset.image_size=28",
+        "backbone.filters=64",
+        "train.meta_batch=400",
+    ]
     words += ["engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5", "device=cpu"]
     done = metalearn(*words, memory=6 << 30)
     assert done.returncode == 1
@@ -200,7 +254,9 @@ def test_a_command_that_runs_out_of_memory_says_what_fits(metalearn):
 
 @pytest.mark.slow
 def test_so_does_one_that_runs_out_while_it_prepares_data(metalearn):
-    done = metalearn("train", "algo=protonet", *SMALL, "dataset.image_size=1024", "device=cpu", memory=6 << 30)
+    done = metalearn(
+        "train", "algo=protonet", *SMALL, "dataset.image_size=1024", "device=cpu", memory=6 << 30
+    )
     assert done.returncode == 1 and "dataset.image_size" in done.stderr
     assert done.stderr.startswith("metalearn: out of memory") and done.stderr.count("\n") == 1
 
@@ -215,16 +271,26 @@ def test_choices_are_stored_and_used_again(compose, tmp_path):
     assert chosen["threads"] == torch.get_num_threads()
     again = compose("algo=maml", "train.meta_batch=4", "train.steps=2", f"engine.choices={file}")
     train(again, tmp_path / "again", "maml", [], Console(quiet=True))
-    results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("first", "again")]
+    results = [
+        json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("first", "again")
+    ]
     assert results[0]["engine"] == results[1]["engine"]
-    states = [torch.load(tmp_path / folder / "checkpoints/last.pt", weights_only=True) for folder in ("first", "again")]
-    assert all(torch.equal(states[0]["meta"][name], states[1]["meta"][name]) for name in states[0]["meta"])
+    states = [
+        torch.load(tmp_path / folder / "checkpoints/last.pt", weights_only=True)
+        for folder in ("first", "again")
+    ]
+    assert all(
+        torch.equal(states[0]["meta"][name], states[1]["meta"][name]) for name in states[0]["meta"]
+    )
 
 
 @pytest.mark.slow
 def test_choices_that_are_none_are_refused(make_run, tmp_path):
     right = {"strategy": "vmap", "chunk": 2, "precision": "fp32", "convolution": "plain"}
-    wrong = [right | change for change in ({"strategy": "foo"}, {"chunk": 0}, {"chunk": True}, {"precision": "fp16"})]
+    wrong = [
+        right | change
+        for change in ({"strategy": "foo"}, {"chunk": 0}, {"chunk": True}, {"precision": "fp16"})
+    ]
     contents = ["", "{}", '{"threads": 1, "train": {}, "test": {}}', "[1]"]
     contents += [json.dumps({"threads": 1, "train": right, "test": one}) for one in wrong]
     contents += [json.dumps({"threads": -1, "train": right, "test": right})]
@@ -232,11 +298,15 @@ def test_choices_that_are_none_are_refused(make_run, tmp_path):
         (tmp_path / "engine.json").write_text(content)
         with pytest.raises(UserError, match=r"is not an engine\.json"):
             make_run("algo=maml", f"engine.choices={tmp_path}/engine.json")
-    with pytest.raises(UserError, match=r"engine\.strategy=vmap: engine\.choices says that already"):
+    with pytest.raises(
+        UserError, match=r"engine\.strategy=vmap: engine\.choices says that already"
+    ):
         make_run("algo=maml", "engine.strategy=vmap", f"engine.choices={tmp_path}/engine.json")
 
 
-def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective(make_run, tmp_path):
+def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective(
+    make_run, tmp_path
+):
     run = make_run("algo=maml", "train.meta_batch=4", "episode.train.query=15")
     assert run.train_engine.strategy == "mixed"
     (tmp_path / "engine.json").write_text(json.dumps(run.choices))
@@ -245,7 +315,13 @@ def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective
 
 
 def test_rematerialisation_computes_again_in_the_same_precision(make_run):
-    words = ["algo=maml", "algo.inner_steps=3", "train.meta_batch=4", "engine.precision=bf16", "backbone.filters=32"]
+    words = [
+        "algo=maml",
+        "algo.inner_steps=3",
+        "train.meta_batch=4",
+        "engine.precision=bf16",
+        "backbone.filters=32",
+    ]
     kept, again = make_run(*words), make_run(*words, "engine.rematerialise=true")
     tasks = kept.train.draw(0, 4)
     gradients = [run.train_engine.step(run.state, tasks, _HALF).gradients for run in (kept, again)]
@@ -280,14 +356,27 @@ def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
 def test_without_cuda_a_step_is_called_as_it_is():
     calls: list[int] = []
     said: list[str] = []
-    step = Captured(lambda: calls.append(1), lambda: None, torch.device("cpu"), "engine.cuda_graph=false", said.append)
+    step = Captured(
+        lambda: calls.append(1),
+        lambda: None,
+        torch.device("cpu"),
+        "engine.cuda_graph=false",
+        said.append,
+    )
     for _ in range(5):
         step()
     assert (len(calls), said, step.captured) == (5, [], False)
 
 
 def on_cuda(make_run, *words):
-    return make_run("device=cuda", "train.meta_batch=8", "train.steps=12", "val.every=12", "train.log_every=12", *words)
+    return make_run(
+        "device=cuda",
+        "train.meta_batch=8",
+        "train.steps=12",
+        "val.every=12",
+        "train.log_every=12",
+        *words,
+    )
 
 
 @needs_cuda
@@ -299,13 +388,19 @@ def test_a_captured_run_is_the_run_launched_step_by_step(name, make_run, tmp_pat
 
     notes: list[str] = []
     words = [f"algo={name}", "engine.convolution=plain", "train.schedule=cosine"]
-    words += ["algo.multi_step_share=0.5"] if name == "maml_pp" else []  # captured, and captured anew in the next stage
+    words += (
+        ["algo.multi_step_share=0.5"] if name == "maml_pp" else []
+    )  # captured, and captured anew in the next stage
     captured = loop.fit(on_cuda(make_run, *words), Noted(), tmp_path / "graph").state
     assert notes == []  # nothing stood in the way of the capture
-    launched = loop.fit(on_cuda(make_run, *words, "engine.cuda_graph=false"), Noted(), tmp_path / "plain").state
+    launched = loop.fit(
+        on_cuda(make_run, *words, "engine.cuda_graph=false"), Noted(), tmp_path / "plain"
+    ).state
     assert notes == ["no CUDA graph: engine.cuda_graph=false"]
     for part in ("meta", "fixed"):
-        torch.testing.assert_close(getattr(captured, part), getattr(launched, part), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(captured, part), getattr(launched, part), rtol=1e-3, atol=1e-4
+        )
 
 
 @needs_cuda
@@ -357,6 +452,9 @@ def test_tf32_is_near(make_run):
     gradients = exact.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients
     rough = on_cuda(make_run, "algo=maml", "engine.precision=tf32")
     assert torch.backends.cudnn.allow_tf32
-    assert cosine(gradients, rough.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients) > 0.99
+    assert (
+        cosine(gradients, rough.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients)
+        > 0.99
+    )
     on_cuda(make_run, "algo=maml")
     assert not torch.backends.cudnn.allow_tf32

@@ -18,16 +18,27 @@ _CPU = torch.device("cpu")
 
 
 def numbered(
-    counts: dict[str, list[int]], rotations: str = "none", may_meet: bool = True, share_drawings: bool = True
+    counts: dict[str, list[int]],
+    rotations: str = "none",
+    may_meet: bool = True,
+    share_drawings: bool = True,
 ) -> ClassData:
     """A dataset whose every image shows its own number, in 2 x 2 pixels: (class, image; 0, 0)."""
     names = [f"{split}{index}" for split, sizes in counts.items() for index in range(len(sizes))]
     sizes = [size for each in counts.values() for size in each]
     images = torch.stack(
-        [torch.tensor([[[c, i], [255, 0]]], dtype=torch.uint8) for c, size in enumerate(sizes) for i in range(size)]
+        [
+            torch.tensor([[[c, i], [255, 0]]], dtype=torch.uint8)
+            for c, size in enumerate(sizes)
+            for i in range(size)
+        ]
     )
-    splits = {split: [f"{split}{index}" for index in range(len(each))] for split, each in counts.items()}
-    settings = ImageDataset(rotations=rotations, rotations_may_meet=may_meet, rotations_share_drawings=share_drawings)
+    splits = {
+        split: [f"{split}{index}" for index in range(len(each))] for split, each in counts.items()
+    }
+    settings = ImageDataset(
+        rotations=rotations, rotations_may_meet=may_meet, rotations_share_drawings=share_drawings
+    )
     return settings.class_data(Pictures(images, sizes, names), splits, _CPU)
 
 
@@ -44,7 +55,9 @@ def turns_of(x: torch.Tensor) -> torch.Tensor:
 
 def upright(x: torch.Tensor) -> torch.Tensor:
     """The same pictures [B, 1, 2, 2], turned back."""
-    return torch.stack([picture.rot90(-int(turn), (-2, -1)) for picture, turn in zip(x, turns_of(x), strict=True)])
+    return torch.stack(
+        [picture.rot90(-int(turn), (-2, -1)) for picture, turn in zip(x, turns_of(x), strict=True)]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,13 +75,18 @@ def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, se
             name: [
                 (y, turn, cls, image)
                 for y, turn, (cls, image) in zip(
-                    part.y[t].tolist(), turns_of(part.x[t]).tolist(), identity(upright(part.x[t])).tolist(), strict=True
+                    part.y[t].tolist(),
+                    turns_of(part.x[t]).tolist(),
+                    identity(upright(part.x[t])).tolist(),
+                    strict=True,
                 )
             ]
             for name, part in parts.items()
         }
         together = seen["support"] + seen["query"]
-        assert len({entry[1:] for entry in together}) == way * (shot + query)  # no picture twice at all
+        assert len({entry[1:] for entry in together}) == way * (
+            shot + query
+        )  # no picture twice at all
         drawings = {name: {entry[2:] for entry in entries} for name, entries in seen.items()}
         assert not drawings["support"] & drawings["query"]  # not even turned
         assert all(image < sizes[cls] for _, _, cls, image in together)  # never the padding
@@ -93,7 +111,11 @@ def test_unlabelled_examples_are_others_of_the_same_classes_and_of_distractors(
     task = data.episodes("train", Shape(way, shot, query, unlabelled, distractors), seed).draw(0, 5)
     assert task.support.unlabelled is not None
     for t in range(5):
-        labelled = [tuple(row) for part in (task.support, task.query) for row in identity(part.x[t]).tolist()]
+        labelled = [
+            tuple(row)
+            for part in (task.support, task.query)
+            for row in identity(part.x[t]).tolist()
+        ]
         more = [tuple(row) for row in identity(task.support.unlabelled[t]).tolist()]
         assert len({*labelled, *more}) == way * (shot + query) + (way + distractors) * unlabelled
         classes = [cls for cls, _ in more]
@@ -107,7 +129,9 @@ def test_unlabelled_examples_are_others_of_the_same_classes_and_of_distractors(
 
 @pytest.mark.parametrize("share_drawings", [True, False])
 def test_rotations_of_one_class_share_their_drawings_where_asked(share_drawings):
-    data = numbered({"train": [9] * 2, "val": [4] * 5, "test": [4] * 5}, "classes", True, share_drawings)
+    data = numbered(
+        {"train": [9] * 2, "val": [4] * 5, "test": [4] * 5}, "classes", True, share_drawings
+    )
     task = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 60)
     met, shared = 0, 0
     for x in task.support.x:
@@ -121,7 +145,9 @@ def test_rotations_of_one_class_share_their_drawings_where_asked(share_drawings)
 
 
 def test_task_depends_on_its_number_alone():
-    source = numbered({"train": [6] * 9, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 2), 7)
+    source = numbered({"train": [6] * 9, "val": [6] * 5, "test": [6] * 5}).episodes(
+        "train", Shape(5, 1, 2), 7
+    )
     together = source.draw(0, 8)
     apart = [source.draw(first, 2) for first in (0, 2, 4, 6)]
     assert torch.equal(together.query.x, torch.cat([part.query.x for part in apart]))
@@ -131,15 +157,23 @@ def test_task_depends_on_its_number_alone():
 
 def test_splits_draw_from_their_own_classes_and_streams():
     data = numbered({"train": [6] * 6, "val": [6] * 6, "test": [6] * 6})
-    drawn = {split: data.episodes(split, Shape(5, 1, 2), 0).draw(0, 50) for split in ("train", "val", "test")}
-    classes = {split: set(identity(task.query.x)[..., 0].flatten().tolist()) for split, task in drawn.items()}
+    drawn = {
+        split: data.episodes(split, Shape(5, 1, 2), 0).draw(0, 50)
+        for split in ("train", "val", "test")
+    }
+    classes = {
+        split: set(identity(task.query.x)[..., 0].flatten().tolist())
+        for split, task in drawn.items()
+    }
     assert classes == {"train": set(range(6)), "val": set(range(6, 12)), "test": set(range(12, 18))}
     assert not torch.equal(drawn["val"].query.y, drawn["test"].query.y)
 
 
 def test_queries_come_in_no_class_order():
     task = (
-        numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5}).episodes("train", Shape(5, 1, 10), 0).draw(0, 40)
+        numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5})
+        .episodes("train", Shape(5, 1, 10), 0)
+        .draw(0, 40)
     )
     share = (task.query.y[:, :10] == 0).float().mean()
     assert 0.1 < share < 0.3
@@ -157,9 +191,16 @@ def test_rotations(rotations):
             assert not turns.any()
             continue
         assert set(turns.flatten().tolist()) == {0, 1, 2, 3}
-        for t in range(60):  # all examples of a class of an episode are turned alike, support and query
+        for t in range(
+            60
+        ):  # all examples of a class of an episode are turned alike, support and query
             for y in range(5):
-                alike = torch.cat([turns[t][task.query.y[t] == y], turns_of(task.support.x[t])[task.support.y[t] == y]])
+                alike = torch.cat(
+                    [
+                        turns[t][task.query.y[t] == y],
+                        turns_of(task.support.x[t])[task.support.y[t] == y],
+                    ]
+                )
                 assert alike.unique().numel() == 1
 
 
@@ -209,8 +250,12 @@ def test_drawing_reads_no_value_on_the_host(rotations):
 
     def moved(sampler):
         store, view = sampler.store, sampler.view
-        index = dataclasses.replace(view.index, rows=view.index.rows.to(meta), counts=view.index.counts.to(meta))
-        index.__dict__["num_inputs"] = view.index.__dict__.get("num_inputs")  # if the sampler has read it
+        index = dataclasses.replace(
+            view.index, rows=view.index.rows.to(meta), counts=view.index.counts.to(meta)
+        )
+        index.__dict__["num_inputs"] = view.index.__dict__.get(
+            "num_inputs"
+        )  # if the sampler has read it
         parts = {name: getattr(store, name).to(meta) for name in ("images", "shift", "scale")}
         copied = copy.copy(sampler)
         for name, value in {
@@ -220,6 +265,8 @@ def test_drawing_reads_no_value_on_the_host(rotations):
         return copied
 
     number = torch.zeros((), dtype=torch.int64, device=meta)
-    task = moved(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(number, 4)
+    task = moved(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(
+        number, 4
+    )
     assert task.query.x.shape == (4, 10, 1, 2, 2) and task.query.x.device == meta
     assert moved(data.batches("train", 16, 0)).draw(number, 3).y.device == meta

@@ -44,7 +44,9 @@ def package(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_command_of_the_page_runs(package, metalearn, tmp_path):
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", _PAGE, re.S) for line in block.splitlines()]
+    commands = [
+        line for block in re.findall(r"```sh\n(.*?)```", _PAGE, re.S) for line in block.splitlines()
+    ]
     assert len(commands) == 8
     for number, line in enumerate(commands):
         words = shlex.split(line)
@@ -60,7 +62,9 @@ def test_every_command_of_the_page_runs(package, metalearn, tmp_path):
     (check,) = [shlex.split(line)[2] for line in commands if line.startswith("python")]
     code = f"{check}; import metalearn, sys; metalearn.load('run0'); print('fewshot_extras.momentum' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.stdout == "False\n", done.stderr
 
 
@@ -69,8 +73,16 @@ def test_nothing_stored_can_name_a_plugin(package, tmp_path, metalearn, monkeypa
     """Not installed, the package must be named each time; a run folder that asks for it gets an explanation."""
     plain = tmp_path / "path"
     plain.mkdir()
-    (plain / "fewshot_extras").symlink_to(package / "fewshot_extras")  # importable, but with no entry point
-    words = ["train", "algo=neighbour", "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16"]
+    (plain / "fewshot_extras").symlink_to(
+        package / "fewshot_extras"
+    )  # importable, but with no entry point
+    words = [
+        "train",
+        "algo=neighbour",
+        "dataset=glyphs",
+        "dataset.num_classes=60",
+        "dataset.image_size=16",
+    ]
     words += ["backbone.filters=4", *_SMALL]
 
     def refused(*command: str) -> str:
@@ -86,7 +98,9 @@ def test_nothing_stored_can_name_a_plugin(package, tmp_path, metalearn, monkeypa
     assert "add plugins=[fewshot_extras]" in line
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text() + "plugins: [fewshot_extras]\n")
-    assert "plugins: nothing reads this key" in refused("evaluate", "run=run", "plugins=[fewshot_extras]")
+    assert "plugins: nothing reads this key" in refused(
+        "evaluate", "run=run", "plugins=[fewshot_extras]"
+    )
     config.write_text(config.read_text().replace("plugins: [fewshot_extras]\n", ""))
     for command in (("evaluate", "run=run"), ("resume", "run"), ("compare", "run")):
         done = metalearn(*command, "plugins=[fewshot_extras]", path=str(plain))

@@ -54,7 +54,9 @@ def test_meta_sgd_gradient_of_a_rate_is_the_product_of_both_gradients():
 def test_first_order_still_learns_the_rates(kind):
     first: dict[str, Any] = GRADIENT | {"inner_steps": 1, "first_order": True}
     algorithm = (
-        MetaSGD(**COMMON, **first, inner_lr_max=0.5) if kind == "meta_sgd" else plus_plus(**first, learned_rates=True)
+        MetaSGD(**COMMON, **first, inner_lr_max=0.5)
+        if kind == "meta_sgd"
+        else plus_plus(**first, learned_rates=True)
     )
     one, state = task(), state_of(algorithm)
     theta = {name: value for name, value in state.params.items() if not name.startswith("rate.")}
@@ -64,13 +66,18 @@ def test_first_order_still_learns_the_rates(kind):
     found = gradients(algorithm, state, one)
     for name in theta:
         each = -query[name] * support[name]
-        torch.testing.assert_close(found[f"rate.{name}"], each if kind == "meta_sgd" else each.sum().reshape(1))
+        torch.testing.assert_close(
+            found[f"rate.{name}"], each if kind == "meta_sgd" else each.sum().reshape(1)
+        )
         torch.testing.assert_close(found[name], query[name])
 
 
 def plus_plus(**changes):
     off: dict[str, Any] = dict(
-        multi_step_share=0.0, learned_rates=False, normalisation_per_step=False, first_order_share=0.0
+        multi_step_share=0.0,
+        learned_rates=False,
+        normalisation_per_step=False,
+        first_order_share=0.0,
     )
     return MAMLPlusPlus(**(COMMON | GRADIENT | off | changes))
 
@@ -88,7 +95,10 @@ def test_maml_pp_rates_of_each_step():
     theta = {name: value for name, value in state.params.items() if not name.startswith("rate.")}
     for step in range(2):
         gradient = grad(lambda p: F.cross_entropy(network(p, one.support.x), one.support.y))(theta)
-        theta = {name: theta[name] - state.params[f"rate.{name}"][step] * gradient[name] for name in theta}
+        theta = {
+            name: theta[name] - state.params[f"rate.{name}"][step] * gradient[name]
+            for name in theta
+        }
     torch.testing.assert_close(predictions(algorithm, state, one), network(theta, one.query.x))
 
 
@@ -99,7 +109,10 @@ def test_maml_pp_losses_of_each_step():
     torch.testing.assert_close(end, torch.tensor([0.01, 0.01, 0.98]))
     one, state = task(), state_of(algorithm)
     value = algorithm.loss(state, one, torch.tensor(0.25).double()).value
-    each = [F.cross_entropy(predictions(algorithm, state, one, steps=steps), one.query.y) for steps in (1, 2, 3)]
+    each = [
+        F.cross_entropy(predictions(algorithm, state, one, steps=steps), one.query.y)
+        for steps in (1, 2, 3)
+    ]
     weights = algorithm.step_weights(3, torch.tensor(0.25).double())
     torch.testing.assert_close(value, (weights * torch.stack(each)).sum())
     assert algorithm.stage(0.49) == algorithm
@@ -137,18 +150,26 @@ def test_maml_pp_head_alone_embeds_with_the_weights_of_each_step():
     for step in range(2):
         params = algorithm.at_step(state.params, step)
         z = algorithm.embed(params, one.support.x, {})
-        gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(head)
+        gradient = grad(lambda head, z=z: F.cross_entropy(algorithm.head(head, z), one.support.y))(
+            head
+        )
         head = {name: head[name] - 0.3 * gradient[name] for name in head}
     torch.testing.assert_close(
-        predictions(algorithm, state, one), algorithm.head(head, algorithm.embed(params, one.query.x, {}))
+        predictions(algorithm, state, one),
+        algorithm.head(head, algorithm.embed(params, one.query.x, {})),
     )
 
 
 def test_maml_pp_adapts_the_normalisation_of_a_step():
-    algorithm = plus_plus(backbone=NORMALISED, normalisation_per_step=True, adapt_normalisation=True)
+    algorithm = plus_plus(
+        backbone=NORMALISED, normalisation_per_step=True, adapt_normalisation=True
+    )
     one, state = task(), state_of(algorithm)
     after = algorithm.trajectory(state, one.support, KEY, 2)
-    moved = [after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"] for step in range(2)]
+    moved = [
+        after[step + 1]["step.net.norm0.weight"] - after[step]["step.net.norm0.weight"]
+        for step in range(2)
+    ]
     for step in range(2):
         assert moved[step][step].abs().min() > 0
         assert not moved[step][1 - step].any()
@@ -173,7 +194,9 @@ def test_boil_changes_the_body_alone():
     algorithm = MAML(**COMMON, **(GRADIENT | {"adapted_part": "body"}))
     one, state = task(), state_of(algorithm)
     params = algorithm.adapt(state, one.support, key=KEY).params
-    assert all(torch.equal(params[name], state.params[name]) == name.startswith("head.") for name in params)
+    assert all(
+        torch.equal(params[name], state.params[name]) == name.startswith("head.") for name in params
+    )
 
 
 def test_proto_maml_without_steps_is_protonet():
@@ -182,12 +205,15 @@ def test_proto_maml_without_steps_is_protonet():
     one, state = task(), state_of(algorithm)
     assert not any(name.startswith("head.") for name in state.params)
     torch.testing.assert_close(
-        predictions(algorithm, state, one, steps=0).log_softmax(-1), predictions(metric, state, one).log_softmax(-1)
+        predictions(algorithm, state, one, steps=0).log_softmax(-1),
+        predictions(metric, state, one).log_softmax(-1),
     )
 
 
 def imaml(**settings):
-    return IMAML(**COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings)
+    return IMAML(
+        **COMMON, inner_lr=0.2, inner_steps=3, test_inner_steps=3, strength=2.0, **settings
+    )
 
 
 @pytest.mark.parametrize(("damping", "strength_damping"), [(0.0, 0.0), (0.5, 1.0)])
@@ -218,7 +244,9 @@ def test_imaml_finds_the_regularised_minimum():
     phi = algorithm.solve(state, one.support, KEY, 300)
     slope = grad(algorithm.support_loss)(phi, one.support, {}, KEY)
     for name in phi:
-        torch.testing.assert_close(slope[name], -2 * (phi[name] - state.params[name]), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            slope[name], -2 * (phi[name] - state.params[name]), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_conjugate_gradients_of_nothing():
@@ -234,8 +262,12 @@ class Frozen(MLP):
 
 
 OF_IMAML: dict[str, Any] = dict(strength=0.5, cg_steps=2, damping=0.0, strength_damping=0.0)
-OF_REPTILE: dict[str, Any] = dict(inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8)
-STEPS: dict[str, Any] = {name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")}
+OF_REPTILE: dict[str, Any] = dict(
+    inner_batch=3, test_inner_batch=3, inner_beta2=0.9, inner_eps=1e-8
+)
+STEPS: dict[str, Any] = {
+    name: GRADIENT[name] for name in ("inner_lr", "inner_steps", "test_inner_steps")
+}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +294,9 @@ def test_adaptation_sees_a_frozen_network_with_the_statistics_it_came_with(metho
         return dataclasses.replace(part, x=z)
 
     seen = dataclasses.replace(one, support=embedded(one.support), query=embedded(one.query))
-    of_head = State(*({k: v for k, v in part.items() if "net." not in k} for part in (state.params, fixed)))
+    of_head = State(
+        *({k: v for k, v in part.items() if "net." not in k} for part in (state.params, fixed))
+    )
     torch.testing.assert_close(predictions(frozen, state, one), predictions(bare, of_head, seen))
     if of_head.params:
         expected, found = gradients(bare, of_head, seen), gradients(frozen, state, one)

@@ -43,10 +43,12 @@ _ALLOWED = {
     "lock": {"errors"},
     "meter": {"tasks"},
     "optimisers": {"config", "errors"},
-    "build": _BASE | {"config", "engine", "algorithms", "backbones", "processes", "optimisers", "plugins", "data"},
+    "build": _BASE
+    | {"config", "engine", "algorithms", "backbones", "processes", "optimisers", "plugins", "data"},
     "training": _BASE | {"build", "config", "meter", "optimisers"},
     "finite": _BASE | {"build", "meter", "atomic"},
-    "loop": _BASE | {"build", "training", "finite", "checkpoint", "interrupts", "optimisers", "stats", "engine"},
+    "loop": _BASE
+    | {"build", "training", "finite", "checkpoint", "interrupts", "optimisers", "stats", "engine"},
     "figures": set(),
     "tracking": {"config", "tasks", "figures", "errors", "atomic"},
     "report": {"figures", "tasks", "atomic", "stats", "errors"},
@@ -79,11 +81,19 @@ def test_imports_point_one_way(path):
     own = {name.split(".")[1] for name in found if name.startswith("metalearn.")}
     assert own - {parts[0], "__version__"} <= _ALLOWED[parts[0]]
     assert not {name for name in found if name.split(".")[0] == "wandb"} or parts == ("tracking",)
-    assert not {name for name in found if name.split(".")[0] == "hydra"} or parts[0] in ("launch", "composition")
+    assert not {name for name in found if name.split(".")[0] == "hydra"} or parts[0] in (
+        "launch",
+        "composition",
+    )
 
 
 #: Where a name is meant for people: a hint in an error, the small data of checks.
-_HINTS = {("download.py", "glyphs"), ("folder.py", "glyphs"), ("testing.py", "gaussians"), ("testing.py", "protonet")}
+_HINTS = {
+    ("download.py", "glyphs"),
+    ("folder.py", "glyphs"),
+    ("testing.py", "gaussians"),
+    ("testing.py", "protonet"),
+}
 
 
 def test_nothing_outside_its_own_file_knows_a_method_or_a_dataset():
@@ -91,7 +101,9 @@ def test_nothing_outside_its_own_file_knows_a_method_or_a_dataset():
         own: dict[str, set[str]] = {}  # module of a class -> all names it goes by
         for name in options(group):
             text = (conf_dir() / group / f"{name}.yaml").read_text()
-            parent = re.search(r"^  - (\w+)$", text.replace("  - _self_\n", ""), re.M)  # a YAML over another's class
+            parent = re.search(
+                r"^  - (\w+)$", text.replace("  - _self_\n", ""), re.M
+            )  # a YAML over another's class
             if "_target_" not in text and parent:
                 text = (conf_dir() / group / f"{parent[1]}.yaml").read_text()
             target = re.search(rf"metalearn\.{folder}\.(\w+)\.(\w+)", text)
@@ -105,11 +117,15 @@ def test_nothing_outside_its_own_file_knows_a_method_or_a_dataset():
             for module, names in own.items():
                 for name in names - {"folder"} if path.stem != module else ():
                     known = rf"['\"]{name}['\"]|{group}={name}\b|metalearn[\w.]* import {name}\b"
-                    assert (path.name, name) in _HINTS or not re.search(known, code), f"{path} knows {name}"
+                    assert (path.name, name) in _HINTS or not re.search(known, code), (
+                        f"{path} knows {name}"
+                    )
 
 
 def test_every_method_says_its_family_and_its_paper():
-    assert sorted(name for names in families().values() for name in names) == sorted(options("algo"))
+    assert sorted(name for names in families().values() for name in names) == sorted(
+        options("algo")
+    )
     assert list(families()) == ["gradient", "metric", "memory", "transfer"]
     for name, line in options("algo").items():
         assert re.search(r"\d{4}", line), f"conf/algo/{name}.yaml should name its paper's year"

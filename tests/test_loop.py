@@ -47,7 +47,11 @@ def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monke
 
 def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
 
-    run = build(config.checked(composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])))
+    run = build(
+        config.checked(
+            composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])
+        )
+    )
     with_val_scores(monkeypatch, [3.0, 1.0, 2.0])
     assert loop.fit(run, Rows(), tmp_path).best_step == 4
 
@@ -103,8 +107,12 @@ def test_clipping():
     gradients = {"a": torch.tensor([3.0, -4.0])}
     assert training.clip_gradients(gradients, settings())[0].tolist() == [3, -4]
     assert training.clip_gradients(gradients, settings(clip_value=2))[0].tolist() == [2, -2]
-    torch.testing.assert_close(training.clip_gradients(gradients, settings(clip_norm=1))[0], torch.tensor([0.6, -0.8]))
-    torch.testing.assert_close(training.clip_gradients(gradients, settings(clip_norm=10))[0], torch.tensor([3.0, -4.0]))
+    torch.testing.assert_close(
+        training.clip_gradients(gradients, settings(clip_norm=1))[0], torch.tensor([0.6, -0.8])
+    )
+    torch.testing.assert_close(
+        training.clip_gradients(gradients, settings(clip_norm=10))[0], torch.tensor([3.0, -4.0])
+    )
 
 
 @pytest.mark.parametrize("reads_host", [True, False])
@@ -132,7 +140,9 @@ def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_r
 
     def sick(*arguments):
         result = original(*arguments)
-        return result._replace(gradients=pytree.tree_map(lambda leaf: leaf * torch.nan, result.gradients))
+        return result._replace(
+            gradients=pytree.tree_map(lambda leaf: leaf * torch.nan, result.gradients)
+        )
 
     monkeypatch.setattr(type(run.train_engine), "step", sick)
     before = snapshot()
@@ -156,15 +166,24 @@ def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_r
     [
         (["optimiser._target_=torch.optim.LBFGS"], "LBFGS: is not possible here"),
         (["optimiser._target_=torch.optim.SparseAdam"], "SparseAdam: is not possible here"),
-        (["optimiser._target_=torch.optim.lr_scheduler.StepLR"], "should name an optimiser of torch"),
+        (
+            ["optimiser._target_=torch.optim.lr_scheduler.StepLR"],
+            "should name an optimiser of torch",
+        ),
         (["optimiser._target_=os.system"], "should name an optimiser of torch"),
         (["optimiser._target_=torch.optim.AdmW"], "did you mean torch.optim.Adam"),
         (["+optimiser.momentum=0.9"], r"optimiser\.momentum: Adam has no such setting"),
         (["+optimiser.lr=0.9"], r"optimiser\.lr: Adam has no such setting"),
         (["optimiser.eps=-1"], "Adam refuses its settings"),
-        (["optimiser=sgd", "optimiser.nesterov=off"], r"optimiser\.nesterov=off: should be true or false"),
+        (
+            ["optimiser=sgd", "optimiser.nesterov=off"],
+            r"optimiser\.nesterov=off: should be true or false",
+        ),
         (["optimiser._target_=torch.optim.Muon"], "Muon: is not possible here"),
-        (["+augment.ops.horizontal_flip=3"], r"augment\.ops\.horizontal_flip=3: should hold settings"),
+        (
+            ["+augment.ops.horizontal_flip=3"],
+            r"augment\.ops\.horizontal_flip=3: should hold settings",
+        ),
     ],
 )
 def test_optimisers_that_cannot_be_are_refused(words, line, compose):
@@ -177,19 +196,34 @@ def test_optimisers_are_those_of_torch(make_run):
         (["train.optimiser=sgd"], torch.optim.SGD, {"momentum": 0.0}),
         (["algo=reptile"], torch.optim.SGD, {"weight_decay": 0.0}),
         (["algo=reptile", "train.optimiser=adam"], torch.optim.Adam, {"betas": [0.9, 0.999]}),
-        (["optimiser=adamw", "optimiser.weight_decay=0.3"], torch.optim.AdamW, {"weight_decay": 0.3}),
-        (["~optimiser", "+optimiser._target_=torch.optim.RMSprop"], torch.optim.RMSprop, {"alpha": 0.99}),
+        (
+            ["optimiser=adamw", "optimiser.weight_decay=0.3"],
+            torch.optim.AdamW,
+            {"weight_decay": 0.3},
+        ),
+        (
+            ["~optimiser", "+optimiser._target_=torch.optim.RMSprop"],
+            torch.optim.RMSprop,
+            {"alpha": 0.99},
+        ),
     ):
         optimiser = training.Training(make_run("algo=protonet", "train.lr=0.25", *words)).optimiser
         assert type(optimiser) is kind
         group = optimiser.param_groups[0]
         assert group["lr"] == 0.25 and all(
-            list(group[k]) == v if isinstance(v, list) else group[k] == v for k, v in expected.items()
+            list(group[k]) == v if isinstance(v, list) else group[k] == v
+            for k, v in expected.items()
         )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
-    run = make_run("algo=maml", "algo.inner_lr=1e38", "algo.inner_steps=3", "train.steps=3", "train.log_every=1")
+    run = make_run(
+        "algo=maml",
+        "algo.inner_lr=1e38",
+        "algo.inner_steps=3",
+        "train.steps=3",
+        "train.log_every=1",
+    )
     with pytest.raises(RunFailed, match="at step"):
         loop.fit(run, Rows(), tmp_path)
 
@@ -199,12 +233,21 @@ def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, 
     whole = loop.test(run, run.state, None).scores
     monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
     torch.testing.assert_close(loop.test(run, run.state, None).scores, whole)
-    learning = State({name: value.requires_grad_() for name, value in run.state.params.items()}, run.state.buffers)
+    learning = State(
+        {name: value.requires_grad_() for name, value in run.state.params.items()},
+        run.state.buffers,
+    )
     assert not run.test_engine.predictions(learning, run.test.draw(0, 2)).requires_grad
 
 
 def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
-    wild = ["algo=maml", "dataset=sinusoid", "train.steps=0", "algo.inner_lr=1e30", "val.episodes=4"]
+    wild = [
+        "algo=maml",
+        "dataset=sinusoid",
+        "train.steps=0",
+        "algo.inner_lr=1e30",
+        "val.episodes=4",
+    ]
     run = build(config.checked(composition.composed(wild)))
     with pytest.raises(RunFailed, match=r"val\.mse"):
         loop.fit(run, Rows(), tmp_path)

@@ -57,7 +57,13 @@ def test_maml_on_a_quadratic(steps, first_order):
 def test_maml_summed_inner_loss_is_way_times_the_mean():
     torch.manual_seed(0)
     x, y = torch.randn(10, 3, dtype=torch.float64), torch.arange(10) % 5
-    state = State({"head.weight": torch.randn(5, 3, dtype=torch.float64), "head.bias": torch.zeros(5).double()}, {})
+    state = State(
+        {
+            "head.weight": torch.randn(5, 3, dtype=torch.float64),
+            "head.bias": torch.zeros(5).double(),
+        },
+        {},
+    )
     key = torch.tensor(0)
     summed = maml(inner_loss="sum", inner_lr=0.01).adapt(state, Support(x, y, 5), key=key)
     mean = maml(inner_lr=0.05).adapt(state, Support(x, y, 5), key=key)
@@ -71,7 +77,9 @@ def test_anil_changes_the_head_alone_and_equals_maml_with_a_frozen_body():
     head = {"head.weight": torch.randn(2, 6), "head.bias": torch.zeros(2)}
     state = State({f"net.{name}": value for name, value in params.items()} | head, {})
     support = Support(torch.randn(8, 3), torch.arange(8) % 2, 2)
-    learner = maml(backbone=net, adapted_part="head", inner_steps=2).adapt(state, support, key=torch.tensor(0), steps=2)
+    learner = maml(backbone=net, adapted_part="head", inner_steps=2).adapt(
+        state, support, key=torch.tensor(0), steps=2
+    )
     z = net.embed(params, support.x)[0]
     weight, bias = (head[name].clone().requires_grad_() for name in ("head.weight", "head.bias"))
     optimiser = torch.optim.SGD([weight, bias], lr=0.1)
@@ -80,7 +88,11 @@ def test_anil_changes_the_head_alone_and_equals_maml_with_a_frozen_body():
         torch.nn.functional.cross_entropy(z @ weight.T + bias, support.y).backward()
         optimiser.step()
     torch.testing.assert_close(learner.params["head.weight"], weight.detach())
-    assert all(learner.params[name] is state.params[name] for name in state.params if name.startswith("net."))
+    assert all(
+        learner.params[name] is state.params[name]
+        for name in state.params
+        if name.startswith("net.")
+    )
 
 
 def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_task():
@@ -90,7 +102,9 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         test_inner_batch=12, inner_beta2=0.99, inner_eps=1e-8,
     )  # fmt: skip
     state = doubled(algorithm.init(Spec((3,), 3, 0, "class"), prng.key_of(0)))
-    weight, bias = (state.params[name].clone().requires_grad_() for name in ("head.weight", "head.bias"))
+    weight, bias = (
+        state.params[name].clone().requires_grad_() for name in ("head.weight", "head.bias")
+    )
     optimiser = torch.optim.Adam([weight, bias], lr=0.01, betas=(0.0, 0.99), eps=1e-8)
     for _ in range(3):
         x, y = torch.randn(1, 12, 3, dtype=torch.float64), torch.randint(3, (1, 12))
@@ -100,8 +114,12 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(x[0] @ weight.T + bias, y[0]).backward()
             optimiser.step()
-        torch.testing.assert_close(step.gradients["head.weight"], (state.params["head.weight"] - weight).detach())
-        torch.testing.assert_close(step.gradients["head.bias"], (state.params["head.bias"] - bias).detach())
+        torch.testing.assert_close(
+            step.gradients["head.weight"], (state.params["head.weight"] - weight).detach()
+        )
+        torch.testing.assert_close(
+            step.gradients["head.bias"], (state.params["head.bias"] - bias).detach()
+        )
         meta = {name: value - step.gradients[name] for name, value in state.params.items()}
         assert step.statistics == {}
         state = State(meta, step.buffers)
@@ -117,7 +135,9 @@ def test_prototypes_with_unequal_shots_and_distances():
 
 
 def test_protonet_loss_is_cross_entropy_over_negative_squared_distances():
-    algorithm = ProtoNet(backbone=_IDENTITY, statistics="query", distance="squared_euclidean", temperature=2.0)
+    algorithm = ProtoNet(
+        backbone=_IDENTITY, statistics="query", distance="squared_euclidean", temperature=2.0
+    )
     support = Support(torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1]), 2)
     query = Query(torch.tensor([[0.5]]), torch.tensor([0]))
     loss = algorithm.loss(State({}, {}), Task(support, query, torch.tensor(0)), _PROGRESS)

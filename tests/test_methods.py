@@ -47,7 +47,11 @@ def test_lstm_cell_is_that_of_torch():
     assert weights["bias"].tolist() == [0.0] * 3 + [1.0] * 3 + [0.0] * 6
     x, hidden, cell = (torch.randn(2, 3).double() for _ in range(3))
     theirs = torch.nn.LSTMCell(3, 3).double()
-    own = {"weight_ih": weights["input"], "weight_hh": weights["recurrent"], "bias_ih": weights["bias"]}
+    own = {
+        "weight_ih": weights["input"],
+        "weight_hh": weights["recurrent"],
+        "bias_ih": weights["bias"],
+    }
     own["bias_hh"] = torch.zeros(12).double()
     expected = functional_call(theirs, own, (x, (hidden, cell)))
     for found, wanted in zip(lstm_cell(weights, x, hidden, cell), expected, strict=True):
@@ -81,12 +85,19 @@ def test_full_context_reads_the_set_both_ways_and_attends():
         own[f"bias_ih_l0{suffix}"] = state.params[f"{part}.bias"]
         own[f"bias_hh_l0{suffix}"] = torch.zeros(20).double()
     output = functional_call(both, own, (z[:, None],))[0][:, 0]
-    torch.testing.assert_close(algorithm.in_context(state.params, z), output[:, :5] + output[:, 5:] + z)
+    torch.testing.assert_close(
+        algorithm.in_context(state.params, z), output[:, :5] + output[:, 5:] + z
+    )
     for row, found in zip(z, algorithm.attending(state.params, z, z), strict=True):
         hidden, memory = row, torch.zeros(5).double()
         for _ in range(2):
             read = (z @ hidden).softmax(0) @ z
-            step = lstm_cell(select(state.params, "attend"), row[None], torch.cat([hidden, read])[None], memory[None])
+            step = lstm_cell(
+                select(state.params, "attend"),
+                row[None],
+                torch.cat([hidden, read])[None],
+                memory[None],
+            )
             hidden, memory = step[0][0] + row, step[1][0]
         torch.testing.assert_close(found, hidden)
     assert all(value.abs().max() > 0 for value in gradients(algorithm, state, one).values())
@@ -104,15 +115,25 @@ def test_relation_network_by_loops(maps):
         activation="tanh",
         eps=1e-5,
     )
-    algorithm = RelationNetwork(**COMMON | {"backbone": conv4 if maps else IDENTITY}, filters=5, hidden=[6])
+    algorithm = RelationNetwork(
+        **COMMON | {"backbone": conv4 if maps else IDENTITY}, filters=5, hidden=[6]
+    )
     one = task(features=50 if maps else 4)
     if maps:
-        parts: Any = [dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5)) for part in (one.support, one.query)]
+        parts: Any = [
+            dataclasses.replace(part, x=part.x.view(-1, 2, 5, 5))
+            for part in (one.support, one.query)
+        ]
         one = Task(parts[0], parts[1], KEY)
     state = doubled(algorithm.init(Spec(one.query.x.shape[1:], 3, 0, "class"), prng.key_of(0)))
-    meta, total = {name: value + 0.1 for name, value in state.params.items()}, torch.zeros(1).double()
+    meta, total = (
+        {name: value + 0.1 for name, value in state.params.items()},
+        torch.zeros(1).double(),
+    )
     z = [
-        conv4.embed(select(meta, "net"), part.x)[0].view(-1, 3, 5, 5) if maps else part.x[..., None, None]
+        conv4.embed(select(meta, "net"), part.x)[0].view(-1, 3, 5, 5)
+        if maps
+        else part.x[..., None, None]
         for part in (one.support, one.query)
     ]
     for x, y in zip(z[1], one.query.y, strict=True):
@@ -121,11 +142,18 @@ def test_relation_network_by_loops(maps):
             for block in range(2):
                 found = F.conv2d(found, meta[f"relation.conv{block}.weight"], padding="same")
                 found = (found - found.mean()) / (found.var(correction=0) + 1e-5).sqrt()
-                scale, shift = (meta[f"relation.norm{block}.{part}"][:, None, None] for part in ("weight", "bias"))
+                scale, shift = (
+                    meta[f"relation.norm{block}.{part}"][:, None, None]
+                    for part in ("weight", "bias")
+                )
                 found = (scale * found + shift).relu()
                 found = F.max_pool2d(found, 2) if maps else found
-            hidden = (meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]).relu()
-            relation = (meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]).sigmoid()
+            hidden = (
+                meta["relation.linear0.weight"] @ found.flatten() + meta["relation.linear0.bias"]
+            ).relu()
+            relation = (
+                meta["relation.linear1.weight"] @ hidden + meta["relation.linear1.bias"]
+            ).sigmoid()
             total += (relation - float(way == y)) ** 2 / 36
     value = algorithm.loss(State(meta, state.buffers), one, PROGRESS).value
     torch.testing.assert_close(value, total.squeeze())
@@ -137,7 +165,9 @@ def test_siamese_by_loops():
     logits = torch.empty(12, 6).double()
     for row, x in enumerate(one.query.x):
         for column, other in enumerate(one.support.x):
-            logits[row, column] = state.params["pair.alpha"] @ (x - other).abs() + state.params["pair.bias"]
+            logits[row, column] = (
+                state.params["pair.alpha"] @ (x - other).abs() + state.params["pair.bias"]
+            )
     same = one.query.y[:, None] == one.support.y
     losses = torch.where(same, -F.logsigmoid(logits), -F.logsigmoid(-logits))
     torch.testing.assert_close(algorithm.loss(state, one, PROGRESS).value, losses.mean())
@@ -147,7 +177,11 @@ def test_siamese_by_loops():
 
 def test_ridge_regression_solves_the_normal_equations():
     torch.manual_seed(0)
-    z, y, strength = torch.randn(6, 4).double(), torch.randn(6, 3).double(), torch.tensor(0.7).double()
+    z, y, strength = (
+        torch.randn(6, 4).double(),
+        torch.randn(6, 3).double(),
+        torch.tensor(0.7).double(),
+    )
     normal = torch.linalg.solve(z.T @ z + strength * torch.eye(4).double(), z.T @ y)
     torch.testing.assert_close(ridge(z, y, strength), normal)
 
@@ -157,7 +191,9 @@ def test_r2d2_scales_a_ridge_regression_of_the_labels():
     one, state = task(), state_of(algorithm)
     z, new = (F.pad(part.x, (0, 1), value=1.0) for part in (one.support, one.query))
     y = F.one_hot(one.support.y, 3).double()
-    weight = torch.linalg.solve(z.T @ z / len(z) + 0.5 * torch.eye(5).double(), z.T @ y / len(z))  # mean squared error
+    weight = torch.linalg.solve(
+        z.T @ z / len(z) + 0.5 * torch.eye(5).double(), z.T @ y / len(z)
+    )  # mean squared error
     torch.testing.assert_close(predictions(algorithm, state, one), 3 * new @ weight)
 
 
@@ -176,7 +212,11 @@ def test_mapping_gives_weights_and_offsets():
 @pytest.mark.parametrize("second_order", [True, False])
 def test_metanet_reads_fast_weights_for_each_query(second_order):
     algorithm = MetaNet(
-        **COMMON | {"backbone": IDENTITY}, hidden=6, representation=5, meta_hidden=7, second_order=second_order
+        **COMMON | {"backbone": IDENTITY},
+        hidden=6,
+        representation=5,
+        meta_hidden=7,
+        second_order=second_order,
     )
     one, state = task(), state_of(algorithm)
     meta = state.params | state.buffers
@@ -185,23 +225,34 @@ def test_metanet_reads_fast_weights_for_each_query(second_order):
         r = meta["represent.layer"] @ x + memory.representation @ x
         a = torch.stack([F.cosine_similarity(r, key, 0) for key in memory.keys]).softmax(0)
         hidden, output = (
-            sum(w * f for w, f in zip(a, memory.fast[part], strict=True)) for part in ("hidden", "output")
+            sum(w * f for w, f in zip(a, memory.fast[part], strict=True))
+            for part in ("hidden", "output")
         )
         h = (meta["base.hidden"] @ x).relu() + (hidden @ x).relu()
         expected = meta["base.output"] @ h + output @ h
         torch.testing.assert_close(predictions(algorithm, state, one)[row], expected)
     # The fast weights of an example come from the gradient of its own loss alone.
-    other = dataclasses.replace(one.support, y=torch.cat([one.support.y[:1], one.support.y[1:].flip(0)]))
+    other = dataclasses.replace(
+        one.support, y=torch.cat([one.support.y[:1], one.support.y[1:].flip(0)])
+    )
     changed = algorithm.learn(meta, one.support.x, other, KEY)
     torch.testing.assert_close(changed.fast["hidden"][0], memory.fast["hidden"][0])
     found = gradients(algorithm, state, one)
     assert all(value.abs().max() > 0 for value in found.values())
-    assert ("represent.output" in found) == second_order  # what no gradient reaches is no meta-parameter
+    assert (
+        "represent.output" in found
+    ) == second_order  # what no gradient reaches is no meta-parameter
 
 
 def baseline(**changes):
     settings: dict[str, Any] = dict(
-        head="linear", train_scale=3.0, head_scale=4.0, head_steps=7, head_lr=0.3, head_momentum=0.9, head_decay=0.01
+        head="linear",
+        train_scale=3.0,
+        head_scale=4.0,
+        head_steps=7,
+        head_lr=0.3,
+        head_momentum=0.9,
+        head_decay=0.01,
     )
     return Baseline(**(COMMON | {"backbone": IDENTITY, "source": "batches"} | settings | changes))
 
@@ -212,7 +263,9 @@ def test_baseline_head_descends_as_the_optimiser_of_torch(head):
     one, state = task(), state_of(algorithm, classes=20)
     start = baseline(head=head, head_steps=0).adapt(state, one.support, key=KEY).head
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    optimiser = torch.optim.SGD(leaves.values(), lr=0.3, momentum=0.9, dampening=0.9, weight_decay=0.01)
+    optimiser = torch.optim.SGD(
+        leaves.values(), lr=0.3, momentum=0.9, dampening=0.9, weight_decay=0.01
+    )
 
     def logits(x):
         if head == "linear":
@@ -233,17 +286,23 @@ def test_logistic_regression_is_at_its_minimum():
     def objective(flat):
         weight = torch.tensor(flat).view(5, 3).requires_grad_()
         value = weight[:-1].square().sum() / 2
-        value = value + 1.5 * F.cross_entropy(F.pad(z, (0, 1), value=1.0) @ weight, one.support.y, reduction="sum")
+        value = value + 1.5 * F.cross_entropy(
+            F.pad(z, (0, 1), value=1.0) @ weight, one.support.y, reduction="sum"
+        )
         value.backward()
         assert weight.grad is not None
         return value.item(), weight.grad.flatten().numpy()
 
-    best = scipy.optimize.minimize(objective, torch.zeros(15).double().numpy(), jac=True, tol=1e-12, method="BFGS")
+    best = scipy.optimize.minimize(
+        objective, torch.zeros(15).double().numpy(), jac=True, tol=1e-12, method="BFGS"
+    )
     found = logistic_regression(z, one.support.y, 3, 1.5, 300)
     # The offsets are free up to a constant.
     expected = torch.tensor(best.x).view(5, 3)
     torch.testing.assert_close(found[:-1], expected[:-1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[-1] - found[-1].mean(), expected[-1] - expected[-1].mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found[-1] - found[-1].mean(), expected[-1] - expected[-1].mean(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_baseline_pp_learns_a_norm_of_each_training_class():
@@ -251,7 +310,9 @@ def test_baseline_pp_learns_a_norm_of_each_training_class():
     one, state = task(), state_of(algorithm, classes=20)
     z, weight = one.query.x, state.params["global.weight"]
     cosines = F.cosine_similarity(z[:, None], weight[None], dim=-1)
-    torch.testing.assert_close(algorithm.classify(state.params, z), 3 * cosines * weight.norm(dim=1))
+    torch.testing.assert_close(
+        algorithm.classify(state.params, z), 3 * cosines * weight.norm(dim=1)
+    )
 
 
 def test_fine_tuning_under_population_statistics_sees_each_example_apart():
@@ -288,7 +349,9 @@ def test_fine_tuning_descends_from_the_trained_weights(target):
         optimiser.zero_grad()
         loss(network(params, one.support.x), one.support.y).backward()
         optimiser.step()
-    torch.testing.assert_close(predictions(algorithm, state, one), network(params, one.query.x).detach())
+    torch.testing.assert_close(
+        predictions(algorithm, state, one), network(params, one.query.x).detach()
+    )
 
 
 def test_class_sums_and_means_agree():

@@ -47,7 +47,9 @@ def test_predicts_what_the_test_would(trained, name):
     letters = np.array(["e", "d", "c", "b", "a"])
     order = task.support.y[0].argsort()
     model.adapt(bytes_of(task.support.x[0][order]), letters[task.support.y[0][order]])
-    torch.testing.assert_close(model.probabilities(bytes_of(task.query.x[0])), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.probabilities(bytes_of(task.query.x[0])), expected, rtol=1e-4, atol=1e-5
+    )
     assert model.predict(bytes_of(task.query.x[0])) == letters[expected.argmax(-1)].tolist()
     assert model.classes == letters.tolist()
     assert model.config.algo._target_ == run.config.algo["_target_"]
@@ -59,7 +61,10 @@ def test_weights_of_another_version_are_named(trained):
     kept = checkpoint.load(path, torch.device("cpu"))
     del kept["meta"]["relation.conv0.weight"]
     checkpoint.save(path, kept)
-    with pytest.raises(UserError, match=r"its checkpoint has no relation.conv0.weight; it was made by another version"):
+    with pytest.raises(
+        UserError,
+        match=r"its checkpoint has no relation.conv0.weight; it was made by another version",
+    ):
         metalearn.load(folder)
 
 

@@ -49,7 +49,9 @@ def test_evaluate_gives_an_old_run_the_episodes_of_this_version(name, old, cache
     assert own["protocol_id"] not in {one["protocol_id"] for one in again}
     assert {one["protocol"]["sampler"] for one in again} == {2}
     same = [one for one in again if one["protocol"]["statistics"] == own["protocol"]["statistics"]]
-    assert abs(same[0]["test"]["accuracy"]["mean"] - own["test"]["accuracy"]["mean"]) < 0.25  # other episodes, few
+    assert (
+        abs(same[0]["test"]["accuracy"]["mean"] - own["test"]["accuracy"]["mean"]) < 0.25
+    )  # other episodes, few
 
 
 def test_compare_says_that_episodes_are_of_different_samplers(old, cache_dir, tmp_path):
@@ -67,7 +69,9 @@ def test_an_old_run_that_is_not_finished_is_refused_in_a_line(old, cache_dir):
     (folder / "checkpoints/best.pt").rename(folder / "checkpoints/last.pt")
     settings = folder / "config.yaml"
     settings.write_text(settings.read_text().replace("cache_dir: null", f"cache_dir: {cache_dir}"))
-    with pytest.raises(UserError, match="was made by another version of metalearn and cannot be resumed"):
+    with pytest.raises(
+        UserError, match="was made by another version of metalearn and cannot be resumed"
+    ):
         train.resume(folder, Console(quiet=True))
 
 

@@ -19,14 +19,21 @@ def test_shares_are_disjoint_whole_and_even():
     for count in (2, 5, 8, 31):
         for size in (1, 2, 3, 7):
             shares = [Processes(rank, size).share(count) for rank in range(size)]
-            assert [task for first, number in shares for task in range(first, first + number)] == list(range(count))
+            assert [
+                task for first, number in shares for task in range(first, first + number)
+            ] == list(range(count))
             assert max(number for _, number in shares) - min(number for _, number in shares) <= 1
 
 
 def test_a_loss_that_is_not_finite_is_found_whoever_computed_it():
     losses = torch.tensor([0.5, 1.0, float("nan"), 2.0, float("inf")])
-    own = [losses[first : first + number] for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))]
-    whole = torch.stack([Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own)]).sum(0)
+    own = [
+        losses[first : first + number]
+        for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))
+    ]
+    whole = torch.stack([Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own)]).sum(
+        0
+    )
     meter = Meter(torch.device("cpu"))
     meter.add({}, torch.tensor(False), torch.tensor(7), whole)
     assert meter.skipped() == (1, 7, 2)
@@ -42,25 +49,49 @@ def end(processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(number, metalearn, ranks, tmp_path):
+def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(
+    number, metalearn, ranks, tmp_path
+):
     # 5 tasks and 7 episodes: uneven shares. SGD, because Adam makes a full step of a gradient that is mere rounding.
-    words = ["train", "algo=maml", *SMALL, "train.meta_batch=5", "train.steps=40", "val.every=8", "test.episodes=7"]
-    words += ["train.optimiser=sgd", "train.lr=0.1", "train.log_every=4", "checkpoint.every=6", "val.episodes=60"]
+    words = [
+        "train",
+        "algo=maml",
+        *SMALL,
+        "train.meta_batch=5",
+        "train.steps=40",
+        "val.every=8",
+        "test.episodes=7",
+    ]
+    words += [
+        "train.optimiser=sgd",
+        "train.lr=0.1",
+        "train.log_every=4",
+        "checkpoint.every=6",
+        "val.episodes=60",
+    ]
     done = end(ranks(*words, "hydra.run.dir=two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test accuracy") == 1
     if number == signal.SIGTERM:
         assert metalearn(*words, "hydra.run.dir=one").returncode == 0
-        results = [json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two")]
+        results = [
+            json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two")
+        ]
         assert [result["processes"] for result in results] == [1, 2]
         accuracies = [result["test"]["accuracy"]["mean"] for result in results]
         assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
         for folder in ("one", "two"):
             assert (tmp_path / folder / "test_scores.csv").read_text().count("\n") == 8
-        states = [torch.load(tmp_path / name / "checkpoints/last.pt", weights_only=True) for name in ("one", "two")]
+        states = [
+            torch.load(tmp_path / name / "checkpoints/last.pt", weights_only=True)
+            for name in ("one", "two")
+        ]
         for part in ("meta", "fixed"):
             torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-3, atol=1e-4)
-        rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")]
+        rows = [
+            [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+            for name in ("one", "two")
+        ]
         for first, second in zip(*rows, strict=True):
             assert first["train.loss"] == pytest.approx(second["train.loss"], rel=1e-3)
     words += ["hydra.run.dir=stopped", "resume=auto"]
@@ -72,7 +103,10 @@ def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(num
         one.process.join(60)
     assert not (tmp_path / "stopped/result.json").exists(), "it was finished before it was stopped"
     if number == signal.SIGTERM:
-        assert processes[0].stderr.count("saved") == 1 and "metalearn: stopped at step" in processes[0].stderr
+        assert (
+            processes[0].stderr.count("saved") == 1
+            and "metalearn: stopped at step" in processes[0].stderr
+        )
     again = end(ranks(*words))
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stdout
@@ -81,16 +115,38 @@ def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(num
 
 @pytest.mark.slow
 def test_a_sweep_in_several_processes_is_refused(ranks):
-    assert end(ranks("train", "-m", *SMALL, "seed=0,1")).stderr.count("start torchrun without it") == 1
+    assert (
+        end(ranks("train", "-m", *SMALL, "seed=0,1")).stderr.count("start torchrun without it") == 1
+    )
 
 
 @pytest.mark.slow
 def test_torchrun_says_a_mistake_once(cache_dir, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "metalearn"]
-    environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "metalearn",
+    ]
+    environment = {
+        **os.environ,
+        "METALEARN_CACHE": str(cache_dir),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "120",
+    }
     words = ["train", *SMALL, "train.meta_batch=1", "hydra.run.dir=few"]
     done = subprocess.run(
-        [*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+        [*command, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode != 0
-    assert done.stderr.count("metalearn: train.meta_batch=1: 2 processes want one each at least") == 1
+    assert (
+        done.stderr.count("metalearn: train.meta_batch=1: 2 processes want one each at least") == 1
+    )

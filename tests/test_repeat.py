@@ -18,7 +18,13 @@ def check_repeated(cold, warm, other):
 def test_a_repeated_run_is_bitwise_identical_with_a_cold_and_a_warm_cache(name, compose, tmp_path):
     folders = [tmp_path / "cold", tmp_path / "warm", tmp_path / "other"]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
-        config = compose(f"algo={name}", "train.steps=6", "val.every=3", f"cache_dir={tmp_path}/cache", f"seed={seed}")
+        config = compose(
+            f"algo={name}",
+            "train.steps=6",
+            "val.every=3",
+            f"cache_dir={tmp_path}/cache",
+            f"seed={seed}",
+        )
         train(config, folder, name, [], Console(quiet=True))
     check_repeated(*folders)
 
@@ -28,6 +34,8 @@ def test_so_is_the_command_with_two_threads(metalearn, tmp_path):
     words = ["train", "algo=maml", *SMALL, "train.steps=6", "val.every=3", "cache_dir=cache"]
     folders = [tmp_path / "cold", tmp_path / "warm", tmp_path / "other"]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
-        done = metalearn(*words, f"hydra.run.dir={folder.name}", f"seed={seed}", OMP_NUM_THREADS="2")
+        done = metalearn(
+            *words, f"hydra.run.dir={folder.name}", f"seed={seed}", OMP_NUM_THREADS="2"
+        )
         assert done.returncode == 0, done.stderr
     check_repeated(*folders)

@@ -9,7 +9,9 @@ from metalearn import report
 def test_the_commit_says_whether_the_code_is_that_of_it(tmp_path, monkeypatch):
     def git(*words):
         own = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", "-C", tmp_path, *own, *words], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *own, *words], check=True, capture_output=True, text=True
+        )
         return done.stdout.strip()
 
     code, figure = tmp_path / "metalearn/__init__.py", tmp_path / "benchmarks/one.json"

@@ -39,7 +39,9 @@ def run(compose, tmp_path):
     def trained(name, *words):
         said = io.StringIO()
         overrides = [*_SHORT, *words]
-        verb.train(compose(*overrides), tmp_path / name, "a run", overrides, Console(file=said, width=300))
+        verb.train(
+            compose(*overrides), tmp_path / name, "a run", overrides, Console(file=said, width=300)
+        )
         return said.getvalue()
 
     return trained
@@ -89,10 +91,18 @@ def test_a_stopped_run_ends_as_one_that_never_was(words, how, run, stopped, tmp_
 @pytest.mark.slow
 def test_a_finished_run_is_shown_again(run, tmp_path):
     first = run("x", "algo=protonet", "resume=auto")
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    times = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()
+    }
     again = run("x", "algo=protonet", "resume=auto")
-    assert "finished" in again and "accuracy" in first and again.splitlines()[-3:] == first.splitlines()[-3:]
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    assert (
+        "finished" in again
+        and "accuracy" in first
+        and again.splitlines()[-3:] == first.splitlines()[-3:]
+    )
+    assert times == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()
+    }
     with pytest.raises(UserError, match=r"finished run; resume=auto"):
         run("x", "algo=protonet")
 
@@ -106,12 +116,18 @@ def test_another_configuration_is_named(run, stopped, tmp_path):
         run("x", "algo=maml", "resume=auto")
     with pytest.raises(UserError, match=r"stopped run; resume=auto"):
         run("x", "algo=protonet")
-    run("x", "algo=protonet", "resume=auto", "checkpoint.every=3", "logger=none")  # changes nothing of the result
+    run(
+        "x", "algo=protonet", "resume=auto", "checkpoint.every=3", "logger=none"
+    )  # changes nothing of the result
 
 
 def flipped(content):
     """One bit of one weight is another."""
-    weight = torch.load(io.BytesIO(content), weights_only=True)["meta"]["net.conv0.weight"].numpy().tobytes()
+    weight = (
+        torch.load(io.BytesIO(content), weights_only=True)["meta"]["net.conv0.weight"]
+        .numpy()
+        .tobytes()
+    )
     place = content.index(weight)
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
@@ -128,7 +144,11 @@ def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, t
         file = tmp_path / name / "checkpoints/last.pt"
         file.write_bytes(change(file.read_bytes()))
         said = run(name, "algo=protonet", "resume=auto")
-        assert "last.pt" in said and "going back to the one before" in said and "going on from step 6" in said
+        assert (
+            "last.pt" in said
+            and "going back to the one before" in said
+            and "going on from step 6" in said
+        )
         assert difference(left(tmp_path / name), left(tmp_path / "whole")) is None
     stopped(8, "killed", "none", "algo=protonet")
     for file in (tmp_path / "none/checkpoints").iterdir():
@@ -197,7 +217,9 @@ def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_pa
 
     words = ["algo=protonet", "engine.strategy=loop"]
     sick_at_step(5)
-    with pytest.raises(RunFailed, match=r"step 5, task 1 of 2, kept in .*step5-task1\.pt.*train\.nonfinite=skip"):
+    with pytest.raises(
+        RunFailed, match=r"step 5, task 1 of 2, kept in .*step5-task1\.pt.*train\.nonfinite=skip"
+    ):
         run("stop", *words)
     kept = torch.load(tmp_path / "stop/nonfinite/step5-task1.pt", weights_only=True)
     assert kept["query"]["x"].shape[1:] == (1, 16, 16)
@@ -207,9 +229,17 @@ def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_pa
     said = run("skip", *words, "train.nonfinite=skip")
     assert "not finite at step 5, task 1" in said and "skipped" in said
     rows = [json.loads(line) for line in (tmp_path / "skip/metrics.jsonl").read_text().splitlines()]
-    assert {row["step"]: row.get("train.skipped") for row in rows} == {3: None, 4: None, 6: 1, 8: None, 9: None}
+    assert {row["step"]: row.get("train.skipped") for row in rows} == {
+        3: None,
+        4: None,
+        6: 1,
+        8: None,
+        9: None,
+    }
     last = checkpoint.load(tmp_path / "skip/checkpoints/last.pt", torch.device("cpu"))
-    assert all(value.isfinite().all() for part in ("meta", "fixed") for value in last[part].values())
+    assert all(
+        value.isfinite().all() for part in ("meta", "fixed") for value in last[part].values()
+    )
 
 
 class FlakyWandb:
@@ -241,7 +271,9 @@ def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypat
     said = run("x", "algo=protonet", "logger=wandb")
     assert "W&B: failed (the service has died); going on offline" in said
     assert [mode for mode, _ in runs] == ["online", "offline"]
-    assert sum(len(one.rows) for _, one in runs) == 5 + 1  # rows at steps 3, 4, 6, 8, 9, and the result
+    assert (
+        sum(len(one.rows) for _, one in runs) == 5 + 1
+    )  # rows at steps 3, 4, 6, 8, 9, and the result
     assert (tmp_path / "x/result.json").exists()
 
 
@@ -331,7 +363,9 @@ def test_the_command_is_that_of_the_attempt_that_began(tmp_path):
 @pytest.mark.slow
 def test_another_chunk_is_kept_for_good(run, stopped, tmp_path):
     stopped(4, "killed", "x", "algo=maml", "engine.strategy=vmap")
-    stopped(2, "killed", "x", "algo=maml", "engine.strategy=vmap", "engine.task_chunk=1", "resume=auto")
+    stopped(
+        2, "killed", "x", "algo=maml", "engine.strategy=vmap", "engine.task_chunk=1", "resume=auto"
+    )
     verb.resume(tmp_path / "x", Console(file=io.StringIO()))
     assert json.loads((tmp_path / "x/engine.json").read_text())["train"]["chunk"] == 1
     assert json.loads((tmp_path / "x/result.json").read_text())["engine"]["train"]["chunk"] == 1

@@ -22,7 +22,9 @@ def plain(*words):
 
 
 def test_the_index_is_that_of_the_classes():
-    assert config.INDEX_FILE.read_text() == settings_index.text(), "run: python scripts/settings_index.py"
+    assert config.INDEX_FILE.read_text() == settings_index.text(), (
+        "run: python scripts/settings_index.py"
+    )
 
 
 def test_a_mistyped_word_is_answered_without_torch():

@@ -13,7 +13,14 @@ from metalearn import checkpoint
 from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow
-_LONG = ["train", "algo=protonet", *SMALL, "train.steps=100000", "train.log_every=10", "hydra.run.dir=x"]
+_LONG = [
+    "train",
+    "algo=protonet",
+    *SMALL,
+    "train.steps=100000",
+    "train.log_every=10",
+    "hydra.run.dir=x",
+]
 
 
 def has_logged(folder):
@@ -32,7 +39,11 @@ def test_signals_save_and_leave_and_the_run_resumes_from_anywhere(number, code, 
     process.send(number)
     process.wait(30)
     assert process.returncode == code
-    assert "saved" in process.stderr and "metalearn resume x" in process.stderr and "Traceback" not in process.stderr
+    assert (
+        "saved" in process.stderr
+        and "metalearn resume x" in process.stderr
+        and "Traceback" not in process.stderr
+    )
     assert f"stopped at step {last_step(tmp_path)}" in process.stderr
     (tmp_path / "elsewhere").mkdir()
     again = start("resume", "../x", cwd=tmp_path / "elsewhere", METALEARN_CACHE=None)
@@ -44,7 +55,14 @@ def test_signals_save_and_leave_and_the_run_resumes_from_anywhere(number, code, 
 
 def test_a_second_signal_leaves_at_once(start, tmp_path):
     # One validation that takes minutes: the first signal waits for its end.
-    words = ["train", "algo=maml", *SMALL, "train.steps=2", "train.log_every=1", "val.episodes=100000"]
+    words = [
+        "train",
+        "algo=maml",
+        *SMALL,
+        "train.steps=2",
+        "train.log_every=1",
+        "val.episodes=100000",
+    ]
     process = start(*words, "hydra.run.dir=x")
     process.wait_until(has_logged(tmp_path))
     process.send(signal.SIGTERM)
@@ -55,7 +73,12 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
 
 
 def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
-    environment = {**os.environ, "METALEARN_CACHE": str(cache_dir), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment = {
+        **os.environ,
+        "METALEARN_CACHE": str(cache_dir),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "metalearn", *_LONG, "val.every=100"],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -21,7 +21,9 @@ def test_interval_equals_a_hand_worked_sample():
 def test_over_seeds_each_seed_is_one_value():
     found = stats.over_seeds([0.97, 0.98])
     assert found.mean == pytest.approx(0.975)
-    assert found.ci95 == pytest.approx(12.7062047 * 0.005, rel=1e-6)  # t(0.975, 1) * 0.01 / sqrt(2) / sqrt(2)
+    assert found.ci95 == pytest.approx(
+        12.7062047 * 0.005, rel=1e-6
+    )  # t(0.975, 1) * 0.01 / sqrt(2) / sqrt(2)
     assert found.seeds == 2
     with pytest.raises(ValueError, match="at least two"):
         stats.over_seeds([0.97])
@@ -46,7 +48,9 @@ def test_paired_difference_is_the_paired_t_test():
 
 def test_over_seeds_two_groups_are_compared_by_welch():
     a, b = [0.95, 0.96, 0.958], [0.97, 0.965, 0.972, 0.968]
-    assert stats.unpaired_p_value(a, b) == pytest.approx(scipy_stats.ttest_ind(a, b, equal_var=False).pvalue)
+    assert stats.unpaired_p_value(a, b) == pytest.approx(
+        scipy_stats.ttest_ind(a, b, equal_var=False).pvalue
+    )
     assert stats.unpaired_p_value([0.5, 0.5], [0.5, 0.5]) == 1
     with pytest.raises(ValueError, match="two seeds"):
         stats.unpaired_p_value([0.5], b)
@@ -89,7 +93,10 @@ def test_accuracy_of_each_class():
 
 def test_calibration_error_equals_a_hand_worked_sample():
     # Bins of 0.5: (0, 0.5] holds 0.4 right and 0.5 wrong, (0.5, 1] holds 0.9 right, 1.0 right.
-    confidence, correct = torch.tensor([0.4, 0.5, 0.9, 1.0]), torch.tensor([True, False, True, True])
+    confidence, correct = (
+        torch.tensor([0.4, 0.5, 0.9, 1.0]),
+        torch.tensor([True, False, True, True]),
+    )
     assert stats.expected_calibration_error(confidence, correct, bins=2) == pytest.approx(
         0.5 * abs(0.5 - 0.45) + 0.5 * abs(1 - 0.95)
     )

@@ -21,7 +21,14 @@ from tests.conftest import doubled
 from tests.toys import Bag
 
 _TOYS = ["transfer", "multi_step", "sequence", "ridge", "soft_means"]
-_SMALL = ["val.episodes=20", "test.episodes=20", "logger=none", "train.meta_batch=4", "device=cpu", "train.lr=0.01"]
+_SMALL = [
+    "val.episodes=20",
+    "test.episodes=20",
+    "logger=none",
+    "train.meta_batch=4",
+    "device=cpu",
+    "train.lr=0.01",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +42,22 @@ def settings_of(*words):
 
 
 @pytest.mark.parametrize(
-    "name", ["soft_means", *(pytest.param(name, marks=pytest.mark.slow) for name in _TOYS if name != "soft_means")]
+    "name",
+    [
+        "soft_means",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in _TOYS if name != "soft_means"),
+    ],
 )
 def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
-    run = build(settings_of(f"algo={name}", "dataset=gaussians", "train.steps=3", "val.every=3", "train.batch_size=8"))
+    run = build(
+        settings_of(
+            f"algo={name}",
+            "dataset=gaussians",
+            "train.steps=3",
+            "val.every=3",
+            "train.batch_size=8",
+        )
+    )
 
     class Positive(loop.Silent):
         def log(self, row):
@@ -46,11 +65,16 @@ def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
 
     before = {key: value.clone() for key, value in run.state.params.items()}
     fitted = loop.fit(run, Positive(), tmp_path)
-    assert [key for key in before if not torch.equal(before[key], run.state.params[key])] == list(before)
+    assert [key for key in before if not torch.equal(before[key], run.state.params[key])] == list(
+        before
+    )
     assert loop.test(run, fitted.state, None).scores.shape == (20,)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     progress = torch.zeros((), dtype=torch.float64)
-    steps = [Engine(run.algorithm, one, 3).step(state, tasks, progress).gradients for one in ("vmap", "loop")]
+    steps = [
+        Engine(run.algorithm, one, 3).step(state, tasks, progress).gradients
+        for one in ("vmap", "loop")
+    ]
     torch.testing.assert_close(*steps, rtol=1e-7, atol=1e-9)
 
 
@@ -62,8 +86,16 @@ def test_toy_methods_keep_the_contract(name):
 
 
 @pytest.mark.slow
-def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told_the_labels(tmp_path):
-    words = ["algo=soft_means", "dataset=gaussians", "train.steps=60", "val.every=60", "dataset.noise_std=0.5"]
+def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told_the_labels(
+    tmp_path,
+):
+    words = [
+        "algo=soft_means",
+        "dataset=gaussians",
+        "train.steps=60",
+        "val.every=60",
+        "dataset.noise_std=0.5",
+    ]
     words += ["test.episodes=300", "episode.unlabelled=8", "episode.query=5", "train.meta_batch=2"]
     run = build(settings_of(*words))
     state = loop.fit(run, loop.Silent(), tmp_path).state
@@ -86,25 +118,53 @@ def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told
 
 
 def test_unlabelled_examples_from_python(tmp_path):
-    words = ["algo=soft_means", "dataset=gaussians", "train.steps=2", "val.every=2", "episode.unlabelled=4"]
-    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "toy", words, Console(quiet=True))
+    words = [
+        "algo=soft_means",
+        "dataset=gaussians",
+        "train.steps=2",
+        "val.every=2",
+        "episode.unlabelled=4",
+    ]
+    train(
+        composition.composed([*_SMALL, *words]), tmp_path / "run", "toy", words, Console(quiet=True)
+    )
     model = metalearn.load(tmp_path / "run")
     x, more = torch.randn(6, 16), torch.randn(9, 16)
     alone = model.adapt(x, list("aabbcc")).probabilities(more)
     together = model.adapt(x, list("aabbcc"), unlabelled=more).probabilities(more)
     assert not torch.allclose(alone, together)
-    evaluate(tmp_path / "run", ["episode.unlabelled=2", "episode.distractors=1"], "test", None, Console(quiet=True))
-    found = [json.loads(path.read_text())["protocol"] for path in (tmp_path / "run/evaluations").glob("*.json")]
+    evaluate(
+        tmp_path / "run",
+        ["episode.unlabelled=2", "episode.distractors=1"],
+        "test",
+        None,
+        Console(quiet=True),
+    )
+    found = [
+        json.loads(path.read_text())["protocol"]
+        for path in (tmp_path / "run/evaluations").glob("*.json")
+    ]
     assert {(one["unlabelled"], one["distractors"]) for one in found} == {(2, 1)}
     train(
-        composition.composed([*_SMALL, *words[1:4], "algo=protonet"]), tmp_path / "plain", "p", [], Console(quiet=True)
+        composition.composed([*_SMALL, *words[1:4], "algo=protonet"]),
+        tmp_path / "plain",
+        "p",
+        [],
+        Console(quiet=True),
     )
     with pytest.raises(UserError, match="does not learn from unlabelled examples"):
         metalearn.load(tmp_path / "plain").adapt(x, list("aabbcc"), unlabelled=more)
 
 
 @pytest.mark.parametrize(
-    "name", ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fomaml", "anil", "imaml", "reptile"))]
+    "name",
+    [
+        "maml",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fomaml", "anil", "imaml", "reptile")
+        ),
+    ],
 )
 def test_gradient_methods_adapt_a_policy(name):
     """A family of control tasks needs no change in a method, the engine or the loop."""
@@ -113,12 +173,16 @@ def test_gradient_methods_adapt_a_policy(name):
     assert "head.log_std" in run.state.params and run.metric.name == "return"
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     progress = torch.zeros((), dtype=torch.float64)
-    strategies = ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
+    strategies = (
+        ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
+    )
     steps = [Engine(run.algorithm, one, 3).step(state, tasks, progress) for one in strategies]
     for step in steps[1:]:
         torch.testing.assert_close(step.gradients, steps[0].gradients, rtol=1e-7, atol=1e-9)
     assert all(value.abs().max() > 0 for value in steps[0].gradients.values())
-    scores = [Engine(run.algorithm, one, 3).scores(state, tasks) for one in ("vmap", "loop", "mixed")]
+    scores = [
+        Engine(run.algorithm, one, 3).scores(state, tasks) for one in ("vmap", "loop", "mixed")
+    ]
     torch.testing.assert_close(scores[1], scores[0])
     torch.testing.assert_close(scores[2], scores[0])
 
@@ -134,8 +198,19 @@ def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
         "train.steps=60",
         "val.every=30",
     ]
-    words += ["algo.test_inner_steps=2", "test.episodes=60", "train.meta_batch=10", "train.lr=0.003"]
-    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "maml goals", words, Console(quiet=True))
+    words += [
+        "algo.test_inner_steps=2",
+        "test.episodes=60",
+        "train.meta_batch=10",
+        "train.lr=0.003",
+    ]
+    train(
+        composition.composed([*_SMALL, *words]),
+        tmp_path / "run",
+        "maml goals",
+        words,
+        Console(quiet=True),
+    )
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["test"]["return"]["episodes"] == 60
     evaluate(tmp_path / "run", ["algo.test_inner_steps=0"], "test", None, Console(quiet=True))
@@ -154,7 +229,13 @@ def test_text_goes_through_as_tokens(tmp_path):
         "test.episodes=100",
         "episode.query=5",
     ]
-    train(composition.composed([*_SMALL, *words]), tmp_path / "run", "protonet sentences", words, Console(quiet=True))
+    train(
+        composition.composed([*_SMALL, *words]),
+        tmp_path / "run",
+        "protonet sentences",
+        words,
+        Console(quiet=True),
+    )
     accuracy = json.loads((tmp_path / "run/result.json").read_text())["test"]["accuracy"]
     assert accuracy["mean"] > 0.7
     model = metalearn.load(tmp_path / "run")
@@ -185,10 +266,17 @@ def test_a_loss_and_an_augmentation_are_one_entry():
     ]
     plain, other, inner = (
         build(settings_of("algo=maml", *words, *more))
-        for more in ([], ["loss.name=cubic", "+loss.settings.power=2"], ["loss.inner=tests.toys.cubic"])
+        for more in (
+            [],
+            ["loss.name=cubic", "+loss.settings.power=2"],
+            ["loss.inner=tests.toys.cubic"],
+        )
     )
     tasks: Any = plain.train.draw(0, 2)
-    losses = [run.train_engine.step(run.state, tasks, torch.zeros(())).logs["loss"] for run in (plain, other, inner)]
+    losses = [
+        run.train_engine.step(run.state, tasks, torch.zeros(())).logs["loss"]
+        for run in (plain, other, inner)
+    ]
     assert losses[0] != losses[1] != losses[2] != losses[0]
     darker = build(settings_of("algo=maml", *words, "+augment.ops.darken.least=0.1"))
     dark: Any = darker.train.draw(0, 2)

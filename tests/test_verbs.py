@@ -38,13 +38,16 @@ def run(compose, console, tmp_path):
 
 def only(folder, **wanted):
     """The evaluation whose protocol is this."""
-    found = [json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))]
+    found = [
+        json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
+    ]
     (one,) = [x for x in found if all(x["protocol"][key] == value for key, value in wanted.items())]
     return one
 
 
 @pytest.mark.parametrize(
-    ("name", "inductive"), [pytest.param("maml", "support", marks=pytest.mark.slow), ("protonet", "population")]
+    ("name", "inductive"),
+    [pytest.param("maml", "support", marks=pytest.mark.slow), ("protonet", "population")],
 )
 def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, inductive):
     folder = run("a", f"algo={name}", "test.episodes=20")
@@ -52,7 +55,10 @@ def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, i
     evaluate(folder, [], "test", None, console)
     query, other = only(folder, statistics="query"), only(folder, statistics=inductive)
     assert result["test"] in (query["test"], other["test"])
-    scores = [read_scores(folder / "evaluations" / f"{one['protocol_id']}_scores.csv") for one in (query, other)]
+    scores = [
+        read_scores(folder / "evaluations" / f"{one['protocol_id']}_scores.csv")
+        for one in (query, other)
+    ]
     difference = paired_difference(*scores)
     for one in (query, other):
         stored = one["transductive_minus_inductive"]
@@ -148,10 +154,16 @@ def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
     after = {path.name: path.read_text() for path in (folder / "evaluations").glob("*.json")}
     assert {name: after[name] for name in before} == before
     added = sorted(after.keys() - before.keys())
-    assert [name.partition("-")[2] for name in added] == ["inner_lr=0.1-test_inner_steps=9.json"] * 2
-    evaluate(folder, ["algo.test_inner_steps=3"], "test", None, console)  # as the run's own: no other adaptation
+    assert [name.partition("-")[2] for name in added] == [
+        "inner_lr=0.1-test_inner_steps=9.json"
+    ] * 2
+    evaluate(
+        folder, ["algo.test_inner_steps=3"], "test", None, console
+    )  # as the run's own: no other adaptation
     assert len(list((folder / "evaluations").glob("*.json"))) == 4
-    with pytest.raises(UserError, match=r"only training reads this; did you mean algo\.test_inner_steps"):
+    with pytest.raises(
+        UserError, match=r"only training reads this; did you mean algo\.test_inner_steps"
+    ):
         evaluate(folder, ["algo.inner_steps=7"], "test", None, console)
     with pytest.raises(RunFailed, match="not finite"):
         evaluate(folder, ["algo.inner_lr=1e30"], "test", None, console)
@@ -176,11 +188,19 @@ def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
 
 @pytest.mark.slow
 def test_a_curve_over_steps_ends_where_predictions_are_no_longer_finite(console, tmp_path):
-    words = ["algo=maml", "dataset=sinusoid", "algo.inner_lr=1e3", "algo.test_inner_steps=0", "train.steps=0"]
+    words = [
+        "algo=maml",
+        "dataset=sinusoid",
+        "algo.inner_lr=1e3",
+        "algo.test_inner_steps=0",
+        "train.steps=0",
+    ]
     small = ["val.episodes=4", "test.episodes=4", "logger=none"]
     train(composition.composed([*words, *small]), tmp_path / "wild", "wild", words, console)
     evaluate(tmp_path / "wild", [], "test", "steps", console)
-    rows = next((tmp_path / "wild/evaluations").glob("*_steps_curve.csv")).read_text().splitlines()[1:]
+    rows = (
+        next((tmp_path / "wild/evaluations").glob("*_steps_curve.csv")).read_text().splitlines()[1:]
+    )
     assert 1 <= len(rows) < 11
     assert "no longer finite" in console.export_text()
 
@@ -197,7 +217,9 @@ def test_curves(run, console):
         at = [int(row[curve]) for row in rows]
         # 20 drawings a class, 3 of them queries.
         assert at == (list(range(11)) if curve == "steps" else [1, 2, 3, 4, 5, 7, 10, 15])
-        own = rows[at.index(3 if curve == "steps" else 1)]  # three inner steps, one shot: as the run itself was tested
+        own = rows[
+            at.index(3 if curve == "steps" else 1)
+        ]  # three inner steps, one shot: as the run itself was tested
         assert float(own["mean"]) == pytest.approx(result["test"]["accuracy"]["mean"], abs=1e-5)
         assert own["protocol_id"] == result["protocol_id"]
 
@@ -206,13 +228,21 @@ def test_curves(run, console):
 def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     for seed in (0, 1):
         run(f"runs/maml-{seed}", "algo=maml", f"seed={seed}", "test.episodes=20")
-        run(f"runs/slow-{seed}", "algo=maml", f"seed={seed}", "algo.inner_lr=0.001", "test.episodes=20")
+        run(
+            f"runs/slow-{seed}",
+            "algo=maml",
+            f"seed={seed}",
+            "algo.inner_lr=0.001",
+            "test.episodes=20",
+        )
     other = run("runs/protonet", "algo=protonet", "test.episodes=20")
     evaluate(other, ["statistics=query"], "test", None, console)
     compare([tmp_path / "runs"], None, console)
     text = (tmp_path / "runs/comparison.md").read_text()
     table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
     ]
     head, rows = table[0], table[2:]
     assert len(rows) == 3  # two seeds are one line
@@ -224,7 +254,9 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     assert by_name["protonet glyphs", ""][2] == "1"
     column = next(number for number, name in enumerate(head) if " query " in name)
     means = [
-        json.loads((tmp_path / f"runs/maml-{seed}/result.json").read_text())["test"]["accuracy"]["mean"]
+        json.loads((tmp_path / f"runs/maml-{seed}/result.json").read_text())["test"]["accuracy"][
+            "mean"
+        ]
         for seed in (0, 1)
     ]
     assert fast[column].startswith(f"{100 * sum(means) / 2:.2f}%")
@@ -232,15 +264,22 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     assert "seeds ±" not in by_name["protonet glyphs", ""][column]
     # Significance, of the scores averaged over seeds, adjusted for the three pairs.
     scores = [
-        torch.stack([read_scores(tmp_path / f"runs/{name}-{seed}/test_scores.csv") for seed in (0, 1)]).mean(0)
+        torch.stack(
+            [read_scores(tmp_path / f"runs/{name}-{seed}/test_scores.csv") for seed in (0, 1)]
+        ).mean(0)
         for name in ("maml", "slow")
     ]
     assert f"{100 * estimate(scores[0]).ci95:.2f}%" in fast[column]
     assert "p adjusted for 3 comparisons (Holm)" in text
     difference = paired_difference(scores[1], scores[0])
     assert difference.p_value < 0.001  # the slow rate does not adapt at all
-    (line,) = [line for line in text.splitlines() if line.startswith("-   maml glyphs algo.inner_lr=0.001")]
-    assert f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), over seeds p = " in line
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("-   maml glyphs algo.inner_lr=0.001")
+    ]
+    assert (
+        f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), over seeds p = "
+        in line
+    )
     assert "with one seed on a side" in text  # ProtoNet's
     lines = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))
     assert len(lines) == 6
@@ -256,8 +295,15 @@ def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, cons
         folder = run(f"runs/{name}", "algo=maml", f"statistics={statistics}", "test.episodes=20")
         evaluate(folder, [], "test", None, console)
     compare([tmp_path / "runs"], None, console)
-    lines = [line for line in (tmp_path / "runs/comparison.md").read_text().splitlines() if line.startswith("| maml")]
-    assert [line.split("|")[2].strip() for line in lines] == ["statistics=query", "statistics=support"]
+    lines = [
+        line
+        for line in (tmp_path / "runs/comparison.md").read_text().splitlines()
+        if line.startswith("| maml")
+    ]
+    assert [line.split("|")[2].strip() for line in lines] == [
+        "statistics=query",
+        "statistics=support",
+    ]
     assert [line.split("|")[3].strip() for line in lines] == ["1", "1"]
     assert "seeds ±" not in lines[0]
 
@@ -298,21 +344,39 @@ def test_recipes_compose_at_every_budget(name):
     from metalearn import build, composition
 
     for budget in ("smoke", "quick", "paper"):
-        settings = config.checked(composition.composed(reproduce.Recipe(name, budget).overrides([])[:-1]))
+        settings = config.checked(
+            composition.composed(reproduce.Recipe(name, budget).overrides([])[:-1])
+        )
         build.check(settings)
         assert settings.reproduction is not None
         assert 0.5 < settings.reproduction.published.mean < 1
     header = (composition.conf_dir() / "experiment" / f"{name}.yaml").read_text()
-    for part in ("# Paper: ", f"# Command: metalearn reproduce {name} budget=paper", "# Departures from the authors: "):
+    for part in (
+        "# Paper: ",
+        f"# Command: metalearn reproduce {name} budget=paper",
+        "# Departures from the authors: ",
+    ):
         assert part in header
 
 
 @pytest.mark.parametrize(
     ("budget", "mean", "ci95", "sampler", "code"),
     [
-        ("paper", 0.9829, 0.0001, SAMPLER_VERSION, 0),  # published 98.7 ± 0.4: 98.3 is what must be reached
+        (
+            "paper",
+            0.9829,
+            0.0001,
+            SAMPLER_VERSION,
+            0,
+        ),  # published 98.7 ± 0.4: 98.3 is what must be reached
         ("paper", 0.9828, 0.0001, SAMPLER_VERSION, 1),
-        ("quick", 0.899, 0.001, SAMPLER_VERSION, 0),  # measured 90 ± 0: reached by the upper end of the interval
+        (
+            "quick",
+            0.899,
+            0.001,
+            SAMPLER_VERSION,
+            0,
+        ),  # measured 90 ± 0: reached by the upper end of the interval
         ("quick", 0.898, 0.001, SAMPLER_VERSION, 1),
         ("quick", 0.899, 0.001, 1, 3),  # on other episodes
         ("smoke", 0.99, 0.01, None, 3),  # nothing to hold against
@@ -323,7 +387,14 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
     recipe.measured = None
     if budget == "quick":
         recipe.measured = config.MeasuredConfig(
-            mean=0.9, ci95=0.0, minutes=1.0, hardware="", commit=None, seed=0, protocol_id="p", sampler=sampler
+            mean=0.9,
+            ci95=0.0,
+            minutes=1.0,
+            hardware="",
+            commit=None,
+            seed=0,
+            protocol_id="p",
+            sampler=sampler,
         )
     result = {"test": {"accuracy": {"mean": mean, "ci95": ci95}}, "protocol_id": "p"}
     (tmp_path / "result.json").write_text(json.dumps(result))
@@ -340,11 +411,24 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
 
 def test_reproduce_refuses_what_makes_another_experiment(capsys):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", "smoke")
-    for word in ("seed=3", "logger=none", "logger.name=none", "engine.threads=1", "resume=auto", "train.log_every=7"):
+    for word in (
+        "seed=3",
+        "logger=none",
+        "logger.name=none",
+        "engine.threads=1",
+        "resume=auto",
+        "train.log_every=7",
+    ):
         assert word in recipe.overrides([word])
     with pytest.raises(UserError, match="there is no such key; did you mean seed"):
         recipe.overrides(["sed=1"])
-    for word in ("train.steps=5", "algo=protonet", "test.episodes=10", "train=null", "episode=5w5s"):
+    for word in (
+        "train.steps=5",
+        "algo=protonet",
+        "test.episodes=10",
+        "train=null",
+        "episode=5w5s",
+    ):
         with pytest.raises(UserError, match="another experiment"):
             recipe.overrides([word])
     with pytest.raises(UserError, match="did you mean maml_omniglot_5w1s"):

@@ -68,7 +68,9 @@ class Algorithm:
         """Return the initial state, on the key's device. key: int64 []."""
         raise NotImplementedError
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Any:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Any:
         """Learn from a support set.
 
         Args:
@@ -82,7 +84,9 @@ class Algorithm:
         """
         raise NotImplementedError
 
-    def forward(self, state: State, learner: Any, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+    def forward(
+        self, state: State, learner: Any, x: Tensor, key: Tensor | None
+    ) -> tuple[Tensor, Params]:
         """Compute outputs for queries.
 
         Args:
@@ -121,8 +125,12 @@ class Algorithm:
 
     def query_loss(self, state: State, learner: Any, query: Query, key: Tensor) -> Loss:
         """Compute the family's loss of predicting queries with a learner."""
-        return self.family.query_loss(lambda learner, x: self.forward(state, learner, x, key), learner, query, key)
+        return self.family.query_loss(
+            lambda learner, x: self.forward(state, learner, x, key), learner, query, key
+        )
 
     def score(self, state: State, learner: Any, query: Query, key: Tensor) -> Tensor:
         """Compute the family's score [] of a learner."""
-        return self.family.score(lambda learner, x: self.forward(state, learner, x, None), learner, query, key)
+        return self.family.score(
+            lambda learner, x: self.forward(state, learner, x, None), learner, query, key
+        )

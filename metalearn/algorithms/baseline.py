@@ -47,7 +47,10 @@ class Baseline(EmbeddingAlgorithm):
         state = super().init(spec, key)
         if self.head == "linear":
             return state
-        return State({name: value for name, value in state.params.items() if name != "global.bias"}, state.buffers)
+        return State(
+            {name: value for name, value in state.params.items() if name != "global.bias"},
+            state.buffers,
+        )
 
     def classify(self, params: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
@@ -74,10 +77,15 @@ class Baseline(EmbeddingAlgorithm):
 
         speed: Params = {}
         for _ in range(self.head_steps):
-            gradient = {name: value + self.head_decay * head[name] for name, value in grad(loss)(head).items()}
+            gradient = {
+                name: value + self.head_decay * head[name]
+                for name, value in grad(loss)(head).items()
+            }
             # Momentum with as much dampening, from the second step on, as their optimiser has it.
             speed = (
-                {name: speed[name].lerp(gradient[name], 1 - self.head_momentum) for name in head} if speed else gradient
+                {name: speed[name].lerp(gradient[name], 1 - self.head_momentum) for name in head}
+                if speed
+                else gradient
             )
             head = {name: value - self.head_lr * speed[name] for name, value in head.items()}
         return head

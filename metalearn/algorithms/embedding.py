@@ -64,10 +64,14 @@ class EmbeddingAlgorithm(BatchTraining):
         """Compute logits [Q, N] of queries with embeddings z [Q, D]."""
         raise NotImplementedError
 
-    def embedding_loss(self, weights: Params, learned: Any, z: Tensor, query: Query, statistics: Params) -> Loss:
+    def embedding_loss(
+        self, weights: Params, learned: Any, z: Tensor, query: Query, statistics: Params
+    ) -> Loss:
         """Compute the loss of queries with embeddings z [Q, D]; statistics: to return."""
         prediction = self.compare(weights, learned, z)
-        return self.supervised.judge(self.supervised.loss(prediction, query.y), prediction, query.y, statistics)
+        return self.supervised.judge(
+            self.supervised.loss(prediction, query.y), prediction, query.y, statistics
+        )
 
     @property
     def supervised(self) -> Supervised:
@@ -83,11 +87,15 @@ class EmbeddingAlgorithm(BatchTraining):
             params |= self.init_classifier(spec, size, prng.fold_in(key, 1))
         return State(params, prefixed(population, "net"))
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Learned:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Learned:
         z, reference = self.normalisation.embed_support(state, self._learned_from(support))
         return Learned(self.learn(state.params | state.buffers, z, support, key), reference)
 
-    def forward(self, state: State, learner: Learned, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+    def forward(
+        self, state: State, learner: Learned, x: Tensor, key: Tensor | None
+    ) -> tuple[Tensor, Params]:
         net = select(state.params, "net")
         z, seen = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.compare(state.params | state.buffers, learner.head, z), seen
@@ -97,7 +105,9 @@ class EmbeddingAlgorithm(BatchTraining):
         net, weights = select(state.params, "net"), state.params | state.buffers
         if self.normalisation.has_population:
             learned_from = self._learned_from(support)
-            z, seen = self.normalisation.embed_batch(state, net, torch.cat([learned_from, query.x]), task.key)
+            z, seen = self.normalisation.embed_batch(
+                state, net, torch.cat([learned_from, query.x]), task.key
+            )
             z_support, z_query = z.split([len(learned_from), len(query.x)])
             learned = self.learn(weights, z_support, support, task.key)
             return self.embedding_loss(weights, learned, z_query, query, seen)

@@ -40,12 +40,17 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     def given(self, state: State) -> Params:
         return self.normalisation.for_support(state) or {}
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Adapted:
         params = {name: value for name, value in state.params.items() if name.startswith("net.")}
         head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
         if self.family.target == "class":
             shape = (support.way, head["head.weight"].shape[-1])
-            head = {"head.weight": support.x.new_zeros(shape), "head.bias": support.x.new_zeros(support.way)}
+            head = {
+                "head.weight": support.x.new_zeros(shape),
+                "head.bias": support.x.new_zeros(support.way),
+            }
         params |= head
 
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
@@ -56,5 +61,7 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
 
         for step in range(self.test_inner_steps if steps is None else steps):
             gradient = grad(loss)(params, prng.fold_in(key, step))
-            params = {name: value - self.inner_lr * gradient[name] for name, value in params.items()}
+            params = {
+                name: value - self.inner_lr * gradient[name] for name, value in params.items()
+            }
         return self.adapted(params, support.x)

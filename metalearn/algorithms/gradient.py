@@ -66,9 +66,13 @@ class GradientAdaptation(LinearHeadAlgorithm):
             return self.adapted_part != "body"
         if not name.startswith("net."):
             return False
-        return self.adapted_part != "head" and (self.adapt_normalisation or not name.startswith("net.norm"))
+        return self.adapted_part != "head" and (
+            self.adapt_normalisation or not name.startswith("net.norm")
+        )
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
         return self.after(self.trajectory(state, support, key, steps), steps, support)
 
@@ -77,7 +81,11 @@ class GradientAdaptation(LinearHeadAlgorithm):
         theta, given = state.params, self.given(state)
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
-        seen = dataclasses.replace(support, x=self.embed(slow, support.x, given)) if self.embeds_once else support
+        seen = (
+            dataclasses.replace(support, x=self.embed(slow, support.x, given))
+            if self.embeds_once
+            else support
+        )
         fast, found = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
@@ -92,7 +100,14 @@ class GradientAdaptation(LinearHeadAlgorithm):
         return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
 
     def descend(
-        self, step: int, fast: Params, start: Params, slow: Params, seen: Support, given: Params, key: Tensor
+        self,
+        step: int,
+        fast: Params,
+        start: Params,
+        slow: Params,
+        seen: Support,
+        given: Params,
+        key: Tensor,
     ) -> Params:
         """Return `fast` after one inner step. Every tensor is an argument, because `rematerialised` keeps nothing else.
 
@@ -115,10 +130,18 @@ class GradientAdaptation(LinearHeadAlgorithm):
 
         # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
         point = (fast, slow, seen)
-        gradient = grad(support_loss)(*(pytree.tree_map(torch.detach, point) if self.first_order else point))
+        gradient = grad(support_loss)(
+            *(pytree.tree_map(torch.detach, point) if self.first_order else point)
+        )
         if self.pull:
-            gradient = {name: value + self.pull * (fast[name] - start[name]) for name, value in gradient.items()}
-        return {name: value - self.rate(slow, name, step) * gradient[name] for name, value in fast.items()}
+            gradient = {
+                name: value + self.pull * (fast[name] - start[name])
+                for name, value in gradient.items()
+            }
+        return {
+            name: value - self.rate(slow, name, step) * gradient[name]
+            for name, value in fast.items()
+        }
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
         """Return the inner learning rate of a weight in a step."""

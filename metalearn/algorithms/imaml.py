@@ -54,12 +54,15 @@ class IMAML(LinearHeadAlgorithm):
         for step in range(steps):
             gradient = grad(self.support_loss)(phi, support, given, prng.fold_in(key, step))
             phi = {
-                name: value - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
+                name: value
+                - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
                 for name, value in phi.items()
             }
         return phi
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
         return self.adapted(self.solve(state, support, key, steps), support.x)
 
@@ -87,7 +90,9 @@ class IMAML(LinearHeadAlgorithm):
             return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 
         direction = conjugate_gradients(product, gradient, self.cg_steps)
-        value = torch.stack([(state.params[name] * direction[name].detach()).sum() for name in theta]).sum()
+        value = torch.stack(
+            [(state.params[name] * direction[name].detach()).sum() for name in theta]
+        ).sum()
         return Loss(value, held_out.logs, held_out.statistics)
 
 
@@ -97,7 +102,7 @@ def dot(a: Params, b: Params) -> Tensor:
 
 
 def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
-    """x with product(x) near b, from x = 0, after a fixed number of steps (Hestenes and Stiefel 1952); 0 steps: b itself.
+    """X with product(x) near b, from x = 0, after a fixed number of steps (Hestenes and Stiefel 1952); 0 steps: b itself.
 
     product: a symmetric matrix times a tree. A residual that is exactly zero stays so.
     """

@@ -59,7 +59,9 @@ class LinearHeadAlgorithm(Algorithm):
         """Return the learner with these weights."""
         return Adapted(params, self.normalisation.reference(select(params, "net"), support_x))
 
-    def forward(self, state: State, learner: Adapted, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+    def forward(
+        self, state: State, learner: Adapted, x: Tensor, key: Tensor | None
+    ) -> tuple[Tensor, Params]:
         net = select(learner.params, "net")
         z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics

@@ -43,7 +43,9 @@ class MAMLPlusPlus(GradientAdaptation):
         if self.learned_rates:
             initial = [GradientAdaptation.rate(self, {}, "", step) for step in range(steps)]
             params |= {
-                f"rate.{name}": torch.tensor(initial, device=key.device) for name in list(params) if self.adapts(name)
+                f"rate.{name}": torch.tensor(initial, device=key.device)
+                for name in list(params)
+                if self.adapts(name)
             }
         return State(params, state.buffers)
 
@@ -61,7 +63,11 @@ class MAMLPlusPlus(GradientAdaptation):
         return rates[min(step, len(rates) - 1)]
 
     def at_step(self, params: Params, step: int) -> Params:
-        own = {name[len("step.") :]: value for name, value in params.items() if name.startswith("step.")}
+        own = {
+            name[len("step.") :]: value
+            for name, value in params.items()
+            if name.startswith("step.")
+        }
         return params | {name: value[min(step, len(value) - 1)] for name, value in own.items()}
 
     def stage(self, progress: float) -> "MAMLPlusPlus":
@@ -76,7 +82,9 @@ class MAMLPlusPlus(GradientAdaptation):
         trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [
-            self.query_loss(state, self.after(trajectory, steps, task.support), task.query, task.key)
+            self.query_loss(
+                state, self.after(trajectory, steps, task.support), task.query, task.key
+            )
             for steps in range(first, self.inner_steps + 1)
         ]
         if len(losses) == 1:
@@ -86,7 +94,7 @@ class MAMLPlusPlus(GradientAdaptation):
         return Loss(value, losses[-1].logs, losses[-1].statistics)
 
     def step_weights(self, steps: int, progress: Tensor) -> Tensor:
-        """w [K] while the losses of all steps count; sums to 1."""
+        """W [K] while the losses of all steps count; sums to 1."""
         done = (progress / self.multi_step_share).clamp(max=1)
         others = ((1 - done) / steps).clamp(min=0.03 / steps)
         return torch.cat([others.expand(steps - 1), (1 - (steps - 1) * others).reshape(1)])

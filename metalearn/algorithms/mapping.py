@@ -45,7 +45,9 @@ class MappingNetwork(EmbeddingAlgorithm):
         found = means
         for layer in range(len(self.hidden) + 1):
             found = F.linear(
-                found if layer == 0 else F.leaky_relu(found), weights[f"map{layer}.weight"], weights[f"map{layer}.bias"]
+                found if layer == 0 else F.leaky_relu(found),
+                weights[f"map{layer}.weight"],
+                weights[f"map{layer}.bias"],
             )
         return found + F.pad(means, (0, 1))
 

@@ -43,7 +43,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return {
             name: value
             for number, (part, hidden) in enumerate(recurrent.items())
-            for name, value in prefixed(init_lstm(prng.fold_in(key, number), size, hidden), part).items()
+            for name, value in prefixed(
+                init_lstm(prng.fold_in(key, number), size, hidden), part
+            ).items()
         }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:

@@ -25,13 +25,16 @@ class MetaSGD(GradientAdaptation):
 
     def __post_init__(self) -> None:
         if self.step_lrs:
-            raise UserError(f"algo.step_lrs={list(self.step_lrs)}: MetaSGD learns its rates; leave it empty")
+            raise UserError(
+                f"algo.step_lrs={list(self.step_lrs)}: MetaSGD learns its rates; leave it empty"
+            )
 
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
         width = self.inner_lr_max - self.inner_lr
         rates = {
-            f"rate.{name}": self.inner_lr + width * prng.uniform(prng.fold_in(key, 100 + number), value.shape)
+            f"rate.{name}": self.inner_lr
+            + width * prng.uniform(prng.fold_in(key, 100 + number), value.shape)
             for number, (name, value) in enumerate(state.params.items())
             if self.adapts(name)
         }

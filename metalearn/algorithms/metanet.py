@@ -26,7 +26,8 @@ _P = 7
 
 class Memory(NamedTuple):
     """fast: for each support example the fast weights of the base learner, [M, H, D] and [M, N, H]; keys: its
-    representation [M, R]; representation: the task's fast weights of the representation layer [R, D]."""
+    representation [M, R]; representation: the task's fast weights of the representation layer [R, D].
+    """
 
     fast: Params
     keys: Tensor
@@ -61,7 +62,8 @@ class MetaNet(EmbeddingAlgorithm):
             "represent.layer": (self.representation, size), "represent.output": (spec.way, self.representation),
         }  # fmt: skip
         found = {
-            name: init_weight(prng.fold_in(key, number), *shape) for number, (name, shape) in enumerate(shapes.items())
+            name: init_weight(prng.fold_in(key, number), *shape)
+            for number, (name, shape) in enumerate(shapes.items())
         }
         for number, name in enumerate(("m", "d")):
             first, second = prng.fold_in(key, 10 + number), prng.fold_in(key, 20 + number)
@@ -90,23 +92,34 @@ class MetaNet(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
         def represent_loss(own: Params) -> Tensor:
-            return cross_entropy(F.linear(F.linear(z, own["layer"]).relu(), own["output"]), support.y)
+            return cross_entropy(
+                F.linear(F.linear(z, own["layer"]).relu(), own["output"]), support.y
+            )
 
         def base_loss(own: Params, z: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(F.linear(F.linear(z, own["hidden"]).relu(), own["output"])[None], y[None])
+            return cross_entropy(
+                F.linear(F.linear(z, own["hidden"]).relu(), own["output"])[None], y[None]
+            )
 
         of_task = grad(represent_loss)(select(weights, "represent"))["layer"]
         representation = self.written(select(weights, "d"), of_task)
-        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(select(weights, "base"), z, support.y)
-        fast = {name: self.written(select(weights, "m"), gradient) for name, gradient in gradients.items()}
+        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(
+            select(weights, "base"), z, support.y
+        )
+        fast = {
+            name: self.written(select(weights, "m"), gradient)
+            for name, gradient in gradients.items()
+        }
         return Memory(fast, self.represented(weights, representation, z), representation)
 
     def represented(self, weights: Params, fast: Tensor, z: Tensor) -> Tensor:
-        """r with layer augmentation: [B, D] -> [B, R]. As in the authors' code it is not rectified, so that cosines may be negative."""
+        """R with layer augmentation: [B, D] -> [B, R]. As in the authors' code it is not rectified, so that cosines may be negative."""
         return F.linear(z, weights["represent.layer"]) + F.linear(z, fast)
 
     def compare(self, weights: Params, learned: Memory, z: Tensor) -> Tensor:
-        attention = cosine(self.represented(weights, learned.representation, z), learned.keys).softmax(-1)
+        attention = cosine(
+            self.represented(weights, learned.representation, z), learned.keys
+        ).softmax(-1)
         # W* z = sum_i a_i W*_i z: the fast weights of each query need not be written out.
         fast_hidden = torch.einsum("qm,mhd,qd->qh", attention, learned.fast["hidden"], z)
         hidden = F.linear(z, weights["base.hidden"]).relu() + fast_hidden.relu()

@@ -59,7 +59,9 @@ class Normalisation:
         """
         return self.embed_batch(state, params, x, key)
 
-    def embed_batch(self, state: State, params: Params, x: Tensor, key: Tensor | None) -> tuple[Tensor, Params]:
+    def embed_batch(
+        self, state: State, params: Params, x: Tensor, key: Tensor | None
+    ) -> tuple[Tensor, Params]:
         """Embed a batch x [B, *X] of meta-training: embeddings [B, D], and statistics to fold into the population's."""
         given = self.for_training(state)
         if given is not None:
@@ -96,7 +98,9 @@ class SupportPlusOneStatistics(Normalisation):
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
         def embed_one(x_one: Tensor) -> Tensor:
-            return self.backbone.embed(params, torch.cat([reference["x"], x_one[None]]), key=key)[0][-1]
+            return self.backbone.embed(params, torch.cat([reference["x"], x_one[None]]), key=key)[
+                0
+            ][-1]
 
         return vmap(embed_one)(x), {}
 

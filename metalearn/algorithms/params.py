@@ -5,7 +5,11 @@ from metalearn.tasks.types import Params
 
 def select(params: Params, prefix: str) -> Params:
     """Return the entries under `prefix.`, without it."""
-    return {name[len(prefix) + 1 :]: value for name, value in params.items() if name.startswith(f"{prefix}.")}
+    return {
+        name[len(prefix) + 1 :]: value
+        for name, value in params.items()
+        if name.startswith(f"{prefix}.")
+    }
 
 
 def prefixed(params: Params, prefix: str) -> Params:

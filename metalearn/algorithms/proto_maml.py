@@ -25,10 +25,14 @@ class ProtoMAML(GradientAdaptation):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
-        params = {name: value for name, value in state.params.items() if not name.startswith("head.")}
+        params = {
+            name: value for name, value in state.params.items() if not name.startswith("head.")
+        }
         return State(params, state.buffers)
 
     def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
-        c = class_means(self.embed(state.params, support.x, self.given(state)), support.y, support.way)
+        c = class_means(
+            self.embed(state.params, support.x, self.given(state)), support.y, support.way
+        )
         head = {"head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
         return super().trajectory(State(state.params | head, state.buffers), support, key, steps)

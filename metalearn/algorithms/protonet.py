@@ -30,5 +30,7 @@ class ProtoNet(EmbeddingAlgorithm):
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        similarity = cosine(z, learned) if self.distance == "cosine" else -squared_distance(z, learned)
+        similarity = (
+            cosine(z, learned) if self.distance == "cosine" else -squared_distance(z, learned)
+        )
         return similarity / self.temperature

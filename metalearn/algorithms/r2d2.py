@@ -22,7 +22,9 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     Returns: [D, N].
     """
     gram = z @ z.T
-    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))  # no system is solved in bfloat16
+    gram = gram.to(
+        torch.promote_types(gram.dtype, torch.float32)
+    )  # no system is solved in bfloat16
     gram = gram + strength * torch.eye(len(z), dtype=gram.dtype, device=z.device)
     # Unlike solve, solve_ex never waits for the device to look for errors.
     return z.T @ torch.linalg.solve_ex(gram, y.to(gram.dtype))[0].to(z.dtype)
@@ -43,7 +45,9 @@ class R2D2(EmbeddingAlgorithm):
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
         start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
-        return {name: torch.full((), value, device=key.device).log() for name, value in start.items()}
+        return {
+            name: torch.full((), value, device=key.device).log() for name, value in start.items()
+        }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         y = F.one_hot(support.y, support.way).to(z.dtype)

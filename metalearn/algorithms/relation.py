@@ -44,7 +44,9 @@ class RelationNetwork(EmbeddingAlgorithm):
         channels, *extent = self.backbone.shape(spec.inputs)
         height, side = extent or (1, 1)
         if height != side:
-            raise UserError(f"algo=relation compares square maps; the backbone gives {height}x{side}")
+            raise UserError(
+                f"algo=relation compares square maps; the backbone gives {height}x{side}"
+            )
         found: Params = {}
         width = 2 * channels
         for block in range(_BLOCKS):
@@ -71,23 +73,33 @@ class RelationNetwork(EmbeddingAlgorithm):
         side = math.isqrt(z.shape[-1] // channels)
         classes, queries = (part.unflatten(-1, (channels, side, side)) for part in (learned, z))
         # A convolution of two maps side by side is the sum of one of each, so that N + Q of them serve N Q pairs.
-        pairs = _convolved(queries, first[:, channels:])[:, None] + _convolved(classes, first[:, :channels])
+        pairs = _convolved(queries, first[:, channels:])[:, None] + _convolved(
+            classes, first[:, :channels]
+        )
         x = pairs.flatten(0, 1)
         for block in range(_BLOCKS):
             if block:
                 x = _convolved(x, weights[f"relation.conv{block}.weight"])
-            x = F.group_norm(x, 1, weights[f"relation.norm{block}.weight"], weights[f"relation.norm{block}.bias"])
+            x = F.group_norm(
+                x, 1, weights[f"relation.norm{block}.weight"], weights[f"relation.norm{block}.bias"]
+            )
             x = _halved(x.relu())
         x = x.flatten(1)
         for layer in range(len(self.hidden) + 1):
             name = f"relation.linear{layer}"
-            x = F.linear(x if layer == 0 else x.relu(), weights[f"{name}.weight"], weights[f"{name}.bias"])
+            x = F.linear(
+                x if layer == 0 else x.relu(), weights[f"{name}.weight"], weights[f"{name}.bias"]
+            )
         return x.view(len(z), len(learned))
 
-    def embedding_loss(self, weights: Params, learned: Tensor, z: Tensor, query: Query, statistics: Params) -> Loss:
+    def embedding_loss(
+        self, weights: Params, learned: Tensor, z: Tensor, query: Query, statistics: Params
+    ) -> Loss:
         logits = self.compare(weights, learned, z)
         target = F.one_hot(query.y, logits.shape[-1]).to(logits.dtype)
-        return self.supervised.judge((logits.sigmoid() - target).square().mean(), logits, query.y, statistics)
+        return self.supervised.judge(
+            (logits.sigmoid() - target).square().mean(), logits, query.y, statistics
+        )
 
 
 def _convolved(x: Tensor, weight: Tensor) -> Tensor:

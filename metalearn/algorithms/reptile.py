@@ -45,15 +45,25 @@ class Reptile(LinearHeadAlgorithm):
 
     def init(self, spec: Spec, key: Tensor) -> State:
         state = super().init(spec, key)
-        moment = prefixed({name: torch.zeros_like(value) for name, value in state.params.items()}, "moment")
-        return State(state.params, state.buffers | moment | {"moment_weight": torch.zeros((), device=key.device)})
+        moment = prefixed(
+            {name: torch.zeros_like(value) for name, value in state.params.items()}, "moment"
+        )
+        return State(
+            state.params,
+            state.buffers | moment | {"moment_weight": torch.zeros((), device=key.device)},
+        )
 
-    def _descend(self, start: State, support: Support, key: Tensor, steps: int, batch: int) -> tuple[Params, Params]:
+    def _descend(
+        self, start: State, support: Support, key: Tensor, steps: int, batch: int
+    ) -> tuple[Params, Params]:
         """Return the weights that training from theta leads to, and the moments as they are then."""
         given = self.given(start)
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
-        order = torch.cat([prng.permutation(prng.fold_in(key, epoch), size) for epoch in range(epochs)] or [key[None]])
+        order = torch.cat(
+            [prng.permutation(prng.fold_in(key, epoch), size) for epoch in range(epochs)]
+            or [key[None]]
+        )
 
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.head(params, self.embed(params, x, given)), {}
@@ -62,19 +72,31 @@ class Reptile(LinearHeadAlgorithm):
             batch = dataclasses.replace(support, x=support.x[chosen], y=support.y[chosen])
             return self.family.support_loss(net, params, batch, key)
 
-        phi, moment, weight = start.params, select(start.buffers, "moment"), start.buffers["moment_weight"]
+        phi, moment, weight = (
+            start.params,
+            select(start.buffers, "moment"),
+            start.buffers["moment_weight"],
+        )
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
             gradient = grad(batch_loss)(phi, chosen, prng.fold_in(key, epochs + step))
-            moment = {name: moment[name].lerp(gradient[name].square(), 1 - self.inner_beta2) for name in phi}
-            weight = self.inner_beta2 * weight + (1 - self.inner_beta2)  # 1 - beta2^t: Adam's correction
+            moment = {
+                name: moment[name].lerp(gradient[name].square(), 1 - self.inner_beta2)
+                for name in phi
+            }
+            weight = self.inner_beta2 * weight + (
+                1 - self.inner_beta2
+            )  # 1 - beta2^t: Adam's correction
             phi = {
-                name: phi[name] - self.inner_lr * gradient[name] / ((moment[name] / weight).sqrt() + self.inner_eps)
+                name: phi[name]
+                - self.inner_lr * gradient[name] / ((moment[name] / weight).sqrt() + self.inner_eps)
                 for name in phi
             }
         return phi, prefixed(moment, "moment") | {"moment_weight": weight}
 
-    def adapt(self, state: State, support: Support, *, key: Tensor, steps: int | None = None) -> Adapted:
+    def adapt(
+        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
+    ) -> Adapted:
         steps = self.test_inner_steps if steps is None else steps
         phi, _ = self._descend(state, support, key, steps, self.test_inner_batch)
         return self.adapted(phi, support.x)
@@ -83,7 +105,9 @@ class Reptile(LinearHeadAlgorithm):
         """A surrogate whose gradient in theta is theta - phi; the query loss of phi is among the logs."""
         theta = {name: value.detach() for name, value in state.params.items()}
         start = State(theta, state.buffers)
-        phi, moments = self._descend(start, task.support, task.key, self.inner_steps, self.inner_batch)
+        phi, moments = self._descend(
+            start, task.support, task.key, self.inner_steps, self.inner_batch
+        )
         direction = {name: theta[name] - phi[name] for name in theta}
         value = torch.stack([(state.params[name] * direction[name]).sum() for name in theta]).sum()
         held_out = self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)

@@ -27,7 +27,9 @@ class Siamese(EmbeddingAlgorithm):
     uses_loss: ClassVar[bool] = False
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        alpha = (0.2 * prng.normal(key, (size,)) - 1) * size**-0.5  # a distance from the start: alike is near
+        alpha = (
+            0.2 * prng.normal(key, (size,)) - 1
+        ) * size**-0.5  # a distance from the start: alike is near
         return {"pair.alpha": alpha, "pair.bias": torch.ones((), device=key.device)}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
@@ -42,7 +44,9 @@ class Siamese(EmbeddingAlgorithm):
         pairs = self.pairs(weights, learned, z)
         return torch.where(learned.y.T > 0, pairs[:, None, :], -torch.inf).amax(-1)
 
-    def embedding_loss(self, weights: Params, learned: Examples, z: Tensor, query: Query, statistics: Params) -> Loss:
+    def embedding_loss(
+        self, weights: Params, learned: Examples, z: Tensor, query: Query, statistics: Params
+    ) -> Loss:
         pairs = self.pairs(weights, learned, z)
         same = F.one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)

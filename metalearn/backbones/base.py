@@ -87,7 +87,9 @@ class Backbone:
     def film(self, inputs: InputSpec, device: torch.device) -> Params:
         """Return a scale and a shift of zero, [C] each, for every normalisation, by name: they change nothing."""
         meta = torch.device("meta")
-        params, _ = self.without_weights().init(inputs, torch.zeros((), dtype=torch.int64, device=meta))
+        params, _ = self.without_weights().init(
+            inputs, torch.zeros((), dtype=torch.int64, device=meta)
+        )
         norm = Normaliser(params)
         dtype = torch.int64 if inputs.kind == "tokens" else torch.float32
         self.forward(params, torch.zeros((2, *inputs.shape), dtype=dtype, device=meta), norm, None)

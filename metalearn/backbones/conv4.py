@@ -60,7 +60,9 @@ class Conv4(Backbone):
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
             height, width = (
-                (height // 2, width // 2) if self.downsample == "pool" else ((height + 1) // 2, (width + 1) // 2)
+                (height // 2, width // 2)
+                if self.downsample == "pool"
+                else ((height + 1) // 2, (width + 1) // 2)
             )
         if height == 0 or width == 0:
             raise UserError(

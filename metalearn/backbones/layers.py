@@ -19,13 +19,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, kernels: Kernels) -> Tensor:
-    """x [B, C, H, W] convolved with weight [O, C, K, K], K odd, padded to keep its size at stride 1."""
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, kernels: Kernels
+) -> Tensor:
+    """X [B, C, H, W] convolved with weight [O, C, K, K], K odd, padded to keep its size at stride 1."""
     size = weight.shape[-1]
     if kernels.convolution == "plain":
         return F.conv2d(x, weight, bias, stride, padding=size // 2)
     height, width = (-(-extent // stride) for extent in x.shape[-2:])
-    found = (weight.flatten(1) @ F.unfold(x, size, padding=size // 2, stride=stride)).unflatten(-1, (height, width))
+    found = (weight.flatten(1) @ F.unfold(x, size, padding=size // 2, stride=stride)).unflatten(
+        -1, (height, width)
+    )
     return found if bias is None else found + bias[:, None, None]
 
 
@@ -34,7 +38,9 @@ def init_weight(key: Tensor, *shape: int) -> Tensor:
     return prng.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
-def init_conv_norm(name: str, key: Tensor, out: int, channels: int, size: int) -> tuple[Params, Params]:
+def init_conv_norm(
+    name: str, key: Tensor, out: int, channels: int, size: int
+) -> tuple[Params, Params]:
     """A convolution without a bias and the normalisation after it: parameters, population statistics."""
     affine, population = normalisation.init(f"norm{name}", out, key.device)
     return {f"conv{name}.weight": init_weight(key, out, channels, size, size)} | affine, population
@@ -42,7 +48,9 @@ def init_conv_norm(name: str, key: Tensor, out: int, channels: int, size: int) -
 
 def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
     """Convolve x [B, C, H, W] by the layer of this name, and normalise."""
-    return norm(f"norm{name}", convolution(x, norm.params[f"conv{name}.weight"], None, stride, norm.kernels))
+    return norm(
+        f"norm{name}", convolution(x, norm.params[f"conv{name}.weight"], None, stride, norm.kernels)
+    )
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

@@ -54,7 +54,9 @@ class Normaliser:
         weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
         if self.collect:
             axes = [axis for axis in range(x.dim()) if axis != 1]
-            var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0)
+            var, mean = torch.var_mean(
+                x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0
+            )
             self.seen.update({f"{name}.mean": mean, f"{name}.var": var})
         if self.given is None:
             if self.kernels.fused_norm:

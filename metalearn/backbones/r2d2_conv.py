@@ -34,8 +34,12 @@ class R2D2Conv(Backbone):
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
         population: Params = {}
-        for block, (channels, filters) in enumerate(zip([inputs.shape[0], *self.filters], self.filters, strict=False)):
-            weights, statistics = init_conv_norm(str(block), prng.fold_in(key, block), filters, channels, 3)
+        for block, (channels, filters) in enumerate(
+            zip([inputs.shape[0], *self.filters], self.filters, strict=False)
+        ):
+            weights, statistics = init_conv_norm(
+                str(block), prng.fold_in(key, block), filters, channels, 3
+            )
             params |= weights
             population |= statistics
         return params, population
@@ -54,7 +58,10 @@ class R2D2Conv(Backbone):
         last = len(self.filters) - 1
         shown = []
         for block in range(last + 1):
-            x = F.leaky_relu(F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2), _SLOPE)
+            x = F.leaky_relu(
+                F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2),
+                _SLOPE,
+            )
             if block > last - _SHOWN:
                 if key is not None and self.dropout:
                     x = dropout(x, self.dropout, prng.fold_in(key, block))

@@ -39,9 +39,16 @@ class ResNet12(Backbone):
         channels = inputs.shape[0]
         for block, filters in enumerate(self.filters):
             key_of_block = prng.fold_in(key, block)
-            layers = [(f"{block}_{number}", filters if number else channels, 3) for number in range(_CONVOLUTIONS)]
-            for number, (name, width, size) in enumerate([*layers, (f"{block}_beside", channels, 1)]):
-                weights, statistics = init_conv_norm(name, prng.fold_in(key_of_block, number), filters, width, size)
+            layers = [
+                (f"{block}_{number}", filters if number else channels, 3)
+                for number in range(_CONVOLUTIONS)
+            ]
+            for number, (name, width, size) in enumerate(
+                [*layers, (f"{block}_beside", channels, 1)]
+            ):
+                weights, statistics = init_conv_norm(
+                    name, prng.fold_in(key_of_block, number), filters, width, size
+                )
                 params |= weights
                 population |= statistics
             channels = filters
@@ -54,7 +61,9 @@ class ResNet12(Backbone):
                 f"backbone.filters={self.filters}: so many blocks halve pictures of {inputs.shape[1]}x{inputs.shape[2]} to "
                 "nothing; use fewer, or larger pictures"
             )
-        return (self.filters[-1], height, width) if self.output == "flatten" else (self.filters[-1],)
+        return (
+            (self.filters[-1], height, width) if self.output == "flatten" else (self.filters[-1],)
+        )
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         for block in range(len(self.filters)):

@@ -41,8 +41,12 @@ def _layers() -> Iterator[_Layer]:
             where = f"layer{group}.{block}"
             if channels != filters:
                 yield _Layer(f"{group}_{block}_beside", f"{where}.downsample.0", f"{where}.downsample.1", filters, channels, 1)  # fmt: skip
-            yield _Layer(f"{group}_{block}_1", f"{where}.conv1", f"{where}.bn1", filters, channels, 3)
-            yield _Layer(f"{group}_{block}_2", f"{where}.conv2", f"{where}.bn2", filters, filters, 3)
+            yield _Layer(
+                f"{group}_{block}_1", f"{where}.conv1", f"{where}.bn1", filters, channels, 3
+            )
+            yield _Layer(
+                f"{group}_{block}_2", f"{where}.conv2", f"{where}.bn2", filters, filters, 3
+            )
             channels = filters
 
 
@@ -80,30 +84,41 @@ class ResNet18(Backbone):
             self._fill(
                 params,
                 population,
-                _imagenet() if self.weights == "imagenet" else _read(Path(self.weights).expanduser()),
+                _imagenet()
+                if self.weights == "imagenet"
+                else _read(Path(self.weights).expanduser()),
             )
         return params, population
 
     def _fill(self, params: Params, population: Params, given: dict[str, Any]) -> None:
         for layer in _layers():
             theirs = {f"conv{layer.name}.weight": f"{layer.convolution}.weight"}
-            theirs |= {f"norm{layer.name}.{part}": f"{layer.normalisation}.{part}" for part in ("weight", "bias")}
+            theirs |= {
+                f"norm{layer.name}.{part}": f"{layer.normalisation}.{part}"
+                for part in ("weight", "bias")
+            }
             for ours, name in theirs.items():
                 params[ours] = self._fitting(given, name, params[ours])
             for part in ("mean", "var"):
                 ours = f"norm{layer.name}.{part}"
-                population[ours] = self._fitting(given, f"{layer.normalisation}.running_{part}", population[ours])
+                population[ours] = self._fitting(
+                    given, f"{layer.normalisation}.running_{part}", population[ours]
+                )
 
     def _fitting(self, given: dict[str, Any], name: str, place: Tensor) -> Tensor:
         value = given.get(name)
         if not isinstance(value, Tensor) or value.shape != place.shape:
             found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing"
-            raise UserError(f"backbone.weights={self.weights}: {name} is {found}; should be a state dict of ResNet-18")
+            raise UserError(
+                f"backbone.weights={self.weights}: {name} is {found}; should be a state dict of ResNet-18"
+            )
         return value.to(place)
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         if inputs.shape[0] not in (1, _COLOURS):
-            raise UserError(f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {inputs.shape[0]}")
+            raise UserError(
+                f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {inputs.shape[0]}"
+            )
         return (_FILTERS[-1],)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
@@ -125,7 +140,7 @@ def _address() -> str:
 
 
 def _imagenet() -> dict[str, Any]:
-    """torchvision's own weights, from torch's hub folder or the network."""
+    """Torchvision's own weights, from torch's hub folder or the network."""
     url = _address()
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
@@ -143,7 +158,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
-        raise UserError(f"backbone.weights={path}: is not a readable file of weights ({first_line(error)})") from None
+        raise UserError(
+            f"backbone.weights={path}: is not a readable file of weights ({first_line(error)})"
+        ) from None
     if not isinstance(found, dict):
         raise UserError(f"backbone.weights={path}: should be a state dict of ResNet-18")
     return found

@@ -11,7 +11,14 @@ import torch
 from metalearn.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.family import TaskFamily, supervised
-from metalearn.tasks.sampling import STREAMS, BatchSampler, BatchSource, EpisodeSampler, Shape, TaskSource
+from metalearn.tasks.sampling import (
+    STREAMS,
+    BatchSampler,
+    BatchSource,
+    EpisodeSampler,
+    Shape,
+    TaskSource,
+)
 from metalearn.tasks.store import Augmentation, Augmented, ClassView, Store
 from metalearn.tasks.types import InputSpec
 
@@ -44,10 +51,14 @@ class OpenDataset(Protocol):
     def protocol(self, split: str) -> dict[str, object]:
         """Return what of the data a measurement on this split depends on, as plain data."""
 
-    def episodes(self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None) -> TaskSource:
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> TaskSource:
         """Return the tasks of a split. augment: changes inputs at random, in training. Raises UserError."""
 
-    def batches(self, split: str, size: int, seed: int, augment: Augmentation | None = None) -> BatchSource:
+    def batches(
+        self, split: str, size: int, seed: int, augment: Augmentation | None = None
+    ) -> BatchSource:
         """Return ordinary batches of `size` examples of a split, with labels over all its classes."""
 
 
@@ -75,7 +86,9 @@ class Dataset:
         """
         raise NotImplementedError
 
-    def family(self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]) -> TaskFamily:
+    def family(
+        self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
+    ) -> TaskFamily:
         """Return how its tasks are learned from and scored; arguments as in `supervised`."""
         return supervised(self.target, loss, inner_loss, settings)
 
@@ -107,19 +120,29 @@ class ClassData:
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
-            "split": hashlib.sha256(repr(others).encode()).hexdigest()[:16],  # what was left to train and validate on
+            "split": hashlib.sha256(repr(others).encode()).hexdigest()[
+                :16
+            ],  # what was left to train and validate on
             "num_classes": self.num_classes(split),
             **self.views[split].protocol,
         }
 
-    def episodes(self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None) -> EpisodeSampler:
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> EpisodeSampler:
         try:
-            return EpisodeSampler(self._store(split, augment), self.views[split], shape, self._key(split, seed))
+            return EpisodeSampler(
+                self._store(split, augment), self.views[split], shape, self._key(split, seed)
+            )
         except UserError as error:
             raise UserError(f"{split} episodes: {error}") from None
 
-    def batches(self, split: str, size: int, seed: int, augment: Augmentation | None = None) -> BatchSampler:
-        return BatchSampler(self._store(split, augment), self.views[split], size, self._key(split, seed))
+    def batches(
+        self, split: str, size: int, seed: int, augment: Augmentation | None = None
+    ) -> BatchSampler:
+        return BatchSampler(
+            self._store(split, augment), self.views[split], size, self._key(split, seed)
+        )
 
     def _store(self, split: str, augment: Augmentation | None) -> Store:
         return self.stores[split] if augment is None else Augmented(self.stores[split], augment)

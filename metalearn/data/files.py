@@ -34,13 +34,19 @@ class PictureFile(NamedTuple):
 def list_pictures(container: Path) -> list[PictureFile]:
     """All pictures below a folder or inside a zip, sorted by name. Raises: UserError for a broken zip."""
     if container.is_dir():
-        names = [path.relative_to(container).as_posix() for path in container.rglob("*") if path.is_file()]
+        names = [
+            path.relative_to(container).as_posix()
+            for path in container.rglob("*")
+            if path.is_file()
+        ]
     else:
         try:
             with zipfile.ZipFile(container) as archive:
                 names = [info.filename for info in archive.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{container} is not a readable zip archive ({error}); bring it again") from None
+            raise UserError(
+                f"{container} is not a readable zip archive ({error}); bring it again"
+            ) from None
     return [
         PictureFile(container, name)
         for name in sorted(names)
@@ -87,7 +93,9 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
                 try:
                     with _open(file, archives) as stream, Image.open(stream) as picture:
                         arrays.append(to_array(picture))
-                except Exception as error:  # Pillow and zipfile let through whatever the bytes lead to
+                except (
+                    Exception
+                ) as error:  # Pillow and zipfile let through whatever the bytes lead to
                     if ran_out(error):
                         raise
                     raise UserError(
@@ -99,12 +107,20 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
         return np.stack(arrays)
 
     size = -(-len(files) // (4 * workers))
-    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes outside the interpreter's lock
-        parts = list(pool.map(decode_share, [files[start : start + size] for start in range(0, len(files), size)]))
+    with ThreadPoolExecutor(
+        workers
+    ) as pool:  # Pillow decodes and resizes outside the interpreter's lock
+        parts = list(
+            pool.map(
+                decode_share, [files[start : start + size] for start in range(0, len(files), size)]
+            )
+        )
     return torch.from_numpy(np.concatenate(parts))
 
 
-def ink(picture: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> np.ndarray:
+def ink(
+    picture: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> np.ndarray:
     """Dark ink on light paper as uint8 [1, size, size], ink 255 on paper 0; what is transparent is paper."""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -137,7 +153,12 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
         cache_dir.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache_dir, older_than=3600)
         with replacing(path) as stream:
-            torch.save({"images": pictures.images, "counts": pictures.counts, "names": pictures.names}, stream)
+            torch.save(
+                {"images": pictures.images, "counts": pictures.counts, "names": pictures.names},
+                stream,
+            )
     except OSError as error:
-        raise UserError(f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another") from None
+        raise UserError(
+            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another"
+        ) from None
     return pictures

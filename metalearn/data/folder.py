@@ -47,7 +47,9 @@ class Folder(ImageDataset):
         containers = self._containers(root)
         settings = ("1", self.image_size, self.colour, files_hash(containers))
         pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
-        return self.class_data(pictures, self._splits(pictures.names, root), device, self.standardise)
+        return self.class_data(
+            pictures, self._splits(pictures.names, root), device, self.standardise
+        )
 
     def files(self, data_dir: Path) -> list[Path]:
         """The folder or zip that is read."""
@@ -59,7 +61,12 @@ class Folder(ImageDataset):
         def whole() -> bool:  # not if unpacking it was cut off
             return self.download == "cifar100" and all(part.exists() for part in official)
 
-        if self.download == "cifar100" and not whole() and not _zips(root) and not _has_pictures(root):
+        if (
+            self.download == "cifar100"
+            and not whole()
+            and not _zips(root)
+            and not _has_pictures(root)
+        ):
             with_network(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
         if whole():
             return official
@@ -84,7 +91,9 @@ class Folder(ImageDataset):
         for name, found in folders.items():
             if len(found) > 1:
                 first, second = sorted(found)[:2]
-                raise UserError(f"{root} has two folders for class '{name}': {first} and {second}; name classes apart")
+                raise UserError(
+                    f"{root} has two folders for class '{name}': {first} and {second}; name classes apart"
+                )
         if len(classes) < 3:
             raise UserError(
                 f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least"
@@ -115,11 +124,15 @@ class Folder(ImageDataset):
         try:
             halves = [_cifar100(root, train=train) for train in (True, False)]
         except (RuntimeError, OSError, EOFError) as error:
-            raise UserError(f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it") from None
+            raise UserError(
+                f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it"
+            ) from None
         labels = np.concatenate([half.targets for half in halves])
         pictures = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
         images = np.stack([self.to_array(Image.fromarray(picture)) for picture in pictures])
-        return Pictures(torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes))
+        return Pictures(
+            torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes)
+        )
 
     def _splits(self, names: list[str], root: Path) -> dict[str, list[str]]:
         if self.split == "random":
@@ -127,13 +140,17 @@ class Folder(ImageDataset):
         if self.split == "cifar_fs":
             folder = resources.files("metalearn.data") / "splits"
             splits = {
-                split: [fine for _, fine in json.loads((folder / f"cifar_fs_{split}.json").read_text())]
+                split: [
+                    fine for _, fine in json.loads((folder / f"cifar_fs_{split}.json").read_text())
+                ]
                 for split in ("train", "val", "test")
             }
         else:
             splits = _split_file(Path(self.split).expanduser())
         if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
-            raise UserError(f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have")
+            raise UserError(
+                f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have"
+            )
         return splits
 
 
@@ -149,7 +166,9 @@ def _split_file(path: Path) -> dict[str, list[str]]:
     try:
         splits = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"dataset.split={path} should be random, cifar_fs or a file of {wanted} ({error})") from None
+        raise UserError(
+            f"dataset.split={path} should be random, cifar_fs or a file of {wanted} ({error})"
+        ) from None
     lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
     if not lists or set(splits) != {"train", "val", "test"}:
         raise UserError(f"dataset.split={path} should be {wanted}")
@@ -158,7 +177,9 @@ def _split_file(path: Path) -> dict[str, list[str]]:
             raise UserError(f"dataset.split={path} has class '{twice[0]}' twice in {split}")
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := [name for name in splits[first] if name in splits[second]]:
-            raise UserError(f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}")
+            raise UserError(
+                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
+            )
     return splits
 
 

@@ -38,7 +38,9 @@ class Gaussians(Dataset):
         noise = prng.normal(prng.fold_in(key, 1), size)
         signal = means + self.noise_std * noise[..., : self.informative]
         nuisance = self.nuisance_std * noise[..., self.informative :]
-        rotation = torch.linalg.qr(prng.normal(prng.fold_in(key, 2), (self.features,) * 2).double())[0]
+        rotation = torch.linalg.qr(
+            prng.normal(prng.fold_in(key, 2), (self.features,) * 2).double()
+        )[0]
         x = (torch.cat([signal, nuisance], -1).double() @ rotation.T).float().flatten(0, 1)
 
         names = [f"class{number:04}" for number in range(self.num_classes)]

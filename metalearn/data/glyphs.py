@@ -38,9 +38,18 @@ class Glyphs(ImageDataset):
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Renders (or takes from the cache) all drawings; reads no files."""
-        settings = ("3", self.num_classes, self.drawings, self.image_size, self.jitter, self.glyph_seed)
+        settings = (
+            "3",
+            self.num_classes,
+            self.drawings,
+            self.image_size,
+            self.jitter,
+            self.glyph_seed,
+        )
         pictures = cached(cache_dir, "glyphs", settings, self._render)
-        splits = seeded_split(pictures.names, shares(self.num_classes, self.fractions), self.split_seed)
+        splits = seeded_split(
+            pictures.names, shares(self.num_classes, self.fractions), self.split_seed
+        )
         return self.class_data(pictures, splits, device)
 
     def to_array(self, picture: Image.Image) -> np.ndarray:
@@ -63,7 +72,9 @@ class Glyphs(ImageDataset):
 
         # The class: 2 to 4 strokes of 4 control points, starting anywhere, then wandering.
         starts = prng.uniform(prng.fold_in(key_C, 0), (_STROKES, 1, 2)) * 1.4 - 0.7
-        control = (starts + torch.cat([torch.zeros_like(starts), 0.55 * noise(1, _STROKES, 3, 2)], 2)).clamp(-0.8, 0.8)
+        control = (
+            starts + torch.cat([torch.zeros_like(starts), 0.55 * noise(1, _STROKES, 3, 2)], 2)
+        ).clamp(-0.8, 0.8)
         num_strokes = 2 + prng.integers(prng.fold_in(key_C, 2), (1,), _STROKES - 1)
 
         # The drawing: jitter of control points, then an affine map close to the identity.
@@ -81,8 +92,17 @@ class Glyphs(ImageDataset):
 
         # Distance of each pixel to the nearest point of the pen path, then a soft edge one pixel wide.
         axis = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
-        pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, -1, 2).expand(len(path), -1, 2)
+        pixels = (
+            torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+            .view(1, -1, 2)
+            .expand(len(path), -1, 2)
+        )
         distance = torch.cdist(pixels, path, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
         edge = 2 / self.image_size
         ink = ((width.view(-1, 1) - distance) / edge + 0.5).clamp(0, 1)
-        return (ink * 255).round().to(torch.uint8).view(classes * drawings, 1, self.image_size, self.image_size)
+        return (
+            (ink * 255)
+            .round()
+            .to(torch.uint8)
+            .view(classes * drawings, 1, self.image_size, self.image_size)
+        )

@@ -49,7 +49,9 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
     """How many of `total` classes train, val and test get; what rounding leaves over goes to train."""
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"dataset.fractions={list(fractions)} should be three shares (train, val, test) that sum to 1")
+        raise UserError(
+            f"dataset.fractions={list(fractions)} should be three shares (train, val, test) that sum to 1"
+        )
     val, test = (round(total * fraction) for fraction in fractions[1:])
     return {"train": total - val - test, "val": val, "test": test}
 
@@ -68,7 +70,11 @@ class ImageDataset(Dataset):
     rotations_share_drawings: bool = anything(default=True)
 
     def class_data(
-        self, pictures: Pictures, splits: dict[str, list[str]], device: torch.device, standardise: bool = False
+        self,
+        pictures: Pictures,
+        splits: dict[str, list[str]],
+        device: torch.device,
+        standardise: bool = False,
     ) -> ClassData:
         """Return decoded images on the device, ready to draw tasks from.
 
@@ -83,25 +89,41 @@ class ImageDataset(Dataset):
         views: dict[str, ClassView] = {}
         for split, names in splits.items():
             if not names:
-                raise UserError(f"dataset.split leaves no class for {split}: bring more classes or another split")
+                raise UserError(
+                    f"dataset.split leaves no class for {split}: bring more classes or another split"
+                )
             counts = torch.tensor([pictures.counts[index_of[name]] for name in names])
             column = torch.arange(int(counts.max()))
             first = torch.tensor([starts[index_of[name]] for name in names])
             rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
             index = ClassIndex(rows.to(device), counts.to(device), tuple(names))
-            if self.rotations == "classes" or (self.rotations == "train_classes" and split == "train"):
-                views[split] = RotatedClasses(index, self.rotations_may_meet, self.rotations_share_drawings)
+            if self.rotations == "classes" or (
+                self.rotations == "train_classes" and split == "train"
+            ):
+                views[split] = RotatedClasses(
+                    index, self.rotations_may_meet, self.rotations_share_drawings
+                )
             else:
-                views[split] = RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
+                views[split] = (
+                    RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
+                )
         channels = pictures.images.shape[1]
         shift, scale = torch.zeros(channels), torch.ones(channels)
         if standardise:
             shift, scale = _moments(pictures.images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
-            pictures.images.to(device), shift.view(-1, 1, 1).to(device), 1 / scale.view(-1, 1, 1).to(device)
+            pictures.images.to(device),
+            shift.view(-1, 1, 1).to(device),
+            1 / scale.view(-1, 1, 1).to(device),
         )
-        stores = {name: dataclasses.replace(store, has_rotations=view.has_rotations) for name, view in views.items()}
-        standardisation = {"shift": store.shift.flatten().tolist(), "scale": store.scale.flatten().tolist()}
+        stores = {
+            name: dataclasses.replace(store, has_rotations=view.has_rotations)
+            for name, view in views.items()
+        }
+        standardisation = {
+            "shift": store.shift.flatten().tolist(),
+            "scale": store.scale.flatten().tolist(),
+        }
         return ClassData(stores, views, pictures.content_hash(), standardisation)
 
 
@@ -116,5 +138,7 @@ def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         moments.append((mean, (share * (value - mean).square()).sum().sqrt()))
     shift, scale = (torch.stack(column).float() for column in zip(*moments, strict=True))
     if (scale == 0).any():
-        logging.getLogger(__name__).warning("a colour channel is constant over the training pictures")
+        logging.getLogger(__name__).warning(
+            "a colour channel is constant over the training pictures"
+        )
     return shift, scale.clamp_min(1e-3)

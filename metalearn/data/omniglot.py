@@ -18,13 +18,20 @@ from metalearn.settings import anything, at_least, choice
 
 _PARTS = ("images_background", "images_evaluation")
 _DRAWINGS = 20
-_RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR, "box": Image.Resampling.BOX}
+_RESAMPLING = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
 
 
 def vinyals_split() -> dict[str, list[str]]:
     """The 1028/172/423 characters of Vinyals et al. (2016), as listed in jakesnell/prototypical-networks."""
     folder = resources.files("metalearn.data") / "splits"
-    return {split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split() for split in ("train", "val", "test")}
+    return {
+        split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split()
+        for split in ("train", "val", "test")
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,11 +62,17 @@ class Omniglot(ImageDataset):
 
     def files(self, data_dir: Path) -> list[Path]:
         """The two archives or folders that are read, or where they would be downloaded to."""
-        places = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]  # the second is torchvision's
+        places = [
+            data_dir / "omniglot",
+            data_dir / "omniglot-py",
+            data_dir,
+        ]  # the second is torchvision's
         found = []
         for part in _PARTS:
             candidates = [place / name for place in places for name in (part, f"{part}.zip")]
-            found.append(next((path for path in candidates if path.exists()), places[0] / f"{part}.zip"))
+            found.append(
+                next((path for path in candidates if path.exists()), places[0] / f"{part}.zip")
+            )
         return found
 
     def _read(self, parts: list[Path]) -> Pictures:
@@ -82,7 +95,9 @@ class Omniglot(ImageDataset):
                     "bring the official archives"
                 )
 
-        images = decode([file for name in names for file in sorted(drawings[name], key=_number)], self.to_array)
+        images = decode(
+            [file for name in names for file in sorted(drawings[name], key=_number)], self.to_array
+        )
         return Pictures(images, [_DRAWINGS] * len(names), names)
 
     def to_array(self, picture: Image.Image) -> np.ndarray:
@@ -95,9 +110,14 @@ class Omniglot(ImageDataset):
         if self.split == "random":
             return seeded_split(names, {"train": 1100, "val": 100, "test": 423}, self.split_seed)
         alphabets = seeded_split(
-            sorted({_alphabet(n) for n in names}), {"train": 30, "val": 5, "test": 15}, self.split_seed
+            sorted({_alphabet(n) for n in names}),
+            {"train": 30, "val": 5, "test": 15},
+            self.split_seed,
         )
-        return {split: [n for n in names if _alphabet(n) in chosen] for split, chosen in alphabets.items()}
+        return {
+            split: [n for n in names if _alphabet(n) in chosen]
+            for split, chosen in alphabets.items()
+        }
 
 
 def _alphabet(name: str) -> str:

@@ -32,7 +32,9 @@ class Sinusoid(Dataset):
         for name in ("amplitude", "phase", "x"):
             bounds = getattr(self, name)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
-                raise UserError(f"dataset.{name}={list(bounds)} should be [low, high] with low <= high")
+                raise UserError(
+                    f"dataset.{name}={list(bounds)} should be [low, high] with low <= high"
+                )
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "SinusoidData":
         return SinusoidData(self, device)
@@ -59,12 +61,20 @@ class SinusoidData:
     def protocol(self, split: str) -> dict[str, object]:
         return {"data": self.content_hash}
 
-    def episodes(self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None) -> "SinusoidEpisodes":
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> "SinusoidEpisodes":
         if shape.way != 1:
-            raise UserError(f"{split} episodes: way={shape.way} has no meaning for regression; leave it at 1")
-        return SinusoidEpisodes(self.settings, shape, prng.key_of(seed, STREAMS[split], device=self.device))
+            raise UserError(
+                f"{split} episodes: way={shape.way} has no meaning for regression; leave it at 1"
+            )
+        return SinusoidEpisodes(
+            self.settings, shape, prng.key_of(seed, STREAMS[split], device=self.device)
+        )
 
-    def batches(self, split: str, size: int, seed: int, augment: Augmentation | None = None) -> "SinusoidBatches":
+    def batches(
+        self, split: str, size: int, seed: int, augment: Augmentation | None = None
+    ) -> "SinusoidBatches":
         return SinusoidBatches(self.episodes(split, Shape(1, 1, 1), seed), size)
 
 

@@ -63,7 +63,9 @@ class Engine:
         training: whether it is for `step`, and not for predictions alone.
         """
         cpu = tasks.key.device.type == "cpu"
-        support, query = (None, tasks.x) if isinstance(tasks, Batch) else (tasks.support.x, tasks.query.x)
+        support, query = (
+            (None, tasks.x) if isinstance(tasks, Batch) else (tasks.support.x, tasks.query.x)
+        )
         few = query.shape[1] < _FEW_QUERIES
         strategy = self.strategy
         if strategy == "auto":
@@ -78,7 +80,9 @@ class Engine:
         batched = 0 if support is None else support[0].numel()
         batched += 0 if strategy == "mixed" else query[0].numel()
         chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count)
-        return dataclasses.replace(self, strategy=strategy, chunk=1 if strategy == "loop" else min(chunk, count))
+        return dataclasses.replace(
+            self, strategy=strategy, chunk=1 if strategy == "loop" else min(chunk, count)
+        )
 
     def at(self, progress: float) -> "Engine":
         """The engine once this share of meta-training, in [0, 1], is done."""
@@ -96,15 +100,21 @@ class Engine:
                 engine.step(state, tasks, progress)
                 torch.cuda.synchronize()
                 if number:  # the first chooses kernels and allocates
-                    seconds[convolution] = min(time.perf_counter() - start, seconds.get(convolution, math.inf))
+                    seconds[convolution] = min(
+                        time.perf_counter() - start, seconds.get(convolution, math.inf)
+                    )
         return dataclasses.replace(self, convolution=min(seconds, key=seconds.__getitem__))
 
     @property
     def choices(self) -> dict[str, Any]:
         """All that was chosen, as plain data."""
-        return {name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")}
+        return {
+            name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")
+        }
 
-    def step(self, state: State, tasks: Task | Batch, progress: Tensor, count: int | None = None) -> Step:
+    def step(
+        self, state: State, tasks: Task | Batch, progress: Tensor, count: int | None = None
+    ) -> Step:
         """Compute meta-gradients of the mean loss over T tasks or batches.
 
         Args:
@@ -135,10 +145,15 @@ class Engine:
         for chunk in _split(tasks, self.chunk):
             with self._precision(chunk):
                 losses = self._losses(State(params, state.buffers), chunk, progress)
-            gradients = torch.autograd.grad(losses.value.sum() / count, leaves, materialize_grads=True)
+            gradients = torch.autograd.grad(
+                losses.value.sum() / count, leaves, materialize_grads=True
+            )
             part = (
                 dict(zip(params, gradients, strict=True)),
-                *(_sum_over_tasks(part, count) for part in (losses.logs, losses.statistics, losses.buffers)),
+                *(
+                    _sum_over_tasks(part, count)
+                    for part in (losses.logs, losses.statistics, losses.buffers)
+                ),
             )
             total = part if total is None else pytree.tree_map(torch.add, total, part)
             values.append(losses.logs["loss"].detach())
@@ -167,7 +182,9 @@ class Engine:
             return _stack([loss(state, task, progress) for task in _unbind(tasks)])
         learners = self._adapt(state, tasks, algorithm.training_steps)
         each = zip(_unbind(learners), _unbind(tasks.query), tasks.key.unbind(), strict=True)
-        return _stack([algorithm.query_loss(state, learner, query, key) for learner, query, key in each])
+        return _stack(
+            [algorithm.query_loss(state, learner, query, key) for learner, query, key in each]
+        )
 
     def _adapt(self, state: State, tasks: Task, steps: int | None) -> Any:
         algorithm = self._with_kernels(batched=True)
@@ -203,7 +220,9 @@ class Engine:
         return self._answers(answer, state, tasks, steps)
 
     @torch.no_grad()
-    def _answers(self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None) -> Tensor:
+    def _answers(
+        self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+    ) -> Tensor:
         """Adapt to T tasks and ask each learner; keeps no graph. answer: (algorithm, learner, query, key) -> a tensor."""
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
@@ -216,7 +235,9 @@ class Engine:
         with memory.explained(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
-    def _chunk_answers(self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None) -> Tensor:
+    def _chunk_answers(
+        self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+    ) -> Tensor:
         algorithm = self._with_kernels(batched=self.strategy == "vmap")
 
         def adapt_and_answer(task: Task) -> Tensor:
@@ -228,7 +249,12 @@ class Engine:
         elif self.strategy == "loop":
             found = torch.stack([adapt_and_answer(task) for task in _unbind(tasks)])
         else:
-            each = zip(_unbind(self._adapt(state, tasks, steps)), _unbind(tasks.query), tasks.key.unbind(), strict=True)
+            each = zip(
+                _unbind(self._adapt(state, tasks, steps)),
+                _unbind(tasks.query),
+                tasks.key.unbind(),
+                strict=True,
+            )
             found = torch.stack([answer(algorithm, *one) for one in each])
         return found.float() if found.dtype == torch.bfloat16 else found
 
@@ -239,7 +265,10 @@ def _split(tasks: Any, size: int) -> list[Any]:
     if size >= count:
         return [tasks]
     starts = range(0, count, size)
-    return [pytree.tree_map(lambda leaf, start=start: leaf[start : start + size], tasks) for start in starts]
+    return [
+        pytree.tree_map(lambda leaf, start=start: leaf[start : start + size], tasks)
+        for start in starts
+    ]
 
 
 def _unbind(tree: Any) -> list[Any]:

@@ -14,7 +14,9 @@ from metalearn.tasks.types import Batch, Task
 
 
 @contextlib.contextmanager
-def explained(attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: int) -> Iterator[None]:
+def explained(
+    attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: int
+) -> Iterator[None]:
     """Turns running out of memory into a line that names the `engine.task_chunk` that fits, found by trying.
 
     attempt: computes the given tasks, so many in flight together.
@@ -23,7 +25,9 @@ def explained(attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: in
         yield
     except Exception as error:
         # A capture cannot try again; who captures knows that the step fits without.
-        if not ran_out(error) or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if not ran_out(error) or (
+            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        ):
             raise
         tried = min(chunk, tasks.key.shape[0])
         traceback.clear_frames(error.__traceback__)  # they hold on to the memory in question

@@ -17,8 +17,15 @@ PARTS = ("draw tasks", "gradients", "optimiser")
 class Profile:
     """Told of every step; writes `profile/trace.json.gz` and `profile/summary.md` under `folder` when it has seen enough."""
 
-    def __init__(self, folder: Path, device: torch.device, steps: int, meta_batch: int, header: str) -> None:
-        self._folder, self._device, self._meta_batch, self._header = folder / "profile", device, meta_batch, header
+    def __init__(
+        self, folder: Path, device: torch.device, steps: int, meta_batch: int, header: str
+    ) -> None:
+        self._folder, self._device, self._meta_batch, self._header = (
+            folder / "profile",
+            device,
+            meta_batch,
+            header,
+        )
         self._first = min(_WARM_UP, steps // 2)
         self._last = min(self._first + _STEPS, steps)
         self._profiler: Any = None
@@ -39,7 +46,9 @@ class Profile:
 
     def after(self, step: int) -> None:
         """step: the number of the step that is done, from 0."""
-        if self._profiler is None or step + 1 != self._last:  # a run that is gone on with may have missed the first
+        if (
+            self._profiler is None or step + 1 != self._last
+        ):  # a run that is gone on with may have missed the first
             return
         self._synchronise()
         seconds = time.perf_counter() - self._clock
@@ -61,7 +70,11 @@ class Profile:
             return event.self_device_time_total if cuda else event.self_cpu_time_total
 
         # On a GPU an operator and its kernels both carry the kernels' time, so kernels alone are counted.
-        kernels = [event for event in averages if str(event.device_type).endswith("CUDA")] if cuda else averages
+        kernels = (
+            [event for event in averages if str(event.device_type).endswith("CUDA")]
+            if cuda
+            else averages
+        )
         operations = [event for event in kernels if event.key not in PARTS and own(event) > 0]
         operations.sort(key=own, reverse=True)
         whole = sum(map(own, operations))
@@ -74,15 +87,22 @@ class Profile:
             f"- {sum(event.count for event in operations) / steps:.0f} operations a step",
         ]
         parts = {
-            event.key: event.cpu_time_total / 1e6 for event in averages if event.key in PARTS and event.cpu_time_total
+            event.key: event.cpu_time_total / 1e6
+            for event in averages
+            if event.key in PARTS and event.cpu_time_total
         }
         if parts:  # one captured graph has none
-            shown = ", ".join(f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts)
+            shown = ", ".join(
+                f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts
+            )
             lines.append(f"- share of the time on the host: {shown}")
         if cuda:
             lines.append(f"- peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
             lines.append(f"- device busy {whole / 1e6 / seconds:.0%} of the time")
-        lines += ["", f"| operation | ms a step | share of {'device' if cuda else 'host'} time | calls a step |"]
+        lines += [
+            "",
+            f"| operation | ms a step | share of {'device' if cuda else 'host'} time | calls a step |",
+        ]
         lines.append("| --- | --- | --- | --- |")
         lines += [
             f"| `{event.key}` | {own(event) / 1e3 / steps:.2f} | {own(event) / whole:.1%} | {event.count / steps:.0f} |"

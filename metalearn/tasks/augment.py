@@ -31,7 +31,10 @@ def horizontal_flip(x: Tensor, key: Tensor) -> Tensor:
     return torch.where(prng.uniform(key, (1, 1, 1)) < 0.5, x.flip(-1), x)
 
 
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {"random_crop": random_crop, "horizontal_flip": horizontal_flip}
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "random_crop": random_crop,
+    "horizontal_flip": horizontal_flip,
+}
 
 
 def chain(ops: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, Any]]]) -> Augmentation:

@@ -88,4 +88,6 @@ def choice(key: Tensor, size: int, count: int) -> Tensor:
 def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
     """Draw `count` different places that are not excluded: key [...], bool [..., M] -> int64 [..., count]."""
     order = _bits(key, excluded.shape[-1:])
-    return order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices
+    return (
+        order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices
+    )

@@ -79,8 +79,13 @@ class EpisodeSampler:
         if shape.way < 2:
             raise UserError(f"way={shape.way} leaves nothing to tell apart; choose 2 or more")
         if shape.distractors and not shape.unlabelled:
-            raise UserError(f"distractors={shape.distractors} needs unlabelled examples; set episode.unlabelled")
-        needed, more = shape.way + shape.distractors, f" + distractors = {shape.way} + {shape.distractors}"
+            raise UserError(
+                f"distractors={shape.distractors} needs unlabelled examples; set episode.unlabelled"
+            )
+        needed, more = (
+            shape.way + shape.distractors,
+            f" + distractors = {shape.way} + {shape.distractors}",
+        )
         if needed > self.view.max_way:
             words = f"way{more if shape.distractors else f'={shape.way}'}"
             raise UserError(f"{words} is larger than the {self.view.max_way} classes of the split")
@@ -102,7 +107,9 @@ class EpisodeSampler:
         rows_TNM, counts_TN = index.rows[classes_TN], index.counts[classes_TN]
 
         # The inputs with the smallest random numbers; padding is never among them.
-        key_TN = prng.fold_in(prng.fold_in(key_T, 2).unsqueeze(-1), self.view.drawing_ids(classes_TN, rotations_TN))
+        key_TN = prng.fold_in(
+            prng.fold_in(key_T, 2).unsqueeze(-1), self.view.drawing_ids(classes_TN, rotations_TN)
+        )
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
         picks = prng.smallest(key_TN, padding, shape.shot + shape.query + shape.unlabelled)
         rows = rows_TNM.gather(-1, picks)
@@ -117,7 +124,9 @@ class EpisodeSampler:
 
     def classes(self, first: int, count: int) -> Tensor:
         needed = self.shape.way + self.shape.distractors
-        return self.view.choose(numbered_keys(self.key, first, count), needed)[0][:, : self.shape.way]
+        return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
+            :, : self.shape.way
+        ]
 
     def _shuffled(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and labels in random order, so that no position tells a class."""

@@ -246,7 +246,11 @@ class RotatedEpisodes(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
-        return {"rotations": "episode", "rotations_may_meet": None, "rotations_share_drawings": None}
+        return {
+            "rotations": "episode",
+            "rotations_may_meet": None,
+            "rotations_share_drawings": None,
+        }
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         classes, _ = super().choose(key, count)

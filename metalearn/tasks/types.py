@@ -32,7 +32,9 @@ def _pytree_dataclass(cls: type) -> type:
         fixed, dynamic = dict(static), iter(children)
         return cls(**{f.name: fixed[f.name] if f.name in fixed else next(dynamic) for f in fields})
 
-    pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"metalearn.{cls.__name__}")
+    pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"metalearn.{cls.__name__}"
+    )
     return cls
 
 

@@ -92,18 +92,27 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
         out.mkdir(parents=True, exist_ok=True)
         _write_csv(out / "comparison.csv", measurements)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name another with out=") from None
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); name another with out="
+        ) from None
     text = []
     files = ["comparison.md", "comparison.csv"]
     for number, score in enumerate(dict.fromkeys(found.score for found in measurements)):
         table = _Table([found for found in measurements if found.score == score], score)
         protocols = list(table.protocols)
         fit = max(1, (console.width - _LEFT_WIDTH) // _COLUMN_WIDTH)
-        for first in range(0, len(protocols), fit):  # as many columns side by side as the console can show
+        for first in range(
+            0, len(protocols), fit
+        ):  # as many columns side by side as the console can show
             console.print(report.result_table(table.rows(protocols[first : first + fit], "\n")))
         for line in table.notes():
             report.print_line(console, f"  {line}")
-        text += [*report.markdown_table(table.rows(protocols, " ")), "", *(f"- {line}" for line in table.notes()), ""]
+        text += [
+            *report.markdown_table(table.rows(protocols, " ")),
+            "",
+            *(f"- {line}" for line in table.notes()),
+            "",
+        ]
         files.append(f"comparison_{score}.png" if number else "comparison.png")
         draw_comparison(table.panels(), score, out / files[-1])
     if line := _sampler_line(measurements):
@@ -113,7 +122,9 @@ def compare(folders: list[Path], out: Path | None, console: Console) -> None:
     for line in unreadable:
         report.print_line(console, f"  left out: {line}")
     for folder in _unfinished(folders):
-        report.print_line(console, f"  left out: {folder} has no result; its run failed or has not ended")
+        report.print_line(
+            console, f"  left out: {folder} has no result; its run failed or has not ended"
+        )
     for name in files:
         report.print_line(console, f"  {out / name}")
 
@@ -125,7 +136,10 @@ def _sampler_line(measurements: list[Measurement]) -> str:
         runs[int(one.protocol.get("sampler", 1))].add(str(one.folder))
     if len(runs) < 2:
         return ""
-    parts = [f"version {version}: {', '.join(sorted(folders)[:3])}" for version, folders in sorted(runs.items())]
+    parts = [
+        f"version {version}: {', '.join(sorted(folders)[:3])}"
+        for version, folders in sorted(runs.items())
+    ]
     return (
         f"tested on episodes of different versions of the sampler, which are different measurements ({'; '.join(parts)}); "
         "metalearn evaluate tests an old run on the episodes of this version"
@@ -143,7 +157,12 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 def _unfinished(folders: list[Path]) -> list[Path]:
     """Folders of runs without a result."""
-    started = {path.parent for folder in folders for name in (CONFIG_FILE, ERROR_FILE) for path in folder.rglob(name)}
+    started = {
+        path.parent
+        for folder in folders
+        for name in (CONFIG_FILE, ERROR_FILE)
+        for path in folder.rglob(name)
+    }
     return sorted(folder for folder in started if not (folder / RESULT_FILE).exists())
 
 
@@ -169,9 +188,15 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
                 where.append(found["dataset"])
             scores = read_scores(scores_file)
             if len(scores) != estimate["episodes"]:
-                raise UserError(f"{scores_file} has {len(scores)} scores, not {estimate['episodes']}")
-            if abs(scores.mean().item() - estimate["mean"]) > 1e-4 * max(1.0, abs(estimate["mean"])):
-                raise UserError(f"{scores_file} has mean {scores.mean().item():.4f}, the result {estimate['mean']:.4f}")
+                raise UserError(
+                    f"{scores_file} has {len(scores)} scores, not {estimate['episodes']}"
+                )
+            if abs(scores.mean().item() - estimate["mean"]) > 1e-4 * max(
+                1.0, abs(estimate["mean"])
+            ):
+                raise UserError(
+                    f"{scores_file} has mean {scores.mean().item():.4f}, the result {estimate['mean']:.4f}"
+                )
             yield Measurement(
                 folder=folder, name=own["name"], settings=settings, seed=own["seed"], score=score,
                 mean=estimate["mean"], ci95=estimate["ci95"], protocol=found["protocol"],
@@ -179,14 +204,18 @@ def _measurements(folder: Path) -> Iterator[Measurement]:
                 hardware=own["environment"]["hardware"], scores=scores,
             )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder} is not a readable run ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{folder} is not a readable run ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _identity(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that tell a run's method from others, by dotted name, those that are newer than the run included."""
     complete = config.complete(settings, is_strict=False)
     described = config.roles(complete, is_strict=False)
-    return {key: value for key, value in _leaves(complete) if config.tells_methods_apart(key, described)}
+    return {
+        key: value for key, value in _leaves(complete) if config.tells_methods_apart(key, described)
+    }
 
 
 def _leaves(node: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,7 +233,9 @@ class _Table:
         self.score = score
         self.methods: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
         for found in measurements:
-            self.methods[found.name, json.dumps([found.settings, found.variant], sort_keys=True)].append(found)
+            self.methods[
+                found.name, json.dumps([found.settings, found.variant], sort_keys=True)
+            ].append(found)
         self.labels = self._labels()
         self.protocols = {found.protocol_id: found.protocol for found in measurements}
         self.where = {found.protocol_id: found.where for found in measurements}
@@ -221,7 +252,11 @@ class _Table:
         for name in dict.fromkeys(name for name, _ in self.methods):
             own = {method: found[0] for method, found in self.methods.items() if method[0] == name}
             keys = {key for one in own.values() for key in one.settings}
-            differing = [key for key in sorted(keys) if len({repr(one.settings.get(key)) for one in own.values()}) > 1]
+            differing = [
+                key
+                for key in sorted(keys)
+                if len({repr(one.settings.get(key)) for one in own.values()}) > 1
+            ]
             for method, one in own.items():
                 words = [f"{key}={one.settings.get(key)}" for key in differing]
                 if len(words) > _SHOWN_SETTINGS:
@@ -270,20 +305,29 @@ class _Table:
 
     def notes(self) -> list[str]:
         """How to read it, and which differences are more than chance."""
-        lines = ["± is the 95% interval over the shared episodes (Student's t), of each figure by itself"]
+        lines = [
+            "± is the 95% interval over the shared episodes (Student's t), of each figure by itself"
+        ]
         if any(cell.seeds_ci95 is not None for cell in self.cells.values()):
             lines[0] += "; beside it the one over seeds, each seed one value"
-        higher = next((one.higher_is_better for one in METRICS.values() if one.name == self.score), True)
+        higher = next(
+            (one.higher_is_better for one in METRICS.values() if one.name == self.score), True
+        )
         alone = False
         for protocol in self.protocols:
-            found = {method: cell for (method, other), cell in self.cells.items() if other == protocol}
+            found = {
+                method: cell for (method, other), cell in self.cells.items() if other == protocol
+            }
             pairs = list(itertools.combinations(found, 2))
             if not pairs:
                 continue
             differences = {
-                pair: stats.paired_difference(found[pair[0]].scores, found[pair[1]].scores) for pair in pairs
+                pair: stats.paired_difference(found[pair[0]].scores, found[pair[1]].scores)
+                for pair in pairs
             }
-            adjusted = dict(zip(pairs, stats.holm([one.p_value for one in differences.values()]), strict=True))
+            adjusted = dict(
+                zip(pairs, stats.holm([one.p_value for one in differences.values()]), strict=True)
+            )
             over_seeds = {
                 pair: stats.unpaired_p_value(*(found[one].by_seed for one in pair))
                 for pair in pairs
@@ -334,10 +378,14 @@ def _cell(found: list[Measurement]) -> Cell:
     by_seed: dict[int, list[Tensor]] = defaultdict(list)
     for one in found:
         by_seed[one.seed].append(one.scores)
-    means = [torch.stack(scores).mean(0) for scores in by_seed.values()]  # a seed that was run twice counts once
+    means = [
+        torch.stack(scores).mean(0) for scores in by_seed.values()
+    ]  # a seed that was run twice counts once
     scores = torch.stack(means).mean(0)
     over_episodes = stats.estimate(scores)
-    return Cell(over_episodes.mean, over_episodes.ci95, [mean.mean().item() for mean in means], scores)
+    return Cell(
+        over_episodes.mean, over_episodes.ci95, [mean.mean().item() for mean in means], scores
+    )
 
 
 def _write_csv(path: Path, measurements: list[Measurement]) -> None:

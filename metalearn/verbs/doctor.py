@@ -50,7 +50,9 @@ def doctor(overrides: list[str], console: Console) -> bool:
     except Exception as error:  # whatever is wrong here is what the report is for
         passed = False
         report.print_line(console, f"  FAILED: {type(error).__name__}: {first_line(error)}")
-    report.print_line(console, f"  {'passed' if passed else 'failed'} in {time.perf_counter() - start:.1f} s")
+    report.print_line(
+        console, f"  {'passed' if passed else 'failed'} in {time.perf_counter() - start:.1f} s"
+    )
     return passed
 
 
@@ -65,7 +67,9 @@ def _device(settings: RunConfig) -> Iterator[str]:
     yield report.environment("cpu")["hardware"]
     if not torch.cuda.is_available():
         yield (
-            f"no CUDA device (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "no CUDA device"
+            f"no CUDA device (torch is built for CUDA {torch.version.cuda})"
+            if torch.version.cuda
+            else "no CUDA device"
         )
     for number in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
@@ -74,8 +78,15 @@ def _device(settings: RunConfig) -> Iterator[str]:
 
 
 def _folders(settings: RunConfig) -> Iterator[str]:
-    data_dir, cache_dir = folder_of(settings.data_dir, ".local/share"), folder_of(settings.cache_dir, ".cache")
-    for name, path in (("data_dir", data_dir), ("cache_dir", cache_dir), ("outputs", Path("outputs").absolute())):
+    data_dir, cache_dir = (
+        folder_of(settings.data_dir, ".local/share"),
+        folder_of(settings.cache_dir, ".cache"),
+    )
+    for name, path in (
+        ("data_dir", data_dir),
+        ("cache_dir", cache_dir),
+        ("outputs", Path("outputs").absolute()),
+    ):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(there).free / 2**30
         writable = "" if os.access(there, os.W_OK) else ", cannot be written"
@@ -85,9 +96,13 @@ def _folders(settings: RunConfig) -> Iterator[str]:
 def _data_sets(settings: RunConfig) -> Iterator[str]:
     data_dir = folder_of(settings.data_dir, ".local/share")
     for name in composition.options("dataset"):
-        composed = OmegaConf.to_container(composition.composed([f"dataset={name}"]).dataset, resolve=True)
+        composed = OmegaConf.to_container(
+            composition.composed([f"dataset={name}"]).dataset, resolve=True
+        )
         assert isinstance(composed, dict)
-        files = config.make({str(key): value for key, value in composed.items()}, "dataset").files(data_dir)
+        files = config.make({str(key): value for key, value in composed.items()}, "dataset").files(
+            data_dir
+        )
         missing = [path for path in files if not path.exists()]
         if not files:
             yield f"{name}: needs no files"
@@ -99,11 +114,16 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
     """Data, both ways to batch tasks, a short training, a checkpoint and its checksum, the lock."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = [*_SMALL, *(word for word in overrides if word.startswith("device=")), f"cache_dir={folder}"]
+        words = [
+            *_SMALL,
+            *(word for word in overrides if word.startswith("device=")),
+            f"cache_dir={folder}",
+        ]
         run = build(config.checked(composition.composed(words)))
         tasks, half = run.train.draw(0, 4), torch.tensor(0.5, device=run.device)
         ways = [
-            Engine(run.algorithm, strategy, 4).step(run.state, tasks, half).gradients for strategy in ("vmap", "loop")
+            Engine(run.algorithm, strategy, 4).step(run.state, tasks, half).gradients
+            for strategy in ("vmap", "loop")
         ]
         worst = max(float((ways[0][name] - ways[1][name]).abs().max()) for name in ways[0])
         if not worst < 1e-3:
@@ -114,6 +134,8 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
             fitted = loop.fit(run, loop.Silent(), folder)
             steps = run.config.train.steps / (time.perf_counter() - start)
         kept = checkpoint.load(folder / "checkpoints" / checkpoint.BEST, run.device)
-        if not all(torch.equal(value, kept["meta"][name]) for name, value in fitted.state.params.items()):
+        if not all(
+            torch.equal(value, kept["meta"][name]) for name, value in fitted.state.params.items()
+        ):
             raise AssertionError("a checkpoint does not hold what was written")
         yield f"{run.config.train.steps} meta-steps ({steps:.0f} a second), validated, saved and read back"

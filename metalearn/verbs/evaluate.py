@@ -34,7 +34,9 @@ _SHOTS = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 _STEPS = range(11)
 
 
-def evaluate(folder: Path, overrides: list[str], split: str, curve: str | None, console: Console) -> None:
+def evaluate(
+    folder: Path, overrides: list[str], split: str, curve: str | None, console: Console
+) -> None:
     """Tests the best checkpoint; writes `evaluations/<protocol_id>.json` and what belongs to it.
 
     Where the backbone normalises, transductive and inductive statistics are both tested, on the same episodes.
@@ -86,15 +88,26 @@ class _Asked:
             _check_may_change(stored, word)
         changed = composition.changed(stored, overrides)
         before, after = checked(stored), checked(changed)
-        old, new = (config.component(settings.dataset, "dataset").target for settings in (before, after))
+        old, new = (
+            config.component(settings.dataset, "dataset").target for settings in (before, after)
+        )
         if old != new:
-            raise UserError(f"dataset: the run learned {described(old)}, but this dataset has {described(new)}")
-        if algorithm_of(after, is_restored=True).fixed_way and after.episode.way != before.episode.way:
+            raise UserError(
+                f"dataset: the run learned {described(old)}, but this dataset has {described(new)}"
+            )
+        if (
+            algorithm_of(after, is_restored=True).fixed_way
+            and after.episode.way != before.episode.way
+        ):
             raise UserError(
                 f"episode.way={after.episode.way}: the run tells {before.episode.way} classes apart, the number of ways "
                 "is part of its weights; train with that number"
             )
-        variant = [f"{key}={value}" for key, value in sorted(after.algo.items()) if before.algo[key] != value]
+        variant = [
+            f"{key}={value}"
+            for key, value in sorted(after.algo.items())
+            if before.algo[key] != value
+        ]
         if after.engine.precision != before.engine.precision:
             variant.append(f"precision={after.engine.precision}")
         return _Asked(folder / "evaluations", name, before, changed, variant, overrides, split)
@@ -109,17 +122,23 @@ class _Asked:
 
     def run(self, statistics: str, **episode: int) -> Run:
         """The run under another protocol. Raises: UserError if classes to be tested were trained or validated on."""
-        settings: Any = OmegaConf.merge(self.changed, {"statistics": statistics, "episode": episode})
+        settings: Any = OmegaConf.merge(
+            self.changed, {"statistics": statistics, "episode": episode}
+        )
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._as_in_the_run())
         after, before = checked(settings), self.before
         check_population(before, after.statistics)
         run = build(after, self.split, is_restored=True)
-        same_source = all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
+        same_source = all(
+            before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path")
+        )
         if self.split == "test" and same_source and before.dataset != after.dataset:
             own = dataclasses.replace(after, dataset=before.dataset, episode=before.episode)
             names = build(own, self.split, is_restored=True).class_names
-            if shared := sorted({*names["train"], *names["val"]} & set(run.class_names[self.split])):
+            if shared := sorted(
+                {*names["train"], *names["val"]} & set(run.class_names[self.split])
+            ):
                 raise UserError(
                     f"class '{shared[0]}' and {len(shared) - 1} others of this test split were trained or validated on; "
                     "keep the split of the run"
@@ -132,7 +151,10 @@ class _Asked:
         free = {**FREE_CHOICES, "choices": None}
         try:
             found = json.loads(path.read_text())
-            here = found["threads"] <= (os.cpu_count() or 1) and found["device"] == device_of(self.before.device).type
+            here = (
+                found["threads"] <= (os.cpu_count() or 1)
+                and found["device"] == device_of(self.before.device).type
+            )
         except (OSError, ValueError, KeyError, TypeError):  # a run of an older version
             return {}
         return {**free, "choices": str(path)} if here else free
@@ -165,10 +187,16 @@ def _check_may_change(stored: DictConfig, word: str) -> None:
     if key in ("dataset", "episode") or config.may_evaluate_with(key, described):
         return
     if key in described and (other := described[key].rule.get("in_testing")):
-        raise UserError(f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?")
-    allowed = dict.fromkeys(["algo", "dataset", "episode", *config.names_of(described, config.may_evaluate_with)])
+        raise UserError(
+            f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?"
+        )
+    allowed = dict.fromkeys(
+        ["algo", "dataset", "episode", *config.names_of(described, config.may_evaluate_with)]
+    )
     names = [name for name in allowed if not name.startswith(("algo.", "episode."))]
-    raise UserError(f"{word}: a test cannot change how the run was trained; it may change {', '.join(names)}")
+    raise UserError(
+        f"{word}: a test cannot change how the run was trained; it may change {', '.join(names)}"
+    )
 
 
 def _both(asked: _Asked, console: Console) -> None:
@@ -178,13 +206,19 @@ def _both(asked: _Asked, console: Console) -> None:
     for statistics in asked.statistics:
         start = time.perf_counter()
         run = asked.run(statistics)
-        result, found = measure(run, trained_state(run, asked.folder.parent), asked.file(run.protocol_id, "_"))
+        result, found = measure(
+            run, trained_state(run, asked.folder.parent), asked.file(run.protocol_id, "_")
+        )
         results.append(result | asked.described(run) | {"seconds": time.perf_counter() - start})
         scores.append(found)
     lines = []
     if len(results) == 2:
-        transductive, inductive = sorted((0, 1), key=lambda i: results[i]["protocol"]["statistics"] != "query")
-        difference = report.as_dict(stats.paired_difference(scores[transductive], scores[inductive]))
+        transductive, inductive = sorted(
+            (0, 1), key=lambda i: results[i]["protocol"]["statistics"] != "query"
+        )
+        difference = report.as_dict(
+            stats.paired_difference(scores[transductive], scores[inductive])
+        )
         for result in results:
             result["transductive_minus_inductive"] = difference
         shown = report.shown_difference(next(iter(results[0]["test"])), difference)
@@ -205,10 +239,14 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
     statistics = asked.statistics[0]
     run = asked.run(statistics)
     if curve == "steps" and not run.algorithm.adapts_in_steps:
-        raise UserError(f"curve=steps: {type(run.algorithm).__name__} does not adapt in steps; use curve=shot")
+        raise UserError(
+            f"curve=steps: {type(run.algorithm).__name__} does not adapt in steps; use curve=shot"
+        )
     state = trained_state(run, asked.folder.parent)
     protocol, score = run.protocol, run.metric.name
-    csv, png = (asked.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png"))
+    csv, png = (
+        asked.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png")
+    )
     results: dict[int, dict[str, Any]] = {}
     ends = ""
     if curve == "steps":
@@ -224,19 +262,31 @@ def _curve(asked: _Asked, curve: str, console: Console) -> None:
         for shot in _SHOTS:
             try:
                 run = asked.run(statistics, shot=shot)
-            except UserError:  # the run's own protocol was possible, so a class is too small for these shots
+            except (
+                UserError
+            ):  # the run's own protocol was possible, so a class is too small for these shots
                 break
             results[shot] = measure(run, state)[0]
     label = _CURVES[curve]
     table, lines = [], [f"{curve},mean,ci95,episodes,protocol_id"]
     for at, result in results.items():
         found = result["test"][score]
-        table.append({label: at, f"{asked.split} {score}": shown_interval(score, found["mean"], found["ci95"])})
-        lines.append(f"{at},{found['mean']:.6f},{found['ci95']:.6f},{found['episodes']},{result['protocol_id']}")
+        table.append(
+            {
+                label: at,
+                f"{asked.split} {score}": shown_interval(score, found["mean"], found["ci95"]),
+            }
+        )
+        lines.append(
+            f"{at},{found['mean']:.6f},{found['ci95']:.6f},{found['episodes']},{result['protocol_id']}"
+        )
     csv.write_text("\n".join(lines) + "\n")
     shape = [f"{protocol['way']}-way", *([] if curve == "shot" else [f"{protocol['shot']}-shot"])]
     title = f"{asked.name}, {', '.join(shape)}, {protocol['query']} queries, statistics {protocol['statistics']}"
-    points = [(float(at), found["test"][score]["mean"], found["test"][score]["ci95"]) for at, found in results.items()]
+    points = [
+        (float(at), found["test"][score]["mean"], found["test"][score]["ci95"])
+        for at, found in results.items()
+    ]
     draw_lines({title: points}, label, f"{asked.split} {score}", png)
     console.print(report.result_table(table))
     if ends:

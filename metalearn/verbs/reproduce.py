@@ -51,7 +51,9 @@ class Recipe:
             if key.partition(".")[0] not in known:
                 raise UserError(f"{word}: there is no such key{nearest(key, known)}")
             described = config.roles(config.plain(self._composed))
-            if key.partition(".")[0].partition("/")[0] == "hydra" or config.may_reproduce_with(key, described):
+            if key.partition(".")[0].partition("/")[0] == "hydra" or config.may_reproduce_with(
+                key, described
+            ):
                 continue
             allowed = config.names_of(described, config.may_reproduce_with)
             raise UserError(
@@ -59,7 +61,11 @@ class Recipe:
                 f"use metalearn train experiment={self.name} {word}"
             )
         folder = f"outputs/reproduce/{self.name}-{self.budget}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
-        own = [] if any(word.startswith("hydra.run.dir=") for word in more) else [f"hydra.run.dir={folder}"]
+        own = (
+            []
+            if any(word.startswith("hydra.run.dir=") for word in more)
+            else [f"hydra.run.dir={folder}"]
+        )
         return [f"experiment={self.name}", *self.settings.budgets[self.budget], *own, *more]
 
     def _target(self) -> tuple[float, float | None, str] | None:
@@ -104,16 +110,28 @@ class Recipe:
         if target is None or (self.budget != "paper" and self._is_outdated):
             code = NOT_MEASURED
             reason = f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION}); here {_shown(found['mean'], found['ci95'])}"
-        elif self.measured and self.budget != "paper" and result["protocol_id"] != self.measured.protocol_id:
+        elif (
+            self.measured
+            and self.budget != "paper"
+            and result["protocol_id"] != self.measured.protocol_id
+        ):
             reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured result"
         else:
             mean, ci95, where = target
             code = 0 if found["mean"] + found["ci95"] >= mean - (ci95 or 0) else 1
-            reason = f"{_shown(found['mean'], found['ci95'])} against {_shown(mean, ci95)} ({where})"
+            reason = (
+                f"{_shown(found['mean'], found['ci95'])} against {_shown(mean, ci95)} ({where})"
+            )
         outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]
         report.write_json(
             folder / VERDICT_FILE,
-            {"experiment": self.name, "budget": self.budget, "passed": code == 0, "outcome": outcome, "reason": reason},
+            {
+                "experiment": self.name,
+                "budget": self.budget,
+                "passed": code == 0,
+                "outcome": outcome,
+                "reason": reason,
+            },
         )
         report.print_line(console, f"{outcome}: {reason}")
         return code

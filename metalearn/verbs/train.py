@@ -36,7 +36,12 @@ ERROR_FILE = "error.txt"
 
 
 def train(
-    config: DictConfig, folder: Path, name: str, overrides: list[str], console: Console, recipe: str = ""
+    config: DictConfig,
+    folder: Path,
+    name: str,
+    overrides: list[str],
+    console: Console,
+    recipe: str = "",
 ) -> float:
     """One run, from data to `result.json` in `folder`; with `resume=auto`, what lies there is gone on with, and what is finished
     is shown again. Returns: the best validation score.
@@ -53,12 +58,16 @@ def train(
         settings = _as_before(settings, folder)
     start = time.perf_counter()
     run = build(settings, is_restored=earlier is not None and _has_weights(folder))
-    environment = report.environment(str(run.device))  # now, since a checkout may change while the run goes on
+    environment = report.environment(
+        str(run.device)
+    )  # now, since a checkout may change while the run goes on
     folder.mkdir(parents=True, exist_ok=True)
     with _explained(folder), alone_in(folder):
         remove_abandoned(folder)
         if earlier is None and (folder / CONFIG_FILE).exists():
-            raise UserError(f"{folder}: another process has begun a run there; choose another hydra.run.dir")
+            raise UserError(
+                f"{folder}: another process has begun a run there; choose another hydra.run.dir"
+            )
         kept = checkpoint.latest(folder / "checkpoints", _teller(console)) if earlier else None
         command = note_command(folder, name, overrides)
         if earlier is None:
@@ -68,7 +77,9 @@ def train(
         else:
             _check_place(folder, run.choices)
             _note_chunk(folder, settings, run.choices)
-        tracker = Tracker(settings, run.metric, folder, console, command["id"], kept["step"] if kept else -1)
+        tracker = Tracker(
+            settings, run.metric, folder, console, command["id"], kept["step"] if kept else -1
+        )
         failed = True
         try:
             if recipe:
@@ -96,7 +107,9 @@ def train(
             }
             table = report.result_table([report.result_row(name, result)])
             tracker.finish(result, table)
-            report.write_json(folder / RESULT_FILE, result)  # last, for it says that the run is finished
+            report.write_json(
+                folder / RESULT_FILE, result
+            )  # last, for it says that the run is finished
             (folder / ERROR_FILE).unlink(missing_ok=True)  # an earlier attempt's
             failed = False
         finally:
@@ -118,9 +131,13 @@ def _earlier(folder: Path, config: DictConfig, settings: RunConfig) -> Path | No
         raise UserError(f"{folder} holds a {'finished' if finished else 'stopped'} run; resume=auto {does}, another hydra.run.dir "
                         "keeps it")  # fmt: skip
     current = schema.plain(settings)
-    before, now = (dict(_leaves(node)) for node in (composition.stored(folder), OmegaConf.create(current)))
+    before, now = (
+        dict(_leaves(node)) for node in (composition.stored(folder), OmegaConf.create(current))
+    )
     described = schema.roles(current)
-    for key in sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS):  # what explains most
+    for key in sorted(
+        {**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS
+    ):  # what explains most
         if before.get(key) != now.get(key) and not schema.may_resume_with(key, described):
             raise UserError(
                 f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; go on with it as it was "
@@ -174,7 +191,9 @@ def _note_chunk(folder: Path, settings: RunConfig, choices: dict[str, Any]) -> N
 def note_command(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Writes down what was asked for, and where, unless a run has begun of it. Returns: what the file holds."""
     path = folder / COMMAND_FILE
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex[:8]}
+    found: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex[:8]}
+    )
     if "name" not in found or not (folder / CONFIG_FILE).exists():
         found |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
         report.write_json(path, found)
@@ -188,14 +207,24 @@ def resume(folder: Path, console: Console) -> None:
         name, overrides = command["name"], command["overrides"]
     except (OSError, ValueError, KeyError, TypeError):
         several = any(folder.glob(f"*/{COMMAND_FILE}"))
-        way_out = "give its command again with resume=auto" if several else "name the folder of a training run"
+        way_out = (
+            "give its command again with resume=auto"
+            if several
+            else "name the folder of a training run"
+        )
         raise UserError(
             f"{folder}: no run to go on with lies there{' but a multirun' if several else ''}; {way_out}"
         ) from None
     folder = folder.absolute()
     with contextlib.suppress(OSError):  # it is no longer there, or on another machine
         os.chdir(command.get("directory", "."))  # relative paths in the configuration start there
-    train(OmegaConf.merge(composition.stored(folder), {"resume": "auto"}), folder, name, overrides, console)  # type: ignore[arg-type]
+    train(
+        OmegaConf.merge(composition.stored(folder), {"resume": "auto"}),
+        folder,
+        name,
+        overrides,
+        console,
+    )  # type: ignore[arg-type]
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -256,12 +285,20 @@ def follow(config: DictConfig, folder: Path) -> None:
 def summarise(sweep: Path, console: Console) -> int:
     """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
     rows, failures = [], []
-    begun = [path for path in sweep.iterdir() if path.name.isdigit() or (path / COMMAND_FILE).exists()]
+    begun = [
+        path for path in sweep.iterdir() if path.name.isdigit() or (path / COMMAND_FILE).exists()
+    ]
     folders = sorted(begun, key=_job_number)
     overrides = {folder: _overrides(folder) for folder in folders}
-    common = set.intersection(*(set(words) for words in overrides.values())) if len(folders) > 1 else set()
+    common = (
+        set.intersection(*(set(words) for words in overrides.values()))
+        if len(folders) > 1
+        else set()
+    )
     for folder in folders:
-        name = f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
+        name = (
+            f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
+        )
         if (folder / ERROR_FILE).exists():
             failures.append(f"{name} failed: {(folder / ERROR_FILE).read_text().strip()}")
         elif not (folder / RESULT_FILE).exists():
@@ -271,7 +308,9 @@ def summarise(sweep: Path, console: Console) -> int:
     for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(report.result_table([row for row in rows if score in row]))
     if len({row["protocol"] for row in rows}) > 1:
-        console.print("Figures with different protocols are different measurements.", highlight=False)
+        console.print(
+            "Figures with different protocols are different measurements.", highlight=False
+        )
     for line in failures:
         console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
     report.print_line(console, f"  {sweep}")

@@ -46,7 +46,9 @@ class Transfer(BatchTraining):
 
     def forward(self, state, learner, x, key):
         means, reference = learner
-        z, seen = self.normalisation.embed_queries(state, select(state.params, "net"), reference, x, key)
+        z, seen = self.normalisation.embed_queries(
+            state, select(state.params, "net"), reference, x, key
+        )
         return -squared_distance(z, means), seen
 
 
@@ -55,7 +57,9 @@ class MultiStep(LinearHeadAlgorithm):
 
     def init(self, spec, key):
         state = super().init(spec, key)
-        return State(state.params | {"inner_lr": torch.full((3,), 0.1, device=key.device)}, state.buffers)
+        return State(
+            state.params | {"inner_lr": torch.full((3,), 0.1, device=key.device)}, state.buffers
+        )
 
     def trajectory(self, state, support, key, steps):
         theta = {name: value for name, value in state.params.items() if name != "inner_lr"}
@@ -65,8 +69,13 @@ class MultiStep(LinearHeadAlgorithm):
 
         for step in range(steps):
             yield theta
-            gradient = torch.func.grad(lambda theta: self.family.support_loss(net, theta, support, key))(theta)
-            theta = {name: theta[name] - state.params["inner_lr"][step] * gradient[name] for name in theta}
+            gradient = torch.func.grad(
+                lambda theta: self.family.support_loss(net, theta, support, key)
+            )(theta)
+            theta = {
+                name: theta[name] - state.params["inner_lr"][step] * gradient[name]
+                for name in theta
+            }
         yield theta
 
     def adapt(self, state, support, *, key, steps=None):
@@ -78,7 +87,11 @@ class MultiStep(LinearHeadAlgorithm):
             self.query_loss(state, self.adapted(theta, task.support.x), task.query, task.key)
             for theta in self.trajectory(state, task.support, task.key, 3)
         ]
-        return Loss(torch.stack([loss.value for loss in losses]).mean(), losses[-1].logs, losses[-1].statistics)
+        return Loss(
+            torch.stack([loss.value for loss in losses]).mean(),
+            losses[-1].logs,
+            losses[-1].statistics,
+        )
 
 
 class Memory(NamedTuple):
@@ -98,7 +111,9 @@ class Sequence(Algorithm):
         size = math.prod(self.backbone.shape(spec.inputs))
         for number, (name, rows) in enumerate({"cell": 16, "read": spec.way}.items()):
             columns = size + spec.way + 16 if name == "cell" else size + 16
-            net[f"{name}.weight"] = prng.normal(prng.fold_in(key, number + 1), (rows, columns)) * columns**-0.5
+            net[f"{name}.weight"] = (
+                prng.normal(prng.fold_in(key, number + 1), (rows, columns)) * columns**-0.5
+            )
         return State(net, population)
 
     def adapt(self, state, support, *, key, steps=None):
@@ -124,7 +139,9 @@ class Ridge(EmbeddingAlgorithm):
 
     def learn(self, weights, z, support, key):
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        gram = z @ z.T + weights["log_lambda"].exp() * torch.eye(len(z), dtype=z.dtype, device=z.device)
+        gram = z @ z.T + weights["log_lambda"].exp() * torch.eye(
+            len(z), dtype=z.dtype, device=z.device
+        )
         return z.T @ torch.linalg.solve_ex(gram, y)[0]
 
     def compare(self, weights, learned, z):
@@ -175,7 +192,9 @@ class Steering:
             mean = net(params, position)[0]
             noise = prng.normal(prng.fold_in(key, step), (_ROLLOUTS, 1)).to(goal.dtype)
             action = (mean + log_std.exp() * noise).detach()
-            log_probabilities.append((-(((action - mean) / log_std.exp()) ** 2) / 2 - log_std).sum(-1))
+            log_probabilities.append(
+                (-(((action - mean) / log_std.exp()) ** 2) / 2 - log_std).sum(-1)
+            )
             position = position + 0.3 * action.clamp(-1, 1)
             rewards.append(-(position - goal).abs().sum(-1))
         return torch.stack(rewards), torch.stack(log_probabilities)
@@ -262,13 +281,19 @@ class Sentences(Dataset):
         key, each, length, own = prng.key_of(0), 20, 8, 3
         names = tuple(f"topic{number}" for number in range(self.num_classes))
         words = prng.integers(prng.fold_in(key, 0), (self.num_classes, 1, own), 200) + 1
-        filler = prng.integers(prng.fold_in(key, 1), (self.num_classes, each, length - own), 10) + 201
+        filler = (
+            prng.integers(prng.fold_in(key, 1), (self.num_classes, each, length - own), 10) + 201
+        )
         tokens = torch.cat([words.expand(-1, each, -1), filler], -1).flatten(0, 1)
         third, views = self.num_classes // 3, {}
         for number, split in enumerate(("train", "val", "test")):
             chosen = torch.arange(number * third, (number + 1) * third)
             rows = chosen[:, None] * each + torch.arange(each)
-            index = ClassIndex(rows.to(device), torch.full((third,), each).to(device), names[number * third :][:third])
+            index = ClassIndex(
+                rows.to(device),
+                torch.full((third,), each).to(device),
+                names[number * third :][:third],
+            )
             views[split] = ClassView(index)
         store = ArrayStore(tokens.to(device), vocabulary=211)
         return ClassData(dict.fromkeys(views, store), views, f"sentences{self.num_classes}")
@@ -286,7 +311,8 @@ class Bag(Backbone):
         assert inputs.vocabulary is not None
         params = {
             "embedding": prng.normal(prng.fold_in(key, 0), (inputs.vocabulary, self.width)),
-            "linear.weight": prng.normal(prng.fold_in(key, 1), (self.width, self.width)) * self.width**-0.5,
+            "linear.weight": prng.normal(prng.fold_in(key, 1), (self.width, self.width))
+            * self.width**-0.5,
             "norm.weight": torch.ones(self.width, device=key.device),
             "norm.bias": torch.zeros(self.width, device=key.device),
         }
