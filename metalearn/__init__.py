@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from metalearn.model import Model
+    from metalearn.run.load import Model
 
 __version__ = "0.1.0"
 __all__ = ["load"]
@@ -18,7 +18,7 @@ def load(
     device: str = "auto",
     plugins: "Iterable[str]" = (),
 ) -> "Model":
-    """Load a trained run, to adapt it to a few labelled examples and predict others: see `metalearn.model.load`."""
-    from metalearn import model  # here, because torch takes seconds
+    """Load a trained run, to adapt it to a few labelled examples and predict others: see `metalearn.run.load.load`."""
+    from metalearn.run import load  # here, because torch takes seconds
 
-    return model.load(run_folder, statistics, device, plugins)
+    return load.load(run_folder, statistics, device, plugins)

@@ -1,5 +1,5 @@
 """`python -m metalearn` is the `metalearn` command."""
 
-from metalearn.cli import main
+from metalearn.cli.main import main
 
 main()

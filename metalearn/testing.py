@@ -22,18 +22,19 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from metalearn import composition, config, loop
 from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
 from metalearn.backbones.base import Backbone
-from metalearn.build import Run, build, family_of
+from metalearn.config import checking, composition
 from metalearn.data.base import Dataset
 from metalearn.engine import Engine
-from metalearn.stats import estimate
+from metalearn.report.stats import estimate
+from metalearn.run import loop
+from metalearn.run.build import Run, build, family_of
+from metalearn.run.step import Training
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import Shape, TaskSource
 from metalearn.tasks.types import Batch, InputSpec, Params, Query, Spec, Support, Task
-from metalearn.training import Training
 
 #: Easy classes of feature vectors, a small network, few episodes.
 _SMALL = (
@@ -60,7 +61,7 @@ class Method:
         """Return a small run of the method. words: overrides of its configuration."""
         if isinstance(self.cls, str):
             own = [f"algo.{name}={value}" for name, value in self.settings]
-            settings = config.checked(
+            settings = checking.checked(
                 composition.composed([f"algo={self.cls}", *_SMALL, *own, *words])
             )
             if not settings.optimiser["_target_"].endswith("SGD"):
@@ -68,7 +69,7 @@ class Method:
             return build(settings)
         source = "batches" if "episodes" not in self.cls.sources else "episodes"
         more = ["train.lr=0.01", f"train.source={source}"]
-        settings = config.checked(composition.composed(["algo=protonet", *_SMALL, *more, *words]))
+        settings = checking.checked(composition.composed(["algo=protonet", *_SMALL, *more, *words]))
         run = build(settings)
         algorithm = self.cls(
             backbone=run.algorithm.backbone, statistics=settings.statistics, family=family_of(settings), source=source,

@@ -1,8 +1,9 @@
-"""Faults injected for real: the line that is printed and the state afterwards, into docs/reliability.md.
+"""Inject real faults and write the printed line and the resulting state to docs/reliability.md.
 
-python scripts/bench_faults.py
+python scripts/bench_faults.py [title …]
 
-Wants Linux, and root for the mounts of limited size and without permission to write; what cannot be injected here is named.
+Requires Linux, and root for the small and the read-only mounts. A fault that cannot be injected on
+this machine is reported as such.
 """
 
 import contextlib
@@ -26,266 +27,313 @@ import torch
 from pages import ROOT, fill
 from PIL import Image
 
-from metalearn import checkpoint, report
+from metalearn.report import tables
+from metalearn.report.environment import describe_environment
+from metalearn.run import checkpoint
 
 _SMALL = (
-    "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16", "backbone.filters=8", "episode.query=3", "train.meta_batch=2",
-    "train.log_every=5", "val.every=20", "val.episodes=10", "test.episodes=20", "checkpoint.every=10", "engine.threads=1",
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16", "backbone.filters=8",
+    "episode.query=3", "train.meta_batch=2", "train.log_every=5", "val.every=20", "val.episodes=10",
+    "test.episodes=20", "checkpoint.every=10", "engine.threads=1",
 )  # fmt: skip
 
 
-class Place:
-    """A folder to try things in."""
+class Sandbox:
+    """A temporary folder with its own caches, in which commands run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = folder / "run"
         self.environment = {
-            **os.environ, "METALEARN_CACHE": str(folder / "cache"), "METALEARN_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "METALEARN_CACHE": str(folder / "cache"),
+            "METALEARN_DATA": str(folder / "data"),
+            "OMP_NUM_THREADS": "1",
             "WANDB_MODE": "offline",
-        }  # fmt: skip
+        }
 
-    def start(self, *words: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    def start(self, *args: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+        """Start a metalearn command; `limit` runs first in the child, to set resource limits."""
         return subprocess.Popen(
-            [sys.executable, "-m", "metalearn", *words],
-            cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit,
-        )  # fmt: skip
+            [sys.executable, "-m", "metalearn", *args],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=limit,
+        )
 
     def train(
-        self, *words: str, steps: int = 40, limit: Callable[[], None] | None = None
+        self, *args: str, steps: int = 40, limit: Callable[[], None] | None = None
     ) -> tuple[int, str]:
-        """Exit code, and the line that says what is wrong or noted."""
-        process = self.start("train", "algo=protonet", *_SMALL, f"train.steps={steps}", "logger=none", f"hydra.run.dir={self.run}", *words, limit=limit)  # fmt: skip
-        return self.ended(process)
+        """Run a training; return its exit code and its error or warning line."""
+        small = (*_SMALL, f"train.steps={steps}", "logger=none", f"hydra.run.dir={self.run}")
+        return self.finish(self.start("train", "algo=protonet", *small, *args, limit=limit))
 
-    def ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        said, errors = process.communicate(timeout=300)
+    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """Wait for a process; return its exit code and its error or warning line."""
+        output, errors = process.communicate(timeout=300)
         if "Traceback" in errors:
             raise RuntimeError(errors)
         lines = [
-            line for line in (errors + said).splitlines() if any(word in line for word in _TELLING)
+            line for line in (errors + output).splitlines() if any(mark in line for mark in _MARKS)
         ]
         return process.returncode, (lines[0] if lines else "").replace(str(self.folder), "…")
 
     def wait_for_steps(self, process: subprocess.Popen[str]) -> None:
+        """Wait until the run has logged its first training step."""
         while not (file := self.run / "metrics.jsonl").exists() or not file.stat().st_size:
             if process.poll() is not None:
                 raise RuntimeError(process.communicate()[1])
             time.sleep(0.05)
 
-    def kept(self) -> str:
-        """The checkpoint that can be gone on from."""
-        found = checkpoint.latest(self.run / "checkpoints", lambda line: None)
-        return f"whole checkpoint of step {found['step']}" if found else "no checkpoint"
+    def latest_checkpoint(self) -> str:
+        """Describe the checkpoint that a resumed run would start from."""
+        latest = checkpoint.latest(self.run / "checkpoints", lambda line: None)
+        return f"intact checkpoint of step {latest['step']}" if latest else "no checkpoint"
 
-    def goes_on(self, *words: str) -> str:
-        """What going on leads to."""
-        code, line = self.train("resume=auto", *words)
+    def resume(self) -> str:
+        """Resume the run and describe the outcome."""
+        code, line = self.train("resume=auto")
         finished = code == 0 and (self.run / "result.json").exists()
-        return "gone on with, it finished" if finished else f"going on: exit code {code}, {line}"
+        return "resumed and finished" if finished else f"resumed: exit code {code}, {line}"
 
 
-#: What the lines in question have in them.
-_TELLING = ("metalearn: ", "damaged", "W&B: failed", "going back", "skipped", "SIGTERM:")
+#: Parts of the lines that report an error or a warning.
+_MARKS = ("metalearn: ", "damaged", "W&B: failed", "going back", "skipped", "SIGTERM:")
 
-Fault = Callable[[Place], tuple[str, str]]
+#: Injects a fault; returns the printed line with the exit code, and the state afterwards.
+Fault = Callable[[Sandbox], tuple[str, str]]
 
 
-def _mounted(place: Place, options: str) -> contextlib.AbstractContextManager[None]:
+def _mounted(sandbox: Sandbox, options: str) -> contextlib.AbstractContextManager[None]:
     @contextlib.contextmanager
     def mounted() -> Iterator[None]:
-        place.run.mkdir()
+        sandbox.run.mkdir()
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place.run)],
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(sandbox.run)],
             check=True,
             capture_output=True,
         )
         try:
             yield
         finally:
-            subprocess.run(["umount", "-l", str(place.run)], check=True)
+            subprocess.run(["umount", "-l", str(sandbox.run)], check=True)
 
     return mounted()
 
 
-def disk_full(place: Place) -> tuple[str, str]:
-    with _mounted(place, "size=180k"):
-        code, line = place.train()
-        state = place.kept()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(place.run)], check=True)
-        return f"{line} (exit code {code})", f"{state}; with more room {place.goes_on()}"
+def disk_full(sandbox: Sandbox) -> tuple[str, str]:
+    """Fill the disk while checkpoints are written."""
+    with _mounted(sandbox, "size=180k"):
+        code, line = sandbox.train()
+        state = sandbox.latest_checkpoint()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(sandbox.run)], check=True)
+        return f"{line} (exit code {code})", f"{state}; with more space {sandbox.resume()}"
 
 
-def read_only(place: Place) -> tuple[str, str]:
-    with _mounted(place, "ro"):
-        code, line = place.train()
+def read_only(sandbox: Sandbox) -> tuple[str, str]:
+    """Run in a folder on a read-only mount."""
+    with _mounted(sandbox, "ro"):
+        code, line = sandbox.train()
         return f"{line} (exit code {code})", "nothing was written"
 
 
-def file_limit(place: Place) -> tuple[str, str]:
+def file_limit(sandbox: Sandbox) -> tuple[str, str]:
+    """Limit the size of each file (RLIMIT_FSIZE)."""
+
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
-    place.train(steps=0)  # makes the cache, which is larger than the limit
-    subprocess.run(["rm", "-r", str(place.run)], check=True)
-    code, line = place.train(limit=limit)
-    return f"{line} (exit code {code})", f"{place.kept()}; without the limit {place.goes_on()}"
+    sandbox.train(steps=0)  # builds the cache, which is larger than the limit
+    subprocess.run(["rm", "-r", str(sandbox.run)], check=True)
+    code, line = sandbox.train(limit=limit)
+    return (
+        f"{line} (exit code {code})",
+        f"{sandbox.latest_checkpoint()}; without the limit {sandbox.resume()}",
+    )
 
 
-def full_device(place: Place) -> tuple[str, str]:
-    code, line = place.train("hydra.run.dir=/dev/full")
+def full_device(sandbox: Sandbox) -> tuple[str, str]:
+    """Give /dev/full as the run folder."""
+    code, line = sandbox.train("hydra.run.dir=/dev/full")
     return f"{line} (exit code {code})", "nothing was written"
 
 
-def damaged_cache(place: Place) -> tuple[str, str]:
-    place.train(steps=0)
-    (cache,) = (place.folder / "cache").glob("*.pt")
+def damaged_cache(sandbox: Sandbox) -> tuple[str, str]:
+    """Truncate the cache file by 1000 bytes."""
+    sandbox.train(steps=0)
+    (cache,) = (sandbox.folder / "cache").glob("*.pt")
     cache.write_bytes(cache.read_bytes()[:-1000])
-    subprocess.run(["rm", "-r", str(place.run)], check=True)
-    code, line = place.train()
-    return f"{line} (exit code {code})", "the cache is whole again and the run finished" if (
-        place.run / "result.json"
+    subprocess.run(["rm", "-r", str(sandbox.run)], check=True)
+    code, line = sandbox.train()
+    return f"{line} (exit code {code})", "the cache was rebuilt and the run finished" if (
+        sandbox.run / "result.json"
     ).exists() else "no result"
 
 
-def missing_cache(place: Place) -> tuple[str, str]:
-    place.train(steps=0)
-    subprocess.run(["rm", "-r", str(place.run), str(place.folder / "cache")], check=True)
-    code, line = place.train()
-    return f"{line or 'nothing'} (exit code {code})", "made again; the run finished" if (
-        place.run / "result.json"
+def missing_cache(sandbox: Sandbox) -> tuple[str, str]:
+    """Delete the cache folder."""
+    sandbox.train(steps=0)
+    subprocess.run(["rm", "-r", str(sandbox.run), str(sandbox.folder / "cache")], check=True)
+    code, line = sandbox.train()
+    return f"{line or 'nothing'} (exit code {code})", "rebuilt; the run finished" if (
+        sandbox.run / "result.json"
     ).exists() else "no result"
 
 
-def not_finite(place: Place) -> tuple[str, str]:
-    code, line = place.train("algo=maml", "algo.inner_lr=1e38", "algo.inner_steps=3")
-    kept = sorted(path.name for path in (place.run / "nonfinite").iterdir())
-    return f"{line} (exit code {code})", f"the episode is kept: {', '.join(kept)}"
+def not_finite(sandbox: Sandbox) -> tuple[str, str]:
+    """Make the loss overflow with a huge inner learning rate."""
+    code, line = sandbox.train("algo=maml", "algo.inner_lr=1e38", "algo.inner_steps=3")
+    names = sorted(path.name for path in (sandbox.run / "nonfinite").iterdir())
+    return f"{line} (exit code {code})", f"the episode is saved: {', '.join(names)}"
 
 
-def _little_memory() -> None:
+def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
 
-def out_of_memory(place: Place) -> tuple[str, str]:
-    code, line = place.train(
-        "algo=maml", "backbone.filters=256", "dataset.image_size=64", "episode.query=15", "train.meta_batch=64", "engine.strategy=vmap",
-        "engine.task_chunk=64", "algo.inner_steps=5", limit=_little_memory,
-    )  # fmt: skip
-    return f"{line} (exit code {code})", place.kept()
+def out_of_memory(sandbox: Sandbox) -> tuple[str, str]:
+    """Exceed the memory limit in a training step."""
+    code, line = sandbox.train(
+        "algo=maml",
+        "backbone.filters=256",
+        "dataset.image_size=64",
+        "episode.query=15",
+        "train.meta_batch=64",
+        "engine.strategy=vmap",
+        "engine.task_chunk=64",
+        "algo.inner_steps=5",
+        limit=_limit_memory,
+    )
+    return f"{line} (exit code {code})", sandbox.latest_checkpoint()
 
 
-def out_of_memory_before(place: Place) -> tuple[str, str]:
-    code, line = place.train("dataset.image_size=1024", limit=_little_memory)
-    return f"{line} (exit code {code})", place.kept()
+def out_of_memory_before(sandbox: Sandbox) -> tuple[str, str]:
+    """Exceed the memory limit before the first step."""
+    code, line = sandbox.train("dataset.image_size=1024", limit=_limit_memory)
+    return f"{line} (exit code {code})", sandbox.latest_checkpoint()
 
 
-def wandb_dies(place: Place) -> tuple[str, str]:
-    process = place.start(
+def wandb_dies(sandbox: Sandbox) -> tuple[str, str]:
+    """Kill W&B's service process during training."""
+    process = sandbox.start(
         "train",
         "algo=protonet",
         *_SMALL,
         "train.steps=4000",
         "val.every=1000",
         "logger=wandb",
-        f"hydra.run.dir={place.run}",
+        f"hydra.run.dir={sandbox.run}",
     )
-    place.wait_for_steps(process)
+    sandbox.wait_for_steps(process)
     services = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     for service in services:
         os.kill(int(service), signal.SIGKILL)
-    code, line = place.ended(process)
-    state = "the run finished" if (place.run / "result.json").exists() else "no result"
+    code, line = sandbox.finish(process)
+    state = "the run finished" if (sandbox.run / "result.json").exists() else "no result"
     return f"{line or 'nothing'} (exit code {code})", f"{len(services)} W&B service killed; {state}"
 
 
-def two_processes(place: Place) -> tuple[str, str]:
-    first = place.start(
+def two_processes(sandbox: Sandbox) -> tuple[str, str]:
+    """Start a second process in the folder of a running one, then kill the first and resume."""
+    first = sandbox.start(
         "train",
         "algo=protonet",
         *_SMALL,
         "train.steps=100000",
         "logger=none",
-        f"hydra.run.dir={place.run}",
+        f"hydra.run.dir={sandbox.run}",
     )
-    place.wait_for_steps(first)
-    code, line = place.train("resume=auto", steps=100000)
+    sandbox.wait_for_steps(first)
+    code, line = sandbox.train("resume=auto", steps=100000)
     first.kill()
     first.wait()
-    held = place.start("resume", str(place.run))
+    resumed = sandbox.start("resume", str(sandbox.run))
     time.sleep(8)
-    going = (
-        "the lock of the killed process is gone: the run goes on"
-        if held.poll() is None
-        else held.communicate()[1]
+    state = (
+        "the lock of the killed process is released: the run resumes"
+        if resumed.poll() is None
+        else resumed.communicate()[1]
     )
-    held.kill()
-    held.wait()
-    return f"{line} (exit code {code})", going
+    resumed.kill()
+    resumed.wait()
+    return f"{line} (exit code {code})", state
 
 
-def killed_preparation(place: Place) -> tuple[str, str]:
-    words = ("train", "algo=protonet", "dataset=glyphs", "dataset.num_classes=1200", "dataset.image_size=28", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
-    process = place.start(*words)
-    while not list((place.folder / "cache").glob(".*.part")) and process.poll() is None:
+def killed_preparation(sandbox: Sandbox) -> tuple[str, str]:
+    """Kill the process while it prepares the dataset."""
+    data = ("dataset.num_classes=1200", "dataset.image_size=28")
+    process = sandbox.start(
+        "train",
+        "algo=protonet",
+        "dataset=glyphs",
+        *data,
+        "logger=none",
+        f"hydra.run.dir={sandbox.run}",
+    )
+    while not list((sandbox.folder / "cache").glob(".*.part")) and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.wait()
-    left = [path.name for path in (place.folder / "cache").iterdir()]
-    code, line = place.train("dataset.num_classes=1200", "dataset.image_size=28", steps=1)
-    whole = "prepared anew, the run finished" if code == 0 else f"exit code {code}, {line}"
-    return "(killed)", f"left {len(left)} unfinished file, no cache; {whole}"
+    unfinished = list((sandbox.folder / "cache").iterdir())
+    code, line = sandbox.train(*data, steps=1)
+    state = "prepared again, the run finished" if code == 0 else f"exit code {code}, {line}"
+    return "(killed)", f"{len(unfinished)} unfinished file, no cache; {state}"
 
 
-def stopped_by_signal(place: Place) -> tuple[str, str]:
-    process = place.start(
+def stopped_by_signal(sandbox: Sandbox) -> tuple[str, str]:
+    """Stop a training with SIGTERM."""
+    process = sandbox.start(
         "train",
         "algo=protonet",
         *_SMALL,
         "train.steps=40000",
         "logger=none",
-        f"hydra.run.dir={place.run}",
+        f"hydra.run.dir={sandbox.run}",
     )
-    place.wait_for_steps(process)
+    sandbox.wait_for_steps(process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
-    return (
-        f"{errors.strip().splitlines()[-1].replace(str(place.folder), '…')} (exit code {process.returncode})",
-        place.kept(),
-    )
+    line = errors.strip().splitlines()[-1].replace(str(sandbox.folder), "…")
+    return f"{line} (exit code {process.returncode})", sandbox.latest_checkpoint()
 
 
-def malicious_checkpoint(place: Place) -> tuple[str, str]:
-    place.train()
+def malicious_checkpoint(sandbox: Sandbox) -> tuple[str, str]:
+    """Evaluate a checkpoint whose pickle runs a shell command."""
+    sandbox.train()
 
     class Malice:
         def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-            return os.system, (f"touch {place.folder}/owned",)
+            return os.system, (f"touch {sandbox.folder}/owned",)
 
-    torch.save({"meta": Malice(), "fixed": {}}, place.run / "checkpoints/best.pt")
-    code, line = place.ended(place.start("evaluate", f"run={place.run}"))
+    torch.save({"meta": Malice(), "fixed": {}}, sandbox.run / "checkpoints/best.pt")
+    code, line = sandbox.finish(sandbox.start("evaluate", f"run={sandbox.run}"))
     return f"{line} (exit code {code})", "its code ran" if (
-        place.folder / "owned"
+        sandbox.folder / "owned"
     ).exists() else "its code did not run"
 
 
 class _Server(http.server.SimpleHTTPRequestHandler):
-    """Answers as a data set's address, but badly. how: cut, chunked (and cut), stall or lie."""
+    """Serve a dataset's files with a fault: `how` is cut, chunked (and cut), stall or lie."""
 
     def __init__(self, *arguments: object, how: str) -> None:
         self.how = how
         super().__init__(*arguments)  # type: ignore[arg-type]
 
-    def log_message(self, *words: object) -> None:
-        pass
+    def log_message(self, *args: object) -> None:
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
+        """Pretend that the file exists."""
         self.send_response(200)
         self.end_headers()
 
     def do_GET(self) -> None:
+        """Send a faulty response."""
         self.send_response(200)
         if self.how == "chunked":
             self.send_header("Transfer-Encoding", "chunked")
@@ -294,48 +342,60 @@ class _Server(http.server.SimpleHTTPRequestHandler):
             return
         self.send_header("Content-Length", "1000000")
         self.end_headers()
-        with contextlib.suppress(ConnectionError):  # who asked has left
+        with contextlib.suppress(ConnectionError):  # the client has closed the connection
             self.wfile.write(b"x" * (1000000 if self.how == "lie" else 1000))
         if self.how == "stall":
             time.sleep(120)
 
 
-def download(how: str, place: Place) -> tuple[str, str]:
+def download(how: str, sandbox: Sandbox) -> tuple[str, str]:
+    """Download a dataset from a faulty server; `how` as in `_Server`."""
     with http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(_Server, how=how)
-    ) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{served.server_address[1]}"
-        process = place.start(
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        process = sandbox.start(
             "train",
             "algo=protonet",
             "dataset=omniglot",
             f"dataset.url={address}",
             "logger=none",
-            f"hydra.run.dir={place.run}",
+            f"hydra.run.dir={sandbox.run}",
         )
-        code, line = place.ended(process)
-        served.shutdown()
-    left = list((place.folder / "data").rglob("*.*"))
+        code, line = sandbox.finish(process)
+        server.shutdown()
+    files = list((sandbox.folder / "data").rglob("*.*"))
     return (
         f"{line.replace(address, 'http://…')} (exit code {code})",
-        f"{len(left)} files left behind",
+        f"{len(files)} files left behind",
     )
 
 
-def hostile_archive(place: Place) -> tuple[str, str]:
-    """Classes of pictures, and one file that wants to lie outside."""
-    picture = io.BytesIO()
-    Image.effect_noise((16, 16), 100).save(picture, "png")
-    with zipfile.ZipFile(place.folder / "x.zip", "w") as archive:
+def hostile_archive(sandbox: Sandbox) -> tuple[str, str]:
+    """Give a zip of image classes in which one path leads outside the target folder."""
+    image = io.BytesIO()
+    Image.effect_noise((16, 16), 100).save(image, "png")
+    with zipfile.ZipFile(sandbox.folder / "x.zip", "w") as archive:
         for number in range(40 * 20):
-            archive.writestr(f"class{number // 20}/{number % 20}.png", picture.getvalue())
-        archive.writestr("../../escaped/1.png", picture.getvalue())
-    words = ("train", "algo=protonet", "dataset=folder", f"dataset.path={place.folder}/x.zip", "dataset.image_size=16", "backbone.filters=8",
-             "train.steps=1", "val.episodes=2", "test.episodes=2", "logger=none", f"hydra.run.dir={place.run}")  # fmt: skip
-    code, line = place.ended(place.start(*words))
-    outside = list(place.folder.parent.parent.glob("escaped*")) + list(
-        place.folder.parent.glob("escaped*")
+            archive.writestr(f"class{number // 20}/{number % 20}.png", image.getvalue())
+        archive.writestr("../../escaped/1.png", image.getvalue())
+    process = sandbox.start(
+        "train",
+        "algo=protonet",
+        "dataset=folder",
+        f"dataset.path={sandbox.folder}/x.zip",
+        "dataset.image_size=16",
+        "backbone.filters=8",
+        "train.steps=1",
+        "val.episodes=2",
+        "test.episodes=2",
+        "logger=none",
+        f"hydra.run.dir={sandbox.run}",
+    )
+    code, line = sandbox.finish(process)
+    outside = list(sandbox.folder.parent.parent.glob("escaped*")) + list(
+        sandbox.folder.parent.glob("escaped*")
     )
     return (
         f"{line or 'nothing'} (exit code {code})",
@@ -345,47 +405,48 @@ def hostile_archive(place: Place) -> tuple[str, str]:
 
 FAULTS: dict[str, Fault] = {
     "disk full (a mount of 180 KB)": disk_full,
-    "folder that cannot be written (a read-only mount)": read_only,
+    "read-only run folder (a read-only mount)": read_only,
     "/dev/full as run folder": full_device,
     "files limited to 30 KB (RLIMIT_FSIZE)": file_limit,
-    "cache cut short": damaged_cache,
-    "cache gone": missing_cache,
-    "loss not finite": not_finite,
+    "truncated cache": damaged_cache,
+    "deleted cache": missing_cache,
+    "non-finite loss": not_finite,
     "out of memory in a step (RLIMIT_AS)": out_of_memory,
-    "out of memory before it (RLIMIT_AS)": out_of_memory_before,
+    "out of memory before the first step (RLIMIT_AS)": out_of_memory_before,
     "W&B's service killed": wandb_dies,
     "two processes in one folder, one killed": two_processes,
     "data preparation killed": killed_preparation,
     "SIGTERM": stopped_by_signal,
-    "checkpoint with code in it": malicious_checkpoint,
-    "archive with a path outside": hostile_archive,
-    "download cut": functools.partial(download, "cut"),
-    "download cut, in chunks": functools.partial(download, "chunked"),
-    "download stalls": functools.partial(download, "stall"),
-    "download lies": functools.partial(download, "lie"),
+    "checkpoint that contains code": malicious_checkpoint,
+    "archive with a path that leads outside": hostile_archive,
+    "truncated download": functools.partial(download, "cut"),
+    "truncated chunked download": functools.partial(download, "chunked"),
+    "stalled download": functools.partial(download, "stall"),
+    "download with wrong content": functools.partial(download, "lie"),
 }
 
 
 def main() -> None:
+    """Inject the faults, or those whose title contains an argument, and write the table."""
     rows = []
     only = sys.argv[1:]
     for title, fault in FAULTS.items():
-        if only and not any(word in title for word in only):
+        if only and not any(part in title for part in only):
             continue
         with tempfile.TemporaryDirectory() as name:
             try:
-                line, state = fault(Place(Path(name)))
+                line, state = fault(Sandbox(Path(name)))
             except (OSError, subprocess.CalledProcessError) as error:
                 line, state = f"could not be injected here ({error})", ""
         rows.append({"fault": title, "printed": line.replace("|", "\\|"), "afterwards": state})
         print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-    environment = report.environment("cpu")
-    foot = f"`python scripts/bench_faults.py`, commit {environment['commit']}."
+    environment = describe_environment("cpu")
+    source = f"`python scripts/bench_faults.py`, commit {environment['commit']}."
     if not only:
         fill(
             ROOT / "docs/reliability.md",
             "faults: written by scripts/bench_faults.py",
-            [*report.markdown_table(rows), "", foot],
+            [*tables.markdown_table(rows), "", source],
         )
 
 

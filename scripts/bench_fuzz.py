@@ -1,9 +1,10 @@
-"""Random command lines, valid, invalid and hostile, that must end in a run or in one line; the outcome goes into docs/reliability.md.
+"""Run random valid, invalid and hostile command lines and write docs/reliability.md.
 
 python scripts/bench_fuzz.py [lines=10000] [processes=300] [seed=0]
 
-`lines` are parsed, composed and validated in this process; of other ones, `processes` are run for real, each in a process of
-its own. A traceback, an exit code other than 0, 1 or 2, an error of several lines, or no end in time is a failure.
+Each line must end in a run or in a one-line error. `lines` of them are parsed, composed and
+validated in this process; `processes` others are run, each in its own process. A traceback, an exit
+code other than 0, 1 or 2, an error of several lines, or a timeout is a failure.
 """
 
 import contextlib
@@ -22,75 +23,86 @@ from typing import NoReturn
 from omegaconf import DictConfig
 from pages import ROOT, fill
 
-from metalearn import composition, config, launch, report
-from metalearn.errors import RunFailed, UserError
+from metalearn.cli import launch
+from metalearn.config import checking, composition
+from metalearn.report.environment import describe_environment
+from metalearn.system.errors import RunFailed, UserError
 
-#: Appended to lines that are run for real, so that those that are valid end soon.
+#: Appended to lines that are run, so that valid ones end soon.
 _SMALL = (
-    "dataset.num_classes=60", "dataset.image_size=16", "train.steps=2", "val.episodes=4", "test.episodes=4", "logger=none",
-    "hydra.run.dir=run", "hydra.sweep.dir=sweep",
+    "dataset.num_classes=60", "dataset.image_size=16", "train.steps=2", "val.episodes=4",
+    "test.episodes=4", "logger=none", "hydra.run.dir=run", "hydra.sweep.dir=sweep",
 )  # fmt: skip
 _LINE_SECONDS, _PROCESS_SECONDS = 20, 240
 _HOSTILE = (
-    "", " ", "null", "None", "true", "-1", "0", "-0", "1e400", "-1e400", "nan", "inf", "9" * 40, "0.0000001", "1_000", "0x10",
-    "[]", "[1,2", "[1,[2,3]]", "{}", "{a:1}", "{a", "(", ")", "'", '"', "'unfinished", "\\", "\\n", "a\nb", "\t", "%", "$", "${", "${}",
-    "${seed}", "${train.steps}", "${nothing}", "${oc.env:HOME}", "${oc.env:NOTHING_OF_THIS_NAME}", "${oc.decode:x}", "${algo}", "???", "!!python/object:os.system",
-    "ünïcödé", "数据集", "😀", "\u202e\u200b", "é" * 300, "a" * 5000, "../../etc/passwd", "/dev/null", "/", "~", "*", "?", "a=b", "a=b=c",
-    "1,2", "1,2,", ",", "range(3)", "range(1,2", "choice(1,2)", "glob(*)", "interval(0,1)", "tag(x)", "sort(3,1)", "int(3.5)", "float(x)",
-    "metalearn.cli.main", "os.system", "builtins.exec", "@", "#", "; rm -rf x", "`id`", "--help", "-", "--",
+    "", " ", "null", "None", "true", "-1", "0", "-0", "1e400", "-1e400", "nan", "inf", "9" * 40,
+    "0.0000001", "1_000", "0x10", "[]", "[1,2", "[1,[2,3]]", "{}", "{a:1}", "{a", "(", ")", "'",
+    '"', "'unfinished", "\\", "\\n", "a\nb", "\t", "%", "$", "${", "${}", "${seed}",
+    "${train.steps}", "${nothing}", "${oc.env:HOME}", "${oc.env:NOTHING_OF_THIS_NAME}",
+    "${oc.decode:x}", "${algo}", "???", "!!python/object:os.system", "ünïcödé", "数据集", "😀",
+    "\u202e\u200b", "é" * 300, "a" * 5000, "../../etc/passwd", "/dev/null", "/", "~", "*", "?",
+    "a=b", "a=b=c", "1,2", "1,2,", ",", "range(3)", "range(1,2", "choice(1,2)", "glob(*)",
+    "interval(0,1)", "tag(x)", "sort(3,1)", "int(3.5)", "float(x)", "metalearn.cli.main",
+    "os.system", "builtins.exec", "@", "#", "; rm -rf x", "`id`", "--help", "-", "--",
 )  # fmt: skip
-_ODD_WORDS = (
-    "", "-", "--", "---", "-x", "--nothing", "--cfg", "--cfg=job", "--info", "--multirun=", "-m", "--resolve", "--package", "--run", "--config-dir",
-    "--config-dir=/nowhere", "-cd", "=", "=1", "==", "a", "a.b", ".", "..", "a..b=1", ".a=1", "a.=1", "+a=1", "++a=1", "~algo", "~seed", "~train.lr", "+algo=maml",
-    "algo@x=maml", "algo/x=1", "hydra.mode=MULTIRUN", "hydra/launcher=nothing", "hydra/sweeper=nothing", "train=1", "algo={}", "train={steps: 3}", "train.steps.x=1",
-    "dataset.path=/", "backbone.hidden=[1,a]", "experiment=demo", "experiment=nothing", "algo._target_=os.system", "algo._target_=metalearn.cli.main",
-    "dataset._target_=metalearn.build.Run", "backbone._target_=null", "$(id)", "é=é", "\U0001f600", "\ud83d".encode("utf-8", "surrogatepass").decode("latin-1"),
+_ODD_ARGUMENTS = (
+    "", "-", "--", "---", "-x", "--nothing", "--cfg", "--cfg=job", "--info", "--multirun=", "-m",
+    "--resolve", "--package", "--run", "--config-dir", "--config-dir=/nowhere", "-cd", "=", "=1",
+    "==", "a", "a.b", ".", "..", "a..b=1", ".a=1", "a.=1", "+a=1", "++a=1", "~algo", "~seed",
+    "~train.lr", "+algo=maml", "algo@x=maml", "algo/x=1", "hydra.mode=MULTIRUN",
+    "hydra/launcher=nothing", "hydra/sweeper=nothing", "train=1", "algo={}", "train={steps: 3}",
+    "train.steps.x=1", "dataset.path=/", "backbone.hidden=[1,a]", "experiment=demo",
+    "experiment=nothing", "algo._target_=os.system", "algo._target_=metalearn.cli.main",
+    "dataset._target_=metalearn.build.Run", "backbone._target_=null", "$(id)", "é=é", "\U0001f600",
+    "\ud83d".encode("utf-8", "surrogatepass").decode("latin-1"),
 )  # fmt: skip
 
 
 class Lines:
-    """Draws command lines: mostly keys and values that exist, now and then anything."""
+    """Draw command lines: mostly existing keys and values, sometimes anything."""
 
     def __init__(self, seed: int) -> None:
         self._draw = random.Random(seed)
         composed = composition.composed([])
-        self._keys = [key for key in config.leaves(composed) if not key.startswith("reproduction")]
-        self._usual = {key: str(_select(composed, key)) for key in self._keys}
+        self._keys = [
+            key for key in checking.leaves(composed) if not key.startswith("reproduction")
+        ]
+        self._defaults = {key: str(_select(composed, key)) for key in self._keys}
         self._groups = {
             group: list(composition.options(group))
             for group in composition.groups()
             if group != "recipe"
         }
 
-    def line(self, verbs: bool) -> list[str]:
-        """Words after `metalearn`. verbs: others than train too."""
+    def line(self, all_commands: bool) -> list[str]:
+        """Draw the arguments after `metalearn`: of `train`, or of any command."""
         draw = self._draw
-        if verbs and draw.random() < 0.25:
-            return [draw.choice(_VERBS), *(self._word() for _ in range(draw.randint(0, 3)))]
-        # Mostly embedded data, so that what is valid can run anywhere.
-        words = (
+        if all_commands and draw.random() < 0.25:
+            return [draw.choice(_COMMANDS), *(self._argument() for _ in range(draw.randint(0, 3)))]
+        # Mostly embedded data, so that valid lines run anywhere.
+        args = (
             ["train"]
             if draw.random() < 0.1
             else ["train", f"algo={draw.choice(self._groups['algo'])}", "dataset=glyphs"]
         )
         if draw.random() < 0.1:
-            words.append(draw.choice(("-m", "--multirun")))
-        return [*words, *(self._word() for _ in range(draw.randint(0, 4)))]
+            args.append(draw.choice(("-m", "--multirun")))
+        return [*args, *(self._argument() for _ in range(draw.randint(0, 4)))]
 
-    def _word(self) -> str:
+    def _argument(self) -> str:
         draw, kind = self._draw, self._draw.random()
         if kind < 0.1:
-            return draw.choice(_ODD_WORDS)
+            return draw.choice(_ODD_ARGUMENTS)
         if kind < 0.25:
             group = draw.choice(list(self._groups))
             return f"{group}={draw.choice(self._groups[group])}"
         key = draw.choice(self._keys)
         if kind < 0.35:
-            place = draw.randrange(len(key))
-            key = key[:place] + draw.choice(("", "x", ".", "é", key[place] * 2)) + key[place + 1 :]
+            at = draw.randrange(len(key))
+            key = key[:at] + draw.choice(("", "x", ".", "é", key[at] * 2)) + key[at + 1 :]
         if kind < 0.4:
             key = draw.choice(("+", "++", "~")) + key
-        value = self._usual.get(key, "1") if draw.random() < 0.4 else draw.choice(_HOSTILE)
+        value = self._defaults.get(key, "1") if draw.random() < 0.4 else draw.choice(_HOSTILE)
         if draw.random() < 0.15:
             value = str(
                 draw.choice((draw.randint(-3, 3), draw.uniform(-1, 1), 10 ** draw.randint(0, 30)))
@@ -98,7 +110,7 @@ class Lines:
         return f"{key}={value}"
 
 
-_VERBS = (
+_COMMANDS = (
     "evaluate",
     "compare",
     "reproduce",
@@ -120,23 +132,23 @@ def _select(composed: DictConfig, key: str) -> object:
     return OmegaConf.select(composed, key)
 
 
-class Late(BaseException):
-    """A line that does not end in time."""
+class LineTimeout(BaseException):
+    """Raised when a line does not end in time."""
 
 
-def _late(number: int, frame: FrameType | None) -> NoReturn:
-    raise Late
+def _raise_timeout(number: int, frame: FrameType | None) -> NoReturn:
+    raise LineTimeout
 
 
-def judged(words: list[str]) -> str | None:
-    """Parses, composes and validates a line here. Returns: what is wrong with how it ended, or None."""
+def check_line(args: list[str]) -> str | None:
+    """Parse, compose and validate a line in this process; return the failure, or None."""
     signal.alarm(_LINE_SECONDS)
     try:
-        launch.check(launch.parsed(words[1:]))
+        launch.check(launch.parsed(args[1:]))
     except (UserError, RunFailed) as error:
         return "its error has several lines" if "\n" in str(error) else None
-    except Late:
-        return f"no end in {_LINE_SECONDS} s"
+    except LineTimeout:
+        return f"timeout after {_LINE_SECONDS} s"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
@@ -144,17 +156,17 @@ def judged(words: list[str]) -> str | None:
     return None
 
 
-def run(words: list[str], folder: Path, cache: Path) -> str | None:
-    """Runs a line in a process of its own. Returns: what is wrong with how it ended, or None."""
-    if words[0] == "train":
-        words = [*words, *_SMALL]
+def run_line(args: list[str], folder: Path, cache: Path) -> str | None:
+    """Run a line in its own process; return the failure, or None."""
+    if args[0] == "train":
+        args = [*args, *_SMALL]
     environment = {
         **os.environ,
         "METALEARN_CACHE": str(cache),
         "METALEARN_DATA": str(folder / "data"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "metalearn", *words]
+    command = [sys.executable, "-m", "metalearn", *args]
     try:
         done = subprocess.run(
             command,
@@ -166,33 +178,34 @@ def run(words: list[str], folder: Path, cache: Path) -> str | None:
             timeout=_PROCESS_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"no end in {_PROCESS_SECONDS} s"
+        return f"timeout after {_PROCESS_SECONDS} s"
     if "Traceback" in done.stderr + done.stdout:
         return "a traceback"
     if done.returncode not in (0, 1, 2):
         return f"exit code {done.returncode}"
-    said = [line for line in done.stderr.splitlines() if line.startswith("metalearn: ")]
-    if done.returncode == 2 and not done.stdout and len(said) != 1:
-        return f"exit code 2 and {len(said)} lines that say why"
+    errors = [line for line in done.stderr.splitlines() if line.startswith("metalearn: ")]
+    if done.returncode == 2 and not done.stdout and len(errors) != 1:
+        return f"exit code 2 with {len(errors)} error lines"
     return None
 
 
 def main() -> None:
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    """Check and run random lines, write the outcome, and exit with 1 if any failed."""
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
     count, processes, seed = (
-        int(given.get(name, usual))
-        for name, usual in (("lines", 10000), ("processes", 300), ("seed", 0))
+        int(options.get(name, default))
+        for name, default in (("lines", 10000), ("processes", 300), ("seed", 0))
     )
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGALRM, _raise_timeout)
     failures: list[str] = []
     valid = 0
     lines = Lines(seed)
     for number in range(count):
-        words = lines.line(verbs=False)
+        args = lines.line(all_commands=False)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            wrong = judged(words)
-        if wrong:
-            failures.append(f"{words}: {wrong}")
+            failure = check_line(args)
+        if failure:
+            failures.append(f"{args}: {failure}")
             print(f"FAILED {failures[-1]}", flush=True)
         if number % 1000 == 999:
             print(f"{number + 1} lines, {len(failures)} failures", flush=True)
@@ -201,23 +214,25 @@ def main() -> None:
         for number in range(processes):
             folder = Path(name) / str(number)
             folder.mkdir()
-            words = [word.replace("\0", "") for word in lines.line(verbs=True)]
-            wrong = run(words, folder, Path(name) / "cache")
+            args = [arg.replace("\0", "") for arg in lines.line(all_commands=True)]
+            failure = run_line(args, folder, Path(name) / "cache")
             valid += any(folder.rglob("result.json"))
-            if wrong:
-                failures.append(f"{words}: {wrong}")
+            if failure:
+                failures.append(f"{args}: {failure}")
                 print(f"FAILED {failures[-1]}", flush=True)
             if number % 50 == 49:
                 print(
-                    f"{number + 1} processes, {valid} ended in a run, {len(failures)} failures",
+                    f"{number + 1} processes, {valid} finished runs, {len(failures)} failures",
                     flush=True,
                 )
-    tracebacks = [line for line in failures if not re.search(r"no end in \d+ s$", line)]
-    environment = report.environment("cpu")
+    hangs = [line for line in failures if re.search(r"timeout after \d+ s$", line)]
+    environment = describe_environment("cpu")
     text = [
-        f"{count} random lines composed and validated in one process, {processes} others each in a process of its own, of which {valid} "
-        f"ended in a finished run: {len(tracebacks)} tracebacks or unclear ends, {len(failures) - len(tracebacks)} hangs.",
-        f"`python scripts/bench_fuzz.py lines={count} processes={processes} seed={seed}`, commit {environment['commit']}.",
+        f"{count} random lines, composed and validated in one process, and {processes} others, "
+        f"each in its own process, of which {valid} ended in a finished run: "
+        f"{len(failures) - len(hangs)} tracebacks or unclear errors, {len(hangs)} hangs.",
+        f"`python scripts/bench_fuzz.py lines={count} processes={processes} seed={seed}`, "
+        f"commit {environment['commit']}.",
     ]
     fill(ROOT / "docs/reliability.md", "lines: written by scripts/bench_fuzz.py", text)
     print("\n".join(text))

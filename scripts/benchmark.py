@@ -1,9 +1,10 @@
-"""Runs recipes of published figures one after the other, skips what is done, and ends with one table.
+"""Run the recipes of published results one after the other and print one table.
 
 python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
 
-Each lies in outputs/benchmark/<budget>/<experiment>-seed<seed>/; a run that is done under the same settings is skipped, one
-that was cut off is gone on with. Result files go to benchmarks/results/, and the tables of docs/results.md are written from them.
+Each run is in outputs/benchmark/<budget>/<experiment>-seed<seed>/. A finished run with the same
+settings is skipped, an interrupted one resumed. Result files are written to benchmarks/results/ and
+from there into the tables of docs/results.md.
 """
 
 import json
@@ -16,51 +17,55 @@ from typing import Any
 import results
 from omegaconf import OmegaConf
 
-from metalearn import composition, config
-from metalearn.errors import UserError
-from metalearn.verbs.reproduce import VERDICT_FILE, Recipe, experiments
-from metalearn.verbs.train import CONFIG_FILE
+from metalearn.cli.reproduce import VERDICT_FILE, Recipe, experiments
+from metalearn.config import checking, composition, roles
+from metalearn.run.train import CONFIG_FILE
+from metalearn.system.errors import UserError
 
 
 def make_room(folder: Path, overrides: list[str]) -> None:
-    """Removes a run that was trained or is tested otherwise than these overrides now say, or that this version does not understand;
-    one that is of them, finished or cut off, stays, for `resume=auto` to go on with.
+    """Delete a run whose training or test settings differ from these overrides.
+
+    A run that this version cannot read is deleted too. A matching run, finished or interrupted,
+    remains, so that `resume=auto` continues it.
     """
     if not (folder / CONFIG_FILE).exists():
         return
-    wanted: Any = OmegaConf.create(config.plain(config.checked(composition.composed(overrides))))
-    content: Any = OmegaConf.to_container(wanted)
-    described = config.roles(content)
+    config = checking.checked(composition.composed(overrides))
+    expected: Any = OmegaConf.create(checking.plain(config))
+    content: Any = OmegaConf.to_container(expected)
+    all_roles = roles.roles(content)
     try:
         stored: Any = composition.stored(folder)
     except UserError:
         shutil.rmtree(folder)
         return
-    for key in {*config.leaves(wanted), *config.leaves(stored)}:
-        has = config.role_of(key, described)[0]
-        if has & {"identity", "protocol", "seed"} and OmegaConf.select(
-            wanted, key
+    for key in {*checking.leaves(expected), *checking.leaves(stored)}:
+        key_roles = roles.role_of(key, all_roles)[0]
+        if key_roles & {"identity", "protocol", "seed"} and OmegaConf.select(
+            expected, key
         ) != OmegaConf.select(stored, key):
             shutil.rmtree(folder)
             return
 
 
 def main() -> None:
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    budget, only = given.pop("budget", "quick"), given.pop("only", "")
+    """Run the recipes of a budget, write the tables, and exit with an error if any failed."""
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
+    budget, only = options.pop("budget", "quick"), options.pop("only", "")
     names = (
         [name for name in experiments() if only in name.split("_")] if only else list(experiments())
     )
     if not names:
-        sys.exit(f"only={only}: no such recipe; there are {', '.join(experiments())}")
+        sys.exit(f"only={only}: no such recipe; choose from {', '.join(experiments())}")
     failed = []
     for number, name in enumerate(names, 1):
-        folder = Path("outputs/benchmark") / budget / f"{name}-seed{given.get('seed', '0')}"
+        folder = Path("outputs/benchmark") / budget / f"{name}-seed{options.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        words = [f"{key}={value}" for key, value in {"logger": "none", **given}.items()]
-        make_room(folder, Recipe(name, budget).overrides(words))
+        overrides = [f"{key}={value}" for key, value in {"logger": "none", **options}.items()]
+        make_room(folder, Recipe(name, budget).overrides(overrides))
         if (folder / VERDICT_FILE).exists():
-            print(f"done already: {folder}")
+            print(f"already finished: {folder}")
         else:
             command = [
                 sys.executable,
@@ -71,11 +76,9 @@ def main() -> None:
                 f"budget={budget}",
                 "resume=auto",
             ]
-            done = subprocess.run([*command, f"hydra.run.dir={folder}", *words])
+            done = subprocess.run([*command, f"hydra.run.dir={folder}", *overrides])
             if not (folder / VERDICT_FILE).exists():
-                sys.exit(
-                    f"{name} ended with exit code {done.returncode}; run this again to go on from here"
-                )
+                sys.exit(f"{name} ended with exit code {done.returncode}; run this again to resume")
         if json.loads((folder / VERDICT_FILE).read_text())["outcome"] == "FAIL":
             failed.append(name)
         results.collect(folder, measured=False)

@@ -1,8 +1,10 @@
-"""Shows by simulation that the 95% interval over episodes covers the truth in 95% of runs.
+"""Simulate how often the 95% interval over episodes contains the true mean.
 
-Writes benchmarks/intervals.json and benchmarks/intervals.md: of 10,000 runs of 600 episodes, the share whose interval
-holds the true mean, for scores like those of few-shot episodes: 75 or 5 queries, each right with a share that differs
-from episode to episode (a Beta distribution).
+python scripts/benchmark_intervals.py
+
+Writes benchmarks/intervals.json and benchmarks/intervals.md: the coverage over 10,000 runs of 600
+episodes. An episode has 75 or 5 queries; each is correct with a probability that is drawn for the
+episode from a Beta distribution.
 """
 
 import json
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from metalearn.report import environment
-from metalearn.stats import estimate
+from metalearn.report.environment import describe_environment
+from metalearn.report.stats import estimate
 
 _OUT = Path(__file__).parent.parent / "benchmarks"
 _RUNS, _EPISODES, _SEED = 10_000, 600, 0
-#: Mean accuracy, concentration of the Beta distribution (small: episodes differ much), queries an episode.
+#: Mean accuracy, concentration of the Beta distribution (small: episodes differ a lot), number of
+#: queries per episode.
 _CASES = [
     (0.50, 20.0, 75),
     (0.95, 20.0, 75),
@@ -29,7 +32,7 @@ _CASES = [
 def coverage(
     mean: float, concentration: float, queries: int, generator: torch.Generator
 ) -> tuple[float, float]:
-    """Share of the runs whose interval holds `mean`, and their mean half-width."""
+    """Return the share of runs whose interval contains `mean`, and the mean half-width."""
     alpha, beta = (torch.full((_EPISODES,), share * concentration) for share in (mean, 1 - mean))
     covered = width = 0.0
     for _ in range(_RUNS):
@@ -38,13 +41,14 @@ def coverage(
         ]
         share = gammas[0] / (gammas[0] + gammas[1])
         scores = torch.binomial(torch.full_like(share, queries), share, generator) / queries
-        found = estimate(scores)
-        covered += abs(found.mean - mean) <= found.ci95
-        width += found.ci95
+        interval = estimate(scores)
+        covered += abs(interval.mean - mean) <= interval.ci95
+        width += interval.ci95
     return covered / _RUNS, width / _RUNS
 
 
 def main() -> None:
+    """Simulate every case and write both files."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(_SEED)
     rows = []
@@ -59,12 +63,12 @@ def main() -> None:
                 "half_width": width,
             }
         )
-    where = environment("cpu")
+    environment = describe_environment("cpu")
     content = {
         "runs": _RUNS,
         "episodes": _EPISODES,
         "seed": _SEED,
-        "environment": where,
+        "environment": environment,
         "rows": rows,
     }
     _OUT.mkdir(exist_ok=True)
@@ -72,14 +76,18 @@ def main() -> None:
     lines = [
         "# Coverage of the 95% interval over episodes",
         "",
-        f"`make benchmark-intervals`: {_RUNS:,} simulated runs of {_EPISODES} episodes each, seed {_SEED}, commit",
-        f"{where['commit']}, torch {where['versions']['torch']}. Each query of an episode is right with a share drawn from a Beta",
-        "distribution (mean, concentration). With 10,000 runs the coverage itself is known to about ±0.4 points.",
+        f"`make benchmark-intervals`: {_RUNS:,} simulated runs of {_EPISODES} episodes each, "
+        f"seed {_SEED},",
+        f"commit {environment['commit']}, torch {environment['versions']['torch']}.",
+        "Each query of an episode is correct with a probability drawn from a Beta distribution",
+        "(mean, concentration).",
+        "With 10,000 runs the coverage itself is known to about ±0.4 points.",
         "",
-        "| mean accuracy | concentration | queries an episode | mean half-width | runs whose interval holds the truth |",
+        "| mean accuracy | concentration | queries per episode | mean half-width | coverage |",
         "|---|---|---|---|---|",
         *(
-            f"| {row['mean']:.0%} | {row['concentration']:g} | {row['queries']} | {row['half_width']:.3%} | {row['coverage']:.2%} |"
+            f"| {row['mean']:.0%} | {row['concentration']:g} | {row['queries']} | "
+            f"{row['half_width']:.3%} | {row['coverage']:.2%} |"
             for row in rows
         ),
     ]

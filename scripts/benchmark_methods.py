@@ -1,11 +1,12 @@
-"""Trains and tests every method that benchmarks/methods.yaml names, and writes the tables of methods.
+"""Train and test every method in benchmarks/methods.yaml and write the tables of methods.
 
-python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,protonet] [jobs=2] [key=value …]
+python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,…] [jobs=2] [key=value …]
 
-Each run lies in outputs/benchmark/methods/<table>/<method>/, and beside it, in …-untrained/, a test of the same method before any
-training. What is done under the same settings is skipped; a run that was cut off is gone on with. Figures go to
-benchmarks/methods/<table>/<method>.json, the tables into README and docs/algorithms/, the curves to docs/figures/. `jobs` runs go side by side, one
-thread each. Without a key, `only=none` writes the tables from what lies in benchmarks/methods/.
+Each run is in outputs/benchmark/methods/<table>/<method>/; …-untrained/ has a test of the same
+method without training. A finished run with the same settings is skipped, an interrupted one
+resumed. Results are written to benchmarks/methods/<table>/<method>.json, tables to README and
+docs/algorithms/, curves to docs/figures/. `jobs` runs execute in parallel, with one thread each.
+`only=none` runs nothing and writes the tables from benchmarks/methods/.
 """
 
 import json
@@ -20,18 +21,21 @@ import yaml
 from benchmark import make_room
 from pages import ROOT, fill
 
-from metalearn import composition, report
-from metalearn.figures import draw_lines, shown_interval
-from metalearn.verbs.train import RESULT_FILE
+from metalearn.config import composition
+from metalearn.report import tables
+from metalearn.report.plots import draw_lines
+from metalearn.report.tables import shown_interval
+from metalearn.run.train import RESULT_FILE
+from metalearn.system.atomic import write_json
 
 _RESULTS = ROOT / "benchmarks/methods"
 _RUNS = Path("outputs/benchmark/methods")
-#: Points by which a method may be below its published figure without being named.
-_SHORT = 0.01
+#: A smaller difference from the published accuracy is not shown in "points short".
+_TOLERANCE = 0.01
 
 
 def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
-    """The result of a run in this folder, made unless it is there already."""
+    """Return the result of the run in this folder; run it first unless it is finished."""
     make_room(folder, [*overrides, *more])
     if not (folder / RESULT_FILE).exists():
         command = [
@@ -49,12 +53,12 @@ def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
             subprocess.run(
                 [*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log
             )
-    found: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
-    return found
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+    return result
 
 
 def with_queries(folder: Path, query: int) -> dict[str, Any]:
-    """The test of the same weights with another number of queries a class."""
+    """Test the same weights with a different number of queries per class."""
     command = [
         sys.executable,
         "-m",
@@ -64,87 +68,90 @@ def with_queries(folder: Path, query: int) -> dict[str, Any]:
         f"episode.query={query}",
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    own = json.loads((folder / RESULT_FILE).read_text())["protocol"]
-    found = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
-    return next(one for one in found if one["protocol"] == own | {"query": query})
+    protocol = json.loads((folder / RESULT_FILE).read_text())["protocol"] | {"query": query}
+    tests = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
+    return next(test for test in tests if test["protocol"] == protocol)
 
 
-def measure(table: str, method: str, wanted: dict[str, Any], more: list[str]) -> None:
-    """Trains and tests one method of one table, and keeps the figures."""
+def measure(table: str, method: str, definition: dict[str, Any], more: list[str]) -> None:
+    """Train and test one method of one table and save its results."""
     print(f"{table}: {method}", flush=True)
-    one = wanted["methods"][method]
-    folder, overrides = (
-        _RUNS / table / method,
-        [f"algo={method}", *wanted["settings"], *one["settings"]],
-    )
+    one = definition["methods"][method]
+    folder = _RUNS / table / method
+    overrides = [f"algo={method}", *definition["settings"], *one["settings"]]
     untrained = run(folder.with_name(f"{method}-untrained"), [*overrides, "train.steps=0"], more)
     result = run(folder, overrides, more)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    query = one.get("published", {}).get("query")
     content = {
         "result": result,
         "untrained": untrained["test"],
-        "as_published": with_queries(folder, one["published"]["query"]) if "query" in one.get("published", {}) else None,
+        "as_published": with_queries(folder, query) if query is not None else None,
         "tasks_per_second": statistics.median(row["tasks_per_second"] for row in rows),
-        "curve": [{name: row[name] for name in row if name == "step" or name.startswith("val.")} for row in rows if "val.accuracy" in row],
-    }  # fmt: skip
+        "curve": [
+            {name: row[name] for name in row if name == "step" or name.startswith("val.")}
+            for row in rows
+            if "val.accuracy" in row
+        ],
+    }
     (_RESULTS / table).mkdir(parents=True, exist_ok=True)
-    report.write_json(_RESULTS / table / f"{method}.json", content)
-    print(f"{table}: {method} {_figure(result['test'])}", flush=True)
+    write_json(_RESULTS / table / f"{method}.json", content)
+    print(f"{table}: {method} {_score(result['test'])}", flush=True)
 
 
-def _figure(test: dict[str, Any]) -> str:
+def _score(test: dict[str, Any]) -> str:
     score, estimate = next(iter(test.items()))
     return shown_interval(score, estimate["mean"], estimate["ci95"])
 
 
-def _row(method: str, found: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
-    result, as_published = found["result"], found["as_published"]
-    held = (as_published or result)["test"]["accuracy"]["mean"]
-    short = published and held < published["mean"] - _SHORT
+def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
+    result, as_published = stored["result"], stored["as_published"]
+    accuracy = (as_published or result)["test"]["accuracy"]["mean"]
+    short = published and accuracy < published["mean"] - _TOLERANCE
     return {
         "`algo=`": f"`{method}`",
-        "test": _figure(result["test"]),
-        "with 1 query": _figure(as_published["test"]) if as_published else "",
+        "test": _score(result["test"]),
+        "with 1 query": _score(as_published["test"]) if as_published else "",
         "published": f"{100 * published['mean']:.1f} ({published['source']})" if published else "",
-        "points short": f"{100 * (published['mean'] - held):.1f}" if published and short else "",
-        "untrained": f"{100 * found['untrained']['accuracy']['mean']:.1f}%",
+        "points short": f"{100 * (published['mean'] - accuracy):.1f}" if short else "",
+        "untrained": f"{100 * stored['untrained']['accuracy']['mean']:.1f}%",
         "statistics": result["protocol"]["statistics"],
         "steps": result["steps"],
         "best step": result["best_step"],
-        "tasks/s": f"{found['tasks_per_second']:.1f}",
+        "tasks/s": f"{stored['tasks_per_second']:.1f}",
         "minutes": f"{result['seconds'] / 60:.0f}",
         "commit": result["environment"]["commit"],
     }
 
 
 def write_tables(definition: dict[str, Any]) -> None:
-    """Writes the tables into README and the pages of the methods, and draws the curves of validation."""
+    """Write the tables to README and the pages of the methods, and plot the validation curves."""
     families = composition.families()
     order = [method for family in families.values() for method in family]
     lines: list[str] = []
     pages: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
-    for table, wanted in definition.items():
-        stored = {
-            path.stem: json.loads(path.read_text()) for path in (_RESULTS / table).glob("*.json")
-        }
-        found = {method: stored[method] for method in order if method in stored}
-        if not found:
+    for table, content in definition.items():
+        title = content["title"]
+        files = {path.stem: path for path in (_RESULTS / table).glob("*.json")}
+        stored = {m: json.loads(files[m].read_text()) for m in order if m in files}
+        if not stored:
             continue
-        rows = {m: _row(m, one, wanted["methods"][m].get("published")) for m, one in found.items()}
+        rows = {
+            method: _row(method, one, content["methods"][method].get("published"))
+            for method, one in stored.items()
+        }
         for method, row in rows.items():
-            pages[method].append(
-                {"data": wanted["title"]} | {name: row[name] for name in list(row)[1:]}
-            )
-        lines += [_heading(wanted["title"], [one["result"] for one in found.values()]), ""]
-        lines += [*report.markdown_table(list(rows.values())), ""]
+            pages[method].append({"data": title} | {name: row[name] for name in list(row)[1:]})
+        lines += [_heading(title, [one["result"] for one in stored.values()]), ""]
+        lines += [*tables.markdown_table(list(rows.values())), ""]
         for family, methods in families.items():
             curves = {
                 method: [
                     (row["step"], row["val.accuracy"], row["val.accuracy_ci95"])
-                    for row in found[method]["curve"]
+                    for row in stored[method]["curve"]
                 ]
                 for method in methods
-                if method in found
+                if method in stored
             }
             if curves:
                 path = ROOT / f"docs/figures/{table}_{family}.png"
@@ -154,56 +161,52 @@ def write_tables(definition: dict[str, Any]) -> None:
         page = ROOT / f"docs/algorithms/{method}.md"
         fill(
             page,
-            "figures",
-            report.markdown_table(entries)
+            "results: written by scripts/benchmark_methods.py",
+            tables.markdown_table(entries)
             if entries
-            else [
-                "Not trained for the table of methods yet; [results](../results.md) may have other runs."
-            ],
+            else ["Not in the table of methods yet; [results](../results.md) may have other runs."],
         )
 
 
 def _heading(title: str, results: list[dict[str, Any]]) -> str:
-    """What all rows of a table share."""
+    """Return the heading of a table: what all its rows have in common."""
     protocol = results[0]["protocol"]
     machines = {
         f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}"
         for one in results
     }
     return (
-        f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, seed {results[0]['seed']}; "
-        f"{'; '.join(sorted(machines))}):"
+        f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, "
+        f"seed {results[0]['seed']}; {'; '.join(sorted(machines))}):"
     )
 
 
-def _chosen(key: str, given: str, known: list[str]) -> list[str]:
-    """The names of a comma-separated list, all where it is empty."""
-    names = given.split(",") if given else known
+def _names(key: str, value: str, choices: list[str]) -> list[str]:
+    """Return the names in a comma-separated list, or all choices if it is empty."""
+    names = value.split(",") if value else choices
     for name in names:
-        if name not in known:
-            sys.exit(f"{key}={name}: there are {', '.join(known)}")
+        if name not in choices:
+            sys.exit(f"{key}={name}: no such name; choose from {', '.join(choices)}")
     return names
 
 
 def main() -> None:
+    """Run the methods of the tables and write the tables."""
     definition = yaml.safe_load((_RESULTS.with_suffix(".yaml")).read_text())
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    only, methods, jobs = (
-        given.pop("only", ""),
-        given.pop("methods", ""),
-        int(given.pop("jobs", "1")),
-    )
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
+    only, methods = options.pop("only", ""), options.pop("methods", "")
+    jobs = int(options.pop("jobs", "1"))
     more = [
         f"{key}={value}"
-        for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | given).items()
+        for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | options).items()
     ]
-    tables = [] if only == "none" else _chosen("only", only, list(definition))
-    known = {name: None for table in tables or definition for name in definition[table]["methods"]}
-    names = _chosen("methods", methods, list(known))
+    keys = [] if only == "none" else _names("only", only, list(definition))
+    choices = {name: None for key in keys or definition for name in definition[key]["methods"]}
+    names = _names("methods", methods, list(choices))
     with ThreadPoolExecutor(jobs) as pool:
         pending = [
             pool.submit(measure, table, method, definition[table], more)
-            for table in tables
+            for table in keys
             for method in names
             if method in definition[table]["methods"]
         ]

@@ -1,9 +1,10 @@
-"""MAML, Reptile, Meta-SGD and fine-tuning on sinusoids: error over inner steps, and fitted curves (Finn et al. 2017, figures 2 and 3).
+"""Measure MAML, Reptile, Meta-SGD and fine-tuning on sinusoids (Finn et al. 2017, figures 2 and 3).
 
 python scripts/benchmark_sinusoid.py [key=value …]
 
-Runs lie in outputs/benchmark/sinusoid/<method>/; what is done under the same settings is skipped. Writes
-benchmarks/sinusoid.json, the table in docs/results.md, and docs/figures/sinusoid_steps.png and sinusoid_fits.png.
+Writes the error over inner steps and fitted curves to benchmarks/sinusoid.json, the table in
+docs/results.md, docs/figures/sinusoid_steps.png and docs/figures/sinusoid_fits.png. Runs are in
+outputs/benchmark/sinusoid/<method>/; a finished one with the same settings is skipped.
 """
 
 import csv
@@ -18,22 +19,28 @@ from benchmark_methods import run
 from pages import ROOT, fill
 
 import metalearn
-from metalearn import report
-from metalearn.figures import draw_fits, draw_lines, shown_interval
+from metalearn.report import tables
+from metalearn.report.plots import draw_fits, draw_lines
+from metalearn.report.tables import shown_interval
+from metalearn.system.atomic import write_json
 from metalearn.tasks import prng
 
 _RUNS = Path("outputs/benchmark/sinusoid")
 _METHODS = ("maml", "meta_sgd", "reptile", "finetune")
 _STEPS = (0, 1, 10)
-#: A mean squared error above that before any adaptation.
+#: Larger than the mean squared error without adaptation (about 3.1).
 _DIVERGED = 4.0
 _AMPLITUDE, _PHASE = 3.0, 1.0
-#: Where the ten support points of a fitted curve lie.
+#: Ranges of the ten support points of a fitted curve.
 _RANGES = {"points anywhere": (-5.0, 5.0), "points in one half": (0.0, 5.0)}
 
 
 def steps_curve(folder: Path) -> list[dict[str, float]]:
-    """Test error after each number of inner steps, as far as it does not diverge: steps, mean, ci95, episodes."""
+    """Evaluate the test error after each number of inner steps, and drop the diverged ones.
+
+    Returns:
+        One row per number of steps: steps, mean, ci95, episodes.
+    """
     command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=steps"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with next((folder / "evaluations").glob("*_steps_curve.csv")).open() as file:
@@ -45,14 +52,14 @@ def steps_curve(folder: Path) -> list[dict[str, float]]:
 
 
 def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
-    """What a method makes of ten points of one sinusoid: for each range of points, the curve after each number of steps."""
+    """Fit ten points of one sinusoid: for each range of points, a curve per number of steps."""
     model = metalearn.load(folder)
     grid = torch.linspace(-5, 5, 201)[:, None]
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number, (name, (low, high)) in enumerate(_RANGES.items()):
         x = low + (high - low) * prng.uniform(prng.key_of(number), (10, 1))
         y = _AMPLITUDE * torch.sin(x - _PHASE)
-        found[name] = {
+        results[name] = {
             "points": (x.flatten().tolist(), y.flatten().tolist()),
             "truth": (
                 grid.flatten().tolist(),
@@ -63,27 +70,26 @@ def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
                 for number in steps
             },
         }
-    return found
+    return results
 
 
-def _figure(row: dict[str, float] | None) -> str:
+def _score(row: dict[str, float] | None) -> str:
     return shown_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
 
 
 def main() -> None:
+    """Train the methods and write the results, the table and the figures."""
     results = {
         name: run(_RUNS / name, [f"algo={name}", "dataset=sinusoid"], sys.argv[1:])
         for name in _METHODS
     }
     curves = {name: steps_curve(_RUNS / name) for name in _METHODS}
-    report.write_json(
-        ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves}
-    )
-    at = {name: {int(row["steps"]): row for row in rows} for name, rows in curves.items()}
+    write_json(ROOT / "benchmarks/sinusoid.json", {"results": results, "error_over_steps": curves})
+    by_steps = {name: {int(row["steps"]): row for row in rows} for name, rows in curves.items()}
     rows = [
         {
             "`algo=`": f"`{name}`",
-            **{f"{steps} steps": _figure(at[name].get(steps)) for steps in (0, 1, 5, 10)},
+            **{f"{steps} steps": _score(by_steps[name].get(steps)) for steps in (0, 1, 5, 10)},
             "training steps": result["steps"],
             "minutes": f"{result['seconds'] / 60:.1f}",
             "commit": result["environment"]["commit"],
@@ -93,7 +99,7 @@ def main() -> None:
     fill(
         ROOT / "docs/results.md",
         "sinusoid: written by scripts/benchmark_sinusoid.py",
-        report.markdown_table(rows),
+        tables.markdown_table(rows),
     )
     figures = ROOT / "docs/figures"
     lines = {
@@ -102,7 +108,7 @@ def main() -> None:
     }
     draw_lines(lines, "inner steps", "test mse", figures / "sinusoid_steps.png")
     fitted = {
-        name: fits(_RUNS / name, [steps for steps in _STEPS if steps in at[name]])
+        name: fits(_RUNS / name, [steps for steps in _STEPS if steps in by_steps[name]])
         for name in _METHODS
     }
     draw_fits(fitted, figures / "sinusoid_fits.png")

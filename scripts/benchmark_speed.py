@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metalearn import composition, config, loop
 from metalearn.algorithms.base import Algorithm
-from metalearn.build import Run, build
-from metalearn.report import environment
+from metalearn.config import checking, composition
+from metalearn.report.environment import describe_environment
+from metalearn.run import loop
+from metalearn.run.build import Run, build
 
 
 def installed(name: str) -> Any:
@@ -210,7 +211,7 @@ def made(words: list[str], device: str) -> Run:
         *stride,
         *words,
     ]
-    return build(config.checked(composition.composed(words)))
+    return build(checking.checked(composition.composed(words)))
 
 
 def rates(run: Run, repeats: int) -> dict[str, list[float]]:
@@ -346,7 +347,7 @@ def main() -> None:
         return
     device, rows = arguments.device, []
     file = _OUT / f"speed-{device}.json"
-    environment_of_rows = environment(device)
+    environment_of_rows = describe_environment(device)
     if arguments.rest:
         kept = json.loads(file.read_text())
         rows, environment_of_rows = kept["rows"], kept["environment"]
@@ -371,7 +372,7 @@ def main() -> None:
     content = {
         "environment": environment_of_rows,
         "rows": rows,
-        "environment_of_the_rest": environment(device),
+        "environment_of_the_rest": describe_environment(device),
         "test_seconds": time.perf_counter() - start,
         "test_episodes": maml.config.test.episodes,
         "first_step_seconds": first_step_seconds(device),

@@ -28,15 +28,15 @@ _TO_READ = {
 }
 #: Files that these rest on; they explain why, and are not needed to write the extension as the page shows it.
 _BELOW = {
-    "a dataset": ["tasks/store.py", "settings.py"],
+    "a dataset": ["tasks/store.py", "config/fields.py"],
     "a gradient method": [
         "algorithms/base.py",
         "tasks/types.py",
-        "settings.py",
+        "config/fields.py",
         "algorithms/inner_loop.py",
     ],
 }
-_BELOW_ANY = ["algorithms/base.py", "tasks/types.py", "settings.py"]
+_BELOW_ANY = ["algorithms/base.py", "tasks/types.py", "config/fields.py"]
 #: At most so many lines.
 LIMITS = {
     "a metric method": 300,

@@ -13,8 +13,9 @@ from typing import Any
 
 from pages import ROOT, fill
 
-from metalearn import composition, config, report
-from metalearn.figures import shown_interval
+from metalearn.config import checking, composition
+from metalearn.report import tables
+from metalearn.report.tables import shown_interval
 
 _RESULTS = ROOT / "benchmarks/results"
 _BUDGETS = ("smoke", "quick", "paper")
@@ -45,7 +46,7 @@ def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
     """Writes a measured figure into the header of the experiment's file."""
     path = composition.conf_dir() / "experiment" / f"{experiment}.yaml"
     before, mark, _ = path.read_text().partition("  measured:")
-    settings = config.checked(composition.composed([f"experiment={experiment}"])).reproduction
+    settings = checking.checked(composition.composed([f"experiment={experiment}"])).reproduction
     assert mark and settings is not None
     estimate = result["test"]["accuracy"]
     lines = {name: _line(name, vars(one)) for name, one in settings.measured.items()}
@@ -110,7 +111,7 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
                     _shape(measured["protocol"]),
                     measured["protocol"]["statistics"],
                     _figure(measured),
-                    report.shown_difference(next(iter(measured["test"])), difference)
+                    tables.shown_difference(next(iter(measured["test"])), difference)
                     if difference and inductive
                     else "",
                     measured["protocol_id"],
@@ -122,7 +123,7 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
     head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus it", "protocol", "adaptation",
             "steps", "minutes"]  # fmt: skip
     return [
-        *report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
+        *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
         "",
         *commands,
     ]
@@ -151,7 +152,7 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
     rows, hardware = [], set()
     for name, run in sorted(best.items()):
         result = run["result"]
-        settings = config.checked(composition.composed([f"experiment={name}"])).reproduction
+        settings = checking.checked(composition.composed([f"experiment={name}"])).reproduction
         assert settings is not None
         published = settings.published
         interval = f" ± {100 * published.ci95:.2f}" if published.ci95 else ""
@@ -176,7 +177,7 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
             "commit"]  # fmt: skip
     return (
         [
-            *report.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
+            *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
             "",
             f"On {'; '.join(sorted(hardware))}.",
         ]

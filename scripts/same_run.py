@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metalearn import checkpoint
+from metalearn.run import checkpoint
 
 
 def left(folder: Path) -> dict[str, Any]:

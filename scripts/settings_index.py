@@ -1,4 +1,4 @@
-"""Write metalearn/settings_index.json: the settings of every method, dataset and backbone, to be read without importing torch.
+"""Write metalearn/config/settings_index.json: the settings of every method, dataset and backbone, to be read without importing torch.
 
 python scripts/settings_index.py [check]
 
@@ -11,7 +11,7 @@ import json
 import pkgutil
 import sys
 
-from metalearn import config
+from metalearn.config import components
 
 _HOMES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
 
@@ -26,7 +26,7 @@ def index() -> dict[str, list[dict[str, object]]]:
                 if not isinstance(cls, type) or cls.__module__ != module.name:
                     continue
                 if dataclasses.is_dataclass(cls) and hasattr(cls, method):
-                    settings = [config.to_plain(one) for one in config.settings_of(cls)]
+                    settings = [components.to_plain(one) for one in components.settings_of(cls)]
                     found[f"{module.name}.{name}"] = settings
     return dict(sorted(found.items()))
 
@@ -42,9 +42,9 @@ def text() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["check"]:
-        if config.INDEX_FILE.read_text() != text():
+        if components.INDEX_FILE.read_text() != text():
             sys.exit(
-                f"{config.INDEX_FILE.name} is out of date; run: python scripts/settings_index.py"
+                f"{components.INDEX_FILE.name} is out of date; run: python scripts/settings_index.py"
             )
     else:
-        config.INDEX_FILE.write_text(text())
+        components.INDEX_FILE.write_text(text())

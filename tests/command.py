@@ -26,7 +26,7 @@ def _run(
     """Become the command: `metalearn` with these words."""
     import torch
 
-    from metalearn import cli
+    from metalearn.cli import main
     from metalearn.engine import process
 
     os.chdir(cwd)
@@ -41,7 +41,7 @@ def _run(
     if path is not None:
         sys.path.insert(0, path)
     sys.argv = ["metalearn", *words]
-    cli.main()
+    main.main()
 
 
 @dataclasses.dataclass

@@ -11,9 +11,9 @@ import torch
 from omegaconf import DictConfig
 from torch.utils import _pytree as pytree
 
-from metalearn import composition, config
-from metalearn.build import Run, build
+from metalearn.config import checking, composition
 from metalearn.engine import process
+from metalearn.run.build import Run, build
 from tests import command
 from tests.command import Command
 
@@ -50,7 +50,7 @@ def compose(cache_dir: Path):
 @pytest.fixture
 def make_run(compose):
     def made(*overrides: str) -> Run:
-        return build(config.checked(compose(*overrides)))
+        return build(checking.checked(compose(*overrides)))
 
     return made
 

@@ -1,4 +1,4 @@
-"""What the tests of methods share: a small task in float64, and a method seen through the engine."""
+"""Helpers for the tests of methods: a small task in float64, and gradients by the engine."""
 
 from typing import Any
 
@@ -23,30 +23,30 @@ KEY = torch.zeros((), dtype=torch.int64)
 PROGRESS = torch.zeros((), dtype=torch.float64)
 
 
-def task(shot=2, way=3, query=4, features=4, seed=0):
+def make_task(shot=2, way=3, query=4, features=4, seed=0):
     torch.manual_seed(seed)
     parts = []
-    for each in (shot, query):
-        y = torch.arange(way).repeat(each)
-        parts.append((torch.randn(way * each, features).double() + F.one_hot(y, features), y))
+    for examples in (shot, query):
+        y = torch.arange(way).repeat(examples)
+        parts.append((torch.randn(way * examples, features).double() + F.one_hot(y, features), y))
     return Task(Support(*parts[0], way), Query(*parts[1]), KEY)
 
 
-def state_of(algorithm, way=3, features=4, classes=0):
+def init_state(algorithm, way=3, features=4, classes=0):
     return doubled(algorithm.init(Spec((features,), way, classes, "class"), prng.key_of(0)))
 
 
-def batched(one):
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], one)
+def batch_of_one(task):
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], task)
 
 
-def gradients(algorithm, state, one, progress=PROGRESS):
-    return Engine(algorithm, "loop", 1).step(state, batched(one), progress).gradients
+def gradients(algorithm, state, task, progress=PROGRESS):
+    return Engine(algorithm, "loop", 1).step(state, batch_of_one(task), progress).gradients
 
 
-def predictions(algorithm, state, one, **options):
+def predictions(algorithm, state, task, **options):
     return algorithm.predict(
-        state, algorithm.adapt(state, one.support, key=KEY, **options), one.query.x
+        state, algorithm.adapt(state, task.support, key=KEY, **options), task.query.x
     )
 
 

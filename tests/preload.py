@@ -10,9 +10,9 @@ import torch._dynamo
 import torch.distributed  # noqa: F401
 import torchvision  # noqa: F401
 
-import metalearn.cli
-import metalearn.verbs.compare
-import metalearn.verbs.doctor
-import metalearn.verbs.evaluate
-import metalearn.verbs.reproduce
-import metalearn.verbs.train  # noqa: F401
+import metalearn.cli.compare
+import metalearn.cli.doctor
+import metalearn.cli.main
+import metalearn.cli.reproduce
+import metalearn.run.evaluate
+import metalearn.run.train  # noqa: F401

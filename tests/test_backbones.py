@@ -14,19 +14,20 @@ from torch import nn
 from torch.func import grad, vmap
 
 import metalearn
-from metalearn import composition, config, loop
 from metalearn.backbones import layers, normalisation, resnet18
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.mlp import MLP
 from metalearn.backbones.r2d2_conv import R2D2Conv
 from metalearn.backbones.resnet12 import ResNet12
 from metalearn.backbones.resnet18 import ResNet18
-from metalearn.build import build
-from metalearn.errors import UserError
+from metalearn.config import checking, composition
+from metalearn.run import loop
+from metalearn.run.build import build
+from metalearn.run.evaluate import evaluate
+from metalearn.run.train import train
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Kernels
-from metalearn.verbs.evaluate import evaluate
-from metalearn.verbs.train import train
 from tests.conftest import doubled
 
 
@@ -55,8 +56,8 @@ def resnet12(**changes):
     return ResNet12(**(settings | changes))
 
 
-def plain(x, weight, bias, eps=1e-5):
-    """Batch normalisation from its definition."""
+def batch_norm(x, weight, bias, eps=1e-5):
+    """Compute batch normalisation from its definition."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
     mean = x.mean(axes, keepdim=True)
     var = (x - mean).square().mean(axes, keepdim=True)
@@ -65,12 +66,12 @@ def plain(x, weight, bias, eps=1e-5):
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
+def test_second_derivatives_of_normalisation_with_weights_per_task(mapped):
     torch.manual_seed(0)
     x, target = torch.randn(3, 5, 4, 2, 2).double(), torch.randn(3, 5, 4, 2, 2).double()
     weight, bias = torch.rand(3, 4).double() + 0.5, torch.randn(3, 4).double()
 
-    def ours(x, w, b):
+    def normaliser(x, w, b):
         kernels = Kernels(fused_norm=not mapped)
         return normalisation.Normaliser({"n.weight": w, "n.bias": b}, kernels=kernels)("n", x)
 
@@ -86,7 +87,7 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
 
         return grad(outer)((weight, bias))
 
-    def of(norm):
+    def meta_gradients(norm):
         def one(*task):
             return meta_gradient(norm, *task)
 
@@ -99,18 +100,20 @@ def test_second_derivatives_of_normalisation_with_a_weight_of_each_task(mapped):
             )
         ]
 
-    for found, expected in zip(of(ours), of(plain), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for actual, expected in zip(
+        meta_gradients(normaliser), meta_gradients(batch_norm), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_given_statistics_of_a_batch_equal_its_own():
+def test_given_statistics_of_a_batch_equal_its_statistics():
     net = conv4()
     params, _ = net.init(InputSpec((1, 16, 16)), prng.key_of(0))
     x = torch.randn(7, 1, 16, 16)
-    own, collected = net.embed(params, x, collect=True)
-    torch.testing.assert_close(net.embed(params, x, given=collected)[0], own, rtol=1e-4, atol=1e-5)
+    z, statistics = net.embed(params, x, collect=True)
+    torch.testing.assert_close(net.embed(params, x, given=statistics)[0], z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
-        net.embed(params, x[:2], given=collected)[0], own[:2], rtol=1e-4, atol=1e-5
+        net.embed(params, x[:2], given=statistics)[0], z[:2], rtol=1e-4, atol=1e-5
     )
 
 
@@ -118,22 +121,22 @@ def test_given_statistics_of_a_batch_equal_its_own():
 @pytest.mark.parametrize("output", ["flatten", "mean"])
 @pytest.mark.parametrize("size", [28, 32, 21])
 @pytest.mark.parametrize("halvings", [None, 2, 0])
-def test_shape_is_the_shape_of_an_embedding(downsample, output, size, halvings):
+def test_shape_is_the_shape_of_the_embedding(downsample, output, size, halvings):
     net = conv4(downsample=downsample, output=output, halvings=halvings)
     params, _ = net.init(InputSpec((3, size, size)), prng.key_of(0))
     shape = net.shape(InputSpec((3, size, size)))
     z = net.embed(params, torch.rand(2, 3, size, size))[0]
     assert z.shape == (2, math.prod(shape))
-    halved = [
+    sides = [
         size // 2**block if downsample == "pool" else -(-size // 2**block) for block in range(4)
     ]
-    side = halved[3 if halvings is None else halvings]
+    side = sides[3 if halvings is None else halvings]
     assert shape == ((6, side, side) if output == "flatten" else (6,))
 
 
 @pytest.mark.parametrize("net", [r2d2_conv(), resnet12(), resnet12(output="flatten")])
 @pytest.mark.parametrize("size", [28, 32, 21])
-def test_shape_of_the_larger_networks(net, size):
+def test_shape_of_larger_networks(net, size):
     params, _ = net.init(InputSpec((3, size, size)), prng.key_of(0))
     assert net.embed(params, torch.rand(2, 3, size, size))[0].shape == (
         2,
@@ -142,7 +145,7 @@ def test_shape_of_the_larger_networks(net, size):
 
 
 def layer(params, name, stride=1):
-    """torch's own convolution and normalisation, with the weights of one layer."""
+    """Build torch's convolution and normalisation with the weights of one layer."""
     weight = params[f"conv{name}.weight"]
     out, channels, size = weight.shape[:3]
     convolution, norm = (
@@ -155,15 +158,15 @@ def layer(params, name, stride=1):
     return nn.Sequential(convolution, norm)
 
 
-def spread(params):
-    """The same weights, scales and shifts of normalisations no longer 1 and 0."""
+def perturb(params):
+    """Add noise to all parameters, so that normalisations differ from weight 1 and bias 0."""
     torch.manual_seed(1)
     return {name: value + 0.2 * torch.randn_like(value) for name, value in params.items()}
 
 
-def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
+def test_r2d2_conv_concatenates_the_last_two_of_four_blocks():
     net = r2d2_conv()
-    params = spread(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
+    params = perturb(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
     x = torch.randn(5, 3, 32, 32)
     outputs = [x]
     for block, stride in enumerate((2, 2, 2, 1)):
@@ -176,28 +179,28 @@ def test_r2d2_conv_is_four_blocks_of_which_two_make_the_embedding():
 
 
 @pytest.mark.parametrize(("size", "features"), [(28, 3584), (32, 8064), (84, 72576)])
-def test_r2d2_conv_has_as_many_features_as_the_authors_code(size, features):
+def test_r2d2_conv_has_the_number_of_features_of_the_authors_code(size, features):
     net = R2D2Conv(filters=[96, 192, 384, 512], dropout=0.1, eps=1e-5)
     assert net.shape(InputSpec((3, size, size))) == (features,)
 
 
 def test_resnet12_is_four_residual_blocks():
     net = resnet12()
-    params = spread(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
+    params = perturb(net.init(InputSpec((3, 32, 32)), prng.key_of(0))[0])
     x = torch.randn(5, 3, 32, 32)
     z = x
     for block in range(4):
         act = nn.LeakyReLU(0.1)
-        through = layer(params, f"{block}_2")(
+        residual = layer(params, f"{block}_2")(
             act(layer(params, f"{block}_1")(act(layer(params, f"{block}_0")(z))))
         )
-        z = nn.MaxPool2d(2)(act(through + layer(params, f"{block}_beside")(z)))
+        z = nn.MaxPool2d(2)(act(residual + layer(params, f"{block}_beside")(z)))
     torch.testing.assert_close(net.embed(params, x)[0], z.mean((-2, -1)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
 def torchvision_weights(tmp_path):
-    """torchvision's network with random weights and statistics, and a file of them."""
+    """Return torchvision's network with random weights and statistics, and a file of them."""
     torch.manual_seed(0)
     net = torchvision.models.resnet18()
     net.fc = nn.Identity()
@@ -212,7 +215,7 @@ def torchvision_weights(tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, pytest.param(84, marks=pytest.mark.slow)])
-def test_resnet18_is_torchvisions(torchvision_weights, size):
+def test_resnet18_equals_torchvision(torchvision_weights, size):
     theirs, path = torchvision_weights
     ours = ResNet18(weights=str(path), frozen=False, eps=1e-5)
     params, population = ours.init(InputSpec((3, size, size)), prng.key_of(0))
@@ -227,7 +230,7 @@ def test_resnet18_is_torchvisions(torchvision_weights, size):
     assert inductive.shape[1:] == ours.shape(InputSpec((3, size, size)))
 
 
-def resnet18_composed(cache_dir, *words):
+def compose_resnet18(cache_dir, *overrides):
     small = [
         "dataset=glyphs",
         "dataset.num_classes=60",
@@ -242,30 +245,26 @@ def resnet18_composed(cache_dir, *words):
         f"cache_dir={cache_dir}",
         "logger=none",
     ]
-    return composition.composed(["backbone=resnet18", *small, *few, *words])
+    return composition.composed(["backbone=resnet18", *small, *few, *overrides])
 
 
-def resnet18_run(cache_dir, *words):
-    return config.checked(resnet18_composed(cache_dir, *words))
+def resnet18_settings(cache_dir, *overrides):
+    return checking.checked(compose_resnet18(cache_dir, *overrides))
 
 
 @pytest.mark.slow
-def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(
-    torchvision_weights, cache_dir, tmp_path
-):
+def test_trained_run_does_not_need_its_source_files(torchvision_weights, cache_dir, tmp_path):
     weights, choices, console = torchvision_weights[1], tmp_path / "engine.json", Console()
-    words = ["algo=protonet", f"backbone.weights={weights}"]
-    choices.write_text(json.dumps(build(resnet18_run(cache_dir, *words)).choices))
-    composed = resnet18_composed(cache_dir, *words, f"engine.choices={choices}")
-    train(composed, tmp_path / "run", "protonet glyphs", words, console)
+    overrides = ["algo=protonet", f"backbone.weights={weights}"]
+    choices.write_text(json.dumps(build(resnet18_settings(cache_dir, *overrides)).choices))
+    composed = compose_resnet18(cache_dir, *overrides, f"engine.choices={choices}")
+    train(composed, tmp_path / "run", "protonet glyphs", overrides, console)
     weights.unlink()
     choices.unlink()
     assert metalearn.load(tmp_path / "run").spec.way == 5
-    for changed in (
-        [],
-        ["dataset.jitter=0.9"],
-    ):  # with another data set the classes of the run's own are looked at
-        evaluate(tmp_path / "run", changed, "test", None, console)
+    # With a different dataset, evaluation also reads the classes of the run's dataset.
+    for overrides in ([], ["dataset.jitter=0.9"]):
+        evaluate(tmp_path / "run", overrides, "test", None, console)
     assert len(list((tmp_path / "run/evaluations").glob("*.json"))) == 4
 
 
@@ -274,10 +273,14 @@ def test_a_trained_run_needs_no_longer_the_files_it_was_made_from(
 def test_frozen_weights_and_their_statistics_never_change(
     algo, torchvision_weights, cache_dir, tmp_path
 ):
-    words = [f"algo={algo}", "statistics=population", f"backbone.weights={torchvision_weights[1]}"]
+    overrides = [
+        f"algo={algo}",
+        "statistics=population",
+        f"backbone.weights={torchvision_weights[1]}",
+    ]
     changed = {}
     for frozen in ("true", "false"):
-        run = build(resnet18_run(cache_dir, *words, f"backbone.frozen={frozen}"))
+        run = build(resnet18_settings(cache_dir, *overrides, f"backbone.frozen={frozen}"))
         before = {name: value.clone() for part in run.state for name, value in part.items()}
         state = loop.fit(run, loop.Silent(), tmp_path / frozen).state
         task = run.test.draw(0, 1)
@@ -301,16 +304,16 @@ def test_frozen_weights_and_their_statistics_never_change(
 
 
 @pytest.mark.slow
-def test_nothing_to_learn_is_refused_and_tested_as_it_is(cache_dir):
+def test_run_with_nothing_to_learn_is_refused_in_training_but_can_be_tested(cache_dir):
     with pytest.raises(UserError, match=r"train\.steps=0"):
-        build(resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true"))
+        build(resnet18_settings(cache_dir, "algo=protonet", "backbone.frozen=true"))
     assert build(
-        resnet18_run(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")
+        resnet18_settings(cache_dir, "algo=protonet", "backbone.frozen=true", "train.steps=0")
     ).state.params
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
+def test_mismatched_weights_are_refused(torchvision_weights, tmp_path):
     key = prng.key_of(0)
     weights = torch.load(torchvision_weights[1])
     cases = {
@@ -320,10 +323,10 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
         "conv1.weight is of shape": weights | {"conv1.weight": torch.zeros(64, 1, 7, 7)},
         "should be a state dict": [1, 2],
     }
-    for number, (words, content) in enumerate(cases.items()):
+    for number, (message, content) in enumerate(cases.items()):
         path = tmp_path / f"{number}.pth"
         torch.save(content, path)
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             ResNet18(weights=str(path), frozen=False, eps=1e-5).init(InputSpec((3, 32, 32)), key)
     (tmp_path / "text.pth").write_text("no weights")
     for name in ("text.pth", "absent.pth"):
@@ -334,7 +337,7 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchvisions_weights_are_downloaded_once_and_checked(
+def test_torchvision_weights_are_downloaded_once_and_checked(
     torchvision_weights, server, tmp_path, monkeypatch
 ):
     address, folder = server
@@ -353,25 +356,25 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_dropout_and_drop_block_keep_the_mean():
+def test_dropout_and_drop_block_preserve_the_mean():
     x = torch.ones(8, 6, 20, 20)
     for noise in (
         lambda key: layers.dropout(x, 0.2, key),
         lambda key: layers.drop_block(x, 0.2, 5, key),
     ):
-        found = torch.stack([noise(prng.key_of(number)) for number in range(20)])
-        assert abs(found.mean().item() - 1) < 0.01
-        assert 0.15 < (found == 0).double().mean().item() < 0.22
-        assert not torch.equal(found[0], found[1])
-        torch.testing.assert_close(noise(prng.key_of(3)), found[3])
+        outputs = torch.stack([noise(prng.key_of(number)) for number in range(20)])
+        assert abs(outputs.mean().item() - 1) < 0.01
+        assert 0.15 < (outputs == 0).double().mean().item() < 0.22
+        assert not torch.equal(outputs[0], outputs[1])
+        torch.testing.assert_close(noise(prng.key_of(3)), outputs[3])
 
 
 def test_drop_block_drops_squares():
     x = torch.ones(1, 200, 12, 12)
     dropped = layers.drop_block(x, 0.02, 3, prng.key_of(0)) == 0
-    # Where one corner fell, its whole square is gone: each dropped place lies in a dropped 3x3 square.
-    whole = dropped.unfold(2, 3, 1).unfold(3, 3, 1).all(-1).all(-1).to(torch.float32)
-    covered = torch.nn.functional.max_pool2d(torch.nn.functional.pad(whole, [2] * 4), 3, 1) > 0
+    # A corner drops its full square, so each dropped pixel is in a dropped 3x3 square.
+    squares = dropped.unfold(2, 3, 1).unfold(3, 3, 1).all(-1).all(-1).to(torch.float32)
+    covered = torch.nn.functional.max_pool2d(torch.nn.functional.pad(squares, [2] * 4), 3, 1) > 0
     assert dropped.any() and torch.equal(covered, dropped)
     assert not layers.drop_block(torch.ones(9, 9, 2, 2), 0.5, 5, prng.key_of(0)).isnan().any()
 
@@ -379,7 +382,7 @@ def test_drop_block_drops_squares():
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["protonet", "maml"])
 @pytest.mark.parametrize("backbone", ["r2d2_conv", "resnet12"])
-def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make_run):
+def test_noise_depends_on_the_task_and_only_in_meta_training(backbone, algo, make_run):
     noisy = ["backbone.filters=[3,4,5]", "backbone.dropout=0.3", "statistics=population"]
     noisy += ["backbone.drop_block=true", "backbone.block_size=2"] if backbone == "resnet12" else []
     run = make_run(f"algo={algo}", f"backbone={backbone}", *noisy)
@@ -415,7 +418,7 @@ def test_noise_is_the_tasks_own_and_for_meta_training_alone(backbone, algo, make
     assert torch.equal(*predictions)
 
 
-def test_bias_stands_exactly_where_no_normalisation_follows():
+def test_layers_have_a_bias_exactly_if_no_normalisation_follows():
     for net in (conv4(), MLP(hidden=[5, 4], normalisation="batch", activation="relu", eps=1e-5)):
         assert not any(
             name.startswith(("conv", "linear")) and "bias" in name
@@ -426,6 +429,6 @@ def test_bias_stands_exactly_where_no_normalisation_follows():
     assert population == {}
 
 
-def test_too_small_pictures_are_refused():
+def test_too_small_images_are_refused():
     with pytest.raises(UserError, match="6x6"):
         conv4().shape(InputSpec((1, 6, 6)))

@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 
-from metalearn import cli, composition, config
-from metalearn.build import build, check
-from metalearn.errors import UserError
+from metalearn.cli import main
+from metalearn.config import checking, components, composition
+from metalearn.run.build import build, check
+from metalearn.system.errors import UserError
 
 MISTAKES = [
     (["algo=mamll"], ["algo=mamll", "did you mean maml"]),
@@ -66,7 +67,7 @@ MISTAKES = [
 def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
     with pytest.raises(UserError) as caught:
         check(
-            config.checked(
+            checking.checked(
                 composition.composed(overrides)
                 if "dataset=sinusoid" in overrides
                 else compose(*overrides)
@@ -82,7 +83,7 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
     [
         (["episode.way=200"], ["way=200", "classes of the split"]),
         (["algo=protonet", "episode.train.way=400"], ["train episodes", "way=400"]),
-        (["dataset.fractions=[0.6,0.2]"], ["dataset.fractions=[0.6, 0.2]", "three shares"]),
+        (["dataset.fractions=[0.6,0.2]"], ["dataset.fractions=[0.6, 0.2]", "three fractions"]),
         (["dataset.fractions=[0.1,0.34,0.34]"], ["sum to 1"]),
         (["episode.way=1"], ["way=1", "2 or more"]),
         (["episode.query=20"], ["1 + 20", "20 examples"]),
@@ -96,7 +97,7 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
 def test_what_the_data_cannot_give_is_named(overrides, words, compose):
     with pytest.raises(UserError) as caught:
         build(
-            config.checked(
+            checking.checked(
                 composition.composed(overrides)
                 if "dataset=folder" in overrides
                 else compose(*overrides)
@@ -108,7 +109,7 @@ def test_what_the_data_cannot_give_is_named(overrides, words, compose):
 def test_device_that_is_not_there_is_named(compose, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda"):
-        check(config.checked(compose("device=cuda")))
+        check(checking.checked(compose("device=cuda")))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_device_that_is_not_there_is_named(compose, monkeypatch):
 def test_every_choice_composes_and_is_explained(group):
     for name, line in composition.options(group).items():
         settings = [f"{group}={name}"]
-        check(config.checked(composition.composed(settings)))
+        check(checking.checked(composition.composed(settings)))
         assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
 
 
@@ -132,9 +133,9 @@ def test_methods_compose_with_the_datasets_they_can_learn_and_have_a_recipe_for(
         for dataset in ("sinusoid", "omniglot", "cifar_fs"):
             if not composition.recipe_names(algo, dataset, "conv4") and dataset != "sinusoid":
                 continue
-            settings = config.checked(composition.composed([f"algo={algo}", f"dataset={dataset}"]))
-            target = config.component(settings.dataset, "dataset").target
-            possible = target in config.component(settings.algo, "algo").targets
+            settings = checking.checked(composition.composed([f"algo={algo}", f"dataset={dataset}"]))
+            target = components.component(settings.dataset, "dataset").target
+            possible = target in components.component(settings.algo, "algo").targets
             with (
                 contextlib.nullcontext()
                 if possible
@@ -157,7 +158,7 @@ def test_each_value_of_an_axis_is_checked_once():
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])
 def test_what_would_break_a_line_is_escaped(value):
     with pytest.raises(UserError) as caught:
-        config.checked(composition.composed([f"train.steps={value}"]))
+        checking.checked(composition.composed([f"train.steps={value}"]))
     assert str(caught.value).isprintable()
 
 
@@ -165,5 +166,5 @@ def test_what_would_break_a_line_is_escaped(value):
 def test_callbacks_of_hydra_call_nothing(words, tmp_path):
     called = f"+hydra.callbacks.x={{_target_: os.mkdir, path: {tmp_path / 'called'}}}"
     with pytest.raises(UserError, match=r"hydra\.callbacks\.x"):
-        cli._train(["algo=protonet", "dataset=glyphs", *words, called])
+        main._train(["algo=protonet", "dataset=glyphs", *words, called])
     assert not (tmp_path / "called").exists()

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from metalearn import checkpoint
+from metalearn.run import checkpoint
 
 
 class Malice:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from metalearn import composition, config, load, testing
+from metalearn import load, testing
+from metalearn.config import checking, components, composition
 from metalearn.engine import Engine
+from metalearn.run.evaluate import evaluate
+from metalearn.run.train import train
 from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
-from metalearn.verbs.evaluate import evaluate
-from metalearn.verbs.train import train
 from tests.conftest import ALGORITHMS, doubled
 
 _HALF = torch.tensor(0.5)
@@ -119,10 +120,10 @@ _DATASETS = {
 
 @functools.cache
 def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
-    settings = config.checked(composition.composed([f"dataset={name}", *_DATASETS[name]])).dataset
+    settings = checking.checked(composition.composed([f"dataset={name}", *_DATASETS[name]])).dataset
     shape = Shape(1, 3, 5) if name == "sinusoid" else Shape(5, 2, 3)
     return testing.DatasetCase(
-        config.make(settings, "dataset"), cache_dir / "none", cache_dir, shape
+        components.make(settings, "dataset"), cache_dir / "none", cache_dir, shape
     )
 
 
@@ -150,8 +151,8 @@ _BACKBONES = {
 )
 def test_backbone(name, check):
     words, inputs = _BACKBONES[name]
-    settings = config.checked(composition.composed([f"backbone={name}", *words])).backbone
-    BACKBONE_CHECKS[check](testing.BackboneCase(config.make(settings, "backbone"), inputs))
+    settings = checking.checked(composition.composed([f"backbone={name}", *words])).backbone
+    BACKBONE_CHECKS[check](testing.BackboneCase(components.make(settings, "backbone"), inputs))
 
 
 def test_every_backbone_is_checked():

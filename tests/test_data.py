@@ -1,4 +1,4 @@
-"""Files on disk to episodes: formats, splits, caches, downloads and what goes wrong with them."""
+"""From files to episodes: formats, splits, caches, downloads and their errors."""
 
 import hashlib
 import io
@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from metalearn import composition, config, download
+from metalearn.config import checking, components, composition
 from metalearn.data.glyphs import Glyphs
 from metalearn.data.omniglot import vinyals_split
-from metalearn.errors import UserError
+from metalearn.system import download
+from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape
 
 _CPU = torch.device("cpu")
@@ -30,20 +31,20 @@ needs_omniglot = pytest.mark.skipif(
 )
 
 
-def opened(name: str, data_dir: Path, cache_dir: Path, **changes):
-    settings = config.checked(
+def open_dataset(name: str, data_dir: Path, cache_dir: Path, **changes):
+    settings = checking.checked(
         composition.composed([f"dataset={name}", *(f"dataset.{k}={v}" for k, v in changes.items())])
     ).dataset
-    return config.make(settings, "dataset").open(data_dir, cache_dir, _CPU)
+    return components.make(settings, "dataset").open(data_dir, cache_dir, _CPU)
 
 
-def picture(level: int, mode: str, size: tuple[int, int]) -> Image.Image:
+def solid_image(level: int, mode: str, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.full((size[1], size[0]), level, np.uint8)).convert(mode)
 
 
 @pytest.fixture
-def own_pictures(tmp_path):
-    """Ten classes of 4 to 13 pictures: sizes, formats and modes mixed; class k is grey level 20 k."""
+def image_data(tmp_path):
+    """Save ten classes of 4 to 13 images of mixed formats; class k has grey level 20 k."""
     kinds = [
         ("RGB", "jpg", (40, 30)),
         ("L", "png", (21, 50)),
@@ -56,111 +57,110 @@ def own_pictures(tmp_path):
         folder.mkdir(parents=True)
         for i in range(4 + k):
             mode, suffix, size = kinds[i % len(kinds)]
-            picture(20 * k, mode, size).save(folder / f"{i}.{suffix}")
-    (tmp_path / "data/pictures/class 0é/notes.txt").write_text("not a picture")
+            solid_image(20 * k, mode, size).save(folder / f"{i}.{suffix}")
+    (tmp_path / "data/pictures/class 0é/notes.txt").write_text("not an image")
     return tmp_path / "data"
 
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
-def test_folder_of_mixed_pictures(own_pictures, tmp_path, colour):
-    data = opened(
-        "folder", own_pictures, tmp_path / "c", colour=colour, image_size=16, standardise=False
+def test_folder_of_mixed_images(image_data, tmp_path, colour):
+    data = open_dataset(
+        "folder", image_data, tmp_path / "c", colour=colour, image_size=16, standardise=False
     )
     assert data.inputs.shape == ((3 if colour == "rgb" else 1), 16, 16)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [6, 2, 2]
     task = data.episodes("train", Shape(5, 1, 3), 0).draw(0, 4)
-    for t in range(
-        4
-    ):  # a picture's level tells its class: 1-bit pictures apart, a palette is a few levels coarse
+    # An image's level identifies its class, except in 1-bit images; a palette is a few levels off.
+    for t in range(4):
         for y in range(5):
             levels = task.query.x[t][task.query.y[t] == y].mean((1, 2, 3))
             levels = levels[(levels > 0.01) & (levels < 0.99)]
             assert len(levels) == 0 or levels.max() - levels.min() < 0.035
 
 
-def test_zip_gives_what_the_folder_gives(own_pictures, tmp_path):
+def test_zip_and_folder_give_the_same_data(image_data, tmp_path):
     with zipfile.ZipFile(tmp_path / "data/zipped.zip", "w") as archive:
-        for path in (own_pictures / "pictures").rglob("*.*"):
-            archive.write(path, path.relative_to(own_pictures))
-    folder = opened("folder", own_pictures, tmp_path / "c")
-    zipped = opened("folder", own_pictures, tmp_path / "c", path="zipped.zip")
+        for path in (image_data / "pictures").rglob("*.*"):
+            archive.write(path, path.relative_to(image_data))
+    folder = open_dataset("folder", image_data, tmp_path / "c")
+    zipped = open_dataset("folder", image_data, tmp_path / "c", path="zipped.zip")
     assert folder.content_hash == zipped.content_hash
 
 
 @pytest.mark.slow
-def test_split_file(own_pictures, tmp_path):
+def test_split_file_is_followed_and_validated(image_data, tmp_path):
     names = [f"class {k}é" for k in range(10)]
     path = tmp_path / "split.json"
     path.write_text(json.dumps({"train": names[:5], "val": names[5:7], "test": names[7:]}))
-    data = opened("folder", own_pictures, tmp_path / "c", split=path)
+    data = open_dataset("folder", image_data, tmp_path / "c", split=path)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [5, 2, 3]
     path.write_text(json.dumps({"train": names[:5], "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="'class 4é' in both train and val"):
-        opened("folder", own_pictures, tmp_path / "c", split=path)
+        open_dataset("folder", image_data, tmp_path / "c", split=path)
     path.write_text(
         json.dumps({"train": [names[0], names[0]], "val": names[4:7], "test": names[7:]})
     )
     with pytest.raises(UserError, match="'class 0é' twice in train"):
-        opened("folder", own_pictures, tmp_path / "c", split=path)
+        open_dataset("folder", image_data, tmp_path / "c", split=path)
     path.write_text(json.dumps({"train": 5, "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="should be JSON"):
-        opened("folder", own_pictures, tmp_path / "c", split=path)
+        open_dataset("folder", image_data, tmp_path / "c", split=path)
     path.write_text(json.dumps({"train": ["ghost"], "val": names[4:7], "test": names[7:]}))
     with pytest.raises(UserError, match="'ghost'"):
-        opened("folder", own_pictures, tmp_path / "c", split=path)
+        open_dataset("folder", image_data, tmp_path / "c", split=path)
     with pytest.raises(UserError, match=r"nowhere\.json"):
-        opened("folder", own_pictures, tmp_path / "c", split="nowhere.json")
+        open_dataset("folder", image_data, tmp_path / "c", split="nowhere.json")
 
 
-def test_corrupt_picture_and_archive_are_named(own_pictures, tmp_path):
-    (own_pictures / "pictures/class 3é/0.jpg").write_bytes(b"\xff\xd8 torn")
+def test_error_names_the_corrupt_image_or_archive(image_data, tmp_path):
+    (image_data / "pictures/class 3é/0.jpg").write_bytes(b"\xff\xd8 truncated")
     with pytest.raises(UserError, match=r"class 3é/0\.jpg"):
-        opened("folder", own_pictures, tmp_path / "c")
-    (own_pictures / "broken.zip").write_bytes(b"PK no zip")
+        open_dataset("folder", image_data, tmp_path / "c")
+    (image_data / "broken.zip").write_bytes(b"PK no zip")
     with pytest.raises(UserError, match=r"broken\.zip"):
-        opened("folder", own_pictures, tmp_path / "c", path="broken.zip")
+        open_dataset("folder", image_data, tmp_path / "c", path="broken.zip")
 
 
-def test_classes_brought_in_several_ways_are_merged_and_never_confused(own_pictures, tmp_path):
-    root = own_pictures / "pictures"
+def test_classes_in_zips_and_folders_are_merged_and_duplicates_refused(image_data, tmp_path):
+    root = image_data / "pictures"
     with zipfile.ZipFile(root / "more.zip", "w") as archive:
         for i in range(5):
             stream = io.BytesIO()
-            picture(9, "L", (8, 8)).save(stream, "png")
+            solid_image(9, "L", (8, 8)).save(stream, "png")
             archive.writestr(f"zipped class/{i}.png", stream.getvalue())
-    data = opened("folder", own_pictures, tmp_path / "c")
+    data = open_dataset("folder", image_data, tmp_path / "c")
     assert sum(data.num_classes(split) for split in ("train", "val", "test")) == 11
     (root / "nested/class 1é").mkdir(parents=True)
-    picture(9, "L", (8, 8)).save(root / "nested/class 1é/x.png")
+    solid_image(9, "L", (8, 8)).save(root / "nested/class 1é/x.png")
     with pytest.raises(UserError, match="two folders for class 'class 1é'"):
-        opened("folder", own_pictures, tmp_path / "c")
+        open_dataset("folder", image_data, tmp_path / "c")
 
 
-def test_sixteen_bit_pictures_keep_their_levels(own_pictures, tmp_path):
-    for path in (own_pictures / "pictures").rglob("*.*"):
+def test_16_bit_images_keep_their_levels(image_data, tmp_path):
+    for path in (image_data / "pictures").rglob("*.*"):
         if path.suffix != ".txt":
             path.unlink()
             Image.fromarray(np.full((9, 9), 100 * 256, np.uint16)).save(path.with_suffix(".png"))
-    data = opened("folder", own_pictures, tmp_path / "c", standardise=False, colour="grey")
+    data = open_dataset("folder", image_data, tmp_path / "c", standardise=False, colour="grey")
     x = data.episodes("train", Shape(2, 1, 1), 0).draw(0, 1).query.x
     torch.testing.assert_close(x, torch.full_like(x, 100 / 255))
 
 
-def test_cache_is_used_renewed_and_mended(own_pictures, tmp_path):
+def test_cache_is_reused_and_rebuilt_if_corrupt_or_stale(image_data, tmp_path):
     cache = tmp_path / "c"
-    first = opened("folder", own_pictures, cache)
-    (kept,) = cache.glob("*.pt")
-    stamp = kept.stat().st_mtime_ns
-    assert opened("folder", own_pictures, cache).content_hash == first.content_hash
-    assert kept.stat().st_mtime_ns == stamp
-    kept.write_bytes(kept.read_bytes()[:100])  # torn
-    assert opened("folder", own_pictures, cache).content_hash == first.content_hash
-    picture(255, "L", (8, 8)).save(own_pictures / "pictures/class 1é/more.png")
-    assert opened("folder", own_pictures, cache).content_hash != first.content_hash
+    first = open_dataset("folder", image_data, cache)
+    (cache_file,) = cache.glob("*.pt")
+    mtime = cache_file.stat().st_mtime_ns
+    assert open_dataset("folder", image_data, cache).content_hash == first.content_hash
+    assert cache_file.stat().st_mtime_ns == mtime
+    cache_file.write_bytes(cache_file.read_bytes()[:100])  # truncated
+    assert open_dataset("folder", image_data, cache).content_hash == first.content_hash
+    solid_image(255, "L", (8, 8)).save(image_data / "pictures/class 1é/more.png")
+    assert open_dataset("folder", image_data, cache).content_hash != first.content_hash
 
 
-def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pictures, tmp_path):
-    data = opened("folder", own_pictures, tmp_path / "c")
+def test_standardised_training_images_have_mean_0_and_standard_deviation_1(image_data, tmp_path):
+    data = open_dataset("folder", image_data, tmp_path / "c")
     index = data.views["train"].index
     rows = torch.cat([row[:count] for row, count in zip(index.rows, index.counts, strict=True)])
     x = data.stores["train"].gather(rows[None], torch.zeros(1, dtype=torch.int64))[0]
@@ -170,18 +170,18 @@ def test_standardised_training_pictures_have_mean_zero_and_deviation_one(own_pic
 
 @pytest.mark.slow
 def test_glyphs_are_deterministic_and_classes_differ(tmp_path):
-    settings = config.checked(composition.composed(["dataset=glyphs"])).dataset
+    settings = checking.checked(composition.composed(["dataset=glyphs"])).dataset
     assert settings["num_classes"] >= 1000
     small = {key: value for key, value in settings.items() if key != "_target_"} | {
         "num_classes": 60
     }
     first = Glyphs(**small)._render().images
     assert torch.equal(first, Glyphs(**small)._render().images)
-    drawings = first.view(60, 20, -1).float()
-    within = (drawings[:, 0] - drawings[:, 1]).square().sum(-1).mean()
-    between = (drawings[:-1, 0] - drawings[1:, 0]).square().sum(-1).mean()
+    images = first.view(60, 20, -1).float()
+    within = (images[:, 0] - images[:, 1]).square().sum(-1).mean()
+    between = (images[:-1, 0] - images[1:, 0]).square().sum(-1).mean()
     assert within < 0.8 * between
-    assert (drawings > 0).any(-1).all()  # no empty picture
+    assert (images > 0).any(-1).all()  # no empty image
 
 
 def test_vinyals_split_is_the_published_one():
@@ -192,18 +192,18 @@ def test_vinyals_split_is_the_published_one():
 
 @needs_omniglot
 @pytest.mark.slow
-def test_real_omniglot(tmp_path):
-    data = opened("omniglot", _SHARED, tmp_path)
+def test_omniglot_has_the_published_classes(tmp_path):
+    data = open_dataset("omniglot", _SHARED, tmp_path)
     assert [data.num_classes(split) for split in ("train", "val", "test")] == [4112, 172, 423]
     task = data.episodes("test", Shape(20, 5, 15), 0).draw(0, 2)
     assert 0.02 < task.query.x.mean() < 0.2  # ink is 1, and there is little of it
-    everywhere = opened("omniglot", _SHARED, tmp_path, rotations="classes")
-    assert [everywhere.num_classes(split) for split in ("train", "val", "test")] == [
+    all_rotated = open_dataset("omniglot", _SHARED, tmp_path, rotations="classes")
+    assert [all_rotated.num_classes(split) for split in ("train", "val", "test")] == [
         4112,
         688,
         1692,
     ]
-    split = opened("omniglot", _SHARED, tmp_path, split="random")
+    split = open_dataset("omniglot", _SHARED, tmp_path, split="random")
     assert [
         split.num_classes(name) // (4 if name == "train" else 1)
         for name in ("train", "val", "test")
@@ -212,7 +212,7 @@ def test_real_omniglot(tmp_path):
         100,
         423,
     ]
-    alphabets = opened("omniglot", _SHARED, tmp_path, split="alphabet").views
+    alphabets = open_dataset("omniglot", _SHARED, tmp_path, split="alphabet").views
     sets = {
         name: {cls.split("/")[0] for cls in view.index.names} for name, view in alphabets.items()
     }
@@ -222,11 +222,11 @@ def test_real_omniglot(tmp_path):
     )
 
 
-def archives(characters: dict[str, int]) -> dict[str, bytes]:
-    """Two archives in Omniglot's layout with so many drawings of each character."""
+def omniglot_archives(characters: dict[str, int]) -> dict[str, bytes]:
+    """Make two archives in Omniglot's layout with the given number of images per character."""
     stream = io.BytesIO()
-    picture(255, "1", (105, 105)).save(stream, "png")
-    made = {}
+    solid_image(255, "1", (105, 105)).save(stream, "png")
+    archives = {}
     for part, names in (
         ("images_background", list(characters)[:3]),
         ("images_evaluation", list(characters)[3:]),
@@ -234,23 +234,23 @@ def archives(characters: dict[str, int]) -> dict[str, bytes]:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for name in names:
-                for drawing in range(characters[name]):
-                    archive.writestr(f"{part}/{name}/{drawing:04}.png", stream.getvalue())
-        made[part] = buffer.getvalue()
-    return made
+                for number in range(characters[name]):
+                    archive.writestr(f"{part}/{name}/{number:04}.png", stream.getvalue())
+        archives[part] = buffer.getvalue()
+    return archives
 
 
 @pytest.fixture
-def few_characters(monkeypatch):
-    """Pretends that Omniglot has six characters."""
+def six_characters(monkeypatch):
+    """Reduce Omniglot to six characters."""
     splits = {"train": ["A/1", "A/2"], "val": ["A/3", "B/1"], "test": ["B/2", "B/3"]}
     monkeypatch.setattr("metalearn.data.omniglot.vinyals_split", lambda: splits)
     return dict.fromkeys(("A/1", "A/2", "A/3", "B/1", "B/2", "B/3"), 20)
 
 
-def served_omniglot(address: str, content: dict[str, bytes], data_dir: Path, cache: Path):
+def open_served_omniglot(address: str, content: dict[str, bytes], data_dir: Path, cache: Path):
     sums = {part: hashlib.md5(data).hexdigest() for part, data in content.items()}
-    return opened(
+    return open_dataset(
         "omniglot",
         data_dir,
         cache,
@@ -259,64 +259,66 @@ def served_omniglot(address: str, content: dict[str, bytes], data_dir: Path, cac
     )
 
 
-def test_download_with_checksum_then_no_network_needed(server, few_characters, tmp_path):
+def test_download_is_checked_and_needed_only_once(server, six_characters, tmp_path):
     address, folder = server
-    content = archives(few_characters)
+    content = omniglot_archives(six_characters)
     for part, data in content.items():
         (folder / f"{part}.zip").write_bytes(data)
-    first = served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
+    first = open_served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
     assert first.num_classes("train") == 8
-    again = served_omniglot("http://127.0.0.1:9", content, tmp_path / "d", tmp_path / "c")
+    again = open_served_omniglot("http://127.0.0.1:9", content, tmp_path / "d", tmp_path / "c")
     assert again.content_hash == first.content_hash
 
 
-def test_download_that_lies_is_refused(server, few_characters, tmp_path):
+def test_download_with_wrong_checksum_is_refused(server, six_characters, tmp_path):
     address, folder = server
-    content = archives(few_characters)
+    content = omniglot_archives(six_characters)
     for part, data in content.items():
         (folder / f"{part}.zip").write_bytes(data[:-50])
     with pytest.raises(UserError) as caught:
-        served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
+        open_served_omniglot(address, content, tmp_path / "d", tmp_path / "c")
     assert all(
         word in str(caught.value) for word in [address, str(tmp_path / "d/omniglot"), "glyphs"]
     )
     assert not list((tmp_path / "d").rglob("*.*")), (
-        "a wrong file was left where the next run would take it for data"
+        "the corrupt file was not removed, so the next run would use it"
     )
 
 
-def test_missing_address_is_named(server, few_characters, tmp_path):
+def test_missing_file_on_the_server_is_reported(server, six_characters, tmp_path):
     address, _ = server
     with pytest.raises(UserError, match="404"):
-        served_omniglot(address, archives(few_characters), tmp_path / "d", tmp_path / "c")
+        open_served_omniglot(
+            address, omniglot_archives(six_characters), tmp_path / "d", tmp_path / "c"
+        )
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [({"A/2": 19}, ["19 drawings", "A/2"]), ({"B/3": 0}, ["5 of Omniglot's 6", "B/3"])],
+    ("change", "parts"),
+    [({"A/2": 19}, ["19 images", "A/2"]), ({"B/3": 0}, ["5 of Omniglot's 6", "B/3"])],
 )
-def test_archives_of_the_wrong_content_are_refused(change, words, few_characters, tmp_path):
+def test_archives_with_wrong_content_are_refused(change, parts, six_characters, tmp_path):
     (tmp_path / "d/omniglot").mkdir(parents=True)
-    for part, data in archives(few_characters | change).items():
+    for part, data in omniglot_archives(six_characters | change).items():
         (tmp_path / f"d/omniglot/{part}.zip").write_bytes(data)
     with pytest.raises(UserError) as caught:
-        opened("omniglot", tmp_path / "d", tmp_path / "c")
-    assert all(word in str(caught.value) for word in [*words, "images_background.zip"])
+        open_dataset("omniglot", tmp_path / "d", tmp_path / "c")
+    assert all(part in str(caught.value) for part in [*parts, "images_background.zip"])
 
 
-def test_folders_brought_by_hand(few_characters, tmp_path):
-    for data in archives(few_characters).values():
+def test_extracted_folders_are_read(six_characters, tmp_path):
+    for data in omniglot_archives(six_characters).values():
         zipfile.ZipFile(io.BytesIO(data)).extractall(tmp_path / "d/omniglot")
-    assert opened("omniglot", tmp_path / "d", tmp_path / "c").num_classes("test") == 2
+    assert open_dataset("omniglot", tmp_path / "d", tmp_path / "c").num_classes("test") == 2
 
 
 def test_sinusoids_follow_their_formula(tmp_path):
-    source = opened("sinusoid", tmp_path, tmp_path).episodes("train", Shape(1, 10, 5), 0)
+    source = open_dataset("sinusoid", tmp_path, tmp_path).episodes("train", Shape(1, 10, 5), 0)
     task = source.draw(0, 200)
     x, y = task.query.x[..., 0].double(), task.query.y[..., 0].double()
     assert x.min() >= -5 and x.max() <= 5
 
-    # Least squares on sin x and cos x recovers each task's sinusoid from its support, exactly.
+    # Least squares on sin x and cos x recovers each task's sinusoid exactly from its support set.
     def basis(x):
         return torch.stack([x.sin(), x.cos()], -1)
 
@@ -329,37 +331,37 @@ def test_sinusoids_follow_their_formula(tmp_path):
     assert amplitude.std() > 1
 
 
-def test_pictures_that_are_too_large_are_named(own_pictures, tmp_path, monkeypatch):
+def test_too_large_images_are_refused(image_data, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(UserError, match="is not a readable picture"):
-        opened("folder", own_pictures, tmp_path / "cache", path="pictures")
+    with pytest.raises(UserError, match="is not a readable image"):
+        open_dataset("folder", image_data, tmp_path / "cache", path="pictures")
 
 
-def test_cifar_100_that_was_unpacked_by_half_is_fetched_again(tmp_path, monkeypatch):
+def test_partly_extracted_cifar100_is_downloaded_again(tmp_path, monkeypatch):
     (tmp_path / "cifar100/cifar-100-python").mkdir(parents=True)
     (tmp_path / "cifar100/cifar-100-python/train").write_bytes(b"")
-    asked = []
-    monkeypatch.setattr("metalearn.data.folder.with_network", lambda url, *rest: asked.append(url))
-    with pytest.raises(UserError):  # nothing was fetched here
-        opened("cifar_fs", tmp_path, tmp_path / "cache")
-    assert len(asked) == 1
+    urls = []
+    monkeypatch.setattr("metalearn.data.folder.with_network", lambda url, *rest: urls.append(url))
+    with pytest.raises(UserError):  # the stub downloads nothing
+        open_dataset("cifar_fs", tmp_path, tmp_path / "cache")
+    assert len(urls) == 1
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"],
 )
-def test_addresses_that_speak_otherwise_or_break_off_are_named(answer, tmp_path):
+def test_servers_that_speak_no_http_or_stop_early_are_reported(response, tmp_path):
     class Odd(socketserver.BaseRequestHandler):
         def handle(self):
             self.request.recv(10000)
-            self.request.sendall(answer)
+            self.request.sendall(response)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match="by hand"):
             download.fetch(
-                f"http://127.0.0.1:{served.server_address[1]}/x.zip", tmp_path / "data", None
+                f"http://127.0.0.1:{server.server_address[1]}/x.zip", tmp_path / "data", None
             )
-        served.shutdown()
+        server.shutdown()
     assert not list(tmp_path.glob("data/*"))

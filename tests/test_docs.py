@@ -6,8 +6,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from metalearn import composition, config
-from metalearn.build import check
+from metalearn.config import checking, composition
+from metalearn.run.build import check
 from tests.conftest import ALGORITHMS
 
 _ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_commands_of_the_table_of_methods_are_valid(table, name):
         *wanted["methods"][name]["settings"],
         "device=cpu",
     ]
-    check(config.checked(composition.composed(words)))
+    check(checking.checked(composition.composed(words)))
 
 
 def test_every_recipe_is_used_by_a_method():

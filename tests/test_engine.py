@@ -1,4 +1,4 @@
-"""What the engine chooses, and that none of it changes the mathematics."""
+"""The engine's choices, and that none of them changes the results."""
 
 import gzip
 import json
@@ -8,17 +8,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from metalearn import composition, config, loop
-from metalearn.build import build
+from metalearn.config import checking, composition
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
-from metalearn.errors import RunFailed, UserError
-from metalearn.verbs.train import train
+from metalearn.run import loop
+from metalearn.run.build import build
+from metalearn.run.train import train
+from metalearn.system.errors import RunFailed, UserError
 from tests import command
 from tests.conftest import SMALL, doubled
 
 _HALF = torch.tensor(0.5)
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
 
 
 def cosine(first, second):
@@ -29,7 +30,7 @@ def cosine(first, second):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["algo=maml", "episode.train.query=1", "train.meta_batch=4"], "vmap"),
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4"], "mixed"),
@@ -40,11 +41,11 @@ def cosine(first, second):
         (["algo=reptile", "engine.strategy=mixed", "train.meta_batch=4"], "vmap"),
     ],
 )
-def test_auto_picks_by_its_rule(words, expected, make_run):
-    assert make_run(*words, "device=cpu").train_engine.strategy == expected
+def test_auto_strategy_follows_its_rule(overrides, expected, make_run):
+    assert make_run(*overrides, "device=cpu").train_engine.strategy == expected
 
 
-def test_a_chunk_is_a_bound_and_no_more_than_there_is(make_run):
+def test_chunk_is_at_most_the_meta_batch(make_run):
     assert (
         make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3
     )
@@ -53,7 +54,7 @@ def test_a_chunk_is_a_bound_and_no_more_than_there_is(make_run):
     )
 
 
-def test_testing_a_transfer_method_batches_its_adaptation(make_run):
+def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
     assert (
         make_run("algo=finetune", "episode.query=15", "device=cpu").test_engine.strategy == "mixed"
     )
@@ -64,7 +65,7 @@ def test_testing_a_transfer_method_batches_its_adaptation(make_run):
 
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
 @pytest.mark.parametrize("normalisation", ["batch", "none"])
-def test_patches_times_weights_are_a_convolution(downsample, normalisation, make_run):
+def test_unfold_convolution_equals_plain_convolution(downsample, normalisation, make_run):
     backbone = [f"backbone.downsample={downsample}", f"backbone.normalisation={normalisation}"]
     run = make_run("algo=maml", "algo.inner_steps=2", *backbone)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
@@ -79,40 +80,40 @@ def test_patches_times_weights_are_a_convolution(downsample, normalisation, make
 @pytest.mark.parametrize("part", ["all", "head"])
 def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
     run = make_run("algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}")
-    again = make_run(
+    checkpointed = make_run(
         "algo=maml", "algo.inner_steps=3", f"algo.adapted_part={part}", "engine.rematerialise=true"
     )
-    assert again.algorithm.rematerialise
+    assert checkpointed.algorithm.rematerialise
     assert not run.algorithm.rematerialise
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
-    kept, computed = (
+    expected, gradients = (
         Engine(algorithm, strategy, 3).step(state, tasks, _HALF.double()).gradients
-        for algorithm in (run.algorithm, again.algorithm)
+        for algorithm in (run.algorithm, checkpointed.algorithm)
     )
-    torch.testing.assert_close(computed, kept, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-9)
 
 
 def peak():
-    """Peak resident memory of this process, in KiB."""
+    """Return the peak resident memory of this process, in KiB."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def peak_memory(words, queue):
+def peak_memory(overrides, queue):
     """Put the growth of this process's peak memory by one meta-step into a queue, in KiB."""
-    run = build(config.checked(composition.composed(words)))
+    run = build(checking.checked(composition.composed(overrides)))
     tasks = run.train.draw(0, 4)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
     run.train_engine.step(run.state, tasks, torch.zeros(()))
     queue.put(peak() - before)
 
 
 @pytest.mark.slow
-def test_rematerialisation_saves_the_memory_of_long_inner_loops(cache_dir):
+def test_rematerialisation_saves_memory_in_long_inner_loops(cache_dir):
     context = command.CONTEXT
-    # The images are in the cache beforehand: memory that a process has freed would be used again by the step.
+    # Fill the image cache first: the step would reuse memory freed after generating images.
     build(
-        config.checked(
+        checking.checked(
             composition.composed(
                 ["dataset=glyphs", "dataset.num_classes=60", f"cache_dir={cache_dir}"]
             )
@@ -120,27 +121,29 @@ def test_rematerialisation_saves_the_memory_of_long_inner_loops(cache_dir):
     )
 
     def kib(steps, more):
-        words = [
+        overrides = [
             "algo=maml",
             "dataset=glyphs",
             "dataset.num_classes=60",
             f"algo.inner_steps={steps}",
             *more,
         ]
-        words += [
+        overrides += [
             "train.meta_batch=4",
             "engine.strategy=vmap",
             "device=cpu",
             f"cache_dir={cache_dir}",
         ]
         queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(words, queue))
+        process = context.Process(target=peak_memory, args=(overrides, queue))
         process.start()
         process.join()
         return queue.get(timeout=1)
 
-    kept, computed = (kib(20, more) - kib(5, more) for more in ([], ["engine.rematerialise=true"]))
-    assert computed < kept / 3
+    default, rematerialised = (
+        kib(20, more) - kib(5, more) for more in ([], ["engine.rematerialise=true"])
+    )
+    assert rematerialised < default / 3
 
 
 def test_rematerialisation_without_inner_steps_is_refused(make_run):
@@ -151,41 +154,40 @@ def test_rematerialisation_without_inner_steps_is_refused(make_run):
 @pytest.mark.parametrize(
     "name", ["maml", "protonet", pytest.param("reptile", marks=pytest.mark.slow)]
 )
-def test_bf16_points_the_same_way_and_predicts_the_same(name, make_run):
+def test_bf16_agrees_in_gradient_direction_and_accuracy(name, make_run):
     run = make_run(f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "test.episodes=40")
     rough = make_run(
         f"algo={name}", "train.meta_batch=4", "backbone.filters=32", "engine.precision=bf16"
     )
     tasks = run.train.draw(0, 4)
-    exact, found = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
-    assert (
-        0.9 < cosine(exact.gradients, found.gradients) < 0.999999
-    )  # the lower precision is really used
-    assert all(value.dtype == torch.float32 for value in found.gradients.values())
-    tested = run.test.draw(0, 40)
-    first, second = (one.test_engine.predictions(run.state, tested) for one in (run, rough))
-    assert second.dtype == torch.float32
-    accuracies = [float(run.metric.of(found, tested.query.y).mean()) for found in (first, second)]
+    exact, low = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
+    # Not 1: the lower precision is really used.
+    assert 0.9 < cosine(exact.gradients, low.gradients) < 0.999999
+    assert all(value.dtype == torch.float32 for value in low.gradients.values())
+    tasks = run.test.draw(0, 40)
+    predictions = [one.test_engine.predictions(run.state, tasks) for one in (run, rough)]
+    assert predictions[1].dtype == torch.float32
+    accuracies = [float(run.metric.of(one, tasks.query.y).mean()) for one in predictions]
     assert abs(accuracies[0] - accuracies[1]) < 0.03
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
 @pytest.mark.parametrize("name", ["relation", "r2d2"])
-def test_bf16_with_a_head_of_its_own(name, strategy, make_run):
-    words = [
+def test_bf16_gradients_agree_for_learned_heads(name, strategy, make_run):
+    overrides = [
         f"algo={name}",
         "train.meta_batch=2",
         "backbone.halvings=2",
         f"engine.strategy={strategy}",
     ]
-    run, rough = make_run(*words), make_run(*words, "engine.precision=bf16")
+    run, rough = make_run(*overrides), make_run(*overrides, "engine.precision=bf16")
     tasks = run.train.draw(0, 2)
-    exact, found = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
-    assert cosine(exact.gradients, found.gradients) > 0.9
+    exact, low = (one.train_engine.step(run.state, tasks, _HALF) for one in (run, rough))
+    assert cosine(exact.gradients, low.gradients) > 0.9
 
 
 @pytest.mark.slow
-def test_bf16_goes_through_a_run(compose, tmp_path):
+def test_bf16_run_completes(compose, tmp_path):
     config = compose("algo=protonet", "engine.precision=bf16", "train.steps=2", "val.every=1")
     train(config, tmp_path / "run", "protonet", [], Console(quiet=True))
     assert (
@@ -194,14 +196,14 @@ def test_bf16_goes_through_a_run(compose, tmp_path):
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without CUDA")
-def test_tf32_wants_a_gpu(make_run):
-    with pytest.raises(UserError, match=r"engine\.precision=tf32: only CUDA"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without CUDA")
+def test_tf32_requires_cuda(make_run):
+    with pytest.raises(UserError, match=r"engine\.precision=tf32: requires a CUDA"):
         make_run("algo=maml", "engine.precision=tf32")
 
 
 @pytest.mark.slow
-def test_out_of_memory_names_the_chunk_that_fits(make_run):
+def test_out_of_memory_error_names_a_chunk_that_fits(make_run):
     run = make_run("algo=protonet")
     tasks = run.train.draw(0, 12)
 
@@ -210,7 +212,7 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with (
-        pytest.raises(RunFailed, match=r"12 tasks in flight together; engine\.task_chunk=3 fits"),
+        pytest.raises(RunFailed, match=r"12 tasks per chunk; engine\.task_chunk=3 fits"),
         memory.explained(attempt, tasks, 30),
     ):
         attempt(30, tasks)
@@ -220,7 +222,7 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
 
     with (
         pytest.raises(
-            RunFailed, match="out of memory with 4 tasks in flight together, and not even one"
+            RunFailed, match="out of memory with 4 tasks per chunk, then with a single task"
         ),
         memory.explained(hopeless, tasks, 4),
     ):
@@ -234,8 +236,8 @@ def test_out_of_memory_names_the_chunk_that_fits(make_run):
 
 
 @pytest.mark.slow
-def test_a_command_that_runs_out_of_memory_says_what_fits(metalearn):
-    words = [
+def test_out_of_memory_command_suggests_a_chunk(metalearn):
+    overrides = [
         "train",
         "algo=maml",
         *SMALL,
@@ -243,17 +245,22 @@ def test_a_command_that_runs_out_of_memory_says_what_fits(metalearn):
         "backbone.filters=64",
         "train.meta_batch=400",
     ]
-    words += ["engine.strategy=vmap", "engine.task_chunk=400", "algo.inner_steps=5", "device=cpu"]
-    done = metalearn(*words, memory=6 << 30)
+    overrides += [
+        "engine.strategy=vmap",
+        "engine.task_chunk=400",
+        "algo.inner_steps=5",
+        "device=cpu",
+    ]
+    done = metalearn(*overrides, memory=6 << 30)
     assert done.returncode == 1
-    # Which chunk fits is hard to foresee here: freed address space is not given back, unlike a GPU's memory.
-    assert "out of memory with 400 tasks in flight together" in done.stderr
+    # The chunk that fits is hard to predict: unlike GPU memory, address space is not freed.
+    assert "out of memory with 400 tasks per chunk" in done.stderr
     assert "engine.task_chunk=" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_so_does_one_that_runs_out_while_it_prepares_data(metalearn):
+def test_out_of_memory_while_preparing_data_names_the_image_size(metalearn):
     done = metalearn(
         "train", "algo=protonet", *SMALL, "dataset.image_size=1024", "device=cpu", memory=6 << 30
     )
@@ -262,7 +269,7 @@ def test_so_does_one_that_runs_out_while_it_prepares_data(metalearn):
 
 
 @pytest.mark.slow
-def test_choices_are_stored_and_used_again(compose, tmp_path):
+def test_engine_choices_are_saved_and_reused(compose, tmp_path):
     first = compose("algo=maml", "train.meta_batch=4", "train.steps=2", "engine.strategy=loop")
     train(first, tmp_path / "first", "maml", [], Console(quiet=True))
     file = tmp_path / "first/engine.json"
@@ -285,7 +292,7 @@ def test_choices_are_stored_and_used_again(compose, tmp_path):
 
 
 @pytest.mark.slow
-def test_choices_that_are_none_are_refused(make_run, tmp_path):
+def test_invalid_engine_choices_are_refused(make_run, tmp_path):
     right = {"strategy": "vmap", "chunk": 2, "precision": "fp32", "convolution": "plain"}
     wrong = [
         right | change
@@ -304,9 +311,7 @@ def test_choices_that_are_none_are_refused(make_run, tmp_path):
         make_run("algo=maml", "engine.strategy=vmap", f"engine.choices={tmp_path}/engine.json")
 
 
-def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective(
-    make_run, tmp_path
-):
+def test_mixed_choices_are_refused_for_a_method_with_its_own_loss(make_run, tmp_path):
     run = make_run("algo=maml", "train.meta_batch=4", "episode.train.query=15")
     assert run.train_engine.strategy == "mixed"
     (tmp_path / "engine.json").write_text(json.dumps(run.choices))
@@ -314,21 +319,21 @@ def test_choices_of_a_run_that_loops_its_queries_do_not_change_another_objective
         make_run("algo=reptile", "train.meta_batch=4", f"engine.choices={tmp_path}/engine.json")
 
 
-def test_rematerialisation_computes_again_in_the_same_precision(make_run):
-    words = [
+def test_rematerialisation_recomputes_in_the_same_precision(make_run):
+    overrides = [
         "algo=maml",
         "algo.inner_steps=3",
         "train.meta_batch=4",
         "engine.precision=bf16",
         "backbone.filters=32",
     ]
-    kept, again = make_run(*words), make_run(*words, "engine.rematerialise=true")
-    tasks = kept.train.draw(0, 4)
-    gradients = [run.train_engine.step(run.state, tasks, _HALF).gradients for run in (kept, again)]
+    runs = make_run(*overrides), make_run(*overrides, "engine.rematerialise=true")
+    tasks = runs[0].train.draw(0, 4)
+    gradients = [run.train_engine.step(run.state, tasks, _HALF).gradients for run in runs]
     assert cosine(*gradients) > 0.9999
 
 
-def test_all_threads_are_all_again_after_a_run_with_fewer(make_run, monkeypatch):
+def test_zero_threads_restores_all_threads(make_run, monkeypatch):
     monkeypatch.setattr(process, "_ALL_THREADS", 2)
     before = torch.get_num_threads()
     try:
@@ -341,7 +346,7 @@ def test_all_threads_are_all_again_after_a_run_with_fewer(make_run, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
+def test_profile_writes_a_page_and_a_trace(compose, tmp_path):
     config = compose("algo=maml", "engine.profile=true", "train.steps=4", "val.every=4")
     train(config, tmp_path / "run", "maml", [], Console(quiet=True))
     page = (tmp_path / "run/profile/summary.md").read_text()
@@ -353,54 +358,51 @@ def test_a_profile_is_one_page_and_a_trace(compose, tmp_path):
         assert json.load(stream)["traceEvents"]
 
 
-def test_without_cuda_a_step_is_called_as_it_is():
+def test_without_cuda_the_step_is_called_directly():
     calls: list[int] = []
-    said: list[str] = []
+    notes: list[str] = []
     step = Captured(
         lambda: calls.append(1),
         lambda: None,
         torch.device("cpu"),
         "engine.cuda_graph=false",
-        said.append,
+        notes.append,
     )
     for _ in range(5):
         step()
-    assert (len(calls), said, step.captured) == (5, [], False)
+    assert (len(calls), notes, step.captured) == (5, [], False)
 
 
-def on_cuda(make_run, *words):
+def on_cuda(make_run, *overrides):
     return make_run(
         "device=cuda",
         "train.meta_batch=8",
         "train.steps=12",
         "val.every=12",
         "train.log_every=12",
-        *words,
+        *overrides,
     )
 
 
 @needs_cuda
 @pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "maml_pp"])
-def test_a_captured_run_is_the_run_launched_step_by_step(name, make_run, tmp_path):
-    class Noted(loop.Silent):
+def test_cuda_graph_run_equals_plain_run(name, make_run, tmp_path):
+    class Notes(loop.Silent):
         def note(self, line):
             notes.append(line)
 
     notes: list[str] = []
-    words = [f"algo={name}", "engine.convolution=plain", "train.schedule=cosine"]
-    words += (
-        ["algo.multi_step_share=0.5"] if name == "maml_pp" else []
-    )  # captured, and captured anew in the next stage
-    captured = loop.fit(on_cuda(make_run, *words), Noted(), tmp_path / "graph").state
-    assert notes == []  # nothing stood in the way of the capture
-    launched = loop.fit(
-        on_cuda(make_run, *words, "engine.cuda_graph=false"), Noted(), tmp_path / "plain"
+    overrides = [f"algo={name}", "engine.convolution=plain", "train.schedule=cosine"]
+    if name == "maml_pp":  # the next stage requires a new capture
+        overrides += ["algo.multi_step_share=0.5"]
+    graph = loop.fit(on_cuda(make_run, *overrides), Notes(), tmp_path / "graph").state
+    assert notes == []  # the capture succeeded
+    plain = loop.fit(
+        on_cuda(make_run, *overrides, "engine.cuda_graph=false"), Notes(), tmp_path / "plain"
     ).state
     assert notes == ["no CUDA graph: engine.cuda_graph=false"]
     for part in ("meta", "fixed"):
-        torch.testing.assert_close(
-            getattr(captured, part), getattr(launched, part), rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(getattr(graph, part), getattr(plain, part), rtol=1e-3, atol=1e-4)
 
 
 @needs_cuda
@@ -410,43 +412,43 @@ def test_no_step_waits_for_the_device(name, graph, make_run, tmp_path, monkeypat
     run = on_cuda(make_run, f"algo={name}", f"engine.cuda_graph={graph}")
     call = Captured.__call__
 
-    def watched(captured):
+    def call_without_sync(captured):
         torch.cuda.set_sync_debug_mode("error")
         try:
             call(captured)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Captured, "__call__", watched)
+    monkeypatch.setattr(Captured, "__call__", call_without_sync)
     loop.fit(run, loop.Silent(), tmp_path)
 
 
 @needs_cuda
-def test_what_cannot_be_captured_goes_on_and_says_why():
+def test_failed_capture_continues_and_reports_why():
     value = torch.zeros((), device="cuda")
-    said: list[str] = []
+    notes: list[str] = []
 
     def step():
         value.add_(1)
         value.item()
 
-    taken = Captured(step, lambda: None, value.device, None, said.append)
+    captured = Captured(step, lambda: None, value.device, None, notes.append)
     for _ in range(6):
-        taken()
+        captured()
     assert value.item() == 6
-    assert not taken.captured
-    assert said[0].startswith("no CUDA graph: capture failed (")
+    assert not captured.captured
+    assert notes[0].startswith("no CUDA graph: capture failed (")
 
 
 @needs_cuda
-def test_the_faster_convolution_is_chosen_by_the_clock(make_run):
+def test_faster_convolution_is_chosen_by_timing(make_run):
     run = on_cuda(make_run, "algo=maml")
     assert run.train_engine.convolution in ("plain", "unfold")
     assert run.test_engine.convolution == run.train_engine.convolution
 
 
 @needs_cuda
-def test_tf32_is_near(make_run):
+def test_tf32_gradients_are_close(make_run):
     tasks = on_cuda(make_run, "algo=maml").train.draw(0, 8)
     exact = on_cuda(make_run, "algo=maml")
     gradients = exact.train_engine.step(exact.state, tasks, _HALF.cuda()).gradients

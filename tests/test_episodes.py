@@ -1,4 +1,4 @@
-"""What an episode may and may not hold."""
+"""Contents of episodes and batches."""
 
 import copy
 import dataclasses
@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from metalearn.data.base import ClassData
 from metalearn.data.images import ImageDataset, Pictures
-from metalearn.errors import UserError
+from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape
 
 _CPU = torch.device("cpu")
 
 
-def numbered(
+def numbered_data(
     counts: dict[str, list[int]],
     rotations: str = "none",
     may_meet: bool = True,
     share_drawings: bool = True,
 ) -> ClassData:
-    """A dataset whose every image shows its own number, in 2 x 2 pixels: (class, image; 0, 0)."""
+    """Make a dataset of 2x2 images that encode (class, image; 255, 0)."""
     names = [f"{split}{index}" for split, sizes in counts.items() for index in range(len(sizes))]
     sizes = [size for each in counts.values() for size in each]
     images = torch.stack(
@@ -42,21 +42,25 @@ def numbered(
     return settings.class_data(Pictures(images, sizes, names), splits, _CPU)
 
 
-def identity(x: torch.Tensor) -> torch.Tensor:
-    """(class, image) of unturned pictures [..., 1, 2, 2] -> [..., 2]."""
+def class_and_image(x: torch.Tensor) -> torch.Tensor:
+    """Decode unrotated images [..., 1, 2, 2] to (class, image) [..., 2]."""
     return (x[..., 0, 0, :] * 255).round().long()
 
 
-def turns_of(x: torch.Tensor) -> torch.Tensor:
-    """Quarter turns of numbered pictures [..., 1, 2, 2]: where the white pixel went from the lower left."""
+def rotations_of(x: torch.Tensor) -> torch.Tensor:
+    """Return rotations by 90 degrees of images [..., 1, 2, 2], by their white pixel."""
+    # Counter-clockwise from the lower left, where the white pixel is before any rotation.
     corners = torch.stack([x[..., 0, 1, 0], x[..., 0, 1, 1], x[..., 0, 0, 1], x[..., 0, 0, 0]], -1)
     return corners.argmax(-1)
 
 
 def upright(x: torch.Tensor) -> torch.Tensor:
-    """The same pictures [B, 1, 2, 2], turned back."""
+    """Undo the rotations of images [B, 1, 2, 2]."""
     return torch.stack(
-        [picture.rot90(-int(turn), (-2, -1)) for picture, turn in zip(x, turns_of(x), strict=True)]
+        [
+            image.rot90(-int(rotation), (-2, -1))
+            for image, rotation in zip(x, rotations_of(x), strict=True)
+        ]
     )
 
 
@@ -64,36 +68,36 @@ def upright(x: torch.Tensor) -> torch.Tensor:
 @given(
     rotations=st.sampled_from(["none", "classes", "episode"]),
     sizes=st.lists(st.integers(4, 9), min_size=5, max_size=12),
-    way=st.integers(2, 5), shot=st.integers(1, 2), query=st.integers(1, 2), seed=st.integers(0, 10**6),
+    way=st.integers(2, 5), shot=st.integers(1, 2), query=st.integers(1, 2),
+    seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, seed):
-    data = numbered({"train": sizes, "val": [4] * 5, "test": [4] * 5}, rotations)
+    data = numbered_data({"train": sizes, "val": [4] * 5, "test": [4] * 5}, rotations)
     task = data.episodes("train", Shape(way, shot, query), seed).draw(0, 6)
     for t in range(6):
         parts: dict[str, Any] = {"support": task.support, "query": task.query}
-        seen = {
+        entries_of = {
             name: [
-                (y, turn, cls, image)
-                for y, turn, (cls, image) in zip(
+                (y, rotation, cls, image)
+                for y, rotation, (cls, image) in zip(
                     part.y[t].tolist(),
-                    turns_of(part.x[t]).tolist(),
-                    identity(upright(part.x[t])).tolist(),
+                    rotations_of(part.x[t]).tolist(),
+                    class_and_image(upright(part.x[t])).tolist(),
                     strict=True,
                 )
             ]
             for name, part in parts.items()
         }
-        together = seen["support"] + seen["query"]
-        assert len({entry[1:] for entry in together}) == way * (
-            shot + query
-        )  # no picture twice at all
-        drawings = {name: {entry[2:] for entry in entries} for name, entries in seen.items()}
-        assert not drawings["support"] & drawings["query"]  # not even turned
-        assert all(image < sizes[cls] for _, _, cls, image in together)  # never the padding
-        # A label stands for one class, the same in support and query, and each has its number of examples.
+        all_entries = entries_of["support"] + entries_of["query"]
+        num_distinct = len({entry[1:] for entry in all_entries})
+        assert num_distinct == way * (shot + query)
+        images = {name: {entry[2:] for entry in entries} for name, entries in entries_of.items()}
+        assert not images["support"] & images["query"]  # not even rotated
+        assert all(image < sizes[cls] for _, _, cls, image in all_entries)  # no padding
+        # A label is one class in support and query, and each class has its number of examples.
         classes: dict[int, tuple[int, int]] = {}
-        for y, turn, cls, _ in together:
-            assert classes.setdefault(y, (cls, turn)) == (cls, turn)
+        for y, rotation, cls, _ in all_entries:
+            assert classes.setdefault(y, (cls, rotation)) == (cls, rotation)
         assert len(set(classes.values())) == way
         assert torch.equal(task.support.y[t].bincount(minlength=way), torch.full((way,), shot))
         assert torch.equal(task.query.y[t].bincount(minlength=way), torch.full((way,), query))
@@ -101,51 +105,55 @@ def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, se
 
 @settings(max_examples=30, deadline=None)
 @given(
-    way=st.integers(2, 4), shot=st.integers(1, 2), query=st.integers(1, 2), unlabelled=st.integers(1, 3),
-    distractors=st.integers(0, 3), seed=st.integers(0, 10**6),
+    way=st.integers(2, 4), shot=st.integers(1, 2), query=st.integers(1, 2),
+    unlabelled=st.integers(1, 3), distractors=st.integers(0, 3), seed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_unlabelled_examples_are_others_of_the_same_classes_and_of_distractors(
+def test_unlabelled_examples_are_new_images_of_the_same_classes_and_of_distractors(
     way, shot, query, unlabelled, distractors, seed
 ):
-    data = numbered({"train": [7] * 8, "val": [4] * 5, "test": [4] * 5})
+    data = numbered_data({"train": [7] * 8, "val": [4] * 5, "test": [4] * 5})
     task = data.episodes("train", Shape(way, shot, query, unlabelled, distractors), seed).draw(0, 5)
     assert task.support.unlabelled is not None
     for t in range(5):
         labelled = [
             tuple(row)
             for part in (task.support, task.query)
-            for row in identity(part.x[t]).tolist()
+            for row in class_and_image(part.x[t]).tolist()
         ]
-        more = [tuple(row) for row in identity(task.support.unlabelled[t]).tolist()]
-        assert len({*labelled, *more}) == way * (shot + query) + (way + distractors) * unlabelled
-        classes = [cls for cls, _ in more]
+        unlabelled_images = [
+            tuple(row) for row in class_and_image(task.support.unlabelled[t]).tolist()
+        ]
+        assert len({*labelled, *unlabelled_images}) == (
+            way * (shot + query) + (way + distractors) * unlabelled
+        )
+        classes = [cls for cls, _ in unlabelled_images]
         assert {classes.count(cls) for cls in classes} == {unlabelled}
         assert {cls for cls, _ in labelled} <= set(classes)
         assert len(set(classes)) == way + distractors
     plain = data.episodes("train", Shape(way, shot, query), seed).draw(0, 5)
-    if not distractors:  # the rest of the episode does not depend on them
+    if not distractors:  # unlabelled examples do not change the rest of the episode
         assert torch.equal(plain.query.x, task.query.x)
 
 
 @pytest.mark.parametrize("share_drawings", [True, False])
-def test_rotations_of_one_class_share_their_drawings_where_asked(share_drawings):
-    data = numbered(
+def test_rotations_of_one_class_share_images_if_set(share_drawings):
+    data = numbered_data(
         {"train": [9] * 2, "val": [4] * 5, "test": [4] * 5}, "classes", True, share_drawings
     )
     task = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 60)
-    met, shared = 0, 0
+    num_met, num_shared = 0, 0
     for x in task.support.x:
-        drawings = [tuple(one) for one in identity(upright(x)).tolist()]
-        for place, (cls, image) in enumerate(drawings):
-            for other, other_image in drawings[place + 1 :]:
-                met += cls == other
-                shared += (cls, image) == (other, other_image)
-    assert met > 100
-    assert shared == met if share_drawings else shared < met / 4
+        images = [tuple(one) for one in class_and_image(upright(x)).tolist()]
+        for index, (cls, image) in enumerate(images):
+            for other, other_image in images[index + 1 :]:
+                num_met += cls == other
+                num_shared += (cls, image) == (other, other_image)
+    assert num_met > 100
+    assert num_shared == num_met if share_drawings else num_shared < num_met / 4
 
 
-def test_task_depends_on_its_number_alone():
-    source = numbered({"train": [6] * 9, "val": [6] * 5, "test": [6] * 5}).episodes(
+def test_task_depends_only_on_its_number():
+    source = numbered_data({"train": [6] * 9, "val": [6] * 5, "test": [6] * 5}).episodes(
         "train", Shape(5, 1, 2), 7
     )
     together = source.draw(0, 8)
@@ -155,23 +163,23 @@ def test_task_depends_on_its_number_alone():
     assert together.key.unique().numel() == 8
 
 
-def test_splits_draw_from_their_own_classes_and_streams():
-    data = numbered({"train": [6] * 6, "val": [6] * 6, "test": [6] * 6})
-    drawn = {
+def test_splits_have_separate_classes_and_random_streams():
+    data = numbered_data({"train": [6] * 6, "val": [6] * 6, "test": [6] * 6})
+    tasks = {
         split: data.episodes(split, Shape(5, 1, 2), 0).draw(0, 50)
         for split in ("train", "val", "test")
     }
     classes = {
-        split: set(identity(task.query.x)[..., 0].flatten().tolist())
-        for split, task in drawn.items()
+        split: set(class_and_image(task.query.x)[..., 0].flatten().tolist())
+        for split, task in tasks.items()
     }
     assert classes == {"train": set(range(6)), "val": set(range(6, 12)), "test": set(range(12, 18))}
-    assert not torch.equal(drawn["val"].query.y, drawn["test"].query.y)
+    assert not torch.equal(tasks["val"].query.y, tasks["test"].query.y)
 
 
-def test_queries_come_in_no_class_order():
+def test_queries_are_not_ordered_by_class():
     task = (
-        numbered({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5})
+        numbered_data({"train": [20] * 6, "val": [6] * 5, "test": [6] * 5})
         .episodes("train", Shape(5, 1, 10), 0)
         .draw(0, 40)
     )
@@ -180,53 +188,53 @@ def test_queries_come_in_no_class_order():
 
 
 @pytest.mark.parametrize("rotations", ["train_classes", "classes", "episode", "none"])
-def test_rotations(rotations):
-    data = numbered({"train": [4] * 5, "val": [4] * 5, "test": [4] * 5}, rotations)
+def test_rotations_by_split(rotations):
+    data = numbered_data({"train": [4] * 5, "val": [4] * 5, "test": [4] * 5}, rotations)
     for split in ("train", "test"):
-        turned = rotations == "classes" or (rotations == "train_classes" and split == "train")
-        assert data.num_classes(split) == (20 if turned else 5)
+        rotates_classes = rotations == "classes" or (
+            rotations == "train_classes" and split == "train"
+        )
+        assert data.num_classes(split) == (20 if rotates_classes else 5)
         task = data.episodes(split, Shape(5, 1, 2), 0).draw(0, 60)
-        turns = turns_of(task.query.x)
-        if not turned and rotations != "episode":
-            assert not turns.any()
+        rotation_ids = rotations_of(task.query.x)
+        if not rotates_classes and rotations != "episode":
+            assert not rotation_ids.any()
             continue
-        assert set(turns.flatten().tolist()) == {0, 1, 2, 3}
-        for t in range(
-            60
-        ):  # all examples of a class of an episode are turned alike, support and query
+        assert set(rotation_ids.flatten().tolist()) == {0, 1, 2, 3}
+        # In an episode, all support and query examples of a class have the same rotation.
+        for t in range(60):
             for y in range(5):
-                alike = torch.cat(
+                class_rotations = torch.cat(
                     [
-                        turns[t][task.query.y[t] == y],
-                        turns_of(task.support.x[t])[task.support.y[t] == y],
+                        rotation_ids[t][task.query.y[t] == y],
+                        rotations_of(task.support.x[t])[task.support.y[t] == y],
                     ]
                 )
-                assert alike.unique().numel() == 1
+                assert class_rotations.unique().numel() == 1
 
 
 @pytest.mark.parametrize("may_meet", [True, False])
-def test_rotations_of_one_character_meet_only_where_allowed(may_meet):
-    data = numbered({"train": [4] * 6, "val": [4] * 5, "test": [4] * 5}, "classes", may_meet)
+def test_rotations_of_one_class_meet_only_if_allowed(may_meet):
+    data = numbered_data({"train": [4] * 6, "val": [4] * 5, "test": [4] * 5}, "classes", may_meet)
     x = data.episodes("train", Shape(5, 1, 1), 0).draw(0, 100).support.x
-    turned_back = torch.stack([upright(task) for task in x])
-    met = [len(set(identity(task)[:, 0].tolist())) < 5 for task in turned_back]
-    assert any(met) == may_meet
+    meets = [len(set(class_and_image(upright(task))[:, 0].tolist())) < 5 for task in x]
+    assert any(meets) == may_meet
 
 
-def test_batches_carry_global_labels():
-    data = numbered({"train": [4, 7, 5], "val": [4] * 5, "test": [4] * 5}, "train_classes")
+def test_batches_have_global_labels():
+    data = numbered_data({"train": [4, 7, 5], "val": [4] * 5, "test": [4] * 5}, "train_classes")
     batch = data.batches("train", 300, 0).draw(0, 2)
     assert batch.x.shape == (2, 300, 1, 2, 2)
-    turns = turns_of(batch.x)
-    pictures = identity(torch.stack([upright(row) for row in batch.x]))
-    assert torch.equal(batch.y, pictures[..., 0] + 3 * turns)
+    rotation_ids = rotations_of(batch.x)
+    pairs = class_and_image(torch.stack([upright(row) for row in batch.x]))
+    assert torch.equal(batch.y, pairs[..., 0] + 3 * rotation_ids)
     assert batch.y.unique().numel() == 12
-    share = (pictures[..., 0] == 1).float().mean()
-    assert abs(share - 7 / 16) < 0.1  # every image equally often, so larger classes more often
+    share = (pairs[..., 0] == 1).float().mean()
+    assert abs(share - 7 / 16) < 0.1  # images are uniform, so larger classes are more frequent
 
 
 @pytest.mark.parametrize(
-    ("shape", "words"),
+    ("shape", "parts"),
     [
         (Shape(6, 1, 1), ["way=6", "5 classes"]),
         (Shape(5, 2, 3), ["2 + 3", "train1", "4 examples"]),
@@ -235,38 +243,40 @@ def test_batches_carry_global_labels():
         (Shape(2, 1, 1, distractors=1), ["distractors=1", "episode.unlabelled"]),
     ],
 )
-def test_impossible_shapes_are_refused(shape, words):
-    data = numbered({"train": [9, 4, 9, 9, 9], "val": [4] * 5, "test": [4] * 5})
+def test_impossible_shapes_are_refused(shape, parts):
+    data = numbered_data({"train": [9, 4, 9, 9, 9], "val": [4] * 5, "test": [4] * 5})
     with pytest.raises(UserError) as caught:
         data.episodes("train", shape, 0)
-    assert all(word in str(caught.value) for word in ["train", *words])
+    assert all(part in str(caught.value) for part in ["train", *parts])
 
 
 @pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
-def test_drawing_reads_no_value_on_the_host(rotations):
-    """On torch's `meta` device a read, or a tensor on another device, is an error."""
-    data = numbered({"train": [9] * 8, "val": [4] * 5, "test": [4] * 5}, rotations)
+def test_sampling_reads_no_value_on_the_host(rotations):
+    """On torch's `meta` device, reading a value or a tensor on a different device is an error."""
+    data = numbered_data({"train": [9] * 8, "val": [4] * 5, "test": [4] * 5}, rotations)
     meta = torch.device("meta")
 
-    def moved(sampler):
+    def to_meta(sampler):
         store, view = sampler.store, sampler.view
         index = dataclasses.replace(
             view.index, rows=view.index.rows.to(meta), counts=view.index.counts.to(meta)
         )
-        index.__dict__["num_inputs"] = view.index.__dict__.get(
-            "num_inputs"
-        )  # if the sampler has read it
+        # Copy the cached property, which the sampler may have read.
+        index.__dict__["num_inputs"] = view.index.__dict__.get("num_inputs")
         parts = {name: getattr(store, name).to(meta) for name in ("images", "shift", "scale")}
         copied = copy.copy(sampler)
-        for name, value in {
-            "store": dataclasses.replace(store, **parts), "view": dataclasses.replace(view, index=index), "key": sampler.key.to(meta),
-        }.items():  # fmt: skip
+        changes = {
+            "store": dataclasses.replace(store, **parts),
+            "view": dataclasses.replace(view, index=index),
+            "key": sampler.key.to(meta),
+        }
+        for name, value in changes.items():
             object.__setattr__(copied, name, value)
         return copied
 
     number = torch.zeros((), dtype=torch.int64, device=meta)
-    task = moved(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(
+    task = to_meta(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(
         number, 4
     )
     assert task.query.x.shape == (4, 10, 1, 2, 2) and task.query.x.device == meta
-    assert moved(data.batches("train", 16, 0)).draw(number, 3).y.device == meta
+    assert to_meta(data.batches("train", 16, 0)).draw(number, 3).y.device == meta

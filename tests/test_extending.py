@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import reading
 
-from metalearn import plugins
-from metalearn.errors import UserError
+from metalearn.config import plugins
+from metalearn.system.errors import UserError
 
 _PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 #: What makes the page's commands short.

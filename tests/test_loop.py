@@ -8,9 +8,11 @@ import torch
 from same_run import difference
 from torch.utils import _pytree as pytree
 
-from metalearn import checkpoint, composition, config, loop, training
-from metalearn.build import build, check
-from metalearn.errors import RunFailed, UserError
+from metalearn.config import checking, composition
+from metalearn.run import checkpoint, loop
+from metalearn.run.build import build, check
+from metalearn.run.step import Training, clip_gradients
+from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.types import Estimate, State
 
 
@@ -48,7 +50,7 @@ def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monke
 def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
 
     run = build(
-        config.checked(
+        checking.checked(
             composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])
         )
     )
@@ -101,17 +103,17 @@ def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
 
 def test_clipping():
     def settings(clip_value=None, clip_norm=None):
-        train = config.checked(composition.composed([])).train
+        train = checking.checked(composition.composed([])).train
         return dataclasses.replace(train, clip_value=clip_value, clip_norm=clip_norm)
 
     gradients = {"a": torch.tensor([3.0, -4.0])}
-    assert training.clip_gradients(gradients, settings())[0].tolist() == [3, -4]
-    assert training.clip_gradients(gradients, settings(clip_value=2))[0].tolist() == [2, -2]
+    assert clip_gradients(gradients, settings())[0].tolist() == [3, -4]
+    assert clip_gradients(gradients, settings(clip_value=2))[0].tolist() == [2, -2]
     torch.testing.assert_close(
-        training.clip_gradients(gradients, settings(clip_norm=1))[0], torch.tensor([0.6, -0.8])
+        clip_gradients(gradients, settings(clip_norm=1))[0], torch.tensor([0.6, -0.8])
     )
     torch.testing.assert_close(
-        training.clip_gradients(gradients, settings(clip_norm=10))[0], torch.tensor([3.0, -4.0])
+        clip_gradients(gradients, settings(clip_norm=10))[0], torch.tensor([3.0, -4.0])
     )
 
 
@@ -126,7 +128,7 @@ def test_clipping():
 )
 def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_run, monkeypatch):
     run = make_run("algo=protonet", "train.nonfinite=skip", *optimiser)
-    under_way = training.Training(run)
+    under_way = Training(run)
     under_way.reads_host = reads_host
     original = type(run.train_engine).step
 
@@ -188,7 +190,7 @@ def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_r
 )
 def test_optimisers_that_cannot_be_are_refused(words, line, compose):
     with pytest.raises(UserError, match=line):
-        check(config.checked(compose("algo=protonet", *words)))
+        check(checking.checked(compose("algo=protonet", *words)))
 
 
 def test_optimisers_are_those_of_torch(make_run):
@@ -207,7 +209,7 @@ def test_optimisers_are_those_of_torch(make_run):
             {"alpha": 0.99},
         ),
     ):
-        optimiser = training.Training(make_run("algo=protonet", "train.lr=0.25", *words)).optimiser
+        optimiser = Training(make_run("algo=protonet", "train.lr=0.25", *words)).optimiser
         assert type(optimiser) is kind
         group = optimiser.param_groups[0]
         assert group["lr"] == 0.25 and all(
@@ -248,7 +250,7 @@ def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
         "algo.inner_lr=1e30",
         "val.episodes=4",
     ]
-    run = build(config.checked(composition.composed(wild)))
+    run = build(checking.checked(composition.composed(wild)))
     with pytest.raises(RunFailed, match=r"val\.mse"):
         loop.fit(run, Rows(), tmp_path)
 
@@ -273,13 +275,13 @@ def test_a_method_enters_its_next_stage_when_its_share_is_over(make_run, monkeyp
         return torch.ones(steps)
 
     monkeypatch.setattr(type(run.algorithm), "step_weights", step_weights)
-    under_way, engines = training.Training(run), []
+    under_way, engines = Training(run), []
     for _ in range(4):
         engines.append(under_way.engine)
         under_way.meta_step()
         under_way.count()
     assert calls == [5, 5]
     assert engines[0] is engines[1] is not engines[2] is engines[3]
-    again = training.Training(run)
+    again = Training(run)
     again.restore(under_way.kept() | {"step": 2, "best": None})
     assert again.engine == engines[2]

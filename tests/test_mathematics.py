@@ -1,4 +1,4 @@
-"""Closed forms and independent slow computations, in float64."""
+"""Check methods against closed forms and independent slow computations, in float64."""
 
 from typing import Any
 
@@ -29,10 +29,10 @@ def maml(**changes):
 
 
 def quadratic_task(seed: int = 0, examples: int = 6, features: int = 4):
-    """Regression to zero without an offset: the loss is 1/2 theta' H theta with H = 2 X'X / M."""
+    """Regression to zero without a bias: the loss is 1/2 theta' H theta with H = 2 X'X / M."""
     torch.manual_seed(seed)
     x = torch.randn(1, examples, features, dtype=torch.float64)
-    x = torch.cat([x, -x], 1)  # so that the offset's gradient is zero and stays so
+    x = torch.cat([x, -x], 1)  # so the bias and its gradient stay zero
     y = torch.zeros(1, 2 * examples, 1, dtype=torch.float64)
     hessian = 2 * x[0].T @ x[0] / (2 * examples)
     theta = torch.randn(1, features, dtype=torch.float64)
@@ -42,7 +42,7 @@ def quadratic_task(seed: int = 0, examples: int = 6, features: int = 4):
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_maml_on_a_quadratic(steps, first_order):
+def test_maml_gradient_of_a_quadratic_has_a_closed_form(steps, first_order):
     task, hessian, state = quadratic_task()
     step = torch.eye(4, dtype=torch.float64) - 0.1 * hessian
     shrink = torch.linalg.matrix_power(step, steps)
@@ -54,7 +54,7 @@ def test_maml_on_a_quadratic(steps, first_order):
         torch.testing.assert_close(gradients["head.weight"][0], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_maml_summed_inner_loss_is_way_times_the_mean():
+def test_maml_summed_inner_loss_equals_way_times_the_mean():
     torch.manual_seed(0)
     x, y = torch.randn(10, 3, dtype=torch.float64), torch.arange(10) % 5
     state = State(
@@ -70,7 +70,7 @@ def test_maml_summed_inner_loss_is_way_times_the_mean():
     torch.testing.assert_close(summed.params, mean.params)
 
 
-def test_anil_changes_the_head_alone_and_equals_maml_with_a_frozen_body():
+def test_anil_equals_gradient_descent_of_the_head_with_a_frozen_body():
     torch.manual_seed(0)
     net = MLP(hidden=[6], normalisation="none", activation="tanh", eps=1e-5)
     params, _ = net.init(InputSpec((3,)), torch.tensor(1))
@@ -95,7 +95,7 @@ def test_anil_changes_the_head_alone_and_equals_maml_with_a_frozen_body():
     )
 
 
-def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_task():
+def test_reptile_direction_is_theta_minus_phi_with_adam_state_carried_across_tasks():
     torch.manual_seed(0)
     algorithm = Reptile(
         backbone=_IDENTITY, statistics="query", inner_lr=0.01, inner_steps=5, test_inner_steps=5, inner_batch=12,
@@ -110,7 +110,7 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         x, y = torch.randn(1, 12, 3, dtype=torch.float64), torch.randint(3, (1, 12))
         task = Task(Support(x, y, 3), Query(x, y), torch.zeros(1, dtype=torch.int64))
         step = Engine(algorithm, "vmap", 1).step(state, task, _PROGRESS)
-        for _ in range(5):  # batches as large as the support set: their order does not matter
+        for _ in range(5):  # batches are the support set, so their order does not matter
             optimiser.zero_grad()
             torch.nn.functional.cross_entropy(x[0] @ weight.T + bias, y[0]).backward()
             optimiser.step()
@@ -125,7 +125,7 @@ def test_reptile_direction_is_theta_minus_phi_of_adam_that_goes_on_from_task_to_
         state = State(meta, step.buffers)
 
 
-def test_prototypes_with_unequal_shots_and_distances():
+def test_class_means_with_unequal_shots_and_squared_distances():
     z = torch.tensor([[0.0, 2.0], [4.0, 0.0], [2.0, 0.0]])
     means = class_means(z, torch.tensor([1, 0, 0]), 2)
     torch.testing.assert_close(means, torch.tensor([[3.0, 0.0], [0.0, 2.0]]))

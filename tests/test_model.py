@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import metalearn
-from metalearn import checkpoint, composition, loop
-from metalearn.build import build
-from metalearn.config import checked
-from metalearn.errors import UserError
+from metalearn.config import composition
+from metalearn.config.checking import checked
+from metalearn.run import checkpoint, loop
+from metalearn.run.build import build
+from metalearn.system.errors import UserError
 
 _NOTEBOOK = Path(__file__).parent.parent / "docs" / "from_python.ipynb"
 

@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 
 import metalearn
-from metalearn import composition
-from metalearn.errors import UserError
-from metalearn.verbs import train
-from metalearn.verbs.compare import compare
-from metalearn.verbs.evaluate import evaluate
+from metalearn.cli.compare import compare
+from metalearn.config import composition
+from metalearn.run import train
+from metalearn.run.evaluate import evaluate
+from metalearn.system.errors import UserError
 
 _STORED = Path(__file__).parent / "data/old_runs"
 _NAMES = ("protonet", "reptile")

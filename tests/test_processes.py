@@ -10,8 +10,8 @@ import pytest
 import torch
 from same_run import difference, left
 
-from metalearn.processes import Processes
-from metalearn.training import Meter
+from metalearn.run.step import Meter
+from metalearn.system.processes import Processes
 from tests.conftest import SMALL
 
 

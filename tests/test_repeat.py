@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 from same_run import difference, left
 
-from metalearn.verbs.train import train
+from metalearn.run.train import train
 from tests.conftest import SMALL
 
 

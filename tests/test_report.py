@@ -3,7 +3,7 @@
 import subprocess
 
 import metalearn
-from metalearn import report
+from metalearn.report.environment import describe_environment
 
 
 def test_the_commit_says_whether_the_code_is_that_of_it(tmp_path, monkeypatch):
@@ -24,6 +24,6 @@ def test_the_commit_says_whether_the_code_is_that_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(metalearn, "__file__", str(code))
     commit = git("rev-parse", "--short=10", "HEAD")
     figure.write_text("2")
-    assert report.environment("cpu")["commit"] == commit
+    assert describe_environment("cpu")["commit"] == commit
     code.write_text("2")
-    assert report.environment("cpu")["commit"] == f"{commit}+"
+    assert describe_environment("cpu")["commit"] == f"{commit}+"

@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from same_run import difference, left
 
-from metalearn import checkpoint, interrupts, launch, lock
-from metalearn.errors import RunFailed, UserError
-from metalearn.training import Meter, Training
-from metalearn.verbs import train as verb
+from metalearn.cli import launch
+from metalearn.run import checkpoint
+from metalearn.run import train as verb
+from metalearn.run.step import Meter, Training
+from metalearn.system import lock, signals
+from metalearn.system.errors import RunFailed, UserError
 from tests.conftest import SMALL
 
 _SHORT = [
@@ -61,8 +63,8 @@ def stopped(run, monkeypatch):
                 raise Halted
             return signal.SIGTERM
 
-        monkeypatch.setattr(interrupts, "asked", asked)
-        with pytest.raises((interrupts.Stopped, Halted)):
+        monkeypatch.setattr(signals, "asked", asked)
+        with pytest.raises((signals.Stopped, Halted)):
             run(name, *words)
         monkeypatch.undo()
 

@@ -9,20 +9,20 @@ import settings_index
 import yaml
 from omegaconf import OmegaConf
 
-from metalearn import composition, config, settings
-from metalearn.errors import UserError
+from metalearn.config import checking, components, composition, fields, roles, schema
+from metalearn.system.errors import UserError
 
-_CONF = Path(config.conf_dir())
+_CONF = Path(components.conf_dir())
 
 
 def plain(*words):
     content = OmegaConf.to_container(composition.composed(list(words)), resolve=True)
     assert isinstance(content, dict)
-    return config.complete({str(key): value for key, value in content.items()})
+    return checking.complete({str(key): value for key, value in content.items()})
 
 
 def test_the_index_is_that_of_the_classes():
-    assert config.INDEX_FILE.read_text() == settings_index.text(), (
+    assert components.INDEX_FILE.read_text() == settings_index.text(), (
         "run: python scripts/settings_index.py"
     )
 
@@ -36,7 +36,7 @@ def test_a_mistyped_word_is_answered_without_torch():
         "dataset.split=alphabets": "did you mean alphabet",
     }
     code = (
-        "import sys; from metalearn import launch\n"
+        "import sys; from metalearn.cli import launch\n"
         "for word in sys.argv[1:]:\n"
         " try:\n  launch.check(launch.parsed([word]))\n"
         " except Exception as error:\n  print(type(error).__name__, error)\n"
@@ -51,18 +51,18 @@ def test_a_mistyped_word_is_answered_without_torch():
 
 @pytest.mark.slow
 def test_every_setting_has_its_value_in_yaml_and_a_role():
-    for group in config.COMPONENTS:
+    for group in schema.COMPONENTS:
         for name in composition.options(group):
             node = composition.composed([f"{group}={name}"])[group]
-            declared = {setting.name for setting in config.component_settings(node, group)}
+            declared = {setting.name for setting in components.component_settings(node, group)}
             assert declared <= set(node) - {"_target_"}, f"conf/{group}/{name}.yaml"
     complete = plain("experiment=maml_omniglot_5w1s")
     base = yaml.safe_load((_CONF / "base.yaml").read_text())
     for part in ("train", "val", "test", "checkpoint", "engine"):
         assert base[part].keys() == complete[part].keys()
-    for name, setting in config.roles(complete).items():
-        roles = setting.rule["role"].split()
-        assert roles and set(roles) <= set(settings.ROLES), name
+    for name, setting in roles.roles(complete).items():
+        own = setting.rule["role"].split()
+        assert own and set(own) <= set(fields.ROLES), name
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_every_setting_has_its_value_in_yaml_and_a_role():
     ],
 )
 def test_roles_decide_what_commands_may_change(key, resume, evaluate, reproduce, methods):
-    described = config.roles(plain("algo=maml", "augment=crop_flip"))
-    assert config.may_resume_with(key, described) is resume
-    assert config.may_evaluate_with(key, described) is evaluate
-    assert config.may_reproduce_with(key, described) is reproduce
-    assert config.tells_methods_apart(key, described) is methods
+    described = roles.roles(plain("algo=maml", "augment=crop_flip"))
+    assert roles.may_resume_with(key, described) is resume
+    assert roles.may_evaluate_with(key, described) is evaluate
+    assert roles.may_reproduce_with(key, described) is reproduce
+    assert roles.tells_methods_apart(key, described) is methods
 
 
 def test_a_target_is_of_the_package_or_of_a_plugin():
@@ -118,4 +118,4 @@ def test_a_target_is_of_the_package_or_of_a_plugin():
         "a b": "should name a class",
     }.items():
         with pytest.raises(UserError, match=line):
-            config.component_settings({"_target_": target}, "algo")
+            components.component_settings({"_target_": target}, "algo")

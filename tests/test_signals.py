@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from metalearn import checkpoint
+from metalearn.run import checkpoint
 from tests.conftest import SMALL
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from metalearn import stats
+from metalearn.report import stats
 
 
 def test_interval_equals_a_hand_worked_sample():

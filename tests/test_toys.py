@@ -9,14 +9,16 @@ import torch
 from rich.console import Console
 
 import metalearn
-from metalearn import composition, config, loop, plugins, testing
-from metalearn.build import build
+from metalearn import testing
+from metalearn.config import checking, composition, plugins
 from metalearn.engine import Engine
-from metalearn.errors import UserError
-from metalearn.stats import estimate, paired_difference
+from metalearn.report.stats import estimate, paired_difference
+from metalearn.run import loop
+from metalearn.run.build import build
+from metalearn.run.evaluate import evaluate
+from metalearn.run.train import train
+from metalearn.system.errors import UserError
 from metalearn.tasks.types import InputSpec, Support
-from metalearn.verbs.evaluate import evaluate
-from metalearn.verbs.train import train
 from tests.conftest import doubled
 from tests.toys import Bag
 
@@ -38,7 +40,7 @@ def named(monkeypatch):
 
 
 def settings_of(*words):
-    return config.checked(composition.composed([*_SMALL, *words]))
+    return checking.checked(composition.composed([*_SMALL, *words]))
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from metalearn import cli, composition, config
-from metalearn.errors import RunFailed, UserError
-from metalearn.measure import read_scores
-from metalearn.stats import estimate, paired_difference
+from metalearn.cli import main, reproduce
+from metalearn.cli.compare import compare
+from metalearn.config import checking, composition, schema
+from metalearn.report.stats import estimate, paired_difference
+from metalearn.run.evaluate import evaluate
+from metalearn.run.measure import read_scores
+from metalearn.run.train import train
+from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.sampling import SAMPLER_VERSION
-from metalearn.verbs import reproduce
-from metalearn.verbs.compare import compare
-from metalearn.verbs.evaluate import evaluate
-from metalearn.verbs.train import train
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def run(compose, console, tmp_path):
 
     def made(name, *overrides):
         composed = compose(*overrides)
-        algorithm = config.checked(composed).algo["_target_"].rpartition(".")[2].lower()
+        algorithm = checking.checked(composed).algo["_target_"].rpartition(".")[2].lower()
         train(composed, tmp_path / name, f"{algorithm} glyphs", list(overrides), console)
         return tmp_path / name
 
@@ -121,7 +121,7 @@ def test_evaluate_changes_the_protocol_alone(run, console):
 @pytest.mark.slow
 def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     folder = run("a", "algo=maml")
-    lines = (folder / "config.yaml").read_text().splitlines()
+    lines = (folder / "schema.yaml").read_text().splitlines()
     newer = (
         "reproduction:",
         "  pull:",
@@ -130,10 +130,10 @@ def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     )  # of every run, its method, backbone and engine
     kept = [line for line in lines if not line.startswith(newer)]
     assert len(kept) == len(lines) - len(newer)
-    (folder / "config.yaml").write_text("\n".join(kept))
+    (folder / "schema.yaml").write_text("\n".join(kept))
     (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
-    (folder / "config.yaml").write_text("\n".join([*lines, "gone: 1"]))
+    (folder / "schema.yaml").write_text("\n".join([*lines, "gone: 1"]))
     with pytest.raises(UserError, match=r"a/config\.yaml: gone: nothing reads this key"):
         evaluate(folder, [], "test", None, console)
 
@@ -315,10 +315,10 @@ def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_pa
         run(f"runs/{name}", "algo=maml", "test.episodes=20")
     (tmp_path / "runs/torn/test_scores.csv").write_text("episode,accuracy\n0,0.5\n")
     (tmp_path / "runs/foreign/test_scores.csv").write_text("episode,accuracy\n" + "0,0.01\n" * 20)
-    (tmp_path / "runs/empty/config.yaml").write_text("")
+    (tmp_path / "runs/empty/schema.yaml").write_text("")
     (tmp_path / "runs/list/result.json").write_text("[1]")
     (tmp_path / "runs/unfinished").mkdir()
-    (tmp_path / "runs/unfinished/config.yaml").write_text("seed: 0")
+    (tmp_path / "runs/unfinished/schema.yaml").write_text("seed: 0")
     compare([tmp_path / "runs"], None, console)
     text = console.export_text()
     for name in ("torn", "empty", "list", "foreign", "unfinished"):
@@ -341,10 +341,11 @@ def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", reproduce.experiments())
 def test_recipes_compose_at_every_budget(name):
-    from metalearn import build, composition
+    from metalearn.config import composition
+    from metalearn.run import build
 
     for budget in ("smoke", "quick", "paper"):
-        settings = config.checked(
+        settings = checking.checked(
             composition.composed(reproduce.Recipe(name, budget).overrides([])[:-1])
         )
         build.check(settings)
@@ -386,7 +387,7 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", budget)
     recipe.measured = None
     if budget == "quick":
-        recipe.measured = config.MeasuredConfig(
+        recipe.measured = schema.MeasuredConfig(
             mean=0.9,
             ci95=0.0,
             minutes=1.0,
@@ -437,4 +438,4 @@ def test_reproduce_refuses_what_makes_another_experiment(capsys):
         reproduce.Recipe("maml_omniglot_5w1s", "big")
     with pytest.raises(UserError, match="no such experiment"):
         reproduce.Recipe("demo", "smoke")
-    assert cli._reproduce([]) == 2
+    assert main._reproduce([]) == 2

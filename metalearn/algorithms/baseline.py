@@ -1,4 +1,4 @@
-"""Baseline and Baseline++: frozen features with a new linear, or cosine, classifier for each task.
+"""Baseline and Baseline++: frozen features and a new linear or cosine classifier for each task.
 
 Chen et al. (2019), "A closer look at few-shot classification".
 """
@@ -12,19 +12,24 @@ from torch.func import grad
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
-from metalearn.settings import above, at_least, between, choice
+from metalearn.config.fields import above, at_least, between, choice
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Baseline(EmbeddingAlgorithm):
-    """logits = W z + b ("linear"), or head_scale * cosine(w_n, z) ("cosine", Baseline++), fitted on the frozen support set by
-    gradient descent with momentum and weight decay (Chen et al. 2019, 3.2 and 3.3).
+    """A linear or cosine head, fitted to frozen embeddings of the support set.
 
-    train_scale: of the cosines in meta-training, where each class has a learned norm besides, as in the authors' code.
-    Departures: every step sees the whole support set (theirs: batches of 4), and classes of a task have no norm of their own.
-    The linear head starts at zero, so that it does not depend on the order of the classes; the cosine one at random.
+    logits = W z + b ("linear") or head_scale * cosine(w_n, z) ("cosine", Baseline++). Gradient
+    descent with momentum and weight decay fits the head (Chen et al. 2019, 3.2 and 3.3). The linear
+    head starts at zero, so it does not depend on the order of the classes. The cosine head starts
+    at random. Departures: each step uses all support examples (theirs: batches of 4), and the
+    classes of a task have no learned norm.
+
+    Attributes:
+        train_scale: Scale of the cosines in meta-training. There, each class also has a learned
+            norm, as in the authors' code.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -41,9 +46,11 @@ class Baseline(EmbeddingAlgorithm):
 
     @property
     def class_equivariant(self) -> bool:  # type: ignore[override]
+        """Return False for the cosine head, which starts at random."""
         return self.head == "linear"
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the backbone and the training classifier, without a bias for the cosine head."""
         state = super().init(spec, key)
         if self.head == "linear":
             return state
@@ -53,39 +60,41 @@ class Baseline(EmbeddingAlgorithm):
         )
 
     def classify(self, params: Params, z: Tensor) -> Tensor:
+        """Compute linear or scaled cosine logits [B, C] over all training classes."""
         if self.head == "linear":
             return super().classify(params, z)
         return self.train_scale * F.linear(F.normalize(z, dim=-1), params["global.weight"])
 
     def compare(self, weights: Params, learned: Params, z: Tensor) -> Tensor:
+        """Apply the fitted linear or cosine head to the queries."""
         if self.head == "linear":
             return F.linear(z, learned["weight"], learned["bias"])
         return self.head_scale * cosine(z, learned["weight"])
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Params:
+        """Fit the head to the support embeddings by gradient descent."""
         z = z.detach()
         shape = (support.way, z.shape[-1])
         if self.head == "linear":
             head = {"weight": z.new_zeros(shape), "bias": z.new_zeros(support.way)}
         else:
-            head = {
-                "weight": prng.normal(key, shape).to(z.dtype) * (3 * shape[1]) ** -0.5
-            }  # as wide as torch's linear layer starts
+            # The standard deviation of torch.nn.Linear's initial weights.
+            head = {"weight": prng.normal(key, shape).to(z.dtype) * (3 * shape[1]) ** -0.5}
 
         def loss(head: Params) -> Tensor:
             return self.supervised.inner_loss(self.compare(weights, head, z), support.y)
 
-        speed: Params = {}
+        velocity: Params = {}
         for _ in range(self.head_steps):
             gradient = {
                 name: value + self.head_decay * head[name]
                 for name, value in grad(loss)(head).items()
             }
-            # Momentum with as much dampening, from the second step on, as their optimiser has it.
-            speed = (
-                {name: speed[name].lerp(gradient[name], 1 - self.head_momentum) for name in head}
-                if speed
+            # Dampening equals momentum from the second step on, as in their optimiser.
+            velocity = (
+                {name: velocity[name].lerp(gradient[name], 1 - self.head_momentum) for name in head}
+                if velocity
                 else gradient
             )
-            head = {name: value - self.head_lr * speed[name] for name, value in head.items()}
+            head = {name: value - self.head_lr * velocity[name] for name, value in head.items()}
         return head

@@ -1,4 +1,7 @@
-"""Ordinary training over all training classes, which transfer methods share (Chen et al. 2019, "A closer look")."""
+"""Training on labelled batches over all training classes, shared by the transfer methods.
+
+Chen et al. (2019), "A closer look at few-shot classification".
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -15,15 +18,19 @@ from metalearn.tasks.types import Batch, Loss, Params, Spec, State
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchTraining(Algorithm):
-    """Meta-training is cross-entropy over all training classes on ordinary batches (`train.source=batches`).
+    """Meta-train by cross-entropy over all training classes (`train.source=batches`).
 
-    The classifier's weight [C, D] and bias [C] are "global.weight" and "global.bias"; testing does not use them.
+    The classifier's weight [C, D] and bias [C] are "global.weight" and "global.bias". Testing on
+    classes does not use them.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
 
     def init_classifier(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Return a classifier of embeddings of `size` features, or for regression the outputs of one task."""
+        """Create a linear layer from `size` features to all training classes.
+
+        For regression, its outputs are those of one task.
+        """
         outputs = spec.train_classes or spec.way
         weight = prng.normal(key, (outputs, size)) * size**-0.5
         return {"global.weight": weight, "global.bias": torch.zeros(outputs, device=key.device)}
@@ -33,8 +40,12 @@ class BatchTraining(Algorithm):
         return F.linear(z, params["global.weight"], params["global.bias"])
 
     def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
+        """Compute the family's loss of classifying a batch."""
+
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            z, seen = self.normalisation.embed_batch(state, select(params, "net"), x, batch.key)
-            return self.classify(params, z), seen
+            z, statistics = self.normalisation.embed_batch(
+                state, select(params, "net"), x, batch.key
+            )
+            return self.classify(params, z), statistics
 
         return self.family.query_loss(net, state.params, batch, batch.key)

@@ -1,7 +1,7 @@
-"""Methods that are a head over embeddings: learn from those of the support set, compare those of queries with it.
+"""Methods with a head over embeddings: learn from the support set, then compare queries with it.
 
-A head is written once. Where `sources` says so, its backbone can be trained on episodes, through the head, or on ordinary
-batches, by a classifier over all training classes.
+A head is written once. Depending on `sources`, its backbone is trained on episodes, through the
+head, or on labelled batches, through a classifier over all training classes.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from metalearn.tasks.types import Loss, Params, Query, Spec, State, Support, Tas
 
 
 class Examples(NamedTuple):
-    """The support set: embeddings [M, D], and its labels [M, N] as ones and zeros."""
+    """Embeddings z [M, D] of the support set and its one-hot labels y [M, N]."""
 
     z: Tensor
     y: Tensor
 
 
 class Learned(NamedTuple):
-    """A learner: what `learn` returned, and what the normalisation at prediction needs."""
+    """A learner: the result of `learn`, and what normalisation needs at prediction."""
 
     head: Any
     reference: Params
@@ -34,25 +34,30 @@ class Learned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingAlgorithm(BatchTraining):
-    """A method writes `learn` and `compare`; `init_head` where it has weights of its own; `embedding_loss` where its objective
-    is not the loss of its predictions. What they get as `weights` is all of the state, parameters and buffers.
+    """A method that learns from embeddings of the support set and compares queries with it.
 
-    Trained on episodes under `statistics=population`, support and query are embedded in one batch, as ProtoNet's authors do.
+    A method implements `learn` and `compare`. It overrides `init_head` if its head has weights, and
+    `embedding_loss` if its objective is not the loss of its predictions. The argument `weights`
+    holds the parameters and buffers of the state.
+
+    In training on episodes with `statistics=population`, support and query are embedded in one
+    batch, as in the code of ProtoNet's authors.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes",)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Return parameters besides the backbone's. size: D; key: int64 []."""
+        """Create the parameters of the head for embeddings of size D; key: int64 []."""
         return {}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Any:
         """Learn from a support set.
 
         Args:
-            weights: the state, parameters and buffers.
-            z: embeddings [M, D] of `support.x`; with `uses_unlabelled`, those of `support.unlabelled` follow: [M + U, D].
-            support: its labels y [M] and way N.
+            weights: Parameters and buffers of the state.
+            z: Embeddings [M, D] of `support.x`. With `uses_unlabelled`, [M + U, D]: those of
+                `support.unlabelled` follow.
+            support: Labels y [M] and way N.
             key: int64 [], for random choices.
 
         Returns:
@@ -61,13 +66,13 @@ class EmbeddingAlgorithm(BatchTraining):
         raise NotImplementedError
 
     def compare(self, weights: Params, learned: Any, z: Tensor) -> Tensor:
-        """Compute logits [Q, N] of queries with embeddings z [Q, D]."""
+        """Compute logits [Q, N] for query embeddings z [Q, D]."""
         raise NotImplementedError
 
     def embedding_loss(
         self, weights: Params, learned: Any, z: Tensor, query: Query, statistics: Params
     ) -> Loss:
-        """Compute the loss of queries with embeddings z [Q, D]; statistics: to return."""
+        """Compute the loss for query embeddings z [Q, D] and add the statistics to it."""
         prediction = self.compare(weights, learned, z)
         return self.supervised.judge(
             self.supervised.loss(prediction, query.y), prediction, query.y, statistics
@@ -75,11 +80,12 @@ class EmbeddingAlgorithm(BatchTraining):
 
     @property
     def supervised(self) -> Supervised:
-        """The family, which for these methods is always one with labels."""
+        """Return the family, which for these methods always has labels."""
         assert isinstance(self.family, Supervised)
         return self.family
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the backbone, the head and, for training on batches, the classifier."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_head(spec, size, prng.fold_in(key, 1))
@@ -90,33 +96,38 @@ class EmbeddingAlgorithm(BatchTraining):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Learned:
-        z, reference = self.normalisation.embed_support(state, self._learned_from(support))
+        """Embed the support set and learn from its embeddings."""
+        z, reference = self.normalisation.embed_support(state, self._support_inputs(support))
         return Learned(self.learn(state.params | state.buffers, z, support, key), reference)
 
     def forward(
         self, state: State, learner: Learned, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
+        """Embed the queries and compare them with the support set."""
         net = select(state.params, "net")
-        z, seen = self.normalisation.embed_queries(state, net, learner.reference, x, key)
-        return self.compare(state.params | state.buffers, learner.head, z), seen
+        z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
+        return self.compare(state.params | state.buffers, learner.head, z), statistics
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
+        """Compute `embedding_loss` of the task's queries."""
         support, query = task.support, task.query
         net, weights = select(state.params, "net"), state.params | state.buffers
         if self.normalisation.has_population:
-            learned_from = self._learned_from(support)
-            z, seen = self.normalisation.embed_batch(
-                state, net, torch.cat([learned_from, query.x]), task.key
+            support_x = self._support_inputs(support)
+            z, statistics = self.normalisation.embed_batch(
+                state, net, torch.cat([support_x, query.x]), task.key
             )
-            z_support, z_query = z.split([len(learned_from), len(query.x)])
+            z_support, z_query = z.split([len(support_x), len(query.x)])
             learned = self.learn(weights, z_support, support, task.key)
-            return self.embedding_loss(weights, learned, z_query, query, seen)
+            return self.embedding_loss(weights, learned, z_query, query, statistics)
         learner = self.adapt(state, support, key=task.key)
-        z, seen = self.normalisation.embed_queries(state, net, learner.reference, query.x, task.key)
-        return self.embedding_loss(weights, learner.head, z, query, seen)
+        z, statistics = self.normalisation.embed_queries(
+            state, net, learner.reference, query.x, task.key
+        )
+        return self.embedding_loss(weights, learner.head, z, query, statistics)
 
-    def _learned_from(self, support: Support) -> Tensor:
-        """Return the inputs [M, *X] or [M + U, *X] whose embeddings `learn` gets."""
+    def _support_inputs(self, support: Support) -> Tensor:
+        """Return the inputs [M, *X] or [M + U, *X] whose embeddings are passed to `learn`."""
         if self.uses_unlabelled and support.unlabelled is not None:
             return torch.cat([support.x, support.unlabelled])
         return support.x

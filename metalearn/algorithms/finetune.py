@@ -10,18 +10,18 @@ from torch.func import grad
 from metalearn.algorithms.batches import BatchTraining
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.algorithms.params import prefixed, select
-from metalearn.settings import above, at_least
+from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuning(BatchTraining, LinearHeadAlgorithm):
-    """theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) for all weights, from the trained ones; for classes the head is new
-    and starts at zero (the fine-tuning baseline of Finn et al. 2017, 5.1 to 5.2).
+    """Gradient descent of all trained weights on the full support set.
 
-    test_inner_steps, inner_lr: of gradient descent on the whole support set, normalised by the population's statistics where
-      queries are, else by its own.
+    theta_k+1 = theta_k - inner_lr * grad L_support(theta_k), the fine-tuning baseline of Finn et
+    al. (2017), 5.1 to 5.2. For classes, the head is new and starts at zero. The support set is
+    normalised by population statistics if queries are, else by its own statistics.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")
@@ -32,17 +32,20 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     test_inner_steps: int = at_least(0)
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the backbone and the classifier that is trained on batches."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_classifier(spec, size, prng.fold_in(key, 1))
         return State(params, prefixed(population, "net"))
 
     def given(self, state: State) -> Params:
+        """Return the statistics that normalise a support set at prediction; {} for its own."""
         return self.normalisation.for_support(state) or {}
 
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
+        """Descend from the trained weights, for classes with a new head."""
         params = {name: value for name, value in state.params.items() if name.startswith("net.")}
         head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
         if self.family.target == "class":

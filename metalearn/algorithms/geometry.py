@@ -1,29 +1,43 @@
-"""Sums and means of classes and distances between embeddings, which several methods share."""
+"""Class sums, class means and distances between embeddings.
+
+Legend of shapes: M examples, N ways or other examples, D features.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def class_sums(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
-    """Sum of the embeddings of each class: [M, D], int64 [M] -> [N, D]."""
+    """Compute the sum of the embeddings of each class: [M, D], int64 [M] -> [N, D]."""
     return F.one_hot(y_M, way).to(z_MD.dtype).T @ z_MD
 
 
 def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
-    """Mean embedding of each class (Snell et al. 2017, eq. 1); shots may differ between classes.
+    """Compute the mean embedding of each class (Snell et al. 2017, eq. 1).
 
-    Args: z_MD [M, D]; y_M int64 [M], each class at least once.
-    Returns: [N, D].
+    Args:
+        z_MD: Embeddings [M, D].
+        y_M: Labels, int64 [M], each class at least once. Shots may differ between classes.
+        way: Number of classes N.
+
+    Returns:
+        Class means [N, D].
     """
     return class_sums(z_MD, y_M, way) / F.one_hot(y_M, way).sum(0).unsqueeze(-1).to(z_MD.dtype)
 
 
 def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:
-    """Squared Euclidean distances between two sets of embeddings (Snell et al. 2017, 2.4).
+    """Compute squared Euclidean distances between two sets of embeddings (Snell et al. 2017, 2.4).
 
-    Args: a_MD [M, D]; b_ND [N, D], same dtype and device.
-    Returns: [M, N].
-    Raises: ValueError if the feature sizes differ.
+    Args:
+        a_MD: Embeddings [M, D].
+        b_ND: Embeddings [N, D], same dtype and device.
+
+    Returns:
+        Distances [M, N].
+
+    Raises:
+        ValueError: If the feature sizes differ.
     """
     if a_MD.shape[-1] != b_ND.shape[-1]:
         raise ValueError(f"feature sizes differ: {a_MD.shape[-1]} and {b_ND.shape[-1]}")
@@ -31,5 +45,5 @@ def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:
 
 
 def cosine(a_MD: Tensor, b_ND: Tensor) -> Tensor:
-    """Cosines between two sets of embeddings: [M, D], [N, D] -> [M, N]."""
+    """Compute cosine similarities between two sets of embeddings: [M, D], [N, D] -> [M, N]."""
     return F.normalize(a_MD, dim=-1) @ F.normalize(b_ND, dim=-1).T

@@ -1,7 +1,8 @@
-"""Adaptation by gradient descent on the support set, differentiated through; MAML's family derives from it.
+"""Adaptation by gradient descent on the support set, differentiated through: the base of MAML.
 
 Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks".
-Raghu et al. (2020), "Rapid learning or feature reuse? Towards understanding the effectiveness of MAML" (ANIL).
+Raghu et al. (2020), "Rapid learning or feature reuse? Towards understanding the effectiveness of
+MAML" (ANIL).
 Oh et al. (2021), "BOIL: Towards representation change for few-shot learning".
 """
 
@@ -16,24 +17,31 @@ from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.inner_loop import rematerialised
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.settings import above, at_least, choice, given_by_run
+from metalearn.config.fields import above, at_least, choice, given_by_run
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GradientAdaptation(LinearHeadAlgorithm):
-    """theta_k+1 = theta_k - inner_lr * grad L_support(theta_k); meta-loss L_query(theta_K) (Finn et al. 2017, eq. 1).
+    """Gradient descent on the support set, with the meta-loss L_query(theta_K).
 
-    inner_steps, test_inner_steps: K in meta-training and in testing.
-    step_lrs: rates of the first inner steps, the last one for all further ones; empty: inner_lr for each.
-    first_order: drop the derivative of the inner gradient (Finn et al. 2017, 5.2).
-    adapted_part: "all", the "head" alone (ANIL), or the "body" alone (BOIL).
-    pull: lambda of a term lambda / 2 |theta_k - theta_0|^2 in the inner loss, which pulls adaptation back to the initialisation
-      (L2-regularised MAML; the regulariser of Rajeswaran et al. 2019, eq. 3, differentiated through); 0: none.
-    adapt_normalisation: whether scale and shift of normalisation layers adapt too; the authors' code keeps them fixed.
-    inner_loss: "mean" over the support set; "sum" as the authors' code has it: summed over the classes, mean over the
-      shots, so N times the mean.
+    theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) (Finn et al. 2017, eq. 1).
+
+    Attributes:
+        inner_steps: K in meta-training.
+        test_inner_steps: K in testing.
+        step_lrs: Learning rates of the first inner steps; the last one is used for all later steps.
+            If empty, all steps use inner_lr.
+        first_order: If true, drop the derivative of the inner gradient (Finn et al. 2017, 5.2).
+        adapted_part: "all", only the "head" (ANIL), or only the "body" (BOIL).
+        pull: lambda of the term lambda / 2 |theta_k - theta_0|^2 in the inner loss; 0 for none. It
+            pulls adaptation back to the initialisation (L2-regularised MAML; the regulariser of
+            Rajeswaran et al. 2019, eq. 3, differentiated through).
+        adapt_normalisation: If true, scale and shift of normalisation layers adapt too. The
+            authors' code keeps them fixed.
+        inner_loss: "mean" over the support set, or "sum" as in the authors' code: summed over the
+            classes and averaged over the shots, so N times the mean.
     """
 
     inner_lr: float = above(0)
@@ -49,19 +57,21 @@ class GradientAdaptation(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
+        """Return `inner_steps`."""
         return self.inner_steps
 
     @property
     def can_rematerialise(self) -> bool:
+        """Return True unless first-order, where no inner step is differentiated."""
         return not self.first_order
 
     @property
     def embeds_once(self) -> bool:
-        """Whether embeddings of the support set are the same at every step, as with an unchanged backbone."""
+        """Return True if the support set's embeddings are the same at every inner step."""
         return self.adapted_part == "head" and self.family.predicts
 
     def adapts(self, name: str) -> bool:
-        """Whether the inner loop changes the weight of this name."""
+        """Return True if the inner loop adapts the weight with this name."""
         if name.startswith("head."):
             return self.adapted_part != "body"
         if not name.startswith("net."):
@@ -73,11 +83,12 @@ class GradientAdaptation(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
+        """Take `steps` gradient steps on the support set."""
         steps = self.test_inner_steps if steps is None else steps
         return self.after(self.trajectory(state, support, key, steps), steps, support)
 
     def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
-        """Return all weights before and after each of the inner steps: theta_0 ... theta_K."""
+        """Compute all weights before and after each inner step: theta_0 ... theta_K."""
         theta, given = state.params, self.given(state)
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
@@ -86,17 +97,17 @@ class GradientAdaptation(LinearHeadAlgorithm):
             if self.embeds_once
             else support
         )
-        fast, found = start, [theta]
+        fast, trajectory = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
             if self.rematerialise and not self.first_order:
                 descend = rematerialised(descend)
             fast = descend(fast, start, slow, seen, given, prng.fold_in(key, step))
-            found.append({**slow, **fast})
-        return found
+            trajectory.append({**slow, **fast})
+        return trajectory
 
     def after(self, trajectory: list[Params], steps: int, support: Support) -> Adapted:
-        """The learner after so many of the steps; its network is that of the last of them."""
+        """Return the learner after `steps` steps, with the weights `at_step` of the last one."""
         return self.adapted(self.at_step(trajectory[steps], max(0, steps - 1)), support.x)
 
     def descend(
@@ -109,15 +120,17 @@ class GradientAdaptation(LinearHeadAlgorithm):
         given: Params,
         key: Tensor,
     ) -> Params:
-        """Return `fast` after one inner step. Every tensor is an argument, because `rematerialised` keeps nothing else.
+        """Compute `fast` after one inner step.
+
+        Every tensor must be an argument, because `rematerialised` stores nothing else.
 
         Args:
-            step: number of the inner step, from 0.
-            fast: the weights that adapt.
-            start: what `fast` was before the first step.
-            slow: the weights that do not adapt.
-            seen: the support set, its x replaced by embeddings where these are the same at every step.
-            given: see `embed`.
+            step: Number of the inner step, from 0.
+            fast: Weights that adapt.
+            start: Values of `fast` before the first step.
+            slow: Weights that do not adapt.
+            seen: Support set; with `embeds_once`, its x holds the embeddings.
+            given: See `embed`.
             key: int64 [], of this step.
         """
 
@@ -128,7 +141,7 @@ class GradientAdaptation(LinearHeadAlgorithm):
             value = self.family.support_loss(net, self.at_step(slow | fast, step), seen, key)
             return value * seen.way if self.inner_loss == "sum" else value
 
-        # First order drops d(grad)/d(theta) by never recording it: the inner gradient is taken at a detached point.
+        # First order drops d(grad)/d(theta): the inner gradient is taken at a detached point.
         point = (fast, slow, seen)
         gradient = grad(support_loss)(
             *(pytree.tree_map(torch.detach, point) if self.first_order else point)
@@ -144,9 +157,9 @@ class GradientAdaptation(LinearHeadAlgorithm):
         }
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
-        """Return the inner learning rate of a weight in a step."""
+        """Return the inner learning rate of the weight `name` in `step`."""
         return self.step_lrs[min(step, len(self.step_lrs) - 1)] if self.step_lrs else self.inner_lr
 
     def at_step(self, params: Params, step: int) -> Params:
-        """The weights that the network has in a step, where some belong to one step alone."""
+        """Return the weights of the network in `step`, if some weights belong to a single step."""
         return params

@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient of a regularised inner problem by the implicit function theorem, whatever solved it.
+"""iMAML: the implicit meta-gradient of a regularised inner problem, for any inner solver.
 
 Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients".
 """
@@ -11,20 +11,27 @@ from torch import Tensor
 from torch.func import grad
 
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.settings import above, at_least
+from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, State, Support, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IMAML(LinearHeadAlgorithm):
-    """phi = argmin L_support(phi) + lambda / 2 |phi - theta|^2; meta-gradient (I + H / lambda)^-1 grad L_query(phi), H the
-    Hessian of L_support at phi (Rajeswaran et al. 2019, eq. 3 and 6).
+    """Meta-gradient of a regularised inner problem by the implicit function theorem.
 
-    strength: lambda. inner_steps, test_inner_steps: gradient steps towards phi. cg_steps: of conjugate gradients, a fixed
-    number. damping, strength_damping: added to 1 and to lambda in the matrix, as the authors' code does, since H at a phi
-    that is only near the minimum need not be positive.
-    Every weight adapts, those of normalisation too.
+    phi = argmin L_support(phi) + lambda / 2 |phi - theta|^2. The meta-gradient is
+    (I + H / lambda)^-1 grad L_query(phi), with H the Hessian of L_support at phi (Rajeswaran et al.
+    2019, eq. 3 and 6). All weights adapt, including those of normalisation.
+
+    Attributes:
+        inner_steps: Gradient steps towards phi in meta-training.
+        test_inner_steps: Gradient steps towards phi in testing.
+        strength: lambda.
+        cg_steps: Number of conjugate gradient steps, fixed.
+        damping: Added to 1 in the matrix, as in the authors' code: at a phi that is only near the
+            minimum, H may not be positive.
+        strength_damping: Added to lambda in the matrix, for the same reason.
     """
 
     inner_lr: float = above(0)
@@ -37,10 +44,11 @@ class IMAML(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
+        """Return `inner_steps`."""
         return self.inner_steps
 
     def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
-        """Compute L_support []; given: see `embed`; key: int64 []."""
+        """Compute L_support []; `given` as in `embed`; key: int64 []."""
 
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.head(params, self.embed(params, x, given)), {}
@@ -48,7 +56,7 @@ class IMAML(LinearHeadAlgorithm):
         return self.family.support_loss(net, params, support, key)
 
     def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:
-        """Return phi, approached by gradient descent from theta."""
+        """Approximate phi by gradient descent from theta."""
         theta, given = state.params, self.given(state)
         phi = theta
         for step in range(steps):
@@ -63,11 +71,15 @@ class IMAML(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
+        """Solve the inner problem on the support set."""
         steps = self.test_inner_steps if steps is None else steps
         return self.adapted(self.solve(state, support, key, steps), support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        """A surrogate whose gradient in theta is the implicit meta-gradient; the query loss of phi is among the logs."""
+        """Compute a surrogate whose gradient in theta is the implicit meta-gradient.
+
+        The logs hold the query loss of phi.
+        """
         theta = {name: value.detach() for name, value in state.params.items()}
         start, given = State(theta, state.buffers), self.given(state)
         phi = self.solve(start, task.support, task.key, self.inner_steps)
@@ -80,12 +92,12 @@ class IMAML(LinearHeadAlgorithm):
         gradient, held_out = grad(query_loss, has_aux=True)(phi)
 
         def product(v: Params) -> Params:
-            """(I + H / lambda) v with both dampings, by the gradient of <grad L_support, v>."""
+            """Compute (I + H / lambda) v with both dampings."""
 
-            def along(phi: Params) -> Tensor:
+            def slope(phi: Params) -> Tensor:
                 return dot(grad(self.support_loss)(phi, task.support, given, last), v)
 
-            hessian_v = grad(along)(phi)
+            hessian_v = grad(slope)(phi)
             curvature = self.strength + self.strength_damping
             return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 
@@ -97,14 +109,22 @@ class IMAML(LinearHeadAlgorithm):
 
 
 def dot(a: Params, b: Params) -> Tensor:
-    """The inner product of two trees: []."""
+    """Compute the inner product [] of two trees."""
     return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
-    """X with product(x) near b, from x = 0, after a fixed number of steps (Hestenes and Stiefel 1952); 0 steps: b itself.
+    """Solve product(x) = b approximately by conjugate gradients (Hestenes and Stiefel 1952).
 
-    product: a symmetric matrix times a tree. A residual that is exactly zero stays so.
+    A residual that is exactly zero stays zero.
+
+    Args:
+        product: Multiplies a tree by a symmetric matrix.
+        b: Right-hand side.
+        steps: Fixed number of steps, from x = 0.
+
+    Returns:
+        x; with 0 steps, b itself.
     """
     if steps == 0:
         return b
@@ -116,10 +136,10 @@ def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: i
         return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
 
     for _ in range(steps):
-        image = product(direction)
-        length = ratio(squared, dot(direction, image))
-        x = {name: x[name] + length * direction[name] for name in x}
-        residual = {name: residual[name] - length * image[name] for name in x}
+        multiplied = product(direction)
+        size = ratio(squared, dot(direction, multiplied))
+        x = {name: x[name] + size * direction[name] for name in x}
+        residual = {name: residual[name] - size * multiplied[name] for name in x}
         before, squared = squared, dot(residual, residual)
         direction = {name: residual[name] + ratio(squared, before) * direction[name] for name in x}
     return x

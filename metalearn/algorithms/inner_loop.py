@@ -1,4 +1,4 @@
-"""What methods with an inner loop share: steps whose intermediate values are computed again instead of kept."""
+"""Rematerialisation of inner steps: recompute intermediate values instead of storing them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class _Again(torch.autograd.Function):
-    """A function whose backward pass computes it once more; keeps its inputs alone."""
+class _Recompute(torch.autograd.Function):
+    """Store only the inputs of a function and call it again in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -21,35 +21,38 @@ class _Again(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.function = inputs[0]
         device = inputs[1].device.type
-        # As it was computed, so it is computed again.
+        # The second evaluation must use the same autocast settings.
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         leaves = ctx.saved_tensors
-        places = [place for place, leaf in enumerate(leaves) if leaf.is_floating_point()]
+        indices = [index for index, leaf in enumerate(leaves) if leaf.is_floating_point()]
 
         def of_floats(*floats: Tensor) -> tuple[Tensor, ...]:
             values = list(leaves)
-            for place, value in zip(places, floats, strict=True):
-                values[place] = value
+            for index, value in zip(indices, floats, strict=True):
+                values[index] = value
             return ctx.function(*values)
 
         with torch.autocast(*ctx.autocast):
-            pull = torch.func.vjp(of_floats, *(leaves[place] for place in places))[1]
-        found: list[Tensor | None] = [None] * len(leaves)
-        for place, gradient in zip(places, pull(cotangents), strict=True):
-            found[place] = gradient
-        return (None, *found)
+            pullback = torch.func.vjp(of_floats, *(leaves[index] for index in indices))[1]
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        for index, gradient in zip(indices, pullback(cotangents), strict=True):
+            gradients[index] = gradient
+        return (None, *gradients)
 
 
 def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same pure function of trees of tensors, differentiable once more, that keeps nothing but its arguments.
+    """Return the same function, but store only its arguments for the backward pass.
 
-    A chain of K such steps needs memory for K arguments and one step's intermediate values, and one more evaluation of
-    each (Griewank and Walther 2000, "Revolve", with every step a checkpoint). Works under `vmap`; everything tensors
-    come from must be an argument.
+    A chain of K such steps stores K arguments and the intermediate values of one step, and
+    evaluates each step once more (Griewank and Walther 2000, "Revolve", with every step a
+    checkpoint). The result works under `vmap` and is differentiable once more.
+
+    Args:
+        function: Pure function of trees of tensors. Every tensor that it uses must be an argument.
     """
 
     def wrapped(*trees: Any) -> Any:
@@ -57,11 +60,13 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
         out: list[Any] = []
 
         def flat(*values: Tensor) -> tuple[Tensor, ...]:
-            found, shape = pytree.tree_flatten(function(*pytree.tree_unflatten(list(values), spec)))
-            out.append(shape)
-            return tuple(found)
+            results, out_spec = pytree.tree_flatten(
+                function(*pytree.tree_unflatten(list(values), spec))
+            )
+            out.append(out_spec)
+            return tuple(results)
 
-        found = _Again.apply(flat, *leaves)
-        return pytree.tree_unflatten(list(found), out[0])
+        results = _Recompute.apply(flat, *leaves)
+        return pytree.tree_unflatten(list(results), out[0])
 
     return wrapped

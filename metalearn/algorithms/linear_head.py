@@ -16,7 +16,7 @@ from metalearn.tasks.types import Loss, Params, Query, Spec, State
 
 
 class Adapted(NamedTuple):
-    """A learner: the weights after adaptation, and what the normalisation at prediction needs."""
+    """A learner: the weights after adaptation, and what normalisation needs at prediction."""
 
     params: Params
     reference: Params
@@ -24,7 +24,11 @@ class Adapted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHeadAlgorithm(Algorithm):
-    """Backbone weights are under "net.", the head's [N, D] and [N] under "head.", with parameters that the family adds."""
+    """A backbone with a linear head.
+
+    The backbone's weights are under "net.". The head's weight [N, D], its bias [N] and the
+    parameters that the family adds are under "head.".
+    """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value", "control")
     fixed_way: ClassVar[bool] = True
@@ -34,21 +38,22 @@ class LinearHeadAlgorithm(Algorithm):
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the backbone, the head and the parameters that the family adds."""
         params, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         features = math.prod(self.backbone.shape(spec.inputs))
         head = {
             "head.weight": init_weight(prng.fold_in(key, 1), spec.way, features),
             "head.bias": torch.zeros(spec.way, device=key.device),
         }
-        own = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
-        return State(prefixed(params, "net") | head | own, prefixed(population, "net"))
+        extra = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
+        return State(prefixed(params, "net") | head | extra, prefixed(population, "net"))
 
     def given(self, state: State) -> Params:
-        """Return the statistics by which adaptation normalises the support set; {}: its own."""
+        """Return the statistics that normalise the support set in adaptation; {} for its own."""
         return self.normalisation.for_training(state) or {}
 
     def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
-        """Compute embeddings [M, D] of x [M, *X] as adaptation sees them; given: see `given`."""
+        """Compute embeddings [M, D] of x [M, *X] in adaptation; given: the result of `given`."""
         return self.backbone.embed(select(params, "net"), x, given or None)[0]
 
     def head(self, params: Params, z: Tensor) -> Tensor:
@@ -56,23 +61,28 @@ class LinearHeadAlgorithm(Algorithm):
         return F.linear(z, params["head.weight"], params["head.bias"])
 
     def adapted(self, params: Params, support_x: Tensor) -> Adapted:
-        """Return the learner with these weights."""
+        """Create the learner with these weights."""
         return Adapted(params, self.normalisation.reference(select(params, "net"), support_x))
 
     def forward(
         self, state: State, learner: Adapted, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
+        """Compute outputs [Q, N] with the adapted backbone and head."""
         net = select(learner.params, "net")
         z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics
 
     def query_loss(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Loss:
+        """Compute the family's loss of the adapted weights on queries."""
+
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.forward(state, learner._replace(params=params), x, key)
 
         return self.family.query_loss(net, learner.params, query, key)
 
     def score(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Tensor:
+        """Compute the family's score [] of the adapted weights on queries."""
+
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.forward(state, learner._replace(params=params), x, None)
 

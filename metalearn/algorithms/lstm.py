@@ -1,4 +1,4 @@
-"""An LSTM cell as a function, since `vmap` knows none of torch's recurrent modules."""
+"""An LSTM cell as a function, because `vmap` supports none of torch's recurrent modules."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,15 @@ from metalearn.tasks.types import Params
 
 
 def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None) -> Params:
-    """Weights for inputs [B, inputs] and a recurrent input [B, hidden]; cells and outputs are `outputs` wide.
+    """Create the weights of an LSTM cell, uniform in +-1 / sqrt(outputs).
 
-    Uniform in +-1 / sqrt(outputs), forget gates open at first (bias 1; Jozefowicz et al. 2015).
-    outputs: None: as many as inputs.
+    The forget gates start open (bias 1; Jozefowicz et al. 2015).
+
+    Args:
+        key: int64 [].
+        inputs: Size of the inputs [B, inputs].
+        hidden: Size of the recurrent input [B, hidden].
+        outputs: Size of cells and outputs; None for that of the inputs.
     """
     size = outputs or inputs
     bound = size**-0.5
@@ -25,11 +30,20 @@ def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None)
 
 
 def lstm_cell(weights: Params, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """One step (Hochreiter and Schmidhuber 1997, with forget gates): x [B, I], hidden [B, H], cell [B, O] -> both [B, O].
+    """Compute one step of an LSTM (Hochreiter and Schmidhuber 1997, with forget gates).
 
-    Gates stand in the order of torch: input, forget, candidate, output.
+    The order of the gates is torch's: input, forget, candidate, output.
+
+    Args:
+        weights: The result of `init_lstm`.
+        x: Inputs [B, I].
+        hidden: Recurrent input [B, H].
+        cell: Cells [B, O].
+
+    Returns:
+        Outputs and cells, both [B, O].
     """
     gates = x @ weights["input"].T + hidden @ weights["recurrent"].T + weights["bias"]
-    put, forget, candidate, show = gates.chunk(4, -1)
-    cell = forget.sigmoid() * cell + put.sigmoid() * candidate.tanh()
-    return show.sigmoid() * cell.tanh(), cell
+    input_gate, forget, candidate, output = gates.chunk(4, -1)
+    cell = forget.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+    return output.sigmoid() * cell.tanh(), cell

@@ -1,7 +1,7 @@
-"""MAML++: MAML with what makes its training stable and its inner loop learnable, each a switch.
+"""MAML++: MAML with stable training and a learnable inner loop; each change is a setting.
 
-Antoniou, Edwards and Storkey (2019), "How to train your MAML". Their cosine schedule of the meta-learning rate is
-`train.schedule=cosine`.
+Antoniou, Edwards and Storkey (2019), "How to train your MAML". Their cosine schedule of the
+meta-learning rate is `train.schedule=cosine`.
 """
 
 import dataclasses
@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.settings import between
+from metalearn.config.fields import between
 from metalearn.tasks.types import Loss, Params, Spec, State, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MAMLPlusPlus(GradientAdaptation):
-    """Meta-loss sum_k w_k L_query(theta_k), with rates and normalisation weights of each inner step (Antoniou et al. 2019).
+    """MAML with the meta-loss sum_k w_k L_query(theta_k) and parameters for each inner step.
 
-    multi_step_share: share of meta-training over which w goes from 1 / K each towards the last step's alone (4.1; with their
-      code's floor of 0.03 / K for the other steps); after it, the last step's alone.
-    learned_rates: a learned rate for each weight tensor and step (LSLR), starting from inner_lr or step_lrs.
-    normalisation_per_step: scale and shift of each normalisation belong to a step (BNWB); those of the earlier steps learn by
-      second derivatives and by the losses of their steps alone. Departure: running statistics of each step (BNRS) are left out,
-      since in the authors' code they never reach an output.
-    first_order_share: share of meta-training in which second derivatives are dropped (DA); 0 in all their recipes.
-    Both shares end by `stage`. Steps beyond the number in meta-training use what belongs to the last one.
+    Each inner step has its own learning rates and normalisation weights (Antoniou et al. 2019).
+    Steps beyond the number in meta-training use the parameters of the last step. `stage` ends both
+    fractions of meta-training below.
+
+    Attributes:
+        multi_step_share: Fraction of meta-training in which w moves from 1 / K for each step to the
+            last step (4.1; the other steps have at least 0.03 / K, as in their code). After it,
+            only the last step counts.
+        learned_rates: If true, learn a rate for each weight tensor and step (LSLR), starting from
+            inner_lr or step_lrs.
+        normalisation_per_step: If true, each step has its own scale and shift of each normalisation
+            (BNWB). Those of earlier steps learn only through second derivatives and the losses of
+            their steps. Departure: no running statistics of each step (BNRS), because in the
+            authors' code they never reach an output.
+        first_order_share: Fraction of meta-training without second derivatives (DA); 0 in all their
+            recipes.
     """
 
     multi_step_share: float = between(0, 1)
@@ -34,6 +42,7 @@ class MAMLPlusPlus(GradientAdaptation):
     first_order_share: float = between(0, 1)
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create MAML's state, with rates and normalisation weights for each step."""
         state = super().init(spec, key)
         steps = max(1, self.inner_steps)
         params = dict(state.params)
@@ -51,26 +60,31 @@ class MAMLPlusPlus(GradientAdaptation):
 
     @property
     def embeds_once(self) -> bool:
+        """Return False if each step has its own normalisation weights."""
         return super().embeds_once and not self.normalisation_per_step
 
     def adapts(self, name: str) -> bool:
+        """Return True if the inner loop adapts this weight, with or without the prefix "step."."""
         return super().adapts(name.removeprefix("step."))
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
+        """Return the learned rate of the weight in `step`."""
         if not self.learned_rates:
             return super().rate(slow, name, step)
         rates = slow[f"rate.{name}"]
         return rates[min(step, len(rates) - 1)]
 
     def at_step(self, params: Params, step: int) -> Params:
-        own = {
+        """Add the normalisation weights of `step` under their plain names."""
+        per_step = {
             name[len("step.") :]: value
             for name, value in params.items()
             if name.startswith("step.")
         }
-        return params | {name: value[min(step, len(value) - 1)] for name, value in own.items()}
+        return params | {name: value[min(step, len(value) - 1)] for name, value in per_step.items()}
 
     def stage(self, progress: float) -> "MAMLPlusPlus":
+        """Return the method with only the losses and derivatives that count from now on."""
         return dataclasses.replace(
             self,
             multi_step_share=self.multi_step_share if progress < self.multi_step_share else 0.0,
@@ -79,6 +93,7 @@ class MAMLPlusPlus(GradientAdaptation):
         )
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
+        """Compute the weighted sum of the query losses after each step."""
         trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [
@@ -94,7 +109,7 @@ class MAMLPlusPlus(GradientAdaptation):
         return Loss(value, losses[-1].logs, losses[-1].statistics)
 
     def step_weights(self, steps: int, progress: Tensor) -> Tensor:
-        """W [K] while the losses of all steps count; sums to 1."""
+        """Compute w [K] while the losses of all steps count; the sum is 1."""
         done = (progress / self.multi_step_share).clamp(max=1)
         others = ((1 - done) / steps).clamp(min=0.03 / steps)
         return torch.cat([others.expand(steps - 1), (1 - (steps - 1) * others).reshape(1)])

@@ -1,4 +1,4 @@
-"""Matching networks: a query takes the labels of the support examples it resembles.
+"""Matching networks: predict a query's label by attention over the support examples.
 
 Vinyals et al. (2016), "Matching networks for one shot learning".
 """
@@ -13,19 +13,23 @@ from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
 from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.params import prefixed, select
-from metalearn.settings import above, at_least
+from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatchingNetwork(EmbeddingAlgorithm):
-    """p(y | x) = sum_i a(x, x_i) y_i, a the softmax of cosine similarities (Vinyals et al. 2016, eq. 1 and 2.1.1);
-    predictions are log p.
+    """Attention over the support examples by cosine similarity; predictions are log p.
 
-    temperature: divides the similarities; the paper has none (1), with which p stays flat, since cosines lie in [-1, 1].
-    full_context: embeddings of the support set pass through a bidirectional LSTM over the set in its order, those of
-      queries through `processing_steps` steps of an LSTM that attends to it (appendix A.1, A.2).
+    p(y | x) = sum_i a(x, x_i) y_i, with a the softmax of the cosine similarities (Vinyals et al.
+    2016, eq. 1 and 2.1.1).
+
+    Attributes:
+        temperature: Divides the similarities. The paper has none (1); then p stays flat, because
+            cosines are in [-1, 1].
+        full_context: If true, a bidirectional LSTM embeds the support set in its order, and an LSTM
+            with `processing_steps` steps embeds each query with attention to it (A.1, A.2).
     """
 
     temperature: float = above(0)
@@ -34,9 +38,11 @@ class MatchingNetwork(EmbeddingAlgorithm):
 
     @property
     def support_order_matters(self) -> bool:  # type: ignore[override]
+        """Return True with full context, where an LSTM reads the support set in order."""
         return self.full_context
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
+        """Create the three LSTMs of full context."""
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}
@@ -49,13 +55,17 @@ class MatchingNetwork(EmbeddingAlgorithm):
         }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
+        """Store the support embeddings, in full context if set, with one-hot labels."""
         y = F.one_hot(support.y, support.way).to(z.dtype)
         return Examples(self.in_context(weights, z) if self.full_context else z, y)
 
     def in_context(self, weights: Params, z: Tensor) -> Tensor:
-        """g(x_i, S) = h_i forward + h_i backward + z_i (Vinyals et al. 2016, A.2): [M, D] -> [M, D]."""
+        """Embed the support set in context: [M, D] -> [M, D].
 
-        def passed(name: str, z: Tensor) -> Tensor:
+        g(x_i, S) = h_i forward + h_i backward + z_i (Vinyals et al. 2016, A.2).
+        """
+
+        def lstm(name: str, z: Tensor) -> Tensor:
             cell_weights, hidden, cell, outputs = (
                 select(weights, name),
                 torch.zeros_like(z[:1]),
@@ -67,10 +77,13 @@ class MatchingNetwork(EmbeddingAlgorithm):
                 outputs.append(hidden)
             return torch.cat(outputs)
 
-        return passed("forward", z) + passed("backward", z.flip(0)).flip(0) + z
+        return lstm("forward", z) + lstm("backward", z.flip(0)).flip(0) + z
 
     def attending(self, weights: Params, z: Tensor, support_z: Tensor) -> Tensor:
-        """f(x, S) after the processing steps (Vinyals et al. 2016, A.1): [Q, D] -> [Q, D]."""
+        """Embed queries with attention to the support set: [Q, D] -> [Q, D].
+
+        f(x, S) after the processing steps (Vinyals et al. 2016, A.1).
+        """
         cell_weights, hidden, cell = select(weights, "attend"), z, torch.zeros_like(z)
         for _ in range(self.processing_steps):
             read = (hidden @ support_z.T).softmax(-1) @ support_z
@@ -79,8 +92,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return hidden
 
     def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
+        """Compute log p of each class."""
         if self.full_context:
             z = self.attending(weights, z, learned.z)
         attention = (cosine(z, learned.z) / self.temperature).log_softmax(-1)
-        # log sum_i a_i y_i, over the examples of each class.
+        # log sum_i a_i y_i over the examples of each class.
         return torch.where(learned.y.T > 0, attention[:, None, :], -torch.inf).logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Meta-SGD: MAML whose inner learning rate is learned for every single weight.
+"""Meta-SGD: MAML with a learned inner learning rate for every single weight.
 
 Li, Zhou, Chen and Li (2017), "Meta-SGD: Learning to learn quickly for few-shot learning".
 """
@@ -8,17 +8,19 @@ import dataclasses
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.errors import UserError
-from metalearn.settings import above
+from metalearn.config.fields import above
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetaSGD(GradientAdaptation):
-    """theta_k+1 = theta_k - alpha * grad L_support(theta_k), alpha of theta's shape and meta-learned (Li et al. 2017, eq. 2).
+    """MAML with a meta-learned rate alpha for every weight.
 
-    inner_lr, inner_lr_max: alpha starts uniform between them. A rate may become negative, as in the paper.
+    theta_k+1 = theta_k - alpha * grad L_support(theta_k), alpha of theta's shape (Li et al. 2017,
+    eq. 2). alpha starts uniform between inner_lr and inner_lr_max. A rate may become negative, as
+    in the paper.
     """
 
     inner_lr_max: float = above(0)
@@ -30,6 +32,7 @@ class MetaSGD(GradientAdaptation):
             )
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create MAML's state and a random rate for each adapted weight."""
         state = super().init(spec, key)
         width = self.inner_lr_max - self.inner_lr
         rates = {
@@ -41,4 +44,5 @@ class MetaSGD(GradientAdaptation):
         return State(state.params | rates, state.buffers)
 
     def rate(self, slow: Params, name: str, step: int) -> Tensor:
+        """Return the learned rates of a weight tensor, the same in every step."""
         return slow[f"rate.{name}"]

@@ -1,4 +1,4 @@
-"""MetaNet: fast weights that a meta-learner writes from the gradients of the support set.
+"""MetaNet: a meta-learner computes fast weights from the gradients of the support set.
 
 Munkhdalai and Yu (2017), "Meta networks".
 """
@@ -15,18 +15,22 @@ from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.params import select
 from metalearn.backbones.layers import init_weight
-from metalearn.settings import at_least
+from metalearn.config.fields import at_least
 from metalearn.tasks import prng
 from metalearn.tasks.losses import cross_entropy
 from metalearn.tasks.types import Params, Spec, State, Support
 
-#: p of the preprocessing of gradients; 7 in the authors' code, 10 in that of Andrychowicz et al.
+#: p of the gradient preprocessing: 7 in the authors' code, 10 in that of Andrychowicz et al.
 _P = 7
 
 
 class Memory(NamedTuple):
-    """fast: for each support example the fast weights of the base learner, [M, H, D] and [M, N, H]; keys: its
-    representation [M, R]; representation: the task's fast weights of the representation layer [R, D].
+    """A learner of MetaNet.
+
+    Attributes:
+        fast: Fast weights of the base learner for each support example, [M, H, D] and [M, N, H].
+        keys: Representations of the support examples [M, R].
+        representation: The task's fast weights of the representation layer [R, D].
     """
 
     fast: Params
@@ -36,16 +40,23 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetaNet(EmbeddingAlgorithm):
-    """logits = b(W, W*; z), W* = sum_i softmax_i(cosine(r, r_i)) W*_i, W*_i = m(gradient of example i in W) (Munkhdalai and Yu 2017,
-    algorithm 1 and 3.1 to 3.3).
+    """A base learner with slow weights, and fast weights from attention over the support set.
 
-    b: a base learner of one hidden layer with layer augmentation, relu(W z) + relu(W* z); r: a representation layer with fast
-    weights of the task, written by d from the gradients of its own loss; m, d: networks of `meta_hidden` units that see each
-    coordinate of a gradient alone, by magnitude and sign (Andrychowicz et al. 2016, appendix A).
-    second_order: whether meta-gradients also flow through the gradients that m and d read; in the authors' code they do not,
-      so that the output weights of r's own loss stay as they began.
-    Departures: both networks stand on one backbone whose weights are slow alone; d reads the mean of the gradients, the paper's
-    alternative to its LSTM, so that the order of the support set does not matter; m and d have one hidden layer.
+    logits = b(W, W*; z), W* = sum_i softmax_i(cosine(r, r_i)) W*_i, W*_i = m(gradient of example i
+    in W) (Munkhdalai and Yu 2017, algorithm 1 and 3.1 to 3.3).
+
+    b is a base learner with one hidden layer and layer augmentation, relu(W z) + relu(W* z). r is a
+    representation layer with fast weights of the task, which d computes from the gradients of r's
+    own loss. m and d are networks of `meta_hidden` units that process each coordinate of a gradient
+    alone, by magnitude and sign (Andrychowicz et al. 2016, appendix A).
+
+    Departures: both networks share one backbone, which has only slow weights. d uses the mean of
+    the gradients, the paper's alternative to its LSTM, so the order of the support set does not
+    matter. m and d have one hidden layer.
+
+    Attributes:
+        second_order: If true, meta-gradients also flow through the gradients that m and d use. In
+            the authors' code they do not, so the output weights of r's own loss are never trained.
     """
 
     fixed_way: ClassVar[bool] = True
@@ -57,22 +68,26 @@ class MetaNet(EmbeddingAlgorithm):
     second_order: bool
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
+        """Create the slow weights of b and r, and the networks m and d."""
         shapes = {
-            "base.hidden": (self.hidden, size), "base.output": (spec.way, self.hidden),
-            "represent.layer": (self.representation, size), "represent.output": (spec.way, self.representation),
-        }  # fmt: skip
-        found = {
+            "base.hidden": (self.hidden, size),
+            "base.output": (spec.way, self.hidden),
+            "represent.layer": (self.representation, size),
+            "represent.output": (spec.way, self.representation),
+        }
+        params = {
             name: init_weight(prng.fold_in(key, number), *shape)
             for number, (name, shape) in enumerate(shapes.items())
         }
         for number, name in enumerate(("m", "d")):
             first, second = prng.fold_in(key, 10 + number), prng.fold_in(key, 20 + number)
-            found[f"{name}.in"] = init_weight(first, self.meta_hidden, 2)
-            found[f"{name}.in_bias"] = torch.zeros(self.meta_hidden, device=key.device)
-            found[f"{name}.out"] = 0.1 * init_weight(second, 1, self.meta_hidden)
-        return found
+            params[f"{name}.in"] = init_weight(first, self.meta_hidden, 2)
+            params[f"{name}.in_bias"] = torch.zeros(self.meta_hidden, device=key.device)
+            params[f"{name}.out"] = 0.1 * init_weight(second, 1, self.meta_hidden)
+        return params
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the state; without `second_order`, "represent.output" is a buffer."""
         state = super().init(spec, key)
         if self.second_order:
             return state
@@ -80,10 +95,11 @@ class MetaNet(EmbeddingAlgorithm):
         return State(params, state.buffers | {"represent.output": params.pop("represent.output")})
 
     def written(self, weights: Params, gradient: Tensor) -> Tensor:
-        """Fast weights from a gradient, coordinate by coordinate: the same shape."""
+        """Compute fast weights from a gradient of the same shape, coordinate by coordinate."""
         if not self.second_order:
             gradient = gradient.detach()
-        # log |g| / p where |g| >= exp(-p), and the sign; else -1 and exp(p) g (Andrychowicz et al. 2016, A).
+        # log |g| / p and the sign of g where |g| >= exp(-p); else -1 and exp(p) g
+        # (Andrychowicz et al. 2016, A).
         large = gradient.abs() >= torch.e**-_P
         size = torch.where(large, gradient.abs().clamp_min(torch.e**-_P).log() / _P, -1.0)
         sign = torch.where(large, gradient.sign(), gradient * torch.e**_P)
@@ -91,18 +107,20 @@ class MetaNet(EmbeddingAlgorithm):
         return F.linear(hidden, weights["out"]).squeeze(-1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
-        def represent_loss(own: Params) -> Tensor:
+        """Compute the fast weights of the task and of each support example."""
+
+        def represent_loss(params: Params) -> Tensor:
             return cross_entropy(
-                F.linear(F.linear(z, own["layer"]).relu(), own["output"]), support.y
+                F.linear(F.linear(z, params["layer"]).relu(), params["output"]), support.y
             )
 
-        def base_loss(own: Params, z: Tensor, y: Tensor) -> Tensor:
+        def base_loss(params: Params, z: Tensor, y: Tensor) -> Tensor:
             return cross_entropy(
-                F.linear(F.linear(z, own["hidden"]).relu(), own["output"])[None], y[None]
+                F.linear(F.linear(z, params["hidden"]).relu(), params["output"])[None], y[None]
             )
 
-        of_task = grad(represent_loss)(select(weights, "represent"))["layer"]
-        representation = self.written(select(weights, "d"), of_task)
+        task_gradient = grad(represent_loss)(select(weights, "represent"))["layer"]
+        representation = self.written(select(weights, "d"), task_gradient)
         gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(
             select(weights, "base"), z, support.y
         )
@@ -113,14 +131,18 @@ class MetaNet(EmbeddingAlgorithm):
         return Memory(fast, self.represented(weights, representation, z), representation)
 
     def represented(self, weights: Params, fast: Tensor, z: Tensor) -> Tensor:
-        """R with layer augmentation: [B, D] -> [B, R]. As in the authors' code it is not rectified, so that cosines may be negative."""
+        """Compute r with layer augmentation: [B, D] -> [B, R].
+
+        As in the authors' code, there is no ReLU, so cosines may be negative.
+        """
         return F.linear(z, weights["represent.layer"]) + F.linear(z, fast)
 
     def compare(self, weights: Params, learned: Memory, z: Tensor) -> Tensor:
+        """Apply the base learner with the fast weights that each query attends to."""
         attention = cosine(
             self.represented(weights, learned.representation, z), learned.keys
         ).softmax(-1)
-        # W* z = sum_i a_i W*_i z: the fast weights of each query need not be written out.
+        # W* z = sum_i a_i W*_i z, so W* of each query is never stored.
         fast_hidden = torch.einsum("qm,mhd,qd->qh", attention, learned.fast["hidden"], z)
         hidden = F.linear(z, weights["base.hidden"]).relu() + fast_hidden.relu()
         fast_output = torch.einsum("qm,mnh,qh->qn", attention, learned.fast["output"], hidden)

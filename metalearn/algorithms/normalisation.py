@@ -1,6 +1,6 @@
-"""Normalisation at prediction: by whose statistics queries are normalised, as the run's `statistics` chooses.
+"""Normalisation at prediction: the run's `statistics` chooses which statistics normalise queries.
 
-Legend: M support examples, Q queries, D features.
+Legend of shapes: M support examples, Q queries, D features.
 """
 
 import dataclasses
@@ -17,28 +17,31 @@ from metalearn.tasks.types import Params, State
 
 @dataclasses.dataclass(frozen=True)
 class Normalisation:
-    """The query set's own statistics, so that predictions depend on each other (transductive)."""
+    """Normalise by the query set, so predictions depend on each other (transductive)."""
 
     backbone: Backbone
 
     is_transductive: ClassVar[bool] = True
-    #: Whether meta-training gathers population statistics.
+    #: True if meta-training collects population statistics.
     has_population: ClassVar[bool] = False
 
     def for_training(self, state: State) -> Params | None:
-        """Return the statistics of support sets and batches while meta-training; None for their own."""
+        """Return statistics for support sets and batches in meta-training; None for their own."""
         return None
 
     def for_support(self, state: State) -> Params | None:
-        """Return the statistics of a support set that an unadapted backbone embeds at prediction; None for its own."""
+        """Return the statistics for a support set at prediction, with an unadapted backbone.
+
+        None means the support set's own.
+        """
         return None
 
     def reference(self, params: Params, support_x: Tensor) -> Params:
-        """Return what a learner must keep of its support set x [M, *X], for adapted backbone parameters."""
+        """Return what a learner stores of support x [M, *X], for the adapted backbone `params`."""
         return {}
 
     def embed_support(self, state: State, x: Tensor) -> tuple[Tensor, Params]:
-        """Embed a support set x [M, *X] by the unadapted backbone: embeddings [M, D] and the reference."""
+        """Embed support x [M, *X] with the unadapted backbone; return [M, D] and `reference`."""
         net = select(state.params, "net")
         return self.backbone.embed(net, x, self.for_support(state))[0], self.reference(net, x)
 
@@ -48,55 +51,60 @@ class Normalisation:
         """Embed queries.
 
         Args:
-            state: of the method, for its population statistics.
-            params: of the backbone, adapted or not.
-            reference: see `reference`.
-            x: [Q, *X].
-            key: int64 [] while meta-training, for the noise of the backbone; None for a prediction.
+            state: State of the method, for its population statistics.
+            params: Backbone parameters, adapted or not.
+            reference: The result of `reference`.
+            x: Queries [Q, *X].
+            key: int64 [] in meta-training, for the backbone's noise; None for a prediction.
 
         Returns:
-            Embeddings [Q, D], and statistics to fold into the population's.
+            Embeddings [Q, D], and statistics to add to the population's running averages.
         """
         return self.embed_batch(state, params, x, key)
 
     def embed_batch(
         self, state: State, params: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed a batch x [B, *X] of meta-training: embeddings [B, D], and statistics to fold into the population's."""
+        """Embed a meta-training batch x [B, *X]; results as in `embed_queries`."""
         given = self.for_training(state)
         if given is not None:
             return self.backbone.embed(params, x, given=given, key=key)[0], {}
-        z, seen = self.backbone.embed(params, x, collect=self.has_population, key=key)
-        return z, prefixed(seen, "net")
+        z, statistics = self.backbone.embed(params, x, collect=self.has_population, key=key)
+        return z, prefixed(statistics, "net")
 
 
 @dataclasses.dataclass(frozen=True)
 class SupportStatistics(Normalisation):
-    """The statistics of the support set under the adapted parameters (inductive)."""
+    """Normalise by the support set's statistics under the adapted parameters (inductive)."""
 
     is_transductive: ClassVar[bool] = False
 
     def reference(self, params: Params, support_x: Tensor) -> Params:
+        """Compute the statistics of the support set."""
         return self.backbone.embed(params, support_x, collect=True)[1]
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
+        """Embed queries with the statistics of the support set."""
         return self.backbone.embed(params, x, given=reference, key=key)[0], {}
 
 
 @dataclasses.dataclass(frozen=True)
 class SupportPlusOneStatistics(Normalisation):
-    """The statistics of the support set together with one query at a time (inductive; Nichol et al. 2018)."""
+    """Normalise by the support set and one query at a time (inductive; Nichol et al. 2018)."""
 
     is_transductive: ClassVar[bool] = False
 
     def reference(self, params: Params, support_x: Tensor) -> Params:
+        """Return the support set itself."""
         return {"x": support_x}
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
+        """Embed each query in a batch with the support set."""
+
         def embed_one(x_one: Tensor) -> Tensor:
             return self.backbone.embed(params, torch.cat([reference["x"], x_one[None]]), key=key)[
                 0
@@ -107,26 +115,32 @@ class SupportPlusOneStatistics(Normalisation):
 
 @dataclasses.dataclass(frozen=True)
 class PopulationStatistics(Normalisation):
-    """Running averages of meta-training (inductive); those of a frozen backbone are used throughout."""
+    """Normalise predictions by running averages of meta-training (inductive).
+
+    A frozen backbone uses its own in meta-training too.
+    """
 
     is_transductive: ClassVar[bool] = False
     has_population: ClassVar[bool] = True
 
     def for_training(self, state: State) -> Params | None:
+        """Return the population statistics for a frozen backbone, else None."""
         return self.for_support(state) if self.backbone.is_frozen else None
 
     def for_support(self, state: State) -> Params | None:
+        """Return the population statistics."""
         return select(state.buffers, "net")
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
+        """Embed queries with population statistics, or in meta-training as a batch."""
         if key is not None:
             return self.embed_batch(state, params, x, key)
         return self.backbone.embed(params, x, given=self.for_support(state))[0], {}
 
 
-#: By the name that `statistics` gives.
+#: Normalisation by the value of `statistics`.
 STATISTICS: dict[str, type[Normalisation]] = {
     "query": Normalisation,
     "support": SupportStatistics,

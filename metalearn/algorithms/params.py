@@ -1,10 +1,10 @@
-"""Flat dictionaries of tensors whose names start with a prefix: "net.…" of the backbone, "head.…" of a head."""
+"""Name prefixes in flat dictionaries of tensors: "net." for the backbone, "head." for a head."""
 
 from metalearn.tasks.types import Params
 
 
 def select(params: Params, prefix: str) -> Params:
-    """Return the entries under `prefix.`, without it."""
+    """Return the entries that start with `prefix.`, without the prefix."""
     return {
         name[len(prefix) + 1 :]: value
         for name, value in params.items()
@@ -13,5 +13,5 @@ def select(params: Params, prefix: str) -> Params:
 
 
 def prefixed(params: Params, prefix: str) -> Params:
-    """Return the same entries under `prefix.`."""
+    """Return the same entries, with `prefix.` before each name."""
     return {f"{prefix}.{name}": value for name, value in params.items()}

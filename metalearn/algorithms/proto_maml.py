@@ -1,6 +1,7 @@
-"""ProtoMAML: MAML whose head starts from the class means, so that any number of ways can be asked.
+"""ProtoMAML: MAML with a head that starts from the class means, so it works for any way.
 
-Triantafillou et al. (2020), "Meta-Dataset: A dataset of datasets for learning to learn from few examples".
+Triantafillou et al. (2020), "Meta-Dataset: A dataset of datasets for learning to learn from few
+examples".
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ from metalearn.tasks.types import Params, Spec, State, Support
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProtoMAML(GradientAdaptation):
-    """The head starts at W_n = 2 c_n, b_n = -|c_n|^2 for class means c, which is ProtoNet, and adapts from there with the
-    body; meta-gradients flow through c (Triantafillou et al. 2020, 3.2).
+    """MAML with a head that starts as ProtoNet and adapts together with the body.
+
+    The head starts at W_n = 2 c_n, b_n = -|c_n|^2 for class means c. Meta-gradients flow through c
+    (Triantafillou et al. 2020, 3.2).
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class",)
@@ -24,6 +27,7 @@ class ProtoMAML(GradientAdaptation):
     class_equivariant: ClassVar[bool] = True
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create MAML's state without a head."""
         state = super().init(spec, key)
         params = {
             name: value for name, value in state.params.items() if not name.startswith("head.")
@@ -31,6 +35,7 @@ class ProtoMAML(GradientAdaptation):
         return State(params, state.buffers)
 
     def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
+        """Compute MAML's trajectory from the head given by the class means."""
         c = class_means(
             self.embed(state.params, support.x, self.given(state)), support.y, support.way
         )

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import class_means, cosine, squared_distance
-from metalearn.settings import above, choice
+from metalearn.config.fields import above, choice
 from metalearn.tasks.types import Params, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProtoNet(EmbeddingAlgorithm):
-    """logits = -d(z, class mean) (Snell et al. 2017, eq. 2).
+    """Classify by the distance to the class means: logits = -d(z, c_n) (Snell et al. 2017, eq. 2).
 
-    distance: "squared_euclidean", or "cosine" similarity; temperature: divides the logits.
+    Attributes:
+        distance: "squared_euclidean", or "cosine" for logits that are cosine similarities.
+        temperature: Divides the logits.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")
@@ -27,9 +29,11 @@ class ProtoNet(EmbeddingAlgorithm):
     temperature: float = above(0)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
+        """Compute the class means [N, D]."""
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
+        """Compute the similarity of each query to each class mean, divided by the temperature."""
         similarity = (
             cosine(z, learned) if self.distance == "cosine" else -squared_distance(z, learned)
         )

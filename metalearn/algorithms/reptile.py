@@ -1,4 +1,4 @@
-"""Reptile: move the initialisation towards the weights that training on a task leads to.
+"""Reptile: move the initialisation towards the weights after training on each task.
 
 Nichol, Achiam and Schulman (2018), "On first-order meta-learning algorithms".
 """
@@ -12,23 +12,27 @@ from torch.func import grad
 
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.algorithms.params import prefixed, select
-from metalearn.settings import above, at_least, between
+from metalearn.config.fields import above, at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, Spec, State, Support, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reptile(LinearHeadAlgorithm):
-    """phi = Adam steps on mini-batches of the support set from theta; meta-gradient theta - phi (Nichol et al. 2018, alg. 2).
+    """Adam steps on mini-batches of the support set, with the meta-gradient theta - phi.
 
-    The inner optimiser is Adam without momentum (beta1 = 0). As in the authors' code its second moment is carried from
-    task to task, in testing too: started anew it would make the first step of each task as long for a small gradient
-    as for a large one. It is a buffer, with the weight it has gathered, and becomes the mean over the tasks of
-    each step. Departure: tasks of one step start from the same moment.
-    inner_batch, test_inner_batch: examples of a mini-batch, drawn without replacement, epoch after epoch.
+    phi is the result of the Adam steps from theta (Nichol et al. 2018, alg. 2). The inner optimiser
+    is Adam without momentum (beta1 = 0). As in the authors' code, its second moment is carried from
+    task to task, also in testing. After a reset, the first step of each task would have the same
+    size for small and large gradients. The moment and its total weight are buffers, averaged over
+    the tasks of each meta-step. Departure: all tasks of a meta-step start from the same moment.
+
+    Attributes:
+        inner_batch: Examples per mini-batch, sampled without replacement in each epoch.
+        test_inner_batch: The same in testing.
     """
 
-    support_order_matters: ClassVar[bool] = True  # mini-batches are drawn by position
+    support_order_matters: ClassVar[bool] = True  # mini-batches are sampled by index
     uses_loss: ClassVar[bool] = False  # the query loss is only logged
 
     inner_lr: float = above(0)
@@ -41,9 +45,11 @@ class Reptile(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
+        """Return `inner_steps`."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:
+        """Create the weights, and Adam's second moment as zero buffers."""
         state = super().init(spec, key)
         moment = prefixed(
             {name: torch.zeros_like(value) for name, value in state.params.items()}, "moment"
@@ -53,10 +59,10 @@ class Reptile(LinearHeadAlgorithm):
             state.buffers | moment | {"moment_weight": torch.zeros((), device=key.device)},
         )
 
-    def _descend(
+    def _train(
         self, start: State, support: Support, key: Tensor, steps: int, batch: int
     ) -> tuple[Params, Params]:
-        """Return the weights that training from theta leads to, and the moments as they are then."""
+        """Train on the support set; return the weights and the moments after the last step."""
         given = self.given(start)
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
@@ -68,8 +74,8 @@ class Reptile(LinearHeadAlgorithm):
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.head(params, self.embed(params, x, given)), {}
 
-        def batch_loss(params: Params, chosen: Tensor, key: Tensor) -> Tensor:
-            batch = dataclasses.replace(support, x=support.x[chosen], y=support.y[chosen])
+        def batch_loss(params: Params, indices: Tensor, key: Tensor) -> Tensor:
+            batch = dataclasses.replace(support, x=support.x[indices], y=support.y[indices])
             return self.family.support_loss(net, params, batch, key)
 
         phi, moment, weight = (
@@ -78,15 +84,14 @@ class Reptile(LinearHeadAlgorithm):
             start.buffers["moment_weight"],
         )
         for step in range(steps):
-            chosen = order[step * batch : (step + 1) * batch]
-            gradient = grad(batch_loss)(phi, chosen, prng.fold_in(key, epochs + step))
+            indices = order[step * batch : (step + 1) * batch]
+            gradient = grad(batch_loss)(phi, indices, prng.fold_in(key, epochs + step))
             moment = {
                 name: moment[name].lerp(gradient[name].square(), 1 - self.inner_beta2)
                 for name in phi
             }
-            weight = self.inner_beta2 * weight + (
-                1 - self.inner_beta2
-            )  # 1 - beta2^t: Adam's correction
+            # 1 - beta2^t: Adam's bias correction.
+            weight = self.inner_beta2 * weight + (1 - self.inner_beta2)
             phi = {
                 name: phi[name]
                 - self.inner_lr * gradient[name] / ((moment[name] / weight).sqrt() + self.inner_eps)
@@ -97,15 +102,19 @@ class Reptile(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
+        """Train on the support set from the meta-learned initialisation."""
         steps = self.test_inner_steps if steps is None else steps
-        phi, _ = self._descend(state, support, key, steps, self.test_inner_batch)
+        phi, _ = self._train(state, support, key, steps, self.test_inner_batch)
         return self.adapted(phi, support.x)
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        """A surrogate whose gradient in theta is theta - phi; the query loss of phi is among the logs."""
+        """Compute a surrogate whose gradient in theta is theta - phi.
+
+        The logs hold the query loss of phi.
+        """
         theta = {name: value.detach() for name, value in state.params.items()}
         start = State(theta, state.buffers)
-        phi, moments = self._descend(
+        phi, moments = self._train(
             start, task.support, task.key, self.inner_steps, self.inner_batch
         )
         direction = {name: theta[name] - phi[name] for name in theta}

@@ -1,6 +1,6 @@
 """RFS-simple: regularised logistic regression on frozen, normalised features.
 
-Tian et al. (2020), "Rethinking few-shot image classification: A good embedding is all you need?".
+Tian et al. (2020), "Rethinking few-shot image classification: A good embedding is all you need?"
 """
 
 import dataclasses
@@ -11,22 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
-from metalearn.settings import above, at_least
+from metalearn.config.fields import above, at_least
 from metalearn.tasks.types import Params, Support
 
 
 def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations: int) -> Tensor:
-    """argmin_W 1/2 |W|^2 + cost * sum of cross-entropies, the last row of W (the offset) unpenalised.
+    """Solve argmin_W 1/2 |W|^2 + cost * sum of cross-entropies.
 
-    By Nesterov's accelerated gradient with the step 1 / L, for a fixed number of iterations (Nesterov 1983).
-    Args: z [M, D], rows of norm at most 1; y int64 [M].
-    Returns: [D + 1, N].
+    The last row of W, the bias, has no penalty. The solver is Nesterov's accelerated gradient with
+    step 1 / L (Nesterov 1983).
+
+    Args:
+        z: Features [M, D], rows of norm at most 1.
+        y: Labels, int64 [M].
+        way: Number of classes N.
+        cost: Weight of the cross-entropies.
+        iterations: Fixed number of iterations.
+
+    Returns:
+        W [D + 1, N].
     """
     z = F.pad(z, (0, 1), value=1.0)
     target = F.one_hot(y, way).to(z.dtype)
     penalised = torch.ones_like(z[0]).unsqueeze(-1)
     penalised = torch.cat([penalised[:-1], torch.zeros_like(penalised[-1:])])
-    # The Hessian of a cross-entropy is at most 1/2 z z', and |z|^2 at most 2.
+    # The Hessian of a cross-entropy is at most 1/2 z z', and |z|^2 is at most 2 with the constant.
     step = 1 / (1 + cost * len(z))
     weight = previous = z.new_zeros(z.shape[-1], way)
     for number in range(iterations):
@@ -38,9 +47,13 @@ def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RFS(EmbeddingAlgorithm):
-    """logits of a multinomial logistic regression on z / |z| (Tian et al. 2020, 3.2; their simple variant, no distillation).
+    """Multinomial logistic regression on z / |z| (Tian et al. 2020, 3.2).
 
-    cost: weight of the cross-entropies against 1/2 |W|^2 (theirs: 1); iterations: of the solver.
+    This is their simple variant, without distillation.
+
+    Attributes:
+        cost: Weight of the cross-entropies against 1/2 |W|^2 (theirs: 1).
+        iterations: Number of iterations of the solver.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -50,9 +63,11 @@ class RFS(EmbeddingAlgorithm):
     iterations: int = at_least(1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
+        """Fit the logistic regression to the normalised support embeddings."""
         return logistic_regression(
             F.normalize(z.detach(), dim=-1), support.y, support.way, self.cost, self.iterations
         )
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
+        """Compute the logits of the normalised query embeddings."""
         return F.pad(F.normalize(z, dim=-1), (0, 1), value=1.0) @ learned

@@ -1,4 +1,4 @@
-"""Siamese network: the probability that two pictures show the same class.
+"""Siamese network: the probability that two images show the same class.
 
 Koch, Zemel and Salakhutdinov (2015), "Siamese neural networks for one-shot image recognition".
 """
@@ -17,36 +17,42 @@ from metalearn.tasks.types import Loss, Params, Query, Spec, Support
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Siamese(EmbeddingAlgorithm):
-    """p(same) = sigmoid(sum_j alpha_j |z_j(x) - z_j(x_i)| + bias), trained by cross-entropy over all pairs of a query and a support
-    example (Koch et al. 2015, 3.1 and 3.2). A query's logit of a class is its highest over the class's examples.
+    """A learned weighted L1 distance that decides whether two examples have the same class.
 
-    Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid. All pairs of an episode count
-    alike, so that the few that are hard to tell apart matter; the paper draws as many pairs of one class as of two.
+    p(same) = sigmoid(sum_j alpha_j |z_j(x) - z_j(x_i)| + bias) is trained by cross-entropy over all
+    pairs of a query and a support example (Koch et al. 2015, 3.1 and 3.2). The logit of a class is
+    the maximum over its support examples.
+
+    Departures: z is the embedding itself, without the paper's last layer, linear with a sigmoid.
+    All pairs of an episode have equal weight, so the few hard pairs count. The paper samples as
+    many pairs of one class as of two.
     """
 
     uses_loss: ClassVar[bool] = False
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        alpha = (
-            0.2 * prng.normal(key, (size,)) - 1
-        ) * size**-0.5  # a distance from the start: alike is near
+        """Create alpha, negative at first so that near embeddings are similar, and the bias."""
+        alpha = (0.2 * prng.normal(key, (size,)) - 1) * size**-0.5
         return {"pair.alpha": alpha, "pair.bias": torch.ones((), device=key.device)}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
+        """Store the support embeddings and one-hot labels."""
         return Examples(z, F.one_hot(support.y, support.way).to(z.dtype))
 
     def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
-        """Logits [Q, M] that query and support example are of the same class."""
+        """Compute the logits [Q, M] that a query and a support example have the same class."""
         distance = (z[:, None] - learned.z).abs()
         return distance @ weights["pair.alpha"] + weights["pair.bias"]
 
     def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
+        """Compute the maximum logit over the support examples of each class."""
         pairs = self.pairs(weights, learned, z)
         return torch.where(learned.y.T > 0, pairs[:, None, :], -torch.inf).amax(-1)
 
     def embedding_loss(
         self, weights: Params, learned: Examples, z: Tensor, query: Query, statistics: Params
     ) -> Loss:
+        """Compute the binary cross-entropy over all pairs of query and support."""
         pairs = self.pairs(weights, learned, z)
         same = F.one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)

@@ -1,1 +1,1 @@
-"""Backbones: functions x -> embedding that know nothing of classes."""
+"""Backbones: networks that map inputs to embeddings, independent of classes."""

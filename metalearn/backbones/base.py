@@ -1,4 +1,4 @@
-"""The contract of a backbone: a function from inputs to embeddings that knows nothing of classes."""
+"""The contract of a backbone: a network that maps inputs to embeddings, independent of classes."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,18 +7,22 @@ import torch
 from torch import Tensor
 
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.settings import above, given_by_run
+from metalearn.config.fields import above, given_by_run
 from metalearn.tasks.types import InputSpec, Kernels, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A network x -> embedding, as pure functions of its parameters. A backbone writes `init`, `shape` and `forward`.
+    """A network x -> embedding, written as pure functions of its parameters.
 
-    eps: added to variances in normalisations; kernels: set by the engine.
+    A backbone implements `init`, `shape` and `forward`.
+
+    Args:
+        eps: Added to variances in normalisations.
+        kernels: Set by the engine.
     """
 
-    #: Kinds of input the network takes: "images", "tokens", "features".
+    #: Kinds of input the network accepts: "images", "tokens", "features".
     input_kinds: ClassVar[tuple[str, ...]] = ("images",)
 
     eps: float = above(0, default=1e-5)
@@ -26,34 +30,39 @@ class Backbone:
 
     @property
     def normalises(self) -> bool:
-        """Whether the network has normalisations, so that the run's `statistics` matter."""
+        """True if the network has normalisations, so that the run's `statistics` matter."""
         return True
 
     @property
     def is_frozen(self) -> bool:
-        """Whether no gradient reaches the parameters and the population statistics never change."""
+        """True if parameters get no gradient and population statistics never change."""
         return False
 
     def without_weights(self) -> "Backbone":
-        """Return the network without pretrained weights to read, for a run whose checkpoint has them."""
+        """Return a copy that reads no pretrained weights, for a run whose checkpoint has them."""
         return self
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return parameters and initial population statistics, on the key's device. key: int64 []."""
+        """Return initial parameters and population statistics.
+
+        Args:
+            inputs: What one input is.
+            key: Random key, int64 []; the result is on its device.
+        """
         raise NotImplementedError
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the shape of an embedding before it is flattened: (C, H, W) of a map, or (D,)."""
+        """Return the shape of an embedding before flattening: (C, H, W) of a map, or (D,)."""
         raise NotImplementedError
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         """Compute embeddings.
 
         Args:
-            params: as `init` returns them, perhaps adapted.
-            x: [B, *X].
-            norm: applies a normalisation: `x = norm("norm0", x)`.
-            key: int64 [], for noise such as dropout; None for none.
+            params: Parameters from `init`, possibly adapted.
+            x: Inputs, [B, *X].
+            norm: Applies a normalisation by its name: `x = norm("norm0", x)`.
+            key: Random key for noise such as dropout, int64 []; None for no noise.
 
         Returns:
             Embeddings [B, D].
@@ -69,15 +78,18 @@ class Backbone:
         key: Tensor | None = None,
         film: Params | None = None,
     ) -> tuple[Tensor, Params]:
-        """Compute embeddings [B, D] of x [B, *X] and, if `collect`, the normalisation statistics of this batch.
+        """Compute embeddings and, if `collect`, the normalisation statistics of this batch.
 
         Args:
-            params: as `init` returns them, perhaps adapted.
-            x: [B, *X].
-            given: the statistics to use; None for those of the batch.
-            collect: whether to return the statistics of the batch.
-            key: int64 [] while meta-training, for noise; None for none.
-            film: a task's own scale and shift after each normalisation, as `film` returns them; None for none.
+            params: Parameters from `init`, possibly adapted.
+            x: Inputs, [B, *X].
+            given: Normalisation statistics to use; None to use those of the batch.
+            collect: Whether to return the statistics of the batch.
+            key: Random key for noise in meta-training, int64 []; None for no noise.
+            film: Task-specific scale and shift after each normalisation, shaped like `film()`.
+
+        Returns:
+            Embeddings [B, D], and the statistics ({} unless `collect`).
         """
         if self.is_frozen:
             params = {name: value.detach() for name, value in params.items()}
@@ -85,7 +97,7 @@ class Backbone:
         return self.forward(params, x, norm, key), norm.seen
 
     def film(self, inputs: InputSpec, device: torch.device) -> Params:
-        """Return a scale and a shift of zero, [C] each, for every normalisation, by name: they change nothing."""
+        """Return zero scale and shift [C] for every normalisation, by name: the identity."""
         meta = torch.device("meta")
         params, _ = self.without_weights().init(
             inputs, torch.zeros((), dtype=torch.int64, device=meta)

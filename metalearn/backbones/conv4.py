@@ -10,19 +10,27 @@ from metalearn.backbones import layers, normalisation
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.errors import UserError
-from metalearn.settings import at_least, choice
+from metalearn.config.fields import at_least, choice
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conv4(Backbone):
-    """Blocks of 3x3 convolution, normalisation, activation and a halving of the picture.
+    """Blocks of 3x3 convolution, normalisation, activation and downsampling by 2.
 
-    halvings: how many of the blocks halve it, from the first; None: all.
-    downsample: "pool" (convolution with stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (convolution with
-    stride 2, no pooling: Finn on Omniglot). output: "flatten" or "mean" over positions. No bias before a normalisation.
+    Convolutions have a bias only if no normalisation follows.
+
+    Args:
+        filters: Number of filters of each block.
+        blocks: Number of blocks.
+        halvings: Number of blocks that halve the image, from the first; None for all.
+        downsample: "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
+            no pooling: Finn on Omniglot).
+        output: "flatten", or "mean" over positions.
+        normalisation: "batch" or "none".
+        activation: A name in `ACTIVATIONS`.
     """
 
     filters: int = at_least(1)
@@ -35,9 +43,11 @@ class Conv4(Backbone):
 
     @property
     def normalises(self) -> bool:
+        """True unless `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Initialise a convolution, and a normalisation or a bias, for each block."""
         params: Params = {}
         population: Params = {}
         channels = inputs.shape[0]
@@ -54,9 +64,11 @@ class Conv4(Backbone):
         return params, population
 
     def halves(self, block: int) -> bool:
+        """Return whether a block halves height and width."""
         return self.halvings is None or block < self.halvings
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
             height, width = (
@@ -66,12 +78,14 @@ class Conv4(Backbone):
             )
         if height == 0 or width == 0:
             raise UserError(
-                f"backbone.blocks={self.blocks} halve pictures of {start[0]}x{start[1]} to nothing; "
-                "use fewer blocks, fewer backbone.halvings, larger pictures or backbone.downsample=stride"
+                f"backbone.blocks={self.blocks} halve {start[0]}x{start[1]} images too often; "
+                "use fewer blocks, fewer backbone.halvings, larger images or "
+                "backbone.downsample=stride"
             )
         return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Apply the blocks, then flatten or average over positions."""
         activation = ACTIVATIONS[self.activation]
         for block in range(self.blocks):
             weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")

@@ -1,4 +1,4 @@
-"""What the backbones share: initial weights, activations, convolutions with a normalisation, and noise."""
+"""Shared parts of backbones: initial weights, activations, normalised convolutions, and noise."""
 
 import math
 from collections.abc import Callable
@@ -22,54 +22,68 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, kernels: Kernels
 ) -> Tensor:
-    """X [B, C, H, W] convolved with weight [O, C, K, K], K odd, padded to keep its size at stride 1."""
+    """Convolve x with padding that keeps its size at stride 1.
+
+    Args:
+        x: Inputs, [B, C, H, W].
+        weight: Filters, [O, C, K, K], K odd.
+        bias: [O], or None.
+        stride: In both directions.
+        kernels: Selects the implementation, which does not change the result.
+    """
     size = weight.shape[-1]
     if kernels.convolution == "plain":
         return F.conv2d(x, weight, bias, stride, padding=size // 2)
     height, width = (-(-extent // stride) for extent in x.shape[-2:])
-    found = (weight.flatten(1) @ F.unfold(x, size, padding=size // 2, stride=stride)).unflatten(
-        -1, (height, width)
-    )
-    return found if bias is None else found + bias[:, None, None]
+    columns = F.unfold(x, size, padding=size // 2, stride=stride)
+    output = (weight.flatten(1) @ columns).unflatten(-1, (height, width))
+    return output if bias is None else output + bias[:, None, None]
 
 
 def init_weight(key: Tensor, *shape: int) -> Tensor:
-    """A normal weight [out, in, ...] with variance 2 / fan_in (He et al. 2015)."""
+    """Draw a normal weight [out, in, ...] with variance 2 / fan_in (He et al. 2015)."""
     return prng.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
 def init_conv_norm(
     name: str, key: Tensor, out: int, channels: int, size: int
 ) -> tuple[Params, Params]:
-    """A convolution without a bias and the normalisation after it: parameters, population statistics."""
+    """Initialise a convolution without bias and its normalisation: parameters and statistics."""
     affine, population = normalisation.init(f"norm{name}", out, key.device)
     return {f"conv{name}.weight": init_weight(key, out, channels, size, size)} | affine, population
 
 
 def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
-    """Convolve x [B, C, H, W] by the layer of this name, and normalise."""
+    """Apply the named convolution to x [B, C, H, W], then its normalisation."""
     return norm(
         f"norm{name}", convolution(x, norm.params[f"conv{name}.weight"], None, stride, norm.kernels)
     )
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
-    """Each number zero with probability `rate`, the others scaled by 1 / (1 - rate) (Srivastava et al. 2014)."""
-    kept = prng.uniform(key, tuple(x.shape)) >= rate
-    return x * kept / (1 - rate)
+    """Zero entries with probability `rate`, scale the rest by 1 / (1 - rate).
+
+    Source: Srivastava et al. (2014).
+    """
+    mask = prng.uniform(key, tuple(x.shape)) >= rate
+    return x * mask / (1 - rate)
 
 
 def drop_block(x: Tensor, rate: float, size: int, key: Tensor) -> Tensor:
-    """Squares of size x size in each map zero, about a share `rate` of all, the rest scaled to keep the mean (Ghiasi et al. 2018,
-    algorithm 1).
+    """Zero random squares of each map and rescale the rest to preserve the mean.
 
-    Args: x: [B, C, H, W]; size: at most H or W, whichever is less, else that.
+    Source: Ghiasi et al. (2018), algorithm 1.
+
+    Args:
+        x: Maps, [B, C, H, W].
+        rate: Approximate fraction of entries to zero.
+        size: Side of a square in pixels, clipped to min(H, W).
+        key: Random key, int64 [].
     """
     batch, channels, height, width = x.shape
     size = min(size, height, width)
-    places = (height - size + 1, width - size + 1)
-    share = rate * height * width / (size**2 * places[0] * places[1])
-    corners = prng.uniform(key, (batch, channels, *places)) < share
-    dropped = F.max_pool2d(F.pad(corners.to(x.dtype), [size - 1] * 4), size, stride=1)
-    kept = 1 - dropped
-    return x * kept * (kept.numel() / kept.sum().clamp_min(1))
+    positions = (height - size + 1, width - size + 1)
+    corner_rate = rate * height * width / (size**2 * positions[0] * positions[1])
+    corners = prng.uniform(key, (batch, channels, *positions)) < corner_rate
+    mask = 1 - F.max_pool2d(F.pad(corners.to(x.dtype), [size - 1] * 4), size, stride=1)
+    return x * mask * (mask.numel() / mask.sum().clamp_min(1))

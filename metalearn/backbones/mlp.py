@@ -1,4 +1,4 @@
-"""Fully connected networks: Finn et al. (2017) on Omniglot without convolutions, and on sinusoids."""
+"""Fully connected networks, as in Finn et al. (2017) for Omniglot and for sinusoids."""
 
 import dataclasses
 import math
@@ -12,14 +12,20 @@ from metalearn.backbones import normalisation
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import ACTIVATIONS, init_weight
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.settings import at_least, choice
+from metalearn.config.fields import at_least, choice
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP(Backbone):
-    """Linear layers of the sizes `hidden`, each with an optional normalisation and an activation."""
+    """Linear layers, each with an optional normalisation and an activation.
+
+    Args:
+        hidden: Number of units of each layer.
+        normalisation: "batch" or "none".
+        activation: A name in `ACTIVATIONS`.
+    """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("images", "features")
 
@@ -29,9 +35,11 @@ class MLP(Backbone):
 
     @property
     def normalises(self) -> bool:
+        """True unless `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Initialise a weight, and a normalisation or a bias, for each layer."""
         params: Params = {}
         population: Params = {}
         width = math.prod(inputs.shape)
@@ -47,9 +55,11 @@ class MLP(Backbone):
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return the width of the last layer, or of the flattened input if there are no layers."""
         return (self.hidden[-1] if self.hidden else math.prod(inputs.shape),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Flatten the inputs and apply the layers."""
         x = x.flatten(1)
         for layer in range(len(self.hidden)):
             x = F.linear(x, params[f"linear{layer}.weight"], params.get(f"linear{layer}.bias"))

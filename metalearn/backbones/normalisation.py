@@ -10,7 +10,7 @@ from metalearn.tasks.types import Kernels, Params
 
 
 def init(name: str, features: int, device: torch.device) -> tuple[Params, Params]:
-    """Return scale 1 and shift 0 under `name`, and the population statistics of a standard normal input."""
+    """Return weight 1 and bias 0, and population statistics of mean 0 and variance 1."""
     one, zero = torch.ones(features, device=device), torch.zeros(features, device=device)
     return (
         {f"{name}.weight": one, f"{name}.bias": zero},
@@ -20,14 +20,18 @@ def init(name: str, features: int, device: torch.device) -> tuple[Params, Params
 
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-    """All normalisations in one pass of a network. Call it with the name of a layer and its input x [B, C, ...].
+    """All normalisations in one forward pass: call it with a layer's name and its input.
 
-    params: of the network; layers without `<name>.weight` are not normalised.
-    given: the statistics to use, or None for those of each x itself (biased variance).
-    collect: whether to gather the statistics of each x, differentiable in x, in `seen`.
-    film: `<name>.scale` and `<name>.shift` [C] of a task, applied after each layer's normalisation: x (1 + scale) + shift
-    (Perez et al. 2018); None for none.
-    seen: {"<name>.mean": [C], "<name>.var": [C]} of the layers so far, if collected; features: C of each layer so far.
+    Args:
+        params: Parameters of the network; a layer without `<name>.weight` is not normalised.
+        given: Statistics to use; None to use those of each input (biased variance).
+        collect: Whether to store the statistics of each input, differentiable, in `seen`.
+        eps: Added to variances.
+        kernels: Selects the implementation.
+        film: `<name>.scale` and `<name>.shift` [C] of a task, or None. After each layer's
+            normalisation: x (1 + scale) + shift (Perez et al. 2018).
+        seen: Collected statistics, {"<name>.mean": [C], "<name>.var": [C]}.
+        features: Number of channels C of each layer called so far.
     """
 
     params: Params
@@ -40,7 +44,10 @@ class Normaliser:
     features: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Compute (x - mean) / sqrt(var + eps) * weight + bias for each channel (Ioffe and Szegedy 2015)."""
+        """Normalise x [B, C, ...]: (x - mean) / sqrt(var + eps) * weight + bias per channel.
+
+        Source: Ioffe and Szegedy (2015).
+        """
         self.features[name] = x.shape[1]
         shape = (1, -1) + (1,) * (x.dim() - 2)
         if f"{name}.weight" in self.params:
@@ -61,11 +68,11 @@ class Normaliser:
         if self.given is None:
             if self.kernels.fused_norm:
                 return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
-            # The affine part is outside, because under vmap the second derivative of F.batch_norm is wrong when its
-            # weight differs between tasks (torch 2.15; tests/test_backbones.py holds it).
+            # The affine part is outside: under vmap, the second derivative of F.batch_norm is wrong
+            # when its weight differs between tasks (torch 2.15; tests/test_backbones.py).
             standard = F.batch_norm(x, None, None, training=True, eps=self.eps)
             return standard * weight.view(shape) + bias.view(shape)
-        # Written out, because F.batch_norm treats given statistics as constants and gradients must pass through them.
+        # F.batch_norm treats given statistics as constants, but gradients must pass through them.
         scale = weight * torch.rsqrt(self.given[f"{name}.var"] + self.eps)
         shift = bias - self.given[f"{name}.mean"] * scale
         return x * scale.view(shape) + shift.view(shape)

@@ -1,4 +1,4 @@
-"""ResNet-12, the residual network of few-shot learning (Oreshkin et al. 2018; Lee et al. 2019, MetaOptNet, A)."""
+"""ResNet-12 (Oreshkin et al. 2018; Lee et al. 2019, MetaOptNet, appendix A)."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import conv_norm, drop_block, dropout, init_conv_norm
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.errors import UserError
-from metalearn.settings import at_least, between, choice
+from metalearn.config.fields import at_least, between, choice
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
@@ -19,12 +19,18 @@ _CONVOLUTIONS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResNet12(Backbone):
-    """Residual blocks of three 3x3 convolutions with batch normalisation and leaky ReLU (slope 0.1), a 1x1 convolution beside
-    them, and 2x2 max-pooling.
+    """Residual blocks of three 3x3 convolutions, a 1x1 shortcut convolution and 2x2 max-pooling.
 
-    filters: of each block (theirs: 64, 160, 320, 640). output: "mean" over positions, or "flatten". While meta-training, dropout
-    follows each block, in its place DropBlock the last two where drop_block is true. Departures: DropBlock has its full rate from
-    the first step (theirs rises over 40,000 steps), and weights start by fan-in (theirs by fan-out).
+    Each convolution has batch normalisation; activations are leaky ReLU (slope 0.1). Departures:
+    DropBlock has its full rate from the first step (authors: rises over 40,000 steps), and weights
+    are initialised by fan-in (authors: fan-out).
+
+    Args:
+        filters: Number of filters of each block (authors: 64, 160, 320, 640).
+        output: "mean" over positions, or "flatten".
+        dropout: Rate after each block in meta-training.
+        drop_block: Whether DropBlock replaces dropout in the last two blocks.
+        block_size: Side of DropBlock's squares in pixels.
     """
 
     filters: list[int] = at_least(1)
@@ -34,11 +40,12 @@ class ResNet12(Backbone):
     block_size: int = at_least(1)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Initialise three convolutions and a shortcut, with normalisations, for each block."""
         params: Params = {}
         population: Params = {}
         channels = inputs.shape[0]
         for block, filters in enumerate(self.filters):
-            key_of_block = prng.fold_in(key, block)
+            block_key = prng.fold_in(key, block)
             layers = [
                 (f"{block}_{number}", filters if number else channels, 3)
                 for number in range(_CONVOLUTIONS)
@@ -47,7 +54,7 @@ class ResNet12(Backbone):
                 [*layers, (f"{block}_beside", channels, 1)]
             ):
                 weights, statistics = init_conv_norm(
-                    name, prng.fold_in(key_of_block, number), filters, width, size
+                    name, prng.fold_in(block_key, number), filters, width, size
                 )
                 params |= weights
                 population |= statistics
@@ -55,24 +62,27 @@ class ResNet12(Backbone):
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = (extent >> len(self.filters) for extent in inputs.shape[1:])
         if height == 0 or width == 0:
             raise UserError(
-                f"backbone.filters={self.filters}: so many blocks halve pictures of {inputs.shape[1]}x{inputs.shape[2]} to "
-                "nothing; use fewer, or larger pictures"
+                f"backbone.filters={self.filters}: too many blocks for images of "
+                f"{inputs.shape[1]}x{inputs.shape[2]}, as each halves them; use fewer blocks or "
+                "larger images"
             )
         return (
             (self.filters[-1], height, width) if self.output == "flatten" else (self.filters[-1],)
         )
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Apply the residual blocks, then flatten or average over positions."""
         for block in range(len(self.filters)):
-            beside = conv_norm(norm, f"{block}_beside", x)
+            shortcut = conv_norm(norm, f"{block}_beside", x)
             for number in range(_CONVOLUTIONS):
                 x = conv_norm(norm, f"{block}_{number}", x)
                 if number < _CONVOLUTIONS - 1:
                     x = F.leaky_relu(x, _SLOPE)
-            x = F.max_pool2d(F.leaky_relu(x + beside, _SLOPE), 2)
+            x = F.max_pool2d(F.leaky_relu(x + shortcut, _SLOPE), 2)
             if key is not None and self.dropout:
                 noise = prng.fold_in(key, block)
                 if self.drop_block and block >= len(self.filters) - 2:

@@ -1,4 +1,4 @@
-"""ResNet-18 as torchvision has it, with its weights where they are wanted (He et al. 2016)."""
+"""ResNet-18 of torchvision, optionally with its weights (He et al. 2016)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from torch import Tensor
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import conv_norm, init_conv_norm
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.download import with_network
-from metalearn.errors import UserError, first_line
+from metalearn.system.download import with_network
+from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
@@ -23,7 +23,7 @@ _COLOURS = 3
 
 
 class _Layer(NamedTuple):
-    """A convolution and its normalisation: our name, torchvision's names, sizes."""
+    """A convolution and its normalisation: name here, names in torchvision, sizes."""
 
     name: str
     convolution: str
@@ -38,14 +38,15 @@ def _layers() -> Iterator[_Layer]:
     channels = _FILTERS[0]
     for group, filters in enumerate(_FILTERS, 1):
         for block in range(_BLOCKS):
-            where = f"layer{group}.{block}"
+            prefix = f"layer{group}.{block}"
             if channels != filters:
-                yield _Layer(f"{group}_{block}_beside", f"{where}.downsample.0", f"{where}.downsample.1", filters, channels, 1)  # fmt: skip
+                name, theirs = f"{group}_{block}_beside", f"{prefix}.downsample"
+                yield _Layer(name, f"{theirs}.0", f"{theirs}.1", filters, channels, 1)
             yield _Layer(
-                f"{group}_{block}_1", f"{where}.conv1", f"{where}.bn1", filters, channels, 3
+                f"{group}_{block}_1", f"{prefix}.conv1", f"{prefix}.bn1", filters, channels, 3
             )
             yield _Layer(
-                f"{group}_{block}_2", f"{where}.conv2", f"{where}.bn2", filters, filters, 3
+                f"{group}_{block}_2", f"{prefix}.conv2", f"{prefix}.bn2", filters, filters, 3
             )
             channels = filters
 
@@ -54,11 +55,15 @@ def _layers() -> Iterator[_Layer]:
 class ResNet18(Backbone):
     """torchvision.models.resnet18 without its classifier: 512 features.
 
-    weights: null for random ones, "imagenet" for torchvision's own (downloaded once into torch's hub folder), or a file with a
-    state dict of that network, as torch.save writes it. frozen: neither meta-training nor adaptation changes the weights, and
-    under statistics=population those that came with them are used. Pictures of one channel are shown in all three; a picture is
-    halved five times, so small ones leave little (dataset.image_size=84 or more suits it). Pictures come standardised by the data set's own figures, not
-    by ImageNet's.
+    Images with one channel are repeated in all three. Images are halved five times, so use
+    dataset.image_size=84 or more. They are standardised with the dataset's own statistics, not
+    ImageNet's.
+
+    Args:
+        weights: None (random), "imagenet" (torchvision's, downloaded once into torch's hub folder),
+            or a file with a state dict of that network, saved with torch.save.
+        frozen: Whether meta-training and adaptation leave the weights unchanged. With
+            statistics=population, the statistics loaded with the weights are used.
     """
 
     weights: str | None
@@ -66,12 +71,15 @@ class ResNet18(Backbone):
 
     @property
     def is_frozen(self) -> bool:
+        """True if the `frozen` setting is."""
         return self.frozen
 
     def without_weights(self) -> "ResNet18":
+        """Return a copy with random weights."""
         return dataclasses.replace(self, weights=None)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Initialise all layers, then load `weights` where given."""
         params: Params = {}
         population: Params = {}
         for number, layer in enumerate(_layers()):
@@ -81,7 +89,7 @@ class ResNet18(Backbone):
             params |= weights
             population |= statistics
         if self.weights is not None:
-            self._fill(
+            self._load(
                 params,
                 population,
                 _imagenet()
@@ -90,77 +98,85 @@ class ResNet18(Backbone):
             )
         return params, population
 
-    def _fill(self, params: Params, population: Params, given: dict[str, Any]) -> None:
+    def _load(self, params: Params, population: Params, state_dict: dict[str, Any]) -> None:
         for layer in _layers():
-            theirs = {f"conv{layer.name}.weight": f"{layer.convolution}.weight"}
-            theirs |= {
+            names = {f"conv{layer.name}.weight": f"{layer.convolution}.weight"}
+            names |= {
                 f"norm{layer.name}.{part}": f"{layer.normalisation}.{part}"
                 for part in ("weight", "bias")
             }
-            for ours, name in theirs.items():
-                params[ours] = self._fitting(given, name, params[ours])
+            for ours, name in names.items():
+                params[ours] = self._tensor(state_dict, name, params[ours])
             for part in ("mean", "var"):
                 ours = f"norm{layer.name}.{part}"
-                population[ours] = self._fitting(
-                    given, f"{layer.normalisation}.running_{part}", population[ours]
+                population[ours] = self._tensor(
+                    state_dict, f"{layer.normalisation}.running_{part}", population[ours]
                 )
 
-    def _fitting(self, given: dict[str, Any], name: str, place: Tensor) -> Tensor:
-        value = given.get(name)
-        if not isinstance(value, Tensor) or value.shape != place.shape:
-            found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing"
+    def _tensor(self, state_dict: dict[str, Any], name: str, like: Tensor) -> Tensor:
+        """Return a tensor of a state dict, with the shape, dtype and device of `like`."""
+        value = state_dict.get(name)
+        if not isinstance(value, Tensor) or value.shape != like.shape:
+            problem = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing"
             raise UserError(
-                f"backbone.weights={self.weights}: {name} is {found}; should be a state dict of ResNet-18"
+                f"backbone.weights={self.weights}: {name} is {problem}; "
+                "should be a state dict of ResNet-18"
             )
-        return value.to(place)
+        return value.to(like)
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return (512,); raise UserError unless images have 1 or 3 channels."""
         if inputs.shape[0] not in (1, _COLOURS):
             raise UserError(
-                f"backbone=resnet18 takes pictures of 1 or {_COLOURS} channels, not {inputs.shape[0]}"
+                f"backbone=resnet18: images have {inputs.shape[0]} channels; "
+                f"should be 1 or {_COLOURS}"
             )
         return (_FILTERS[-1],)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Apply the stem and the residual blocks, then average over positions."""
         x = F.relu(conv_norm(norm, "_stem", x.expand(-1, _COLOURS, -1, -1), stride=2))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for group in range(1, len(_FILTERS) + 1):
             for block in range(_BLOCKS):
                 stride = 2 if group > 1 and block == 0 else 1
-                beside = conv_norm(norm, f"{group}_{block}_beside", x, stride) if stride == 2 else x
+                shortcut = x
+                if stride == 2:
+                    shortcut = conv_norm(norm, f"{group}_{block}_beside", x, stride)
                 x = F.relu(conv_norm(norm, f"{group}_{block}_1", x, stride))
-                x = F.relu(conv_norm(norm, f"{group}_{block}_2", x) + beside)
+                x = F.relu(conv_norm(norm, f"{group}_{block}_2", x) + shortcut)
         return x.mean((-2, -1))
 
 
 def _address() -> str:
-    from torchvision.models import ResNet18_Weights  # seconds to import
+    from torchvision.models import ResNet18_Weights  # takes seconds to import
 
     return str(ResNet18_Weights.IMAGENET1K_V1.url)
 
 
 def _imagenet() -> dict[str, Any]:
-    """Torchvision's own weights, from torch's hub folder or the network."""
+    """Load torchvision's weights from torch's hub folder, downloading them first if needed."""
     url = _address()
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
-        checksum = path.stem.rsplit("-", 1)[-1]  # the first digits of its SHA-256 stand in the name
+        checksum = path.stem.rsplit("-", 1)[-1]  # the name contains the start of its SHA-256
         with_network(
             url,
             path.parent,
             lambda: torch.hub.download_url_to_file(url, str(path), checksum, progress=False),
-            "bring the file by hand: backbone.weights=<file>",
+            "download it yourself and set backbone.weights=<file>",
         )
     return _read(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a corrupt file can raise any exception in torch.load
         raise UserError(
-            f"backbone.weights={path}: is not a readable file of weights ({first_line(error)})"
+            f"backbone.weights={path}: not a readable weights file ({first_line(error)}); "
+            "should be a state dict of ResNet-18"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(state_dict, dict):
         raise UserError(f"backbone.weights={path}: should be a state dict of ResNet-18")
-    return found
+    return state_dict

@@ -1,0 +1,1 @@
+"""Datasets: settings that open a dataset and give the tasks of its splits."""

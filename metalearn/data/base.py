@@ -1,4 +1,4 @@
-"""The contract of a dataset: settings that open it, and what an opened dataset hands out."""
+"""The contract of a dataset: settings that open it, and the interface of an opened dataset."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from metalearn.errors import UserError
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.family import TaskFamily, supervised
 from metalearn.tasks.sampling import (
@@ -24,23 +24,23 @@ from metalearn.tasks.types import InputSpec
 
 
 class OpenDataset(Protocol):
-    """An opened dataset; `ClassData` is one for everything that has classes.
-
-    inputs: what one input is; outputs: number of outputs a task needs, None: its number of ways; content_hash: identifies the
-    data, whatever files they came from; standardisation: shift and scale of each channel, {} where there is none.
-    """
+    """An opened dataset; `ClassData` implements it for all data with classes."""
 
     @property
-    def inputs(self) -> InputSpec: ...
+    def inputs(self) -> InputSpec:
+        """Kind and shape of one input."""
 
     @property
-    def outputs(self) -> int | None: ...
+    def outputs(self) -> int | None:
+        """Number of outputs of a task; None for its number of ways."""
 
     @property
-    def content_hash(self) -> str: ...
+    def content_hash(self) -> str:
+        """Hash of the data, independent of the files they came from."""
 
     @property
-    def standardisation(self) -> dict[str, list[float]]: ...
+    def standardisation(self) -> dict[str, list[float]]:
+        """Shift and scale of each channel; {} without standardisation."""
 
     def class_names(self, split: str) -> tuple[str, ...]:
         """Return the names of the classes of a split; () for regression."""
@@ -49,52 +49,62 @@ class OpenDataset(Protocol):
         """Return the number of classes of a classifier over a split; 0 for regression."""
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return what of the data a measurement on this split depends on, as plain data."""
+        """Return the properties of the data that results on this split depend on, as plain data."""
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> TaskSource:
-        """Return the tasks of a split. augment: changes inputs at random, in training. Raises UserError."""
+        """Return the tasks of a split.
+
+        Args:
+            split: "train", "val" or "test".
+            shape: Numbers of classes and examples of an episode.
+            seed: Seed of the tasks.
+            augment: Random change of inputs, in training.
+
+        Raises:
+            UserError: If the split is too small for this shape.
+        """
 
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSource:
-        """Return ordinary batches of `size` examples of a split, with labels over all its classes."""
+        """Return batches of `size` examples of a split, with labels over all its classes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The settings of a dataset; a dataclass in `metalearn.data` or a plugin, with a YAML file in `conf/dataset/`."""
+    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`."""
 
-    #: Kind of its tasks: "class", "value", or a family's own.
+    #: Kind of its tasks: "class", "value", or one that a task family defines.
     target: ClassVar[str] = "class"
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files or folders that are read; [] for a dataset that needs none."""
+        """Return the files or folders to read; [] for a dataset that needs none."""
         return []
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> OpenDataset:
         """Read the data onto the device.
 
         Args:
-            data_dir: where files are, or are downloaded to.
-            cache_dir: for what is decoded once.
-            device: where the inputs are kept.
+            data_dir: Folder of the files, and of downloads.
+            cache_dir: Folder of the cache of decoded data.
+            device: Device that holds the inputs.
 
         Raises:
-            UserError: for data that are missing or damaged.
+            UserError: For missing or corrupt data.
         """
         raise NotImplementedError
 
     def family(
         self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
     ) -> TaskFamily:
-        """Return how its tasks are learned from and scored; arguments as in `supervised`."""
+        """Return how to learn from its tasks and score them; arguments as in `supervised`."""
         return supervised(self.target, loss, inner_loss, settings)
 
 
 class ClassData:
-    """Inputs with classes, whatever they are: the store and the view on the classes of each split."""
+    """An opened dataset with classes: an input store and a view of the classes of each split."""
 
     outputs: int | None = None
 
@@ -110,19 +120,21 @@ class ClassData:
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
+        """Return the names of the classes of a split."""
         return self.views[split].index.names
 
     def num_classes(self, split: str) -> int:
+        """Return the number of classes of a classifier over a split, rotated classes included."""
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
+        """Return the hashes of data and classes, the number of classes, and the rotations."""
         others = [view.index.names for name, view in self.views.items() if name != split]
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
-            "split": hashlib.sha256(repr(others).encode()).hexdigest()[
-                :16
-            ],  # what was left to train and validate on
+            # The classes of the other splits: those available for training and validation.
+            "split": hashlib.sha256(repr(others).encode()).hexdigest()[:16],
             "num_classes": self.num_classes(split),
             **self.views[split].protocol,
         }
@@ -130,6 +142,7 @@ class ClassData:
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> EpisodeSampler:
+        """Return a sampler of the episodes of a split."""
         try:
             return EpisodeSampler(
                 self._store(split, augment), self.views[split], shape, self._key(split, seed)
@@ -140,6 +153,7 @@ class ClassData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
+        """Return a sampler of batches of a split."""
         return BatchSampler(
             self._store(split, augment), self.views[split], size, self._key(split, seed)
         )

@@ -1,4 +1,4 @@
-"""From files on disk to decoded pictures: folders and zips, in parallel, cached, errors that name the file."""
+"""Decode images from folders and zips: in parallel, cached, with errors that name the file."""
 
 import hashlib
 import os
@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.atomic import remove_abandoned, replacing
 from metalearn.data.images import Pictures
-from metalearn.errors import UserError, first_line, ran_out
+from metalearn.system.atomic import remove_abandoned, replacing
+from metalearn.system.errors import UserError, first_line, ran_out
 
 SUFFIXES = frozenset(extension.lower() for extension in Image.registered_extensions())
 
 
 class PictureFile(NamedTuple):
-    """One picture: a file below a folder, or a member of a zip; `name` is its path inside, with '/'."""
+    """An image file in a folder or zip; `name` is its path inside, with '/'."""
 
     container: Path
     name: str
@@ -32,7 +32,7 @@ class PictureFile(NamedTuple):
 
 
 def list_pictures(container: Path) -> list[PictureFile]:
-    """All pictures below a folder or inside a zip, sorted by name. Raises: UserError for a broken zip."""
+    """List all images in a folder or zip, sorted by name; raise UserError for a corrupt zip."""
     if container.is_dir():
         names = [
             path.relative_to(container).as_posix()
@@ -45,7 +45,7 @@ def list_pictures(container: Path) -> list[PictureFile]:
                 names = [info.filename for info in archive.infolist() if not info.is_dir()]
         except (zipfile.BadZipFile, OSError) as error:
             raise UserError(
-                f"{container} is not a readable zip archive ({error}); bring it again"
+                f"{container} is not a readable zip archive ({error}); replace it"
             ) from None
     return [
         PictureFile(container, name)
@@ -56,9 +56,10 @@ def list_pictures(container: Path) -> list[PictureFile]:
 
 
 def files_hash(containers: list[Path]) -> str:
-    """Changes when the files do: content of archives, and names, sizes and times of files in folders.
+    """Hash the content of archives, and the names, sizes and times of files in folders.
 
-    Raises: UserError for a file that cannot be read.
+    Raises:
+        UserError: For a file that cannot be read.
     """
     digest = hashlib.sha256()
     for container in containers:
@@ -76,30 +77,37 @@ def files_hash(containers: list[Path]) -> str:
 
 
 def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarray]) -> Tensor:
-    """Decodes pictures in parallel: uint8 [I, C, H, W] in the order given.
+    """Decode images in parallel.
 
-    Args: to_array: a picture to uint8 [C, H, W], alike for all.
-    Raises: UserError naming the first file that cannot be read.
+    Args:
+        files: At least one file.
+        to_array: Converts an image to uint8 [C, H, W], the same shape for all.
+
+    Returns:
+        Images, uint8 [I, C, H, W], in the order of `files`.
+
+    Raises:
+        UserError: For the first file that cannot be read, with its name.
     """
     if not files:
-        raise UserError("no pictures to decode")
+        raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
-    def decode_share(share: list[PictureFile]) -> np.ndarray:
+    def decode_chunk(chunk: list[PictureFile]) -> np.ndarray:
         archives: dict[Path, zipfile.ZipFile] = {}
         arrays = []
         try:
-            for file in share:
+            for file in chunk:
                 try:
-                    with _open(file, archives) as stream, Image.open(stream) as picture:
-                        arrays.append(to_array(picture))
-                except (
-                    Exception
-                ) as error:  # Pillow and zipfile let through whatever the bytes lead to
+                    with _open(file, archives) as stream, Image.open(stream) as image:
+                        arrays.append(to_array(image))
+                # A corrupt file can raise any exception in Pillow and zipfile.
+                except Exception as error:
                     if ran_out(error):
                         raise
                     raise UserError(
-                        f"{file} is not a readable picture ({first_line(error)}); replace or remove it"
+                        f"{file} is not a readable image ({first_line(error)}); "
+                        "replace or remove it"
                     ) from None
         finally:
             for archive in archives.values():
@@ -107,25 +115,20 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
         return np.stack(arrays)
 
     size = -(-len(files) // (4 * workers))
-    with ThreadPoolExecutor(
-        workers
-    ) as pool:  # Pillow decodes and resizes outside the interpreter's lock
-        parts = list(
-            pool.map(
-                decode_share, [files[start : start + size] for start in range(0, len(files), size)]
-            )
-        )
+    chunks = [files[start : start + size] for start in range(0, len(files), size)]
+    with ThreadPoolExecutor(workers) as pool:  # Pillow releases the GIL to decode and resize
+        parts = list(pool.map(decode_chunk, chunks))
     return torch.from_numpy(np.concatenate(parts))
 
 
 def ink(
-    picture: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> np.ndarray:
-    """Dark ink on light paper as uint8 [1, size, size], ink 255 on paper 0; what is transparent is paper."""
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return 255 - np.asarray(picture.convert("L").resize((size, size), resample))[None]
+    """Convert dark ink on light or transparent paper to uint8 [1, size, size], ink 255, paper 0."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return 255 - np.asarray(image.convert("L").resize((size, size), resample))[None]
 
 
 def _open(file: PictureFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
@@ -137,17 +140,20 @@ def _open(file: PictureFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]
 
 
 def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Pictures]) -> Pictures:
-    """Pictures from the cache, or made now and kept, under a hash of `settings` (which hold the files' hash)."""
+    """Load images from the cache, or make and cache them.
+
+    The cache's key is a hash of `settings`, which includes the hash of the files.
+    """
     path = cache_dir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pt"
     if path.exists():
         try:
             return Pictures(**torch.load(path, weights_only=True))
         except PermissionError:
             raise UserError(f"{path} cannot be read; choose another cache_dir") from None
-        except Exception as error:  # a torn file of any kind
+        except Exception as error:  # a corrupt file can raise any exception
             if ran_out(error):
                 raise
-            print(f"{path} is damaged; making it again", file=sys.stderr)
+            print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -159,6 +165,6 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
             )
     except OSError as error:
         raise UserError(
-            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another"
+            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another folder"
         ) from None
     return pictures

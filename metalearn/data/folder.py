@@ -1,4 +1,4 @@
-"""One's own pictures: one sub-folder a class, in a folder or in zips; any format and size, grey or colour."""
+"""Your own images: one subfolder per class, in a folder or in zips; any format, size and colour."""
 
 import dataclasses
 import json
@@ -11,24 +11,31 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from metalearn.config.fields import anything, at_least, choice
 from metalearn.data.base import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
 from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
-from metalearn.download import with_network
-from metalearn.errors import UserError, first_line
-from metalearn.settings import anything, at_least, choice
+from metalearn.system.download import with_network
+from metalearn.system.errors import UserError, first_line
 
 _CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"  # torchvision's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder(ImageDataset):
-    """Pictures named <class>/<file>, below `path` (in `data_dir` unless absolute): a folder, a zip, or a folder of zips.
+    """Images named <class>/<file>, resized by the shorter side and cropped to a centred square.
 
-    name: of the cache file. colour: "rgb" or "grey". Pictures are resized (shorter side first) and cropped in the middle to a square.
-    split: "random" (by `split_seed`, with `fractions` of the classes for train, val and test), a JSON file
-    {"train": [class, ...], "val": [...], "test": [...]}, or "cifar_fs" (Bertinetto et al. 2019).
-    download: "none", or "cifar100": CIFAR-100 through torchvision when nothing lies in `path`.
+    Args:
+        name: Name of the cache file.
+        path: A folder, a zip, or a folder of zips; in `data_dir` unless absolute.
+        image_size: Height and width in pixels.
+        colour: "rgb" or "grey".
+        split: "random", "cifar_fs" (Bertinetto et al. 2019), or a JSON file
+            {"train": [class, ...], "val": [...], "test": [...]}.
+        split_seed: Seed of a random split.
+        fractions: Fractions of the classes for train, val and test in a random split.
+        standardise: Whether to standardise each channel with statistics of the training images.
+        download: "none", or "cifar100" to let torchvision download it if `path` has no images.
     """
 
     name: str = anything()
@@ -42,7 +49,7 @@ class Folder(ImageDataset):
     download: str = choice("none", "cifar100")
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Reads the pictures once, keeps them in the cache, and splits them."""
+        """Read and cache the images, and split their classes."""
         root = self.files(data_dir)[0]
         containers = self._containers(root)
         settings = ("1", self.image_size, self.colour, files_hash(containers))
@@ -52,28 +59,28 @@ class Folder(ImageDataset):
         )
 
     def files(self, data_dir: Path) -> list[Path]:
-        """The folder or zip that is read."""
+        """Return the folder or zip to read."""
         return [data_dir / Path(self.path).expanduser()]
 
     def _containers(self, root: Path) -> list[Path]:
         official = [root / "cifar-100-python" / part for part in ("train", "test", "meta")]
 
-        def whole() -> bool:  # not if unpacking it was cut off
+        def is_complete() -> bool:  # false after an interrupted extraction
             return self.download == "cifar100" and all(part.exists() for part in official)
 
         if (
             self.download == "cifar100"
-            and not whole()
+            and not is_complete()
             and not _zips(root)
             and not _has_pictures(root)
         ):
             with_network(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
-        if whole():
+        if is_complete():
             return official
         if not root.exists():
             raise UserError(
-                f"dataset.path={self.path}: no folder or zip at {root}; it should hold one sub-folder a class "
-                "(or use dataset=glyphs, which needs no files)"
+                f"dataset.path={self.path}: no folder or zip at {root}; it should contain one "
+                "subfolder per class (or use dataset=glyphs, which needs no files)"
             )
         return [root] if root.is_file() else [*_zips(root), root]
 
@@ -88,48 +95,51 @@ class Folder(ImageDataset):
                 if parent.name:
                     classes[parent.name].append(file)
                     folders[parent.name].add(str(parent))
-        for name, found in folders.items():
-            if len(found) > 1:
-                first, second = sorted(found)[:2]
+        for name, paths in folders.items():
+            if len(paths) > 1:
+                first, second = sorted(paths)[:2]
                 raise UserError(
-                    f"{root} has two folders for class '{name}': {first} and {second}; name classes apart"
+                    f"{root} has two folders for class '{name}': {first} and {second}; "
+                    "rename or merge them"
                 )
         if len(classes) < 3:
             raise UserError(
-                f"{root} has {len(classes)} classes with pictures; train, val and test need one each at least"
+                f"{root} has {len(classes)} classes with images; "
+                "should be at least 3, one each for train, val and test"
             )
         names = sorted(classes)
         images = decode([file for name in names for file in classes[name]], self.to_array)
         return Pictures(images, [len(classes[name]) for name in names], names)
 
-    def to_array(self, picture: Image.Image) -> np.ndarray:
-        """A picture of any format and size as the network sees it: uint8 [C, H, W]."""
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        picture = picture.convert("RGB" if self.colour == "rgb" else "L")
+    def to_array(self, image: Image.Image) -> np.ndarray:
+        """Convert an image of any format and size to uint8 [C, H, W]."""
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        image = image.convert("RGB" if self.colour == "rgb" else "L")
         size = self.image_size
-        if picture.size != (size, size):
-            scale = size / min(picture.size)
-            width, height = (max(size, round(side * scale)) for side in picture.size)
+        if image.size != (size, size):
+            scale = size / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
             left, top = (width - size) // 2, (height - size) // 2
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS).crop(
+            image = image.resize((width, height), Image.Resampling.LANCZOS).crop(
                 (left, top, left + size, top + size)
             )
-        array = np.asarray(picture)
+        array = np.asarray(image)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
     def _official_cifar100(self, root: Path) -> Pictures:
-        """All 60,000 pictures of torchvision's CIFAR-100 (its checksums hold), class after class."""
+        """Read all 60,000 images of CIFAR-100, ordered by class; torchvision verifies checksums."""
         try:
             halves = [_cifar100(root, train=train) for train in (True, False)]
         except (RuntimeError, OSError, EOFError) as error:
             raise UserError(
-                f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); remove it"
+                f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); "
+                "remove it to download it again"
             ) from None
         labels = np.concatenate([half.targets for half in halves])
-        pictures = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
-        images = np.stack([self.to_array(Image.fromarray(picture)) for picture in pictures])
+        pixels = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
+        images = np.stack([self.to_array(Image.fromarray(array)) for array in pixels])
         return Pictures(
             torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes)
         )
@@ -155,26 +165,26 @@ class Folder(ImageDataset):
 
 
 def _cifar100(root: Path, **options: bool) -> Any:
-    """Torchvision's CIFAR-100, which checks what it reads; imported here because that takes seconds."""
-    from torchvision.datasets import CIFAR100
+    """Open CIFAR-100 with torchvision, which verifies checksums."""
+    from torchvision.datasets import CIFAR100  # takes seconds to import
 
     return CIFAR100(str(root), **options)
 
 
 def _split_file(path: Path) -> dict[str, list[str]]:
-    wanted = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
+    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
     try:
         splits = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"dataset.split={path} should be random, cifar_fs or a file of {wanted} ({error})"
+            f"dataset.split={path} should be random, cifar_fs or a file of {expected} ({error})"
         ) from None
     lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
     if not lists or set(splits) != {"train", "val", "test"}:
-        raise UserError(f"dataset.split={path} should be {wanted}")
+        raise UserError(f"dataset.split={path} should be {expected}")
     for split, names in splits.items():
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"dataset.split={path} has class '{twice[0]}' twice in {split}")
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := [name for name in splits[first] if name in splits[second]]:
             raise UserError(

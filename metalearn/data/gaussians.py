@@ -1,4 +1,4 @@
-"""Gaussian classes in a feature space, made in no time: for tests, and the shortest example of a dataset without images."""
+"""Gaussian classes in a feature space: for tests, and a minimal dataset without images."""
 
 import dataclasses
 import hashlib
@@ -6,19 +6,20 @@ from pathlib import Path
 
 import torch
 
+from metalearn.config.fields import anything, at_least
 from metalearn.data.base import ClassData, Dataset
 from metalearn.data.images import seeded_split, shares
-from metalearn.settings import anything, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussians(Dataset):
-    """Feature vectors x = A [c + noise_std e, nuisance_std n]: c, the mean of a class, and e have `informative` dimensions, n the
-    other `features - informative`; c, e and n are standard normal, and A is orthogonal.
+    """Feature vectors x = A [c + noise_std e, nuisance_std n], with A orthogonal.
 
-    A network that learns to ignore n tells new classes apart much better than one that does not.
+    The class mean c and the noise e have `informative` dimensions; n has the other
+    `features - informative`. c, e and n are standard normal. A network that learns to ignore n
+    separates new classes much better.
     """
 
     num_classes: int = at_least(3)
@@ -32,6 +33,7 @@ class Gaussians(Dataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        """Generate the vectors on the CPU, copy them to the device, and split the classes."""
         key = prng.key_of(self.data_seed)
         means = prng.normal(prng.fold_in(key, 0), (self.num_classes, 1, self.informative))
         size = (self.num_classes, self.examples, self.features)

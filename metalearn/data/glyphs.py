@@ -1,7 +1,7 @@
-"""Glyphs: procedural handwriting, embedded and made in seconds, so that everything runs with no download.
+"""Glyphs: procedural handwriting, generated in seconds without any download.
 
-Each class is a random set of pen strokes (Bezier curves); each of its drawings is the same pen path with jittered
-control points, a random affine map and pen width, rendered with anti-aliasing.
+Each class is a random set of pen strokes (Bezier curves). Each of its images is the same pen path
+with jittered control points, a random affine map and pen width, rendered with anti-aliasing.
 """
 
 import dataclasses
@@ -12,20 +12,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from metalearn.config.fields import anything, at_least, choice
 from metalearn.data.base import ClassData
 from metalearn.data.files import cached, ink
 from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
-from metalearn.settings import anything, at_least, choice
 from metalearn.tasks import prng
 
-_POINTS = 28  # of the pen path, a stroke
-_STROKES = 4  # at most, a class
-_PIXELS_TOGETHER = 50 * 20 * 28**2  # rendered at a time, a bound on memory (about 700 MB)
+_POINTS = 28  # of the pen path, per stroke
+_STROKES = 4  # at most, per class
+_MAX_PIXELS = 50 * 20 * 28**2  # rendered at a time; limits memory to about 700 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Glyphs(ImageDataset):
-    """jitter: scale of all deviations of a drawing from its class (1 is legible, 0 is print)."""
+    """Generated handwriting.
+
+    Args:
+        num_classes: Number of classes.
+        drawings: Number of images of each class.
+        image_size: Height and width in pixels.
+        jitter: Scale of all deviations from the class (1 is legible, 0 makes identical images).
+        glyph_seed: Seed of the images.
+        split: Only "random".
+        split_seed: Seed of the split.
+        fractions: Fractions of the classes for train, val and test.
+    """
 
     num_classes: int = at_least(20)
     drawings: int = at_least(2)
@@ -37,7 +48,7 @@ class Glyphs(ImageDataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Renders (or takes from the cache) all drawings; reads no files."""
+        """Render all images, or load them from the cache, and split the classes."""
         settings = (
             "3",
             self.num_classes,
@@ -52,32 +63,32 @@ class Glyphs(ImageDataset):
         )
         return self.class_data(pictures, splits, device)
 
-    def to_array(self, picture: Image.Image) -> np.ndarray:
-        """Somebody's own drawing as the network sees it: uint8 [1, H, W], ink 255 on paper 0."""
-        return ink(picture, self.image_size)
+    def to_array(self, image: Image.Image) -> np.ndarray:
+        """Convert your own image to uint8 [1, H, W], ink 255, paper 0."""
+        return ink(image, self.image_size)
 
     def _render(self) -> Pictures:
         keys = prng.fold_in(prng.key_of(self.glyph_seed), torch.arange(self.num_classes))
-        together = max(1, min(50, _PIXELS_TOGETHER // (self.drawings * self.image_size**2)))
-        images = torch.cat([self._draw(chunk) for chunk in keys.split(together)])
+        num_together = max(1, min(50, _MAX_PIXELS // (self.drawings * self.image_size**2)))
+        images = torch.cat([self._draw(chunk) for chunk in keys.split(num_together)])
         names = [f"glyph{index:05d}" for index in range(self.num_classes)]
         return Pictures(images, [self.drawings] * self.num_classes, names)
 
     def _draw(self, key_C: Tensor) -> Tensor:
-        """Drawings uint8 [C * drawings, 1, H, W] of the classes with these keys. Coordinates are in [-1, 1]."""
+        """Render the classes of these keys: uint8 [C * drawings, 1, H, W]."""
         classes, drawings, jitter = len(key_C), self.drawings, self.jitter
 
         def noise(number: int, *shape: int) -> Tensor:
             return prng.normal(prng.fold_in(key_C, number), shape)
 
-        # The class: 2 to 4 strokes of 4 control points, starting anywhere, then wandering.
+        # Coordinates are in [-1, 1]. A class has 2 to 4 strokes of 4 control points.
         starts = prng.uniform(prng.fold_in(key_C, 0), (_STROKES, 1, 2)) * 1.4 - 0.7
         control = (
             starts + torch.cat([torch.zeros_like(starts), 0.55 * noise(1, _STROKES, 3, 2)], 2)
         ).clamp(-0.8, 0.8)
         num_strokes = 2 + prng.integers(prng.fold_in(key_C, 2), (1,), _STROKES - 1)
 
-        # The drawing: jitter of control points, then an affine map close to the identity.
+        # Each image jitters the control points and applies an affine map close to the identity.
         control = control[:, None] + 0.06 * jitter * noise(3, drawings, _STROKES, 4, 2)
         affine = torch.eye(2) + 0.12 * jitter * noise(4, drawings, 2, 2)
         shift = 0.07 * jitter * noise(5, drawings, 1, 2)
@@ -90,7 +101,7 @@ class Glyphs(ImageDataset):
         path = path.masked_fill(absent[:, None, :, None, None], 9.0).flatten(2, 3)
         path = (path @ affine.transpose(-1, -2) + shift).flatten(0, 1).double()
 
-        # Distance of each pixel to the nearest point of the pen path, then a soft edge one pixel wide.
+        # The distance of each pixel to the pen path gives a soft edge, one pixel wide.
         axis = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
         pixels = (
             torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)

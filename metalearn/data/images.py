@@ -1,4 +1,4 @@
-"""Datasets of images: decoded images, classes and splits, ready to draw tasks from."""
+"""Datasets of images: decoded images, classes and splits, ready to sample tasks."""
 
 import dataclasses
 import hashlib
@@ -7,9 +7,9 @@ import logging
 import torch
 from torch import Tensor
 
+from metalearn.config.fields import anything, choice
 from metalearn.data.base import ClassData, Dataset
-from metalearn.errors import UserError
-from metalearn.settings import anything, choice
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes
 
@@ -18,9 +18,12 @@ ROTATIONS = ("none", "train_classes", "classes", "episode")
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Decoded pictures before any split.
+    """Decoded images before any split.
 
-    images: uint8 [I, C, H, W], class after class; counts: images of each class; names: of each class.
+    Args:
+        images: uint8 [I, C, H, W], ordered by class.
+        counts: Number of images of each class.
+        names: Name of each class.
     """
 
     images: Tensor
@@ -28,14 +31,14 @@ class Pictures:
     names: list[str]
 
     def content_hash(self) -> str:
-        """Identifies pixels, classes and their order, whatever files they came from."""
+        """Return a hash of pixels, classes and their order, independent of the source files."""
         digest = hashlib.sha256(self.images.numpy().tobytes())
         digest.update(repr((tuple(self.images.shape), self.counts, self.names)).encode())
         return digest.hexdigest()[:16]
 
 
 def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Classes of each split, drawn without replacement from the sorted names."""
+    """Draw the classes of each split, without replacement, from the sorted names."""
     names = sorted(names)
     order = prng.permutation(prng.key_of(seed), len(names)).tolist()
     chosen: dict[str, list[str]] = {}
@@ -47,10 +50,11 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
 
 
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
-    """How many of `total` classes train, val and test get; what rounding leaves over goes to train."""
+    """Return the number of classes of train, val and test; train gets the rounding remainder."""
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(
-            f"dataset.fractions={list(fractions)} should be three shares (train, val, test) that sum to 1"
+            f"dataset.fractions={list(fractions)} should be three fractions (train, val, test) "
+            "that sum to 1"
         )
     val, test = (round(total * fraction) for fraction in fractions[1:])
     return {"train": total - val - test, "val": val, "test": test}
@@ -60,9 +64,12 @@ def shares(total: int, fractions: list[float]) -> dict[str, int]:
 class ImageDataset(Dataset):
     """Settings that all datasets of images share.
 
-    rotations: "none"; "train_classes" or "classes" (each class stands for four, rotated by 0, 90, 180 and 270 degrees, in
-    training or everywhere); "episode" (each class is rotated at random in each episode).
-    rotations_may_meet, rotations_share_drawings: see `RotatedClasses`.
+    Args:
+        rotations: "none"; "train_classes" or "classes" (each class becomes four, rotated by 0, 90,
+            180 and 270 degrees, in training or everywhere); "episode" (each class is rotated at
+            random in each episode).
+        rotations_may_meet: See `RotatedClasses`.
+        rotations_share_drawings: See `RotatedClasses`.
     """
 
     rotations: str = choice(*ROTATIONS)
@@ -76,13 +83,17 @@ class ImageDataset(Dataset):
         device: torch.device,
         standardise: bool = False,
     ) -> ClassData:
-        """Return decoded images on the device, ready to draw tasks from.
+        """Open a dataset of decoded images.
 
         Args:
-            pictures: all images.
-            splits: names of the classes of each split.
-            device: where the images are kept.
-            standardise: subtract the mean and divide by the standard deviation of the training images, for each channel.
+            pictures: All images.
+            splits: Names of the classes of each split.
+            device: Device that holds the images.
+            standardise: Whether to subtract the mean and divide by the standard deviation of the
+                training images, per channel.
+
+        Raises:
+            UserError: For a split without classes.
         """
         index_of = {name: index for index, name in enumerate(pictures.names)}
         starts = torch.tensor([0, *pictures.counts]).cumsum(0).tolist()
@@ -90,7 +101,7 @@ class ImageDataset(Dataset):
         for split, names in splits.items():
             if not names:
                 raise UserError(
-                    f"dataset.split leaves no class for {split}: bring more classes or another split"
+                    f"dataset.split leaves no class for {split}; add classes or change the split"
                 )
             counts = torch.tensor([pictures.counts[index_of[name]] for name in names])
             column = torch.arange(int(counts.max()))
@@ -128,17 +139,15 @@ class ImageDataset(Dataset):
 
 
 def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] of x / 255 over the chosen pictures, exact by counting the 256 values."""
+    """Return mean and standard deviation [C] of x / 255, exact: from counts of the 256 values."""
     value = torch.arange(256, dtype=torch.float64) / 255
     moments = []
     for channel in range(images.shape[1]):
-        share = torch.bincount(images[rows, channel].flatten(), minlength=256).double()
-        share /= share.sum()
-        mean = (share * value).sum()
-        moments.append((mean, (share * (value - mean).square()).sum().sqrt()))
+        weight = torch.bincount(images[rows, channel].flatten(), minlength=256).double()
+        weight /= weight.sum()
+        mean = (weight * value).sum()
+        moments.append((mean, (weight * (value - mean).square()).sum().sqrt()))
     shift, scale = (torch.stack(column).float() for column in zip(*moments, strict=True))
     if (scale == 0).any():
-        logging.getLogger(__name__).warning(
-            "a colour channel is constant over the training pictures"
-        )
+        logging.getLogger(__name__).warning("a colour channel is constant over the training images")
     return shift, scale.clamp_min(1e-3)

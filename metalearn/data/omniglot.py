@@ -1,4 +1,4 @@
-"""Omniglot: 1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake, Salakhutdinov and Tenenbaum 2015)."""
+"""Omniglot: 1,623 handwritten characters of 50 alphabets, 20 images each (Lake et al. 2015)."""
 
 import dataclasses
 from collections import defaultdict
@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from metalearn.config.fields import anything, at_least, choice
 from metalearn.data.base import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
 from metalearn.data.images import ImageDataset, Pictures, seeded_split
-from metalearn.download import fetch
-from metalearn.errors import UserError
-from metalearn.settings import anything, at_least, choice
+from metalearn.system.download import fetch
+from metalearn.system.errors import UserError
 
 _PARTS = ("images_background", "images_evaluation")
-_DRAWINGS = 20
+_NUM_IMAGES = 20
 _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
@@ -26,7 +26,10 @@ _RESAMPLING = {
 
 
 def vinyals_split() -> dict[str, list[str]]:
-    """The 1028/172/423 characters of Vinyals et al. (2016), as listed in jakesnell/prototypical-networks."""
+    """Read the split of Vinyals et al. (2016): 1028/172/423 characters.
+
+    Source: the lists in jakesnell/prototypical-networks.
+    """
     folder = resources.files("metalearn.data") / "splits"
     return {
         split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split()
@@ -36,11 +39,16 @@ def vinyals_split() -> dict[str, list[str]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Omniglot(ImageDataset):
-    """Pictures of ink = 1 on paper = 0.
+    """Images with ink = 1 and paper = 0.
 
-    split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`), "alphabet" (30/5/15 alphabets
-    by `split_seed`, so that no alphabet stands in two splits).
-    url: where the two archives are downloaded from; md5: of each.
+    Args:
+        image_size: Height and width in pixels.
+        resample: "lanczos", "bilinear" or "box".
+        split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`) or
+            "alphabet" (30/5/15 alphabets by `split_seed`; no alphabet is in two splits).
+        split_seed: Seed of a random or alphabet split.
+        url: Address of the folder with the two archives.
+        md5: Checksum of each archive.
     """
 
     image_size: int = at_least(8)
@@ -51,7 +59,7 @@ class Omniglot(ImageDataset):
     md5: dict[str, str] = anything()
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Finds or downloads the two archives (or their folders), decodes them once, and splits them."""
+        """Read or download the two archives (or folders), cache the images, split the classes."""
         parts = [
             path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
             for part, path in zip(_PARTS, self.files(data_dir), strict=True)
@@ -61,48 +69,46 @@ class Omniglot(ImageDataset):
         return self.class_data(pictures, self._splits(pictures.names), device)
 
     def files(self, data_dir: Path) -> list[Path]:
-        """The two archives or folders that are read, or where they would be downloaded to."""
-        places = [
-            data_dir / "omniglot",
-            data_dir / "omniglot-py",
-            data_dir,
-        ]  # the second is torchvision's
-        found = []
+        """Return the two archives or folders to read, or the download targets."""
+        # omniglot-py is torchvision's name.
+        folders = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
+        paths = []
         for part in _PARTS:
-            candidates = [place / name for place in places for name in (part, f"{part}.zip")]
-            found.append(
-                next((path for path in candidates if path.exists()), places[0] / f"{part}.zip")
+            candidates = [folder / name for folder in folders for name in (part, f"{part}.zip")]
+            paths.append(
+                next((path for path in candidates if path.exists()), folders[0] / f"{part}.zip")
             )
-        return found
+        return paths
 
     def _read(self, parts: list[Path]) -> Pictures:
-        drawings: dict[str, list[PictureFile]] = defaultdict(list)
+        images_of: dict[str, list[PictureFile]] = defaultdict(list)
         for part in parts:
             for file in list_pictures(part):
-                drawings["/".join(PurePosixPath(file.name).parts[-3:-1])].append(file)
+                images_of["/".join(PurePosixPath(file.name).parts[-3:-1])].append(file)
         expected = {name for names in vinyals_split().values() for name in names}
         where = " and ".join(str(part) for part in parts)
-        if missing := sorted(expected - drawings.keys()):
+        if missing := sorted(expected - images_of.keys()):
             raise UserError(
-                f"{where} hold {len(expected) - len(missing)} of Omniglot's {len(expected)} characters: "
-                f"'{missing[0]}' is missing; bring the official archives"
+                f"{where} contain {len(expected) - len(missing)} of Omniglot's {len(expected)} "
+                f"characters: '{missing[0]}' is missing; use the official archives"
             )
         names = sorted(expected)
         for name in names:
-            if len(drawings[name]) != _DRAWINGS:
+            if len(images_of[name]) != _NUM_IMAGES:
                 raise UserError(
-                    f"{where} hold {len(drawings[name])} drawings of '{name}', not {_DRAWINGS}; "
-                    "bring the official archives"
+                    f"{where} contain {len(images_of[name])} images of '{name}', "
+                    f"not {_NUM_IMAGES}; use the official archives"
                 )
 
         images = decode(
-            [file for name in names for file in sorted(drawings[name], key=_number)], self.to_array
+            [file for name in names for file in sorted(images_of[name], key=_file_name)],
+            self.to_array,
         )
-        return Pictures(images, [_DRAWINGS] * len(names), names)
+        return Pictures(images, [_NUM_IMAGES] * len(names), names)
 
-    def to_array(self, picture: Image.Image) -> np.ndarray:
-        """A drawing as the network sees it: uint8 [1, H, W], ink 255 on paper 0."""
-        return ink(picture, self.image_size, _RESAMPLING[self.resample])
+    def to_array(self, image: Image.Image) -> np.ndarray:
+        """Convert an image to uint8 [1, H, W], ink 255, paper 0."""
+        return ink(image, self.image_size, _RESAMPLING[self.resample])
 
     def _splits(self, names: list[str]) -> dict[str, list[str]]:
         if self.split == "vinyals":
@@ -124,5 +130,5 @@ def _alphabet(name: str) -> str:
     return name.split("/")[0]
 
 
-def _number(file: PictureFile) -> str:
+def _file_name(file: PictureFile) -> str:
     return PurePosixPath(file.name).name

@@ -1,4 +1,7 @@
-"""Sinusoid regression (Finn et al. 2017, 5.1): y = amplitude * sin(x - phase) + noise, drawn on the device."""
+"""Sinusoid regression (Finn et al. 2017, 5.1): y = amplitude * sin(x - phase) + noise.
+
+Tasks are sampled on the device.
+"""
 
 import dataclasses
 import hashlib
@@ -8,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from metalearn.config.fields import anything, at_least
 from metalearn.data.base import Dataset
-from metalearn.errors import UserError
-from metalearn.settings import anything, at_least
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys
 from metalearn.tasks.store import Augmentation
@@ -19,7 +22,14 @@ from metalearn.tasks.types import Batch, InputSpec, Query, Support, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sinusoid(Dataset):
-    """Ranges [low, high] of amplitude, phase (radians) and input, and the standard deviation of the noise."""
+    """Sinusoids with random amplitude and phase.
+
+    Args:
+        amplitude: Range [low, high].
+        phase: Range [low, high], radians.
+        x: Range [low, high] of the inputs.
+        noise: Standard deviation.
+    """
 
     target: ClassVar[str] = "value"
 
@@ -37,11 +47,12 @@ class Sinusoid(Dataset):
                 )
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "SinusoidData":
+        """Return the task source; there is nothing to read."""
         return SinusoidData(self, device)
 
 
 class SinusoidData:
-    """Hands out tasks; an episode's `shot` and `query` are numbers of points, its `way` is 1."""
+    """An opened dataset whose `shot` and `query` are numbers of points; `way` is 1."""
 
     inputs = InputSpec((1,))
     outputs: int | None = 1
@@ -53,20 +64,24 @@ class SinusoidData:
         self.content_hash = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
     def class_names(self, split: str) -> tuple[str, ...]:
+        """Return (): regression has no classes."""
         return ()
 
     def num_classes(self, split: str) -> int:
+        """Return 0: regression has no classes."""
         return 0
 
     def protocol(self, split: str) -> dict[str, object]:
+        """Return the hash of the settings."""
         return {"data": self.content_hash}
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> "SinusoidEpisodes":
+        """Return the tasks of a split; raise UserError unless `way` is 1."""
         if shape.way != 1:
             raise UserError(
-                f"{split} episodes: way={shape.way} has no meaning for regression; leave it at 1"
+                f"{split} episodes: way={shape.way} does not apply to regression; should be 1"
             )
         return SinusoidEpisodes(
             self.settings, shape, prng.key_of(seed, STREAMS[split], device=self.device)
@@ -75,21 +90,24 @@ class SinusoidData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> "SinusoidBatches":
+        """Return batches of one point of each of `size` tasks."""
         return SinusoidBatches(self.episodes(split, Shape(1, 1, 1), seed), size)
 
 
 @dataclasses.dataclass(frozen=True)
 class SinusoidEpisodes:
-    """x [T, M, 1], y [T, M, 1]."""
+    """Tasks with x [T, M, 1] and y [T, M, 1]."""
 
     settings: Sinusoid
     shape: Shape
     key: Tensor
 
     def classes(self, first: int, count: int) -> None:
+        """Return None: regression has no classes."""
         return None
 
     def draw(self, first: int | Tensor, count: int) -> Task:
+        """Sample tasks `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
 
         def between(number: int, bounds: list[float], size: int) -> Tensor:
@@ -111,12 +129,13 @@ class SinusoidEpisodes:
 
 @dataclasses.dataclass(frozen=True)
 class SinusoidBatches:
-    """Ordinary batches: one query point of each of `size` tasks."""
+    """Batches of one query point of each of `size` tasks."""
 
     episodes: SinusoidEpisodes
     size: int
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
+        """Sample batches `first` to `first + count - 1`."""
         points = self.episodes.draw(first * self.size, count * self.size)
         x, y = (part.view(count, self.size, 1) for part in (points.query.x, points.query.y))
         return Batch(x, y, points.key.view(count, self.size)[:, 0])

@@ -1,10 +1,11 @@
-"""From functions of one task to functions of T tasks, and their meta-gradients; every speed trick lives in this package.
+"""Batch functions of one task over T tasks and compute meta-gradients.
 
-Strategies, alike in what they return:
-  vmap   all of a task is batched over tasks;
-  loop   task after task, each with plain convolutions, and its graph freed before the next;
-  mixed  adaptation batched, queries task after task: with per-task weights a batched convolution becomes a grouped
-         one, which is slow on CPU when there are many queries. Wants the default `loss`.
+Every speed optimisation is in this package. The strategies return the same results:
+  vmap   batches adaptation and queries over tasks.
+  loop   processes one task at a time with plain convolutions, and frees its graph before the next.
+  mixed  batches adaptation and loops over tasks for the queries. With per-task weights, a batched
+         convolution becomes a grouped one, which is slow on CPU with many queries. Requires the
+         default `loss`.
 """
 
 import contextlib
@@ -23,14 +24,14 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.engine import memory
 from metalearn.tasks.types import Batch, Kernels, Loss, Params, Query, State, Task
 
-# Queries of a task from which batching them no longer pays on CPU, and input elements batched together beyond which
-# nothing is gained; benchmarks/speed-cpu.md is what these rest on.
+# On CPU, batching is not faster from this number of queries per task on, or beyond this number of
+# input elements per chunk; measured in benchmarks/speed-cpu.md.
 _FEW_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 18
 
 
 class Step(NamedTuple):
-    """What one meta-step needs, averaged over tasks (see `Loss`), and the loss of each task [T]."""
+    """Gradients and `Loss` fields averaged over tasks, and the loss of each task [T]."""
 
     gradients: Params
     logs: Params
@@ -43,8 +44,12 @@ class Step(NamedTuple):
 class Engine:
     """Batches an algorithm over tasks.
 
-    chunk: tasks in flight together (0: chosen here), a bound on memory; precision: "fp32", "tf32" or "bf16" (autocast);
-    convolution: see `Kernels`, for weights of each task's own.
+    Attributes:
+        algorithm: The method.
+        strategy: "vmap", "loop", "mixed" or "auto".
+        chunk: Number of tasks processed at once, which bounds memory; 0 to choose automatically.
+        precision: "fp32", "tf32" or "bf16" (autocast).
+        convolution: See `Kernels`; for per-task weights.
     """
 
     algorithm: Algorithm
@@ -54,13 +59,19 @@ class Engine:
     convolution: str = "plain"
 
     def has_own_loss(self, tasks: Task | Batch) -> bool:
-        """Return True if the objective is not that of predicting the query set; then queries cannot be processed apart."""
+        """Return True if the method overrides `loss`, so that "mixed" cannot be used for training.
+
+        Batches count as well: they have no support set.
+        """
         return isinstance(tasks, Batch) or type(self.algorithm).loss is not Algorithm.loss
 
     def resolved(self, tasks: Task | Batch, count: int, training: bool) -> "Engine":
-        """The engine with strategy and chunk chosen for `count` tasks of this shape at a time, by a static rule.
+        """Return the engine with strategy and chunk chosen by a static rule.
 
-        training: whether it is for `step`, and not for predictions alone.
+        Args:
+            tasks: Tasks or batches of the expected shape.
+            count: Number of tasks per call.
+            training: True for `step`, False for predictions only.
         """
         cpu = tasks.key.device.type == "cpu"
         support, query = (
@@ -72,7 +83,7 @@ class Engine:
             if not cpu:
                 strategy = "vmap"
             elif count == 1 or not self.algorithm.is_iterative:
-                strategy = "loop"  # a task is one large batch already
+                strategy = "loop"  # a single task is already a large batch
             else:
                 strategy = "vmap" if few else "mixed"
         if strategy == "mixed" and training and self.has_own_loss(tasks):
@@ -85,11 +96,11 @@ class Engine:
         )
 
     def at(self, progress: float) -> "Engine":
-        """The engine once this share of meta-training, in [0, 1], is done."""
+        """Return the engine for a given progress of meta-training, in [0, 1]."""
         return dataclasses.replace(self, algorithm=self.algorithm.stage(progress))
 
     def timed(self, state: State, tasks: Task | Batch) -> "Engine":
-        """The engine with the faster convolution for weights of each task's own, by the clock. For a GPU."""
+        """Return the engine with the convolution that is faster for per-task weights. GPU only."""
         progress = torch.zeros((), device=tasks.key.device)
         seconds: dict[str, float] = {}
         for convolution in ("plain", "unfold"):
@@ -99,7 +110,7 @@ class Engine:
                 start = time.perf_counter()
                 engine.step(state, tasks, progress)
                 torch.cuda.synchronize()
-                if number:  # the first chooses kernels and allocates
+                if number:  # the first call selects kernels and allocates memory
                     seconds[convolution] = min(
                         time.perf_counter() - start, seconds.get(convolution, math.inf)
                     )
@@ -107,7 +118,7 @@ class Engine:
 
     @property
     def choices(self) -> dict[str, Any]:
-        """All that was chosen, as plain data."""
+        """Return strategy, chunk, precision and convolution as plain data."""
         return {
             name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")
         }
@@ -118,16 +129,18 @@ class Engine:
         """Compute meta-gradients of the mean loss over T tasks or batches.
 
         Args:
-            state: parameters and buffers.
-            tasks: batched, a leading T.
+            state: Parameters and buffers.
+            tasks: Tasks or batches with a leading T.
             progress: [] in [0, 1].
-            count: what sums over tasks are divided by, where these are only some of the step's tasks; None: T.
+            count: Divisor of sums over tasks, for processes that hold only a part of a step's
+                tasks; None for T.
 
         Returns:
-            Gradients named as `state.params`, logs, statistics and buffers, averaged over tasks.
+            Gradients (named as in `state.params`), logs, statistics and buffers, averaged over
+            tasks.
 
         Raises:
-            RunFailed: out of memory; the line says what would fit.
+            RunFailed: Out of memory. The message names a chunk size that fits.
         """
         count = count or tasks.key.shape[0]
 
@@ -166,7 +179,7 @@ class Engine:
         return torch.autocast(tasks.key.device.type, torch.bfloat16)
 
     def _with_kernels(self, batched: bool) -> Algorithm:
-        """The algorithm, computed by what is fast and right under `vmap` (batched), or task by task."""
+        """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
         kernels = Kernels(self.convolution if batched else "plain", fused_norm=not batched)
         backbone = dataclasses.replace(self.algorithm.backbone, kernels=kernels)
         return dataclasses.replace(self.algorithm, backbone=backbone)
@@ -195,59 +208,62 @@ class Engine:
         return vmap(adapt)(tasks)
 
     def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
-        """Compute predictions [T, Q, N] for the queries of T tasks after adapting to their support sets.
+        """Adapt to the support sets of T tasks and predict their queries.
 
         Args:
-            state: parameters and buffers.
-            tasks: batched, a leading T.
-            steps: of adaptation; None for the test's number.
+            state: Parameters and buffers.
+            tasks: Tasks with a leading T.
+            steps: Number of adaptation steps; None for the number used in tests.
+
+        Returns:
+            Predictions [T, Q, N].
 
         Raises:
-            RunFailed: out of memory; the line says what would fit.
+            RunFailed: Out of memory. The message names a chunk size that fits.
         """
 
-        def answer(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
+        def predict(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.predict(state, learner, query.x)
 
-        return self._answers(answer, state, tasks, steps)
+        return self._outputs(predict, state, tasks, steps)
 
     def scores(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
-        """Compute one score for each of T tasks [T], by the family's metric; arguments as in `predictions`."""
+        """Score each of T tasks with the family's metric: [T]. Arguments as in `predictions`."""
 
-        def answer(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
+        def score(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.score(state, learner, query, key)
 
-        return self._answers(answer, state, tasks, steps)
+        return self._outputs(score, state, tasks, steps)
 
     @torch.no_grad()
-    def _answers(
-        self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+    def _outputs(
+        self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
     ) -> Tensor:
-        """Adapt to T tasks and ask each learner; keeps no graph. answer: (algorithm, learner, query, key) -> a tensor."""
+        """Adapt to T tasks and stack `output(algorithm, learner, query, key)` of each."""
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
             parts = []
             for chunk in _split(few, size):
                 with self._precision(chunk):
-                    parts.append(self._chunk_answers(answer, state, chunk, steps))
+                    parts.append(self._chunk_outputs(output, state, chunk, steps))
             return torch.cat(parts)
 
         with memory.explained(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
-    def _chunk_answers(
-        self, answer: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+    def _chunk_outputs(
+        self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
     ) -> Tensor:
         algorithm = self._with_kernels(batched=self.strategy == "vmap")
 
-        def adapt_and_answer(task: Task) -> Tensor:
+        def adapt_and_output(task: Task) -> Tensor:
             learner = algorithm.adapt(state, task.support, key=task.key, steps=steps)
-            return answer(algorithm, learner, task.query, task.key)
+            return output(algorithm, learner, task.query, task.key)
 
         if self.strategy == "vmap":
-            found = vmap(adapt_and_answer)(tasks)
+            outputs = vmap(adapt_and_output)(tasks)
         elif self.strategy == "loop":
-            found = torch.stack([adapt_and_answer(task) for task in _unbind(tasks)])
+            outputs = torch.stack([adapt_and_output(task) for task in _unbind(tasks)])
         else:
             each = zip(
                 _unbind(self._adapt(state, tasks, steps)),
@@ -255,12 +271,12 @@ class Engine:
                 tasks.key.unbind(),
                 strict=True,
             )
-            found = torch.stack([answer(algorithm, *one) for one in each])
-        return found.float() if found.dtype == torch.bfloat16 else found
+            outputs = torch.stack([output(algorithm, *one) for one in each])
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def _split(tasks: Any, size: int) -> list[Any]:
-    """Chunks of at most `size` tasks."""
+    """Split a batch of tasks into chunks of at most `size`."""
     count = tasks.key.shape[0]
     if size >= count:
         return [tasks]
@@ -272,14 +288,14 @@ def _split(tasks: Any, size: int) -> list[Any]:
 
 
 def _unbind(tree: Any) -> list[Any]:
-    """The T trees of a batched tree."""
+    """Split a batched tree into its T trees."""
     leaves, spec = pytree.tree_flatten(tree)
     rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
     return [_channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
 
 
 def _channels_last(tree: Any) -> Any:
-    """Pictures and convolution weights in the layout that plain convolutions on CPU are fastest in."""
+    """Convert images and weights to the fastest layout for plain convolutions on CPU."""
 
     def convert(leaf: Tensor) -> Tensor:
         return leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf
@@ -292,7 +308,7 @@ def _stack(losses: list[Loss]) -> Loss:
 
 
 def _sum_over_tasks(values: Params, count: int) -> Params:
-    """In float32 at least, whatever the precision of the pass."""
+    """Sum over tasks in at least float32 and divide by `count`."""
     return {
         name: value.detach().to(torch.promote_types(value.dtype, torch.float32)).sum(0) / count
         for name, value in values.items()

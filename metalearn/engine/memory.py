@@ -1,4 +1,4 @@
-"""Out of memory: what would fit."""
+"""Explain out-of-memory errors with a chunk size that fits."""
 
 import contextlib
 import traceback
@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metalearn.engine.process import release_memory
-from metalearn.errors import RunFailed, ran_out
+from metalearn.system.errors import RunFailed, ran_out
 from metalearn.tasks.types import Batch, Task
 
 
@@ -17,20 +17,26 @@ from metalearn.tasks.types import Batch, Task
 def explained(
     attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: int
 ) -> Iterator[None]:
-    """Turns running out of memory into a line that names the `engine.task_chunk` that fits, found by trying.
+    """Turn an out-of-memory error into a `RunFailed` that names an `engine.task_chunk` that fits.
 
-    attempt: computes the given tasks, so many in flight together.
+    Args:
+        attempt: (chunk, tasks) -> result; called again with smaller chunks.
+        tasks: Tasks or batches with a leading T.
+        chunk: The chunk size of the failed attempt.
+
+    Raises:
+        RunFailed: Out of memory.
     """
     try:
         yield
     except Exception as error:
-        # A capture cannot try again; who captures knows that the step fits without.
+        # A capture cannot try again. The warm-up has shown that the step fits without a graph.
         if not ran_out(error) or (
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ):
             raise
         tried = min(chunk, tasks.key.shape[0])
-        traceback.clear_frames(error.__traceback__)  # they hold on to the memory in question
+        traceback.clear_frames(error.__traceback__)  # frames keep the tensors alive
     else:
         return
     release_memory()
@@ -42,15 +48,17 @@ def _advice(attempt: Callable[[int, Any], Any], tasks: Task | Batch, tried: int)
     while size:
         try:
             attempt(size, pytree.tree_map(lambda leaf, size=size: leaf[:size], tasks))
-            return f"out of memory with {tried} tasks in flight together; engine.task_chunk={size} fits"
+            return f"out of memory with {tried} tasks per chunk; engine.task_chunk={size} fits"
         except Exception as error:
             if not ran_out(error):
                 raise
             traceback.clear_frames(error.__traceback__)
         release_memory()
         size //= 2
-    tasks_tried = "a single task" if tried == 1 else f"{tried} tasks in flight together"
+    attempts = (
+        "a single task" if tried == 1 else f"{tried} tasks per chunk, then with a single task"
+    )
     return (
-        f"out of memory with {tasks_tried}, and not even one fits into what is left; try engine.task_chunk=1, fewer inner "
-        "steps or queries (episode.train.query), smaller pictures, or engine.rematerialise=true"
+        f"out of memory with {attempts}; try engine.task_chunk=1, fewer inner steps or queries "
+        "(episode.train.query), smaller images, or engine.rematerialise=true"
     )

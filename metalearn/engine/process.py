@@ -1,4 +1,4 @@
-"""Settings of the whole process."""
+"""Configure threads, precision and memory of the process."""
 
 import ctypes
 import gc
@@ -6,21 +6,28 @@ import sys
 
 import torch
 
-from metalearn.errors import UserError
+from metalearn.system.errors import UserError
 
-#: As torch finds it, before any run of this process asks for fewer.
+#: Default of torch, before any run of this process sets fewer.
 _ALL_THREADS = torch.get_num_threads()
 
 
 def prepare(device: torch.device, threads: int, precision: str) -> None:
-    """CPU threads (0: all), the precision of products on a GPU, and an allocator that keeps what it has.
+    """Set the number of threads, the precision of matrix products and the memory allocator.
 
-    glibc returns every large block to the kernel and faults its pages in again at the next step; kept, steps
-    of large convolutions are faster (ProtoNet 1.5 times, when it was tried).
-    Raises: UserError for a precision that the device does not have.
+    By default glibc returns every large block to the kernel, so each step faults its pages in
+    again. Keeping the blocks makes steps with large convolutions faster (ProtoNet 1.5 times).
+
+    Args:
+        device: Device of the run.
+        threads: Number of CPU threads, 0 for all.
+        precision: "fp32", "tf32" or "bf16".
+
+    Raises:
+        UserError: The device does not support the precision.
     """
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("engine.precision=tf32: only CUDA devices have it; use fp32 or bf16")
+        raise UserError("engine.precision=tf32: requires a CUDA device; use fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"  # type: ignore[union-attr]
     torch.set_num_threads(threads or _ALL_THREADS)
     if device.type == "cpu" and (glibc := _glibc()) is not None:
@@ -30,7 +37,7 @@ def prepare(device: torch.device, threads: int, precision: str) -> None:
 
 
 def release_memory() -> None:
-    """Gives back what nobody holds any more."""
+    """Return unused memory to the device and the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -39,6 +46,6 @@ def release_memory() -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library where it is glibc; other ones have no such settings."""
+    """Return the C library if it is glibc, else None."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

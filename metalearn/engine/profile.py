@@ -1,4 +1,4 @@
-"""`engine.profile=true`: where the time of a few meta-steps goes, as a trace and as one page."""
+"""Profile a few meta-steps (`engine.profile=true`) and write a trace and a summary page."""
 
 import time
 from pathlib import Path
@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-#: Steps that are let pass first, and that are profiled then.
+#: Number of unprofiled steps first, then of profiled steps.
 _WARM_UP, _STEPS = 5, 5
-#: Operations named on the page.
+#: Number of operations in the summary.
 _OPERATIONS = 20
-#: The parts of a meta-step, as `torch.profiler.record_function` names them in the loop.
+#: Parts of a meta-step, named in the training loop by `torch.profiler.record_function`.
 PARTS = ("draw tasks", "gradients", "optimiser")
 
 
 class Profile:
-    """Told of every step; writes `profile/trace.json.gz` and `profile/summary.md` under `folder` when it has seen enough."""
+    """Profile training steps and write trace.json.gz and summary.md to `folder`/profile."""
 
     def __init__(
         self, folder: Path, device: torch.device, steps: int, meta_batch: int, header: str
@@ -32,7 +32,7 @@ class Profile:
         self._clock = 0.0
 
     def before(self, step: int) -> None:
-        """step: the number of the step to come, from 0."""
+        """Start the profiler if `step`, counted from 0, is the first to profile."""
         if step != self._first:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -45,10 +45,9 @@ class Profile:
         self._clock = time.perf_counter()
 
     def after(self, step: int) -> None:
-        """step: the number of the step that is done, from 0."""
-        if (
-            self._profiler is None or step + 1 != self._last
-        ):  # a run that is gone on with may have missed the first
+        """Stop the profiler and write the files if `step`, counted from 0, is the last one."""
+        # A resumed run may have missed the first step.
+        if self._profiler is None or step + 1 != self._last:
             return
         self._synchronise()
         seconds = time.perf_counter() - self._clock
@@ -66,47 +65,51 @@ class Profile:
         averages = self._profiler.key_averages()
         cuda = self._device.type == "cuda"
 
-        def own(event: Any) -> float:
+        def self_time(event: Any) -> float:
             return event.self_device_time_total if cuda else event.self_cpu_time_total
 
-        # On a GPU an operator and its kernels both carry the kernels' time, so kernels alone are counted.
+        # On a GPU, an operator and its kernels both report the kernels' time, so count kernels.
         kernels = (
             [event for event in averages if str(event.device_type).endswith("CUDA")]
             if cuda
             else averages
         )
-        operations = [event for event in kernels if event.key not in PARTS and own(event) > 0]
-        operations.sort(key=own, reverse=True)
-        whole = sum(map(own, operations))
+        operations = [event for event in kernels if event.key not in PARTS and self_time(event) > 0]
+        operations.sort(key=self_time, reverse=True)
+        total = sum(map(self_time, operations))
         lines = [
-            "# Where the time of a meta-step goes",
+            "# Time of a meta-step",
             "",
-            f"{self._header}. Steps {self._first + 1} to {self._last}, under the profiler, which slows them down.",
+            f"{self._header}. Steps {self._first + 1} to {self._last}. "
+            "The profiler slows them down.",
             "",
-            f"- {1e3 * seconds / steps:.1f} ms a step, {self._meta_batch * steps / seconds:.1f} tasks/s",
-            f"- {sum(event.count for event in operations) / steps:.0f} operations a step",
+            f"- {1e3 * seconds / steps:.1f} ms per step, "
+            f"{self._meta_batch * steps / seconds:.1f} tasks/s",
+            f"- {sum(event.count for event in operations) / steps:.0f} operations per step",
         ]
         parts = {
             event.key: event.cpu_time_total / 1e6
             for event in averages
             if event.key in PARTS and event.cpu_time_total
         }
-        if parts:  # one captured graph has none
+        if parts:  # a captured graph has no parts
             shown = ", ".join(
                 f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts
             )
-            lines.append(f"- share of the time on the host: {shown}")
+            lines.append(f"- share of host time: {shown}")
         if cuda:
             lines.append(f"- peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-            lines.append(f"- device busy {whole / 1e6 / seconds:.0%} of the time")
+            lines.append(f"- device busy {total / 1e6 / seconds:.0%} of the time")
         lines += [
             "",
-            f"| operation | ms a step | share of {'device' if cuda else 'host'} time | calls a step |",
+            f"| operation | ms per step | share of {'device' if cuda else 'host'} time "
+            "| calls per step |",
         ]
         lines.append("| --- | --- | --- | --- |")
         lines += [
-            f"| `{event.key}` | {own(event) / 1e3 / steps:.2f} | {own(event) / whole:.1%} | {event.count / steps:.0f} |"
+            f"| `{event.key}` | {self_time(event) / 1e3 / steps:.2f} "
+            f"| {self_time(event) / total:.1%} | {event.count / steps:.0f} |"
             for event in operations[:_OPERATIONS]
         ]
-        lines += ["", "`trace.json.gz` opens in https://ui.perfetto.dev."]
+        lines += ["", "Open `trace.json.gz` in https://ui.perfetto.dev."]
         return lines

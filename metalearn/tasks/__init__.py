@@ -1,1 +1,1 @@
-"""What a task is: its types, where inputs come from, how episodes are drawn, and how a task is learned from and scored."""
+"""Define tasks: types, input stores, episode samplers, losses and metrics."""

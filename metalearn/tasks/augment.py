@@ -1,7 +1,7 @@
-"""Augmentations by name, as `augment.ops` lists them. A new one is one function here or in a plugin, and its entry below.
+"""Define the augmentations that `augment.ops` chooses by name.
 
-Each is a function of images in [0, 1], float32 [B, C, H, W], and of one key for each, int64 [B]; its further arguments are
-its settings.
+To add one, write a function here or in a plugin and add it to `AUGMENTATIONS`. It takes images in
+[0, 1], float32 [B, C, H, W], and one key per image, int64 [B]. Further arguments are its settings.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from metalearn.tasks.store import Augmentation
 
 
 def random_crop(x: Tensor, key: Tensor, padding: int = 4) -> Tensor:
-    """Pad with `padding` black pixels on each side and cut out a random place of the old size."""
+    """Pad with `padding` black pixels on each side and crop at random to the original size."""
     _, _, height, width = x.shape
     offsets = prng.integers(key, (2,), 2 * padding + 1)
     rows = offsets[:, :1] + torch.arange(height, device=x.device)
@@ -27,7 +27,7 @@ def random_crop(x: Tensor, key: Tensor, padding: int = 4) -> Tensor:
 
 
 def horizontal_flip(x: Tensor, key: Tensor) -> Tensor:
-    """Mirror left and right with probability 1/2."""
+    """Flip left to right with probability 1/2."""
     return torch.where(prng.uniform(key, (1, 1, 1)) < 0.5, x.flip(-1), x)
 
 
@@ -38,7 +38,11 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def chain(ops: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, Any]]]) -> Augmentation:
-    """Return augmentations applied one after the other, each with a key of its own. ops: name -> (function, settings)."""
+    """Compose augmentations in order, each with its own key.
+
+    Args:
+        ops: Maps each name to (function, settings).
+    """
 
     def augment(x: Tensor, key: Tensor) -> Tensor:
         for number, (function, settings) in enumerate(ops.values()):

@@ -1,6 +1,7 @@
-"""Families of tasks: how a task is learned from, what meta-training descends, and how a task is scored.
+"""Define task families: their inner loss, their meta-training loss and their score.
 
-A method that adapts by gradients asks the family for its losses, so that one method runs on classes, on values and on control.
+A gradient-based method takes its losses from the family, so one method runs on classification,
+regression and control.
 """
 
 import dataclasses
@@ -14,44 +15,59 @@ from metalearn.tasks.losses import LOSSES, LossFunction
 from metalearn.tasks.metrics import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from metalearn.tasks.types import Batch, Loss, Params, Query, Spec, Support
 
-#: (parameters, inputs [B, *X]) -> (outputs [B, N], normalisation statistics seen). Parameters may be any pytree.
+#: (parameters, inputs [B, *X]) -> (outputs [B, N], normalisation statistics of this pass).
+#: Parameters may be any pytree.
 Net = Callable[[Any, Tensor], tuple[Tensor, Params]]
 
 
 class TaskFamily(Protocol):
-    """What all tasks of a dataset have in common. Every function is pure, and random numbers come from `key`.
+    """Define what all tasks of a dataset share.
 
-    target: the kind of its tasks, as `Algorithm.targets` lists them; metric: how a task is scored; predicts: whether outputs
-    are predictions of `query.y`, so that they can be looked at one by one.
+    Every function is pure. Random numbers come from `key`.
     """
 
     @property
-    def target(self) -> str: ...
+    def target(self) -> str:
+        """Return the kind of the tasks, one of `Algorithm.targets`."""
 
     @property
-    def metric(self) -> Metric: ...
+    def metric(self) -> Metric:
+        """Return the metric that scores a task."""
 
     @property
-    def predicts(self) -> bool: ...
+    def predicts(self) -> bool:
+        """Return True if outputs are predictions of `query.y`, one per query."""
 
     def init(self, spec: Spec, key: Tensor) -> Params:
-        """Return parameters of the family's own, which adapt with the head ("head.…"); {} where it has none."""
+        """Return the family's parameters ("head.…"), which adapt with the head; {} if none."""
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Return the loss [] that an inner loop descends. key: int64 [], a new one for each inner step."""
+        """Compute the loss [] that an inner loop minimises.
+
+        Args:
+            net: The network.
+            params: Parameters of `net`.
+            support: Support set of one task.
+            key: int64 [], a new one for each inner step.
+        """
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
-        """Return the loss that meta-training descends, with logs ("loss" among them) and normalisation statistics."""
+        """Compute the loss that meta-training minimises, its logs and normalisation statistics."""
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
-        """Return the score [] of a task, by `metric`."""
+        """Compute the score [] of a task with `metric`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Tasks with right answers: outputs are compared with `y`.
+    """Tasks with targets: outputs are compared with `y`.
 
-    loss: of queries and batches; inner_loss: of inner loops.
+    Attributes:
+        target: "class" or "value".
+        metric: Score of a task.
+        loss: Loss on queries and batches.
+        inner_loss: Loss on the support set, for inner loops.
+        predicts: True: outputs are predictions of `y`.
     """
 
     target: str
@@ -61,21 +77,25 @@ class Supervised:
     predicts: bool = True
 
     def init(self, spec: Spec, key: Tensor) -> Params:
+        """Return {}: supervised tasks need no parameters of the family."""
         return {}
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
+        """Compute `inner_loss` on the support set."""
         return self.inner_loss(net(params, support.x)[0], support.y)
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
+        """Compute `loss` on the queries or on a batch."""
         prediction, statistics = net(params, query.x)
         return self.judge(self.loss(prediction, query.y), prediction, query.y, statistics)
 
     def judge(self, value: Tensor, prediction: Tensor, y: Tensor, statistics: Params) -> Loss:
-        """Return a loss of this value whose logs are the value and the score of the prediction."""
+        """Return a `Loss` that logs its value and the score of the prediction."""
         logs = {"loss": value.detach(), self.metric.name: self.metric.of(prediction.detach(), y)}
         return Loss(value, logs, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
+        """Compute `metric` on the queries."""
         return self.metric.of(net(params, query.x)[0], query.y)
 
 
@@ -92,15 +112,15 @@ def supervised(
 
     Args:
         target: "class" or "value".
-        loss: of queries and batches, a name in `LOSSES` or a function; None for the usual one.
-        inner_loss: of inner loops, likewise.
-        settings: further arguments of `loss`.
+        loss: Loss on queries and batches, a name in `LOSSES` or a function; None for the default.
+        inner_loss: Loss of inner loops, likewise.
+        settings: Further arguments of `loss`.
     """
-    named = LOSSES[target]
-    usual = next(iter(named.values()))
+    losses = LOSSES[target]
+    default = next(iter(losses.values()))
 
     def function(loss: str | LossFunction | None) -> LossFunction:
-        return usual if loss is None else named[loss] if isinstance(loss, str) else loss
+        return default if loss is None else losses[loss] if isinstance(loss, str) else loss
 
     outer = functools.partial(function(loss), **settings) if settings else function(loss)
     return Supervised(target, METRICS[target], outer, function(inner_loss))

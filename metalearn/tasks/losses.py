@@ -1,4 +1,7 @@
-"""Losses by name, as `loss.name` and `loss.inner` choose them. A new loss is one entry here or in a plugin."""
+"""Define the losses that `loss.name` and `loss.inner` choose by name.
+
+To add one, add an entry to `LOSSES` here or in a plugin.
+"""
 
 from collections.abc import Callable
 
@@ -10,12 +13,18 @@ LossFunction = Callable[..., Tensor]
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Compute the mean cross-entropy of logits [Q, N] for labels [Q] or shares [Q, N]."""
+    """Compute the mean cross-entropy of logits [Q, N] for labels [Q] or probabilities [Q, N]."""
     return F.cross_entropy(prediction, y)
 
 
 def label_smoothing(prediction: Tensor, y: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Compute cross-entropy with a share `smoothing` of each target spread over all classes (Szegedy et al. 2016, 7)."""
+    """Compute cross-entropy with smoothed labels (Szegedy et al. 2016, section 7).
+
+    Args:
+        prediction: Logits [Q, N].
+        y: Labels [Q].
+        smoothing: Probability mass of each target that is spread over all classes.
+    """
     return F.cross_entropy(prediction, y, label_smoothing=smoothing)
 
 

@@ -1,4 +1,4 @@
-"""Metrics by which tasks are scored."""
+"""Define the metrics that score tasks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,19 +9,25 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A score of predictions, and which direction is better. of: (prediction [..., Q, N], y) -> [...]."""
+    """A score of predictions.
+
+    Attributes:
+        name: Name in logs and results.
+        higher_is_better: Which direction is better.
+        of: Maps (prediction [..., Q, N], y) to scores [...].
+    """
 
     name: str
     higher_is_better: bool
     of: Callable[[Tensor, Tensor], Tensor]
 
     def better(self, new: float, old: float | None) -> bool:
-        """Return True if `new` is better than `old`; the first score is."""
+        """Return True if `new` is better than `old`, or if there is no `old`."""
         return old is None or (new > old if self.higher_is_better else new < old)
 
 
 def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Compute the share of correct labels: logits [..., Q, N], labels [..., Q] -> [...]."""
+    """Compute the fraction of correct labels: logits [..., Q, N], labels [..., Q] -> [...]."""
     return (prediction.argmax(-1) == y).to(torch.float32).mean(-1)
 
 

@@ -1,8 +1,9 @@
-"""Counter-based random numbers: a function of a key, never of a generator's history.
+"""Generate counter-based random numbers: each is a function of a key and has no hidden state.
 
-A key is an int64 tensor. The same key gives the same numbers on every device, under `vmap`, in any order of
-calls and with any number of processes. The mixing function is the finaliser of SplitMix64 (Steele, Lea and Flood
-2014, "Fast splittable pseudorandom number generators"), which passes the usual batteries of statistical tests.
+A key is an int64 tensor. The same key gives the same numbers on every device, under `vmap`, in any
+order of calls and with any number of processes. The mixing function is the finaliser of SplitMix64
+(Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), which passes the
+usual batteries of statistical tests.
 """
 
 import math
@@ -35,7 +36,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def key_of(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
-    """The key of a tuple of integers, for example (seed, stream): int64 []."""
+    """Return the key of a tuple of integers, for example (seed, stream): int64 []."""
     key = torch.zeros((), dtype=torch.int64, device=device)
     for number in numbers:
         key = fold_in(key, number)
@@ -43,7 +44,7 @@ def key_of(*numbers: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def fold_in(key: Tensor, number: int | Tensor) -> Tensor:
-    """A new key from a key and a number (both broadcast), independent of the first."""
+    """Derive an independent key from a key and a number (both broadcast)."""
     number = number * _GOLDEN if isinstance(number, Tensor) else _signed(number * _GOLDEN)
     return _mix(_mix(key + _GOLDEN) ^ _mix(torch.zeros_like(key) + number + _M1))
 
@@ -55,27 +56,27 @@ def _bits(key: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float32 numbers in [0, 1): key [...] -> [..., *shape]."""
+    """Draw uniform float32 numbers in [0, 1): key [...] -> [..., *shape]."""
     # 24 bits: every value is exact in float32, and 1.0 cannot occur.
     return _shift_right(_bits(key, shape), 40).to(torch.float32) * 2.0**-24
 
 
 def normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 numbers (Box-Muller): key [...] -> [..., *shape]."""
-    # In float64, so that processors that round differently agree in float32 all but never.
+    """Draw standard normal float32 numbers (Box-Muller): key [...] -> [..., *shape]."""
+    # In float64, so that processors that round differently almost always agree in float32.
     radius = (-2 * torch.log1p(-uniform(fold_in(key, 1), shape).double())).sqrt()
     return (radius * torch.cos(2 * math.pi * uniform(fold_in(key, 2), shape).double())).float()
 
 
 def integers(key: Tensor, shape: tuple[int, ...], high: int) -> Tensor:
-    """Uniform int64 numbers in [0, high), high < 2**24: key [...] -> [..., *shape]."""
+    """Draw uniform int64 numbers in [0, high), high < 2**24: key [...] -> [..., *shape]."""
     return (uniform(key, shape) * high).to(torch.int64).clamp_max(high - 1)
 
 
 def permutation(key: Tensor, size: int) -> Tensor:
     """Draw a permutation of 0..size-1: key [...] -> int64 [..., size].
 
-    Sort keys are whole 64-bit numbers, which differ for each place, so that no tie is broken by the device.
+    Sort keys are full 64-bit numbers and differ for each position, so the device breaks no ties.
     """
     return _bits(key, (size,)).argsort(-1)
 
@@ -86,7 +87,16 @@ def choice(key: Tensor, size: int, count: int) -> Tensor:
 
 
 def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
-    """Draw `count` different places that are not excluded: key [...], bool [..., M] -> int64 [..., count]."""
+    """Draw `count` different positions that are not excluded.
+
+    Args:
+        key: int64 [...].
+        excluded: bool [..., M].
+        count: Number of positions.
+
+    Returns:
+        Positions in 0..M-1, int64 [..., count].
+    """
     order = _bits(key, excluded.shape[-1:])
     return (
         order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices

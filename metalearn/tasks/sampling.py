@@ -1,6 +1,7 @@
-"""Episodes and batches as functions of (seed, split, number), drawn on the device.
+"""Sample episodes and batches on the device, each a function of (seed, split, number).
 
-Legend: T tasks, N ways, K shots, Q queries a class, C classes, M inputs of the largest class, B inputs of a batch.
+Legend: T tasks, N ways, K shots, Q queries per class, C classes, M inputs of the largest class,
+B inputs per batch.
 """
 
 import dataclasses
@@ -9,22 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metalearn.errors import UserError
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassView, Store
 from metalearn.tasks.types import Batch, Query, Support, Task
 
-#: Version of the rules by which tasks are drawn; results of different versions are of different episodes.
+#: Version of the sampling rules; different versions give different episodes.
 SAMPLER_VERSION = 2
-#: Numbers of the random streams, so that equal seeds give different tasks in different splits.
+#: Random stream of each split, so that one seed gives different tasks in different splits.
 STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an episode: classes, and support, query and unlabelled examples of each class.
+    """The shape of an episode.
 
-    distractors: number of further classes of which only unlabelled examples are drawn.
+    Attributes:
+        way: Number of classes.
+        shot: Support examples per class.
+        query: Query examples per class.
+        unlabelled: Unlabelled examples per class.
+        distractors: Number of additional classes with unlabelled examples only.
     """
 
     way: int
@@ -35,38 +41,40 @@ class Shape:
 
 
 class BatchSource(Protocol):
-    """Anything that a method can be trained on."""
+    """A source of training data for a method."""
 
     def draw(self, first: int | Tensor, count: int) -> Task | Batch:
-        """Return tasks number first .. first + count - 1, batched: a leading T everywhere.
+        """Draw tasks first .. first + count - 1, each tensor with a leading T.
 
         Args:
-            first: a number, or int64 [] on the device, which is never read on the host.
+            first: An int, or int64 [] on the device, which is never read on the host.
             count: T.
         """
 
 
 class TaskSource(BatchSource, Protocol):
-    """Tasks to train or test on."""
+    """A source of tasks for training or testing."""
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Return tasks as in `BatchSource`."""
+        """Draw tasks as in `BatchSource`."""
 
     def classes(self, first: int, count: int) -> Tensor | None:
-        """Return the class of the split that each label of these tasks stands for: int64 [T, N]; None for regression."""
+        """Return the class index in the split of each label, int64 [T, N]; None for regression."""
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
-    """Return the keys of the tasks number first .. first + count - 1: int64 [T]."""
+    """Return the keys of tasks first .. first + count - 1: int64 [T]."""
     return prng.fold_in(key, first + torch.arange(count, device=key.device))
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeSampler:
-    """N-way K-shot episodes of a split; support, query and unlabelled examples share no input.
+    """Sample N-way K-shot episodes of a split.
+
+    Support, query and unlabelled examples share no input.
 
     Raises:
-        UserError: for a shape that the classes cannot fill.
+        UserError: The split has too few classes or examples for this shape.
     """
 
     store: Store
@@ -77,18 +85,21 @@ class EpisodeSampler:
     def __post_init__(self) -> None:
         shape, index = self.shape, self.view.index
         if shape.way < 2:
-            raise UserError(f"way={shape.way} leaves nothing to tell apart; choose 2 or more")
+            raise UserError(f"way={shape.way}: a task needs at least 2 classes; choose 2 or more")
         if shape.distractors and not shape.unlabelled:
             raise UserError(
-                f"distractors={shape.distractors} needs unlabelled examples; set episode.unlabelled"
+                f"distractors={shape.distractors}: requires unlabelled examples; "
+                "set episode.unlabelled"
             )
         needed, more = (
             shape.way + shape.distractors,
             f" + distractors = {shape.way} + {shape.distractors}",
         )
         if needed > self.view.max_way:
-            words = f"way{more if shape.distractors else f'={shape.way}'}"
-            raise UserError(f"{words} is larger than the {self.view.max_way} classes of the split")
+            setting = f"way{more if shape.distractors else f'={shape.way}'}"
+            raise UserError(
+                f"{setting} is larger than the {self.view.max_way} classes of the split"
+            )
         smallest = int(index.counts.min())
         parts = {"shot": shape.shot, "query": shape.query} | (
             {"unlabelled": shape.unlabelled} if shape.unlabelled else {}
@@ -96,17 +107,18 @@ class EpisodeSampler:
         if sum(parts.values()) > smallest:
             name = index.names[int(index.counts.argmin())]
             raise UserError(
-                f"{' + '.join(parts)} = {' + '.join(map(str, parts.values()))} is larger than class '{name}' with its "
-                f"{smallest} examples"
+                f"{' + '.join(parts)} = {' + '.join(map(str, parts.values()))} "
+                f"is larger than class '{name}' with {smallest} examples"
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
+        """Draw episodes first .. first + count - 1."""
         shape, index = self.shape, self.view.index
         key_T = numbered_keys(self.key, first, count)
         classes_TN, rotations_TN = self.view.choose(key_T, shape.way + shape.distractors)
         rows_TNM, counts_TN = index.rows[classes_TN], index.counts[classes_TN]
 
-        # The inputs with the smallest random numbers; padding is never among them.
+        # The inputs with the smallest random numbers are drawn; padding never is.
         key_TN = prng.fold_in(
             prng.fold_in(key_T, 2).unsqueeze(-1), self.view.drawing_ids(classes_TN, rotations_TN)
         )
@@ -123,13 +135,14 @@ class EpisodeSampler:
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
 
     def classes(self, first: int, count: int) -> Tensor:
+        """Return the class index in the split of each label, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
         ]
 
     def _shuffled(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels in random order, so that no position tells a class."""
+        """Return inputs and labels in random order, so that positions reveal no label."""
         _, way, each = rows_TNK.shape
         order = prng.permutation(key_T, way * each)
         x = self.store.gather(rows_TNK.flatten(1).gather(1, order), prng.fold_in(key_T, 0))
@@ -138,7 +151,7 @@ class EpisodeSampler:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
-    """Ordinary batches; labels are 0..C-1 over the classes of the split, as the view counts them."""
+    """Sample ordinary batches, with labels 0..C-1 over all classes of the view."""
 
     store: Store
     view: ClassView
@@ -149,9 +162,10 @@ class BatchSampler:
         _ = self.view.index.num_inputs  # read once, so that drawing reads nothing on the host
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
+        """Draw batches first .. first + count - 1."""
         index = self.view.index
         key_T = numbered_keys(self.key, first, count)
-        # Uniform over inputs, not over classes: number of an input -> its class, by the running sum of the counts.
+        # Uniform over inputs, not over classes. The cumulative counts map an input to its class.
         ends = index.counts.cumsum(0)
         number = prng.integers(prng.fold_in(key_T, 0), (self.size,), index.num_inputs)
         classes = torch.searchsorted(ends, number, right=True)

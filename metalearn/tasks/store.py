@@ -1,6 +1,6 @@
-"""Where inputs come from: all inputs of a dataset as one tensor on the device, and which of them belong to which class.
+"""Store all inputs of a dataset as one tensor on the device, and index them by class.
 
-Legend: I inputs, C classes, M inputs of the largest class, T tasks, B inputs at a time.
+Legend: I inputs, C classes, M inputs of the largest class, T tasks, B inputs per task or batch.
 """
 
 import dataclasses
@@ -16,27 +16,27 @@ from metalearn.tasks.types import InputSpec
 
 
 class Store(Protocol):
-    """All inputs of a dataset. An input is known by its row number."""
+    """All inputs of a dataset, addressed by row number."""
 
     @property
     def spec(self) -> InputSpec:
-        """Return the shape of one input, and the size of the vocabulary for tokens."""
+        """Return the shape of one input, and the vocabulary size for tokens."""
 
     def __len__(self) -> int:
         """Return the number of inputs."""
 
     def load(self, rows: Tensor) -> Tensor:
-        """Return the inputs of these rows before normalisation, as augmentations see them: [*rows, *X]."""
+        """Return inputs [*rows, *X] before normalisation, as augmentations see them."""
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Return loaded inputs as the network sees them."""
+        """Normalise loaded inputs for the network."""
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Return the inputs of rows [T, B] as the network sees them: [T, B, *X].
+        """Return normalised inputs [T, B, *X].
 
         Args:
-            rows: int64 [T, B].
-            key: int64 [T], for stores that augment their inputs at random.
+            rows: Row numbers, int64 [T, B].
+            key: int64 [T], for stores that apply random augmentations.
         """
 
 
@@ -44,7 +44,9 @@ class Store(Protocol):
 class ArrayStore:
     """Feature vectors or token sequences.
 
-    values: float32 [I, *X]; or int64 [I, L] where there is a vocabulary, 0 for padding.
+    Attributes:
+        values: float32 [I, *X], or with a vocabulary int64 [I, L], 0 for padding.
+        vocabulary: Number of tokens; None for feature vectors.
     """
 
     values: Tensor
@@ -52,26 +54,35 @@ class ArrayStore:
 
     @property
     def spec(self) -> InputSpec:
+        """Return the shape of one row of `values`, and the vocabulary size."""
         return InputSpec(tuple(self.values.shape[1:]), self.vocabulary)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def load(self, rows: Tensor) -> Tensor:
+        """Return the rows of `values`."""
         return self.values[rows]
 
     def normalise(self, x: Tensor) -> Tensor:
+        """Return `x` unchanged."""
         return x
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
+        """Return the rows of `values`; `key` is unused."""
         return self.load(rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageStore:
-    """Images uint8 [I, C, H, W]; shift and scale float32 [C, 1, 1] are applied to x / 255.
+    """Images and their normalisation, (x / 255 - shift) * scale.
 
-    has_rotations: rows I r to I r + I - 1 are the images rotated by r times 90 degrees, r = 1, 2, 3.
+    Attributes:
+        images: uint8 [I, C, H, W].
+        shift: float32 [C, 1, 1].
+        scale: float32 [C, 1, 1].
+        has_rotations: If True, rows I r to I r + I - 1 are the images rotated by 90 r degrees,
+            r = 1, 2, 3.
     """
 
     images: Tensor
@@ -81,6 +92,7 @@ class ImageStore:
 
     @property
     def spec(self) -> InputSpec:
+        """Return the shape [C, H, W] of one image."""
         return InputSpec(tuple(self.images.shape[1:]))
 
     def __len__(self) -> int:
@@ -97,37 +109,43 @@ class ImageStore:
         return x.to(torch.float32) / 255
 
     def normalise(self, x: Tensor) -> Tensor:
+        """Compute (x - shift) * scale."""
         return (x - self.shift) * self.scale
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
+        """Return normalised images; `key` is unused."""
         return self.normalise(self.load(rows))
 
 
-#: (x [B, *X], key int64 [B]) -> x [B, *X]: the same key gives the same change.
+#: (x [B, *X], key int64 [B]) -> x [B, *X]; a function of x and key alone.
 Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmented:
-    """A store whose inputs are changed at random each time, for training."""
+    """A store that augments its inputs at random, for training."""
 
     store: Store
     augment: Augmentation
 
     @property
     def spec(self) -> InputSpec:
+        """Return the spec of the underlying store."""
         return self.store.spec
 
     def __len__(self) -> int:
         return len(self.store)
 
     def load(self, rows: Tensor) -> Tensor:
+        """Return inputs without augmentation."""
         return self.store.load(rows)
 
     def normalise(self, x: Tensor) -> Tensor:
+        """Normalise as the underlying store does."""
         return self.store.normalise(x)
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
+        """Load inputs, augment each with its own key, and normalise them."""
         key_TB = prng.fold_in(key[:, None], torch.arange(rows.shape[1], device=rows.device))
         x = self.augment(self.store.load(rows).flatten(0, 1), key_TB.flatten())
         return self.store.normalise(x.unflatten(0, rows.shape))
@@ -135,7 +153,13 @@ class Augmented:
 
 @dataclasses.dataclass(frozen=True)
 class ClassIndex:
-    """The classes of one split. rows: int64 [C, M], padded; counts: int64 [C]; names: of each class."""
+    """The classes of one split.
+
+    Attributes:
+        rows: Row numbers of each class's inputs, int64 [C, M], padded.
+        counts: Number of inputs of each class, int64 [C].
+        names: Name of each class.
+    """
 
     rows: Tensor
     counts: Tensor
@@ -143,13 +167,18 @@ class ClassIndex:
 
     @functools.cached_property
     def num_inputs(self) -> int:
-        """Number of inputs of all classes."""
+        """Return the number of inputs of all classes."""
         return int(self.counts.sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassView:
-    """How the classes of an index take part in tasks: as they are. has_rotations: whether inputs may be rotated."""
+    """Use the classes of an index in tasks without rotation.
+
+    Attributes:
+        has_rotations: True if inputs may be rotated.
+        index: The classes.
+    """
 
     has_rotations: ClassVar[bool] = False
 
@@ -157,17 +186,17 @@ class ClassView:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of a classifier over all of them."""
+        """Return the number of outputs of a classifier over all classes."""
         return len(self.index.rows)
 
     @property
     def protocol(self) -> dict[str, object]:
-        """What a measurement depends on besides the classes, as plain data."""
+        """Return the settings that affect a measurement, apart from the classes, as plain data."""
         return {"rotations": "none", "rotations_may_meet": None, "rotations_share_drawings": None}
 
     @property
     def max_way(self) -> int:
-        """Number of classes that can meet in one episode."""
+        """Return the largest possible number of classes in one episode."""
         return len(self.index.rows)
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
@@ -175,28 +204,40 @@ class ClassView:
 
         Args:
             key: int64 [T].
-            count: number of classes of each episode.
+            count: Number of classes per episode.
 
         Returns:
-            Their places in the index, int64 [T, count], and their rotations, int64 [T, count] or None.
+            Class indices, int64 [T, count], and rotations in units of 90 degrees, int64 [T, count]
+            or None.
         """
         return prng.choice(prng.fold_in(key, 0), len(self.index.rows), count), None
 
     def drawing_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
-        """Return what the draw of a class's inputs depends on, alike for classes that must share their drawings."""
+        """Return the ids that seed the draw of inputs; equal ids draw the same images."""
         return classes
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Return random rotations of single inputs, and their labels. key: int64 [T]; classes: int64 [T, count]."""
+        """Draw random rotations of single inputs.
+
+        Args:
+            key: int64 [T].
+            classes: Class index of each input, int64 [T, count].
+            count: Number of inputs per batch.
+
+        Returns:
+            Rotations in units of 90 degrees, int64 [T, count] or None, and labels of that shape.
+        """
         return None, classes
 
 
 @dataclasses.dataclass(frozen=True)
 class RotatedClasses(ClassView):
-    """Each class stands for four, one for each rotation by 90 degrees.
+    """Split each class into four, one per rotation by 0, 90, 180 and 270 degrees.
 
-    may_meet: whether two rotations of one class may meet in an episode; share_drawings: whether they then show the same
-    drawings, so that no drawing is in the support set of one and in the query set of the other.
+    Attributes:
+        may_meet: If True, two rotations of one class may occur in the same episode.
+        share_drawings: If True, such rotations use the same images, so that no image is in the
+            support set of one and in the query set of the other.
     """
 
     has_rotations: ClassVar[bool] = True
@@ -206,6 +247,7 @@ class RotatedClasses(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
+        """Return how rotations form classes, as plain data."""
         return {
             "rotations": "classes",
             "rotations_may_meet": self.may_meet,
@@ -214,13 +256,16 @@ class RotatedClasses(ClassView):
 
     @property
     def num_classes(self) -> int:
+        """Return four times the number of original classes."""
         return 4 * len(self.index.rows)
 
     @property
     def max_way(self) -> int:
+        """Return the number of rotated classes if they may meet, else of original classes."""
         return self.num_classes if self.may_meet else len(self.index.rows)
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """Draw rotated classes, or distinct original classes with one rotation each."""
         size = len(self.index.rows)
         if self.may_meet:
             chosen = prng.choice(prng.fold_in(key, 0), 4 * size, count)
@@ -229,23 +274,26 @@ class RotatedClasses(ClassView):
         return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
 
     def drawing_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
+        """Return one id per class, or one per class and rotation."""
         if self.share_drawings or rotations is None:
             return classes
         return classes + len(self.index.rows) * rotations
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
+        """Draw rotations, and label each rotation as its own class."""
         rotations = prng.integers(prng.fold_in(key, 1), (count,), 4)
         return rotations, classes + rotations * len(self.index.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class RotatedEpisodes(ClassView):
-    """Each class of each episode is rotated at random; its label does not change."""
+    """Rotate each class of each episode at random, without changing its label."""
 
     has_rotations: ClassVar[bool] = True
 
     @property
     def protocol(self) -> dict[str, object]:
+        """Return that rotations are drawn per episode, as plain data."""
         return {
             "rotations": "episode",
             "rotations_may_meet": None,
@@ -253,8 +301,10 @@ class RotatedEpisodes(ClassView):
         }
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """Draw classes, and one rotation per class."""
         classes, _ = super().choose(key, count)
         return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
+        """Draw one rotation per input; the labels stay the original classes."""
         return prng.integers(prng.fold_in(key, 1), (count,), 4), classes

@@ -1,4 +1,4 @@
-"""Central types. When tasks are batched, every tensor gets a leading T (tasks)."""
+"""Define the central types. In a batch of tasks, every tensor has a leading T (tasks)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ Params = dict[str, Tensor]
 
 
 def _pytree_dataclass(cls: type) -> type:
-    """Register a frozen dataclass as a pytree; fields declared static, and fields that are None, are not children.
-
-    A None must not be a leaf because `vmap` refuses it.
-    """
+    """Register a frozen dataclass as a pytree whose children exclude static and None fields."""
     fields = dataclasses.fields(cls)
 
+    # `vmap` rejects None leaves.
     def flatten(node: Any) -> tuple[list[Any], Any]:
         children, static = [], []
         for field in fields:
@@ -41,12 +39,13 @@ def _pytree_dataclass(cls: type) -> type:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """The examples that a task is learned from.
+    """The support set of a task.
 
-    x: [M, *X] inputs (images and features float32, tokens int64).
-    y: [M] int64, the class within the task, or [M, D] float32 targets.
-    way: number of classes of the task, or D for regression; static, so that it is known under `vmap`.
-    unlabelled: [U, *X] more inputs without labels, or None.
+    Attributes:
+        x: Inputs [M, *X]; images and features float32, tokens int64.
+        y: Class within the task, int64 [M], or targets, float32 [M, D].
+        way: Number of classes, or D for regression. Static, so that it is known under `vmap`.
+        unlabelled: Inputs without labels [U, *X], or None.
     """
 
     x: Tensor
@@ -58,7 +57,7 @@ class Support:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """The examples that a task is tested on: x [Q, *X] and y as in `Support`."""
+    """The query set of a task: x [Q, *X] and y as in `Support`."""
 
     x: Tensor
     y: Tensor
@@ -67,7 +66,7 @@ class Query:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task. key: int64 [], the source of all its random numbers."""
+    """One task; key int64 [] is the source of all its random numbers."""
 
     support: Support
     query: Query
@@ -77,7 +76,13 @@ class Task:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An ordinary batch: x [B, *X], y [B] with labels over all training classes (or [B, D]), key int64 []."""
+    """An ordinary batch.
+
+    Attributes:
+        x: Inputs [B, *X].
+        y: Labels over all training classes, int64 [B], or targets, float32 [B, D].
+        key: int64 [].
+    """
 
     x: Tensor
     y: Tensor
@@ -85,9 +90,11 @@ class Batch:
 
 
 class State(NamedTuple):
-    """All tensors of a method: `params` get meta-gradients; `buffers` do not (population statistics, optimiser moments).
+    """All tensors of a method. Checkpoint files call the two fields `meta` and `fixed`.
 
-    Checkpoint files call them `meta` and `fixed`.
+    Attributes:
+        params: Tensors with meta-gradients.
+        buffers: Tensors without, such as population statistics and optimiser moments.
     """
 
     params: Params
@@ -97,7 +104,9 @@ class State(NamedTuple):
 class InputSpec(NamedTuple):
     """The inputs of a dataset.
 
-    shape: of one input, without the batch axis; vocabulary: number of different tokens, None where inputs are not tokens.
+    Attributes:
+        shape: Shape of one input, without the batch axis.
+        vocabulary: Number of different tokens; None for other inputs.
     """
 
     shape: tuple[int, ...]
@@ -113,10 +122,14 @@ class InputSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known before any weight exists.
+    """What the initialisation of a method depends on.
 
-    input_shape: of one input; way: outputs of a classifier of one task (or target dimensions); train_classes: number of
-    training classes (0 for regression); target: "class", "value" or a family's own; vocabulary: see `InputSpec`.
+    Attributes:
+        input_shape: Shape of one input.
+        way: Number of classes per task, or of target dimensions.
+        train_classes: Number of training classes, 0 for regression.
+        target: "class", "value" or another target of a family.
+        vocabulary: See `InputSpec`.
     """
 
     input_shape: tuple[int, ...]
@@ -127,16 +140,19 @@ class Spec:
 
     @property
     def inputs(self) -> InputSpec:
-        """The part that a backbone needs."""
+        """Return the part that a backbone needs."""
         return InputSpec(self.input_shape, self.vocabulary)
 
 
 class Loss(NamedTuple):
-    """What `Algorithm.loss` returns.
+    """The result of `Algorithm.loss`.
 
-    value: [], its gradient is the meta-gradient; logs: scalars to record, among them "loss"; statistics: normalisation
-    statistics of this pass, by their names in `State.buffers`, which follow them as a moving average; buffers: new values
-    of other buffers, by name, which are replaced by them.
+    Attributes:
+        value: The loss []; its gradient is the meta-gradient.
+        logs: Scalars to log, including "loss".
+        statistics: Normalisation statistics of this pass, by name in `State.buffers`. Those buffers
+            follow them as a moving average.
+        buffers: New values of other buffers, by name; they replace the old ones.
     """
 
     value: Tensor
@@ -146,11 +162,13 @@ class Loss(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """How the same mathematics is computed; the engine chooses by what is fast where.
+    """Implementations of the same mathematics; the engine chooses the faster ones.
 
-    convolution: "plain", which becomes a grouped convolution under `vmap` with per-task weights; or "unfold", patches
-    times weights, which becomes a batched matrix product. fused_norm: scale and shift inside `F.batch_norm`, which is
-    faster but has a wrong second derivative under `vmap` with per-task weights.
+    Attributes:
+        convolution: "plain", which becomes a grouped convolution under `vmap` with per-task
+            weights; or "unfold", patches times weights, which becomes a batched matrix product.
+        fused_norm: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second
+            derivative under `vmap` with per-task weights.
     """
 
     convolution: str = "plain"
@@ -159,7 +177,7 @@ class Kernels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over episodes with the half-width of its 95% interval."""
+    """A mean over episodes with the half-width of its 95% confidence interval."""
 
     mean: float
     ci95: float

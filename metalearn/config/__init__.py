@@ -1,0 +1,1 @@
+"""From YAML and a command line to one checked configuration; imports no torch."""

@@ -1,0 +1,177 @@
+"""The typed schema of all of `conf/`: a composed configuration becomes a checked one.
+
+A mistake raises `UserError`: what is wrong, where it was set, what would be right. Nothing here imports torch: the settings of
+the package's own classes are in a generated index, so that a mistyped word is answered at once.
+"""
+
+import dataclasses
+from typing import Any
+
+from metalearn.config.fields import above, anything, at_least, between, choice
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpisodeShape:
+    """The shape of episodes; see `metalearn.tasks.sampling.Shape`."""
+
+    way: int = at_least(1)
+    shot: int = at_least(1)
+    query: int = at_least(1)
+    unlabelled: int = at_least(0, default=0)
+    distractors: int = at_least(0, default=0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpisodeConfig(EpisodeShape):
+    """Episodes of validation and test, and of training."""
+
+    train: EpisodeShape = anything(role="identity")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """Meta-training; conf/base.yaml explains each setting."""
+
+    source: str = choice("episodes", "batches")
+    batch_size: int = at_least(1)
+    steps: int = at_least(0)
+    meta_batch: int = at_least(1)
+    optimiser: str | None = choice("adam", "sgd", default=None)
+    lr: float = above(0)
+    schedule: str = choice("constant", "linear", "cosine", "step")
+    schedule_every: int = at_least(1)
+    schedule_factor: float = above(0)
+    clip_value: float | None = above(0)
+    clip_norm: float | None = above(0)
+    statistics_momentum: float = between(0, 1)
+    log_every: int = at_least(1, role="presentation")
+    patience: int = at_least(0)
+    nonfinite: str = choice("stop", "skip", role="machine")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ValConfig:
+    """Validation."""
+
+    every: int = at_least(1)
+    episodes: int = at_least(2)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TestConfig:
+    """The test."""
+
+    __test__ = False  # not a test class for pytest
+
+    episodes: int = at_least(2)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every: int = at_least(1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineConfig:
+    """How it is computed; conf/base.yaml explains each setting."""
+
+    strategy: str = choice("auto", "vmap", "loop", "mixed", rounds=True)
+    task_chunk: int = at_least(0)
+    threads: int = at_least(0, rounds=True)
+    precision: str = choice("fp32", "tf32", "bf16", rounds=True)
+    convolution: str = choice("auto", "plain", "unfold", rounds=True)
+    cuda_graph: bool = anything(default=True)
+    rematerialise: bool = anything(rounds=True)
+    profile: bool = anything()
+    choices: str | None = anything(rounds=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggerConfig:
+    """Where metrics go besides the run folder."""
+
+    name: str = choice("wandb", "none")
+    project: str | None = anything()
+    entity: str | None = anything()
+
+
+@dataclasses.dataclass(kw_only=True)
+class LossConfig:
+    """Losses by name, null for the usual ones: of queries and batches, and of inner loops. settings: of `name`."""
+
+    name: str | None = anything(default=None)
+    inner: str | None = anything(default=None)
+    settings: dict[str, Any] = anything(default={})
+
+
+@dataclasses.dataclass(kw_only=True)
+class AugmentConfig:
+    """Augmentations of training inputs, applied in this order: name -> its settings."""
+
+    ops: dict[str, Any] = anything(default={})
+
+
+@dataclasses.dataclass(kw_only=True)
+class PublishedConfig:
+    """A published result: its mean, the half-width of its 95% interval where given, and where it was read."""
+
+    mean: float = anything()
+    ci95: float | None = anything()
+    source: str = anything()
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeasuredConfig:
+    """What a recipe gave here at one budget, and where. sampler: version of the episode sampler."""
+
+    mean: float = anything()
+    ci95: float = anything()
+    minutes: float = anything()
+    hardware: str = anything()
+    commit: str | None = anything()
+    seed: int = anything()
+    protocol_id: str = anything()
+    sampler: int = anything(default=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReproductionConfig:
+    """What `metalearn reproduce` reads. budgets: the overrides of each; measured: by budget."""
+
+    published: PublishedConfig = anything()
+    budgets: dict[str, list[str]] = anything()
+    measured: dict[str, MeasuredConfig] = anything()
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig:
+    """`algo`, `dataset` and `backbone` are checked against the class that their `_target_` names."""
+
+    algo: Any = anything(role="identity protocol")
+    dataset: Any = anything(role="identity protocol")
+    backbone: Any = anything(role="identity")
+    optimiser: dict[str, Any] = anything(role="identity")
+    loss: LossConfig = anything(role="identity")
+    augment: AugmentConfig = anything(role="identity")
+    episode: EpisodeConfig = anything(role="identity protocol")
+    logger: LoggerConfig = anything(role="presentation")
+    train: TrainConfig = anything(role="identity")
+    val: ValConfig = anything(role="identity")
+    test: TestConfig = anything(role="protocol")
+    checkpoint: CheckpointConfig = anything(role="machine")
+    engine: EngineConfig = anything(role="machine")
+    seed: int = anything(role="seed")
+    episode_seed: int = anything(role="identity protocol")
+    statistics: str = choice(
+        "query", "support", "support_plus_one", "population", role="identity protocol"
+    )
+    device: str = choice("auto", "cpu", "cuda", role="machine", rounds=True)
+    data_dir: str | None = anything(role="machine")
+    cache_dir: str | None = anything(role="machine")
+    resume: str = choice("never", "auto", role="presentation")
+    reproduction: ReproductionConfig | None = anything(default=None, role="presentation")
+
+
+COMPONENTS = ("algo", "dataset", "backbone")

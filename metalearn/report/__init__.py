@@ -1,0 +1,1 @@
+"""What people read: result files, tables, plots, statistics and Weights & Biases."""

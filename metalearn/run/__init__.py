@@ -1,0 +1,1 @@
+"""One run: build it, train it, test it, load it again."""
