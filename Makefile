@@ -1,4 +1,5 @@
-# `make` alone prints this help. Everything runs in .venv, which any target makes when it is missing or out of date.
+# `make` prints the help. Everything runs in .venv; each target builds it if it is missing or out of
+# date.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -8,72 +9,73 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
 
-help:  ## this help
+help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-setup: $(VENV)/.ready  ## make .venv with everything in it (quick when nothing changed)
+setup: $(VENV)/.ready  ## build .venv with all dependencies (quick if nothing changed)
 
-# uv picks a torch and a torchvision that fit each other. Bytecode is compiled here, as pip does, so that commands start fast.
+# uv picks matching versions of torch and torchvision. Bytecode is compiled here, as pip does, so
+# that commands start fast.
 $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,sweep]'
-	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some packages carry files for other Pythons
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some need other Pythons
 	touch $@
 
-demo: setup  ## MAML on the embedded data, trained and tested for real, in under 3 minutes
+demo: setup  ## train and test MAML on embedded data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
 
-check: setup  ## the quick loop: format, lint, types, fast tests (one to two minutes)
+check: setup  ## quick checks: format, lint, types, fast tests (one to two minutes)
 	ruff format --check .
 	ruff check .
 	mypy
 	pytest -m "not slow" -n 2
 
-format: setup  ## mend what format and lint can mend by themselves
+format: setup  ## format, and apply the automatic fixes of lint
 	ruff format .
 	ruff check --fix .
 
-test: setup  ## all tests; TEST="-m slow": those that `make check` leaves out
+test: setup  ## run all tests; TEST="-m slow": only those that `make check` skips
 	pytest -n 2 $(TEST)
 
 BUDGET ?= quick
-benchmark: setup  ## every recipe of a published figure at BUDGET=smoke|quick|paper, skipping what is done
+benchmark: setup  ## run all recipes of published results, BUDGET=smoke|quick|paper
 	python scripts/benchmark.py budget=$(BUDGET) $(BENCHMARK)
 
-benchmark-omniglot: setup  ## the recipes on Omniglot alone
+benchmark-omniglot: setup  ## run only the recipes on Omniglot
 	python scripts/benchmark.py budget=$(BUDGET) only=omniglot $(BENCHMARK)
 
 METHODS ?= jobs=1
-benchmark-methods: setup  ## every method on Omniglot, some on CIFAR-FS, up to 20 minutes each: METHODS="only=omniglot_5w1s jobs=2"
+benchmark-methods: setup  ## train all methods, ≤ 20 min each: METHODS="only=omniglot_5w1s jobs=2"
 	python scripts/benchmark_methods.py $(METHODS)
 
-benchmark-sinusoid: setup  ## four methods on sinusoids: error over inner steps, fitted curves
+benchmark-sinusoid: setup  ## train four methods on sinusoids: error over inner steps, fitted curves
 	python scripts/benchmark_sinusoid.py
 
-benchmark-intervals: setup  ## that the 95% interval covers the truth in 95% of simulated runs, into benchmarks/
+benchmark-intervals: setup  ## simulate the coverage of the 95% interval; writes benchmarks/
 	python scripts/benchmark_intervals.py
 
-benchmark-speed: setup  ## training speed against a plain loop over tasks, and what it rests on, into benchmarks/
+benchmark-speed: setup  ## compare training speed with a plain loop over tasks; writes benchmarks/
 	python scripts/benchmark_speed.py
 
-bench-kills: setup  ## 100 random kills with resume, compared bit for bit, into docs/reliability.md
+bench-kills: setup  ## kill and resume runs, compare bit for bit; writes docs/reliability.md
 	python scripts/bench_kills.py
 
-bench-fuzz: setup  ## 10,000 random command lines and 300 processes, into docs/reliability.md
+bench-fuzz: setup  ## run 10,000 random command lines and 300 processes; writes docs/reliability.md
 	python scripts/bench_fuzz.py
 
-bench-faults: setup  ## full disks, killed processes, lying downloads and more, into docs/reliability.md (as root, on Linux)
+bench-faults: setup  ## inject faults (Linux, root); writes docs/reliability.md
 	python scripts/bench_faults.py
 
-bench-long: setup  ## memory over 10,000 steps, a thousand runs compared, into docs/reliability.md
+bench-long: setup  ## memory of 10,000 steps, comparison of 1,000 runs; writes docs/reliability.md
 	python scripts/bench_long.py
 
-bench-reliability: bench-kills bench-fuzz bench-faults bench-long  ## all four
+bench-reliability: bench-kills bench-fuzz bench-faults bench-long  ## run all four
 
-wheel: setup  ## a wheel in dist/
+wheel: setup  ## build a wheel in dist/
 	$(BIN)/uv build --quiet --wheel
 
-clean:  ## remove the environment and what tools left
+clean:  ## remove the environment and the files of tools
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

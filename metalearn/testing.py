@@ -30,7 +30,8 @@ from metalearn.data.base import Dataset
 from metalearn.engine import Engine
 from metalearn.report.stats import estimate
 from metalearn.run import loop
-from metalearn.run.build import Run, build, family_of
+from metalearn.run.build import Run, build
+from metalearn.run.parts import family_of
 from metalearn.run.step import Training
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import Shape, TaskSource

@@ -29,6 +29,7 @@ from PIL import Image
 
 from metalearn.report import tables
 from metalearn.report.environment import describe_environment
+from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint
 
 _SMALL = (
@@ -90,7 +91,7 @@ class Sandbox:
 
     def latest_checkpoint(self) -> str:
         """Describe the checkpoint that a resumed run would start from."""
-        latest = checkpoint.latest(self.run / "checkpoints", lambda line: None)
+        latest = checkpoint.latest(RunFolder(self.run), lambda line: None)
         return f"intact checkpoint of step {latest['step']}" if latest else "no checkpoint"
 
     def resume(self) -> str:
@@ -101,7 +102,7 @@ class Sandbox:
 
 
 #: Parts of the lines that report an error or a warning.
-_MARKS = ("metalearn: ", "damaged", "W&B: failed", "going back", "skipped", "SIGTERM:")
+_MARKS = ("metalearn: ", "corrupt", "W&B: failed", "previous checkpoint", "skipped", "SIGTERM:")
 
 #: Injects a fault; returns the printed line with the exit code, and the state afterwards.
 Fault = Callable[[Sandbox], tuple[str, str]]

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import NoReturn
 
 from omegaconf import DictConfig
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 
-from metalearn.cli import launch
+from metalearn.cli import _arguments, _launch
 from metalearn.config import checking, composition
 from metalearn.report.environment import describe_environment
 from metalearn.system.errors import RunFailed, UserError
@@ -144,7 +144,7 @@ def check_line(args: list[str]) -> str | None:
     """Parse, compose and validate a line in this process; return the failure, or None."""
     signal.alarm(_LINE_SECONDS)
     try:
-        launch.check(launch.parsed(args[1:]))
+        _launch.check(_arguments.parse(args[1:]))
     except (UserError, RunFailed) as error:
         return "its error has several lines" if "\n" in str(error) else None
     except LineTimeout:
@@ -234,7 +234,7 @@ def main() -> None:
         f"`python scripts/bench_fuzz.py lines={count} processes={processes} seed={seed}`, "
         f"commit {environment['commit']}.",
     ]
-    fill(ROOT / "docs/reliability.md", "lines: written by scripts/bench_fuzz.py", text)
+    fill(ROOT / "docs/reliability.md", "lines: written by scripts/bench_fuzz.py", wrap(text))
     print("\n".join(text))
     sys.exit(bool(failures))
 

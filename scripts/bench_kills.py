@@ -19,7 +19,7 @@ import hydra  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch
 import torch._dynamo  # imported during a run; load it before the fork
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 from same_run import difference, left
 
 import metalearn.run.train  # noqa: F401
@@ -120,7 +120,7 @@ def main() -> None:
         f"{environment['commit']}, {environment['hardware']}, "
         f"torch {environment['versions']['torch']}.",
     ]
-    fill(ROOT / "docs/reliability.md", "kills: written by scripts/bench_kills.py", lines)
+    fill(ROOT / "docs/reliability.md", "kills: written by scripts/bench_kills.py", wrap(lines))
     print("\n".join(lines))
     sys.exit(exact != runs)
 

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 from rich.console import Console
 
 from metalearn.cli.compare import compare
 from metalearn.config import checking, composition
 from metalearn.report.environment import describe_environment
+from metalearn.report.folder import RunFolder
 from metalearn.report.tracker import Tracker
 from metalearn.run import loop
 from metalearn.run.build import Run, build
@@ -40,7 +41,8 @@ class MemoryTracker(Tracker):
     """Log rows as usual and record the resident memory at each, in MiB."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        super().__init__(run.config, run.metric, folder, Console(file=io.StringIO()), "long", -1)
+        files = RunFolder(folder)
+        super().__init__(run.config, run.metric, files, Console(file=io.StringIO()), "long", -1)
         self.memory: list[tuple[int, float]] = []
 
     def log(self, row: dict[str, Any]) -> None:
@@ -112,7 +114,7 @@ def main() -> None:
         f"`python scripts/bench_long.py steps={steps} runs={count}`, commit "
         f"{environment['commit']}, {environment['hardware']}, torch {torch.__version__}."
     )
-    fill(ROOT / "docs/reliability.md", "long: written by scripts/bench_long.py", lines)
+    fill(ROOT / "docs/reliability.md", "long: written by scripts/bench_long.py", wrap(lines))
 
 
 if __name__ == "__main__":

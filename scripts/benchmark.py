@@ -17,9 +17,9 @@ from typing import Any
 import results
 from omegaconf import OmegaConf
 
-from metalearn.cli.reproduce import VERDICT_FILE, Recipe, experiments
+from metalearn.cli.reproduce import Recipe
 from metalearn.config import checking, composition, roles
-from metalearn.run.train import CONFIG_FILE
+from metalearn.report.folder import RunFolder
 from metalearn.system.errors import UserError
 
 
@@ -29,7 +29,7 @@ def make_room(folder: Path, overrides: list[str]) -> None:
     A run that this version cannot read is deleted too. A matching run, finished or interrupted,
     remains, so that `resume=auto` continues it.
     """
-    if not (folder / CONFIG_FILE).exists():
+    if not RunFolder(folder).is_started:
         return
     config = checking.checked(composition.composed(overrides))
     expected: Any = OmegaConf.create(checking.plain(config))
@@ -54,17 +54,21 @@ def main() -> None:
     options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
     budget, only = options.pop("budget", "quick"), options.pop("only", "")
     names = (
-        [name for name in experiments() if only in name.split("_")] if only else list(experiments())
+        [name for name in composition.reproductions() if only in name.split("_")]
+        if only
+        else list(composition.reproductions())
     )
     if not names:
-        sys.exit(f"only={only}: no such recipe; choose from {', '.join(experiments())}")
+        sys.exit(
+            f"only={only}: no such recipe; choose from {', '.join(composition.reproductions())}"
+        )
     failed = []
     for number, name in enumerate(names, 1):
         folder = Path("outputs/benchmark") / budget / f"{name}-seed{options.get('seed', '0')}"
         print(f"\n[{number}/{len(names)}] {name}", flush=True)
         overrides = [f"{key}={value}" for key, value in {"logger": "none", **options}.items()]
         make_room(folder, Recipe(name, budget).overrides(overrides))
-        if (folder / VERDICT_FILE).exists():
+        if RunFolder(folder).reproduction.exists():
             print(f"already finished: {folder}")
         else:
             command = [
@@ -77,9 +81,9 @@ def main() -> None:
                 "resume=auto",
             ]
             done = subprocess.run([*command, f"hydra.run.dir={folder}", *overrides])
-            if not (folder / VERDICT_FILE).exists():
+            if not RunFolder(folder).reproduction.exists():
                 sys.exit(f"{name} ended with exit code {done.returncode}; run this again to resume")
-        if json.loads((folder / VERDICT_FILE).read_text())["outcome"] == "FAIL":
+        if json.loads(RunFolder(folder).reproduction.read_text())["outcome"] == "FAIL":
             failed.append(name)
         results.collect(folder, measured=False)
     print("\n" + "\n".join(results.write_tables()))

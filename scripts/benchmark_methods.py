@@ -23,9 +23,9 @@ from pages import ROOT, fill
 
 from metalearn.config import composition
 from metalearn.report import tables
+from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
 from metalearn.report.tables import shown_interval
-from metalearn.run.train import RESULT_FILE
 from metalearn.system.atomic import write_json
 
 _RESULTS = ROOT / "benchmarks/methods"
@@ -37,7 +37,7 @@ _TOLERANCE = 0.01
 def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
     """Return the result of the run in this folder; run it first unless it is finished."""
     make_room(folder, [*overrides, *more])
-    if not (folder / RESULT_FILE).exists():
+    if not RunFolder(folder).is_finished:
         command = [
             sys.executable,
             "-m",
@@ -53,7 +53,7 @@ def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
             subprocess.run(
                 [*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log
             )
-    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
+    result: dict[str, Any] = json.loads(RunFolder(folder).result.read_text())
     return result
 
 
@@ -68,7 +68,7 @@ def with_queries(folder: Path, query: int) -> dict[str, Any]:
         f"episode.query={query}",
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    protocol = json.loads((folder / RESULT_FILE).read_text())["protocol"] | {"query": query}
+    protocol = json.loads(RunFolder(folder).result.read_text())["protocol"] | {"query": query}
     tests = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
     return next(test for test in tests if test["protocol"] == protocol)
 
@@ -107,13 +107,13 @@ def _score(test: dict[str, Any]) -> str:
 def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
     result, as_published = stored["result"], stored["as_published"]
     accuracy = (as_published or result)["test"]["accuracy"]["mean"]
-    short = published and accuracy < published["mean"] - _TOLERANCE
+    shortfall = published["mean"] - accuracy if published else 0.0
     return {
         "`algo=`": f"`{method}`",
         "test": _score(result["test"]),
         "with 1 query": _score(as_published["test"]) if as_published else "",
         "published": f"{100 * published['mean']:.1f} ({published['source']})" if published else "",
-        "points short": f"{100 * (published['mean'] - accuracy):.1f}" if short else "",
+        "points short": f"{100 * shortfall:.1f}" if shortfall > _TOLERANCE else "",
         "untrained": f"{100 * stored['untrained']['accuracy']['mean']:.1f}%",
         "statistics": result["protocol"]["statistics"],
         "steps": result["steps"],

@@ -1,13 +1,18 @@
-"""Training speed of the engine against a plain PyTorch loop over tasks, on the same tasks, in the same run.
+"""Compare the engine's training speed with a plain PyTorch loop over the same tasks.
 
-Writes benchmarks/speed-<device>.json and .md: tasks a second, median of alternating repeats with the slowest and the
-fastest, for the plain loop, for each strategy, what `engine.strategy=auto` picks, that in bf16, and second-order MAML by
-`higher`, `torchopt` and `learn2learn` where they are installed; seconds of 1,000 test episodes; seconds from the command to
-the first step; peak memory against inner steps and against the meta-batch; and the share of a step that is not the model.
+python scripts/benchmark_speed.py [--device DEVICE] [--repeats N] [--quick] [--rest]
 
-The plain loop is what the field's libraries do: one task after the other, an `nn.Module` run through
-`torch.func.functional_call` with the adapted weights, `torch.autograd.grad(create_graph=True)` for the inner step, and
-`backward` of each task's query loss.
+Writes benchmarks/speed-<device>.json and .md:
+- tasks per second (median, slowest and fastest of alternating repeats) of the plain loop, of each
+  strategy, of the one that `engine.strategy=auto` picks, of that one in bf16, and of second-order
+  MAML by `higher`, `torchopt` and `learn2learn` if they are installed;
+- seconds for 1,000 test episodes, and from the command to the first step;
+- peak memory for several numbers of inner steps and meta-batch sizes;
+- the share of a step that is spent outside the model.
+
+The plain loop does what the field's libraries do: one task after the other, with
+`torch.func.functional_call` on the adapted weights, `torch.autograd.grad(create_graph=True)` for
+the inner step, and `backward` of each task's query loss.
 """
 
 import argparse
@@ -35,8 +40,8 @@ from metalearn.run import loop
 from metalearn.run.build import Run, build
 
 
-def installed(name: str) -> Any:
-    """The library, or None."""
+def import_optional(name: str) -> Any:
+    """Import a library; return None if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -44,12 +49,12 @@ def installed(name: str) -> Any:
 
 
 LIBRARIES = ("higher", "torchopt", "learn2learn")
-higher, torchopt, learn2learn = map(installed, LIBRARIES)
+higher, torchopt, learn2learn = map(import_optional, LIBRARIES)
 _OUT = Path(__file__).parent.parent / "benchmarks"
 
 
 class PlainConv4(nn.Module):
-    """The same network as an ordinary module. stride: halves by the convolution, else by max-pooling."""
+    """Conv4 as an ordinary module, downsampled by stride or else by max-pooling."""
 
     def __init__(self, filters: int, stride: bool, mean: bool, way: int | None) -> None:
         super().__init__()
@@ -67,6 +72,7 @@ class PlainConv4(nn.Module):
         self.head = nn.Linear(features, way) if way else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed images [B, 1, H, W], or classify them if `way` was given."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
             x = x if self.stride else F.max_pool2d(x, 2)
@@ -74,7 +80,7 @@ class PlainConv4(nn.Module):
 
 
 def plain_gradient_step(run: Run, tasks: Any) -> Callable[[], None]:
-    """One meta-step of MAML, first-order MAML or ANIL over tasks, as a plain loop."""
+    """Return a plain loop that runs one meta-step of MAML, first-order MAML or ANIL."""
     settings = run.config.algo
     model = PlainConv4(run.config.backbone["filters"], True, True, tasks.support.way).to(run.device)
     first_order, head_only = settings["first_order"], settings["adapted_part"] == "head"
@@ -108,7 +114,7 @@ def plain_gradient_step(run: Run, tasks: Any) -> Callable[[], None]:
 
 
 def plain_metric_step(run: Run, tasks: Any) -> Callable[[], None]:
-    """One meta-step of ProtoNet over tasks, as a plain loop."""
+    """Return a plain loop that runs one meta-step of ProtoNet."""
     model = PlainConv4(run.config.backbone["filters"], False, False, None).to(run.device)
 
     def step() -> None:
@@ -127,7 +133,7 @@ def plain_metric_step(run: Run, tasks: Any) -> Callable[[], None]:
 
 
 def library_steps(run: Run, tasks: Any) -> dict[str, Callable[[], None]]:
-    """One meta-step of second-order MAML by each of the field's libraries that is installed, as its examples write it."""
+    """Return one meta-step of second-order MAML for each installed library, as in its examples."""
     settings, count = run.config.algo, tasks.key.shape[0]
     if settings.get("first_order") is not False or settings["adapted_part"] != "all":
         return {}
@@ -169,14 +175,14 @@ def library_steps(run: Run, tasks: Any) -> dict[str, Callable[[], None]]:
                 learner.adapt(F.cross_entropy(learner(support[task][0]), support[task][1]))
             (F.cross_entropy(learner(query[task][0]), query[task][1]) / count).backward()
 
-    found = {"higher": (higher, with_higher), "torchopt": (torchopt, with_torchopt)}
-    found["learn2learn"] = (learn2learn, with_learn2learn)
-    return {name: step for name, (module, step) in found.items() if module is not None}
+    steps = {"higher": (higher, with_higher), "torchopt": (torchopt, with_torchopt)}
+    steps["learn2learn"] = (learn2learn, with_learn2learn)
+    return {name: step for name, (module, step) in steps.items() if module is not None}
 
 
 def cases(quick: bool) -> list[tuple[str, list[str]]]:
-    """Name and settings of each comparison."""
-    found = []
+    """Return the name and the settings of each comparison."""
+    rows = []
     for way, batch in ((5, 32), (20, 8)):
         for query in (1, 15):
             shape = [
@@ -184,8 +190,8 @@ def cases(quick: bool) -> list[tuple[str, list[str]]]:
                 f"episode.train.query={query}",
                 f"train.meta_batch={4 if quick else batch}",
             ]
-            at = f"{way}w1s, {query} {'query' if query == 1 else 'queries'}"
-            for name, words in (
+            protocol = f"{way}w1s, {query} {'query' if query == 1 else 'queries'}"
+            for name, overrides in (
                 ("MAML, 1 step", ["algo=maml"]),
                 ("first-order MAML, 1 step", ["algo=fomaml"]),
                 ("MAML, 5 steps", ["algo=maml", "algo.inner_steps=5"]),
@@ -194,28 +200,26 @@ def cases(quick: bool) -> list[tuple[str, list[str]]]:
                 ("ProtoNet", ["algo=protonet"]),
             ):
                 if way == 5 or "5 steps" not in name:
-                    found.append((f"{name}, {at}", [*words, *shape]))
-    return found
+                    rows.append((f"{name}, {protocol}", [*overrides, *shape]))
+    return rows
 
 
-def made(words: list[str], device: str) -> Run:
-    """A run on glyphs, with the recipe's backbone of Omniglot."""
-    stride = (
-        [] if "algo=protonet" in words else ["backbone.downsample=stride", "backbone.output=mean"]
-    )
-    words = [
+def build_run(overrides: list[str], device: str) -> Run:
+    """Build a run on glyphs with the backbone of the Omniglot recipe."""
+    stride = ["backbone.downsample=stride", "backbone.output=mean"]
+    overrides = [
         "dataset=glyphs",
         "logger=none",
         f"device={device}",
         "episode.train.way=${episode.way}",
-        *stride,
-        *words,
+        *([] if "algo=protonet" in overrides else stride),
+        *overrides,
     ]
-    return build(checking.checked(composition.composed(words)))
+    return build(checking.checked(composition.composed(overrides)))
 
 
 def rates(run: Run, repeats: int) -> dict[str, list[float]]:
-    """Tasks a second of the plain loop, of each strategy and of the one chosen, alternating."""
+    """Measure tasks per second of the plain loop, each strategy and the chosen one, alternating."""
     batch = run.config.train.meta_batch
     tasks, progress = run.train.draw(0, batch), torch.zeros((), device=run.device)
     plain = plain_gradient_step if "inner_steps" in run.config.algo else plain_metric_step
@@ -224,32 +228,31 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     )
     steps: dict[str, Callable[[], Any]] = {"plain": plain(run, tasks)}
     for strategy in strategies:
-        free = dataclasses.replace(
+        engine = dataclasses.replace(
             run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk
-        )
-        settled = free.resolved(run.train.draw(0, 1), batch, True)
-        steps[strategy] = functools.partial(settled.step, run.state, tasks, progress)
+        ).resolved(run.train.draw(0, 1), batch, True)
+        steps[strategy] = functools.partial(engine.step, run.state, tasks, progress)
     for name, engine in (
         ("auto", run.train_engine),
         ("bf16", dataclasses.replace(run.train_engine, precision="bf16")),
     ):
         steps[name] = functools.partial(engine.step, run.state, tasks, progress)
     steps |= library_steps(run, tasks)
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    speeds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
-            if repeat:  # the first warms up
-                found[name].append(batch / (time.perf_counter() - start))
-    return found
+            if repeat:  # the first is a warm-up
+                speeds[name].append(batch / (time.perf_counter() - start))
+    return speeds
 
 
 def first_step_seconds(device: str) -> float:
-    """From the command to the end of the first training step, data in the cache; the median of three."""
-    words = [
+    """Measure seconds from the command to the end of the first step, cached data, median of 3."""
+    args = [
         "train",
         "algo=maml",
         "dataset=glyphs",
@@ -261,7 +264,7 @@ def first_step_seconds(device: str) -> float:
     seconds = []
     for number in range(3):
         start = time.perf_counter()
-        command = [sys.executable, "-m", "metalearn", *words, f"device={device}"]
+        command = [sys.executable, "-m", "metalearn", *args, f"device={device}"]
         process = subprocess.Popen(
             [*command, f"hydra.run.dir=/tmp/metalearn-speed-{time.time_ns()}-{number}"],
             stdout=subprocess.PIPE,
@@ -275,10 +278,10 @@ def first_step_seconds(device: str) -> float:
     return statistics.median(seconds)
 
 
-def peak_memory(words: list[str], device: str) -> float:
-    """MiB that one meta-step needs beyond what building the run needs, in a process of its own."""
+def peak_memory(overrides: list[str], device: str) -> float:
+    """Measure, in its own process, the MiB that one meta-step needs beyond the built run."""
     done = subprocess.run(
-        [sys.executable, __file__, "--memory", device, *words],
+        [sys.executable, __file__, "--memory", device, *overrides],
         capture_output=True,
         text=True,
         check=True,
@@ -286,11 +289,12 @@ def peak_memory(words: list[str], device: str) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def print_peak_memory(words: list[str], device: str) -> None:
-    run = made(words, device)
+def print_peak_memory(overrides: list[str], device: str) -> None:
+    """Print the MiB that one meta-step needs in this process."""
+    run = build_run(overrides, device)
     tasks = run.train.draw(0, run.config.train.meta_batch)
     if run.device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _memory(run.device)
     run.train_engine.step(run.state, tasks, torch.zeros((), device=run.device))
     print(_memory(run.device) - before)
@@ -304,69 +308,72 @@ def _memory(device: torch.device) -> float:
 
 
 def share_outside_model(run: Run) -> float:
-    """Share of a meta-step that draws tasks and steps the optimiser."""
+    """Measure the share of a meta-step spent on sampling tasks and on the optimiser."""
     batch = run.config.train.meta_batch
     optimiser = torch.optim.Adam(list(run.state.params.values()))
-    spent = {"outside": 0.0, "model": 0.0}
+    seconds = {"outside": 0.0, "model": 0.0}
     for number in range(6):
-        marks = [time.perf_counter()]
+        times = [time.perf_counter()]
         tasks = run.train.draw(number * batch, batch)
-        marks.append(time.perf_counter())
+        times.append(time.perf_counter())
         result = run.train_engine.step(run.state, tasks, torch.zeros((), device=run.device))
-        marks.append(time.perf_counter())
+        times.append(time.perf_counter())
         for leaf, gradient in zip(
             run.state.params.values(), result.gradients.values(), strict=True
         ):
             leaf.grad = gradient
         optimiser.step()
-        marks.append(time.perf_counter())
+        times.append(time.perf_counter())
         if number:
-            spent["outside"] += marks[1] - marks[0] + marks[3] - marks[2]
-            spent["model"] += marks[2] - marks[1]
-    return spent["outside"] / (spent["outside"] + spent["model"])
+            seconds["outside"] += times[1] - times[0] + times[3] - times[2]
+            seconds["model"] += times[2] - times[1]
+    return seconds["outside"] / (seconds["outside"] + seconds["model"])
 
 
 def main() -> None:
+    """Measure everything and write the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small batches, to try the script itself; writes nothing",
+        help="small batches, to test this script; writes nothing",
     )
     parser.add_argument(
         "--rest",
         action="store_true",
-        help="all but the tasks a second, which stay as they were measured",
+        help="measure everything but the tasks per second, which are read from the file",
     )
     parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.memory:
-        print_peak_memory(arguments.memory[1:], arguments.memory[0])
+    args = parser.parse_args()
+    if args.memory:
+        print_peak_memory(args.memory[1:], args.memory[0])
         return
-    device, rows = arguments.device, []
+    device, rows = args.device, []
     file = _OUT / f"speed-{device}.json"
     environment_of_rows = describe_environment(device)
-    if arguments.rest:
-        kept = json.loads(file.read_text())
-        rows, environment_of_rows = kept["rows"], kept["environment"]
-    for name, words in [] if arguments.rest else cases(arguments.quick):
-        run = made(words, device)
-        found = rates(run, arguments.repeats)
-        medians = {key: statistics.median(values) for key, values in found.items()}
+    if args.rest:
+        stored = json.loads(file.read_text())
+        rows, environment_of_rows = stored["rows"], stored["environment"]
+    for name, overrides in [] if args.rest else cases(args.quick):
+        run = build_run(overrides, device)
+        speeds = rates(run, args.repeats)
+        medians = {key: statistics.median(values) for key, values in speeds.items()}
         rows.append(
             {
-                "case": name, "chosen": run.train_engine.strategy, "chunk": run.train_engine.chunk,
-                "tasks_per_second": medians, "slowest": {key: min(values) for key, values in found.items()},
-                "fastest": {key: max(values) for key, values in found.items()}, "speedup": medians["auto"] / medians["plain"],
+                "case": name,
+                "chosen": run.train_engine.strategy,
+                "chunk": run.train_engine.chunk,
+                "tasks_per_second": medians,
+                "slowest": {key: min(values) for key, values in speeds.items()},
+                "fastest": {key: max(values) for key, values in speeds.items()},
+                "speedup": medians["auto"] / medians["plain"],
             }
-        )  # fmt: skip
-        print(
-            f"{name}: plain {medians['plain']:.1f}, auto ({run.train_engine.strategy}) {medians['auto']:.1f} tasks/s",
-            flush=True,
         )
-    maml = made(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
+        auto = f"auto ({run.train_engine.strategy}) {medians['auto']:.1f}"
+        print(f"{name}: plain {medians['plain']:.1f}, {auto} tasks/s", flush=True)
+    maml = build_run(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
     start = time.perf_counter()
     loop.test(maml, maml.state, None)
     content = {
@@ -378,30 +385,44 @@ def main() -> None:
         "first_step_seconds": first_step_seconds(device),
         "share_outside_model": share_outside_model(maml),
         "memory": [
-            {"inner_steps": steps, "meta_batch": batch, "rematerialise": again, "mib": peak_memory(
-                ["algo=maml", f"algo.inner_steps={steps}", f"train.meta_batch={batch}", "episode.train.query=5",
-                 f"engine.rematerialise={again}"], device)}
-            for again in (False, True) for steps, batch in ((1, 8), (5, 8), (20, 8), (1, 32), (1, 128))
+            {
+                "inner_steps": steps,
+                "meta_batch": batch,
+                "rematerialise": rematerialise,
+                "mib": peak_memory(
+                    [
+                        "algo=maml",
+                        f"algo.inner_steps={steps}",
+                        f"train.meta_batch={batch}",
+                        "episode.train.query=5",
+                        f"engine.rematerialise={rematerialise}",
+                    ],
+                    device,
+                ),
+            }
+            for rematerialise in (False, True)
+            for steps, batch in ((1, 8), (5, 8), (20, 8), (1, 32), (1, 128))
         ],
-    }  # fmt: skip
-    if not arguments.quick:
+    }
+    if not args.quick:
         _OUT.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=1) + "\n")
-        (_OUT / f"speed-{device}.md").write_text(
-            "\n".join(markdown(content, arguments.repeats)) + "\n"
-        )
+        (_OUT / f"speed-{device}.md").write_text("\n".join(markdown(content, args.repeats)) + "\n")
 
 
 def markdown(content: dict[str, Any], repeats: int) -> list[str]:
-    """The table people read."""
-    where = content["environment"]
+    """Return the lines of the Markdown file."""
+    environment = content["environment"]
     lines = [
         "# Training speed",
         "",
-        f"`make benchmark-speed`: tasks a second, median of {repeats} (slowest to fastest). Commit {where['commit']},",
-        f"{where['hardware']}, torch {where['versions']['torch']}. Conv4-64; MAML's family with stride 2 and spatial mean.",
+        f"`make benchmark-speed`: tasks per second, median of {repeats} (slowest to fastest).",
+        f"Commit {environment['commit']}, {environment['hardware']}, "
+        f"torch {environment['versions']['torch']}.",
+        "Conv4-64; MAML and its variants with stride 2 and spatial mean.",
         "",
-        "| case | plain loop | loop | vmap | mixed | auto picks | auto over plain | auto in bf16 | by libraries |",
+        "| case | plain loop | loop | vmap | mixed | auto picks | auto / plain | auto in bf16 "
+        "| libraries |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
@@ -414,8 +435,9 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
                 else ""
             )
         lines.append(
-            f"| {row['case']} | {' | '.join(cells)} | {row['chosen']}: {row['tasks_per_second']['auto']:.1f} | "
-            f"{row['speedup']:.2f} | {row['tasks_per_second']['bf16']:.1f} | "
+            f"| {row['case']} | {' | '.join(cells)} "
+            f"| {row['chosen']}: {row['tasks_per_second']['auto']:.1f} "
+            f"| {row['speedup']:.2f} | {row['tasks_per_second']['bf16']:.1f} | "
             + "; ".join(
                 f"{name} {row['tasks_per_second'][name]:.1f}"
                 for name in LIBRARIES
@@ -428,13 +450,15 @@ def markdown(content: dict[str, Any], repeats: int) -> list[str]:
         "",
         *(
             [f"Measured at commit {rest['commit']}:", ""]
-            if rest["commit"] != where["commit"]
+            if rest["commit"] != environment["commit"]
             else []
         ),
-        f"- {content['test_episodes']:,} test episodes of MAML, 5w1s, 15 queries: {content['test_seconds']:.1f} s",
-        f"- from the command to the end of the first step, data in the cache: {content['first_step_seconds']:.1f} s",
-        f"- share of a meta-step (MAML, 8 tasks, 5 queries) that is drawing tasks and the optimiser: "
-        f"{content['share_outside_model']:.1%}",
+        f"- {content['test_episodes']:,} test episodes of MAML, 5w1s, 15 queries: "
+        f"{content['test_seconds']:.1f} s",
+        f"- from the command to the end of the first step, with cached data: "
+        f"{content['first_step_seconds']:.1f} s",
+        f"- share of a meta-step (MAML, 8 tasks, 5 queries) spent on sampling tasks and on the "
+        f"optimiser: {content['share_outside_model']:.1%}",
         "- memory of one meta-step of MAML, 5 queries: "
         + "; ".join(
             f"{one['inner_steps']} inner steps, {one['meta_batch']} tasks"

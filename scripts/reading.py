@@ -1,8 +1,8 @@
-"""Count the lines that somebody must read to extend metalearn, and write the table of docs/extending.md.
+"""Count the lines to read before extending metalearn and write the table of docs/extending.md.
 
 python scripts/reading.py
 
-Counted are the sections of docs/extending.md that concern the extension, and the files of metalearn that it builds on, as whole files.
+Counts the relevant sections of docs/extending.md and every line of the files that it builds on.
 """
 
 import re
@@ -10,7 +10,7 @@ import re
 from pages import ROOT, fill
 
 _PAGE = ROOT / "docs/extending.md"
-#: Section of the page and files to read for each kind of extension.
+#: Section of the page, and files to read, for each kind of extension.
 _TO_READ = {
     "a metric method": (
         "A metric method",
@@ -26,8 +26,8 @@ _TO_READ = {
     ),
     "a dataset": ("A dataset", ["data/base.py"]),
 }
-#: Files that these rest on; they explain why, and are not needed to write the extension as the page shows it.
-_BELOW = {
+#: Files that those depend on; not needed to write the extension as the page shows it.
+_DEPENDENCIES = {
     "a dataset": ["tasks/store.py", "config/fields.py"],
     "a gradient method": [
         "algorithms/base.py",
@@ -36,8 +36,8 @@ _BELOW = {
         "algorithms/inner_loop.py",
     ],
 }
-_BELOW_ANY = ["algorithms/base.py", "tasks/types.py", "config/fields.py"]
-#: At most so many lines.
+_DEFAULT_DEPENDENCIES = ["algorithms/base.py", "tasks/types.py", "config/fields.py"]
+#: Maximum number of lines to read.
 LIMITS = {
     "a metric method": 300,
     "a gradient method": 400,
@@ -47,17 +47,19 @@ LIMITS = {
 
 
 def _section(title: str) -> int:
-    """Return the number of lines of a section of the page that are not blank."""
-    text = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", _PAGE.read_text(), re.S | re.M)
-    assert text, title
-    return sum(bool(line.strip()) for line in text[1].splitlines())
+    """Return the number of non-blank lines in a section of the page."""
+    match = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", _PAGE.read_text(), re.S | re.M)
+    assert match, title
+    return sum(bool(line.strip()) for line in match[1].splitlines())
 
 
 def parts(kind: str) -> dict[str, int]:
-    """Return what to read for one kind of extension, with its lines."""
+    """Return the number of lines of each part to read for one kind of extension."""
     title, files = _TO_READ[kind]
-    own = {"this page": _section("A package") + _section(title)}
-    return own | {file: len((ROOT / "metalearn" / file).read_text().splitlines()) for file in files}
+    page = {"this page": _section("A package") + _section(title)}
+    return page | {
+        file: len((ROOT / "metalearn" / file).read_text().splitlines()) for file in files
+    }
 
 
 def lines(kind: str) -> int:
@@ -66,23 +68,26 @@ def lines(kind: str) -> int:
 
 
 def main() -> None:
+    """Write the table of docs/extending.md."""
     head = [
         "to add",
         "lines to read",
-        "which",
-        "with the files that these rest on",
+        "where",
+        "with their dependencies",
         "files edited in metalearn",
     ]
     table = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
     for kind in _TO_READ:
-        which = ", ".join(f"{name} {count}" for name, count in parts(kind).items())
-        below = _BELOW.get(kind, _BELOW_ANY)
-        more = lines(kind) + sum(
-            len((ROOT / "metalearn" / file).read_text().splitlines()) for file in below
+        where = ", ".join(f"{name} {count}" for name, count in parts(kind).items())
+        dependencies = _DEPENDENCIES.get(kind, _DEFAULT_DEPENDENCIES)
+        total = lines(kind) + sum(
+            len((ROOT / "metalearn" / file).read_text().splitlines()) for file in dependencies
         )
-        table.append(f"| {kind} | {lines(kind)} | {which} | {more} ({', '.join(below)}) | none |")
+        names = ", ".join(dependencies)
+        table.append(f"| {kind} | {lines(kind)} | {where} | {total} ({names}) | none |")
     table.append(
-        "| a loss, an augmentation, an optimiser | one function or one name | its section below | | none |"
+        "| a loss, an augmentation, an optimiser | one function or one name "
+        "| its section below | | none |"
     )
     fill(_PAGE, "reading: written by scripts/reading.py", table)
 

@@ -1,8 +1,9 @@
-"""Collects finished runs into benchmarks/results/ and writes the tables of docs/results.md from what lies there.
+"""Collect finished runs in benchmarks/results/ and write the tables of docs/results.md from there.
 
-python scripts/results.py outputs/maml-omniglot/<time> …       collect these runs, then write the tables
-python scripts/results.py --measured outputs/benchmark/quick/* …    besides, what recipes are held against from now on
-python scripts/results.py                                      only write the tables
+python scripts/results.py outputs/maml-omniglot/<time> …    collect these runs, write the tables
+python scripts/results.py --measured outputs/benchmark/quick/* …    also store the accuracies as the
+                                                            reference values of the recipes
+python scripts/results.py                                   only write the tables
 """
 
 import hashlib
@@ -11,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 
 from metalearn.config import checking, composition
 from metalearn.report import tables
+from metalearn.report.stats import Difference
 from metalearn.report.tables import shown_interval
 
 _RESULTS = ROOT / "benchmarks/results"
@@ -22,28 +24,31 @@ _BUDGETS = ("smoke", "quick", "paper")
 
 
 def collect(folder: Path, measured: bool) -> None:
-    """One file for a run: its result, every evaluation made of it since, and what it reproduces.
+    """Write one file for a run: its result, its later evaluations, and the recipe it reproduces.
 
-    Args: measured: whether the experiment's file takes the figure as the one to hold against at this budget.
+    Args:
+        folder: Run folder.
+        measured: Also store the accuracy in the experiment's file, as the reference at this budget.
     """
     result = json.loads((folder / "result.json").read_text())
     evaluations = [
         json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
     ]
     content: dict[str, Any] = {"result": result, "evaluations": evaluations}
-    name = f"{result['name'].replace(' ', '-')}-{hashlib.sha256(result['command'].encode()).hexdigest()[:6]}"
+    digest = hashlib.sha256(result["command"].encode()).hexdigest()[:6]
+    name = f"{result['name'].replace(' ', '-')}-{digest}"
     if (folder / "reproduction.json").exists():
-        found = json.loads((folder / "reproduction.json").read_text())
-        content["reproduction"] = found
-        name = f"reproduce-{found['experiment']}-{found['budget']}-seed{result['seed']}"
+        recipe = json.loads((folder / "reproduction.json").read_text())
+        content["reproduction"] = recipe
+        name = f"reproduce-{recipe['experiment']}-{recipe['budget']}-seed{result['seed']}"
         if measured:
-            _hold_against(found["experiment"], found["budget"], result)
+            _store_reference(recipe["experiment"], recipe["budget"], result)
     _RESULTS.mkdir(parents=True, exist_ok=True)
     (_RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
-    """Writes a measured figure into the header of the experiment's file."""
+def _store_reference(experiment: str, budget: str, result: dict[str, Any]) -> None:
+    """Write a measured accuracy to `reproduction.measured` in the experiment's file."""
     path = composition.conf_dir() / "experiment" / f"{experiment}.yaml"
     before, mark, _ = path.read_text().partition("  measured:")
     settings = checking.checked(composition.composed([f"experiment={experiment}"])).reproduction
@@ -68,12 +73,13 @@ def _hold_against(experiment: str, budget: str, result: dict[str, Any]) -> None:
     )
 
 
-def _line(budget: str, figures: dict[str, Any]) -> str:
-    return f"    {budget}: {{{', '.join(f'{key}: {json.dumps(value)}' for key, value in figures.items())}}}"
+def _line(budget: str, values: dict[str, Any]) -> str:
+    content = ", ".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+    return f"    {budget}: {{{content}}}"
 
 
-def _figure(measured: dict[str, Any]) -> str:
-    score, estimate = next(iter(measured["test"].items()))
+def _score(test: dict[str, Any]) -> str:
+    score, estimate = next(iter(test["test"].items()))
     return shown_interval(score, estimate["mean"], estimate["ci95"])
 
 
@@ -82,70 +88,71 @@ def _shape(protocol: dict[str, Any]) -> str:
 
 
 def plain(runs: list[dict[str, Any]]) -> list[str]:
-    """Plain commands: one line a measurement, the run's own first; then the commands."""
+    """Return a table of plain commands, one row per test, followed by the commands."""
     rows, commands = [], []
     for number, run in enumerate(runs, 1):
         result = run["result"]
         environment = result["environment"]
         commands.append(
-            f"{number}. `{result['command']}`, seed {result['seed']}, commit {environment['commit']}, "
-            f"{environment['hardware']}, torch {environment['versions']['torch']}"
+            f"{number}. `{result['command']}`, seed {result['seed']}, "
+            f"commit {environment['commit']}, {environment['hardware']}, "
+            f"torch {environment['versions']['torch']}"
         )
         tests = [one for one in run["evaluations"] if one.get("split", "test") == "test"]
         others = [
-            one for one in tests if one["protocol_id"] != result["protocol_id"] or _method(one)
+            one for one in tests if one["protocol_id"] != result["protocol_id"] or _adaptation(one)
         ]
         same = [
             one
             for one in run["evaluations"]
-            if one["protocol_id"] == result["protocol_id"] and not _method(one)
+            if one["protocol_id"] == result["protocol_id"] and not _adaptation(one)
         ]
-        for measured in [result, *sorted(others, key=_order)]:
-            own = measured is result
-            paired = next(iter(same), {}) if own else measured
+        for test in [result, *sorted(others, key=_order)]:
+            is_own = test is result
+            paired = next(iter(same), {}) if is_own else test
             difference = paired.get("transductive_minus_inductive")
-            inductive = measured["protocol"]["statistics"] != "query"
+            is_inductive = test["protocol"]["statistics"] != "query"
             rows.append(
                 [
                     f"{result['name']} ({number})",
-                    _shape(measured["protocol"]),
-                    measured["protocol"]["statistics"],
-                    _figure(measured),
-                    tables.shown_difference(next(iter(measured["test"])), difference)
-                    if difference and inductive
+                    _shape(test["protocol"]),
+                    test["protocol"]["statistics"],
+                    _score(test),
+                    tables.shown_difference(next(iter(test["test"])), Difference(**difference))
+                    if difference and is_inductive
                     else "",
-                    measured["protocol_id"],
-                    " ".join(_method(measured)),
-                    result["steps"] if own else "",
-                    f"{result['seconds'] / 60:.0f}" if own else "",
+                    test["protocol_id"],
+                    " ".join(_adaptation(test)),
+                    result["steps"] if is_own else "",
+                    f"{result['seconds'] / 60:.0f}" if is_own else "",
                 ]
             )
-    head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus it", "protocol", "adaptation",
-            "steps", "minutes"]  # fmt: skip
+    head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus inductive",
+            "protocol", "adaptation", "steps", "minutes"]  # fmt: skip
     return [
         *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
         "",
-        *commands,
+        *wrap(commands),
     ]
 
 
-def _method(measured: dict[str, Any]) -> list[str]:
-    return [word for word in measured.get("overrides", []) if word.startswith("algo.")]
+def _adaptation(test: dict[str, Any]) -> list[str]:
+    return [key for key in test.get("overrides", []) if key.startswith("algo.")]
 
 
-def _order(measured: dict[str, Any]) -> tuple[Any, ...]:
-    protocol = measured["protocol"]
+def _order(test: dict[str, Any]) -> tuple[Any, ...]:
+    protocol = test["protocol"]
     return (
         protocol["way"],
         protocol["shot"],
         protocol["query"],
         protocol["statistics"],
-        _method(measured),
+        _adaptation(test),
     )
 
 
 def recipes(runs: list[dict[str, Any]]) -> list[str]:
-    """Published figures beside what the recipe gave at the largest budget it was run with."""
+    """Return a table of published results and the recipe's own at the largest budget it was run."""
     best: dict[str, dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: _BUDGETS.index(run["reproduction"]["budget"])):
         best[run["reproduction"]["experiment"]] = run
@@ -162,7 +169,7 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
             [
                 f"`{name}`",
                 f"{100 * published.mean:.2f}{interval}%",
-                _figure(result),
+                _score(result),
                 run["reproduction"]["budget"],
                 _shape(result["protocol"]),
                 result["protocol"]["statistics"],
@@ -173,8 +180,8 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
                 environment["commit"],
             ]
         )
-    head = ["experiment", "published", "here", "budget", "way/shot/query", "statistics", "protocol", "sampler", "seed", "minutes",
-            "commit"]  # fmt: skip
+    head = ["experiment", "published", "measured", "budget", "way/shot/query", "statistics",
+            "protocol", "sampler", "seed", "minutes", "commit"]  # fmt: skip
     return (
         [
             *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
@@ -187,17 +194,17 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def write_tables() -> list[str]:
-    """Writes both tables into docs/results.md. Returns: the one of the recipes."""
+    """Write both tables to docs/results.md and return the one of the recipes."""
     runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
     reproduced = recipes([run for run in runs if "reproduction" in run])
     own = plain([run for run in runs if "reproduction" not in run])
     lines = [
-        "Recipes of published figures, under the published protocol, at the largest budget they were run with",
-        "(`metalearn reproduce <experiment> budget=…`):",
+        "Recipes of published results (`metalearn reproduce <experiment> budget=…`), with the",
+        "published protocol, at the largest budget that was run:",
         "",
         *reproduced,
         "",
-        "Plain commands, whose settings suit a CPU, tested under several protocols:",
+        "Plain commands, with settings for a CPU, tested with several protocols:",
         "",
         *own,
     ]
@@ -206,9 +213,10 @@ def write_tables() -> list[str]:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    for folder in [word for word in words if word != "--measured"]:
-        collect(Path(folder), measured="--measured" in words)
+    """Collect the given run folders and write the tables."""
+    args = sys.argv[1:]
+    for folder in [arg for arg in args if arg != "--measured"]:
+        collect(Path(folder), measured="--measured" in args)
     write_tables()
 
 

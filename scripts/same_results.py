@@ -1,9 +1,10 @@
-"""Check that the current code trains and tests bit for bit as another commit does.
+"""Check that the current code gives the same results as a different commit, bit for bit.
 
 python scripts/same_results.py base=<commit> [only=maml]
 
-A worktree of the commit is made in a temporary folder. Both trees run the same small commands, with one thread, on this machine;
-weights, buffers and test scores are compared. Nothing is recorded: use it before and after a change that must change no number.
+Creates a worktree of the commit in a temporary folder, runs the same small commands with both trees
+on one thread, and compares weights, buffers and test scores. Writes nothing. Use it to check a
+change that must not change any number.
 """
 
 import json
@@ -17,22 +18,26 @@ import torch
 from pages import ROOT
 
 _SMALL = (
-    "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16", "backbone.filters=8", "backbone.halvings=3",
-    "episode.query=3", "train.steps=6", "train.meta_batch=3", "train.batch_size=16", "train.log_every=3", "val.every=3",
-    "val.episodes=6", "test.episodes=8", "logger=none", "engine.threads=1", "device=cpu",
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=16", "backbone.filters=8",
+    "backbone.halvings=3", "episode.query=3", "train.steps=6", "train.meta_batch=3",
+    "train.batch_size=16", "train.log_every=3", "val.every=3", "val.episodes=6", "test.episodes=8",
+    "logger=none", "engine.threads=1", "device=cpu",
 )  # fmt: skip
 _SINUSOID = (
     "dataset=sinusoid",
-    *(word for word in _SMALL if not word.startswith(("dataset", "backbone", "episode"))),
+    *(arg for arg in _SMALL if not arg.startswith(("dataset", "backbone", "episode"))),
 )
 
-#: Commands by name: episodes, batches, the four statistics, regression, each kind of objective.
+#: Overrides by case; they cover episodes, batches, the four statistics, regression, each objective.
 CASES: dict[str, tuple[str, ...]] = {
     "maml": ("algo=maml", *_SMALL),
     "maml-support": ("algo=maml", "statistics=support", *_SMALL),
     "maml-support_plus_one": ("algo=maml", "statistics=support_plus_one", *_SMALL),
     "maml-population": ("algo=maml", "statistics=population", "train.schedule=cosine", *_SMALL),
-    "maml-vmap": ("algo=maml", "engine.strategy=vmap", "algo.inner_steps=2", "dataset.rotations=episode", *_SMALL),
+    "maml-vmap": (
+        "algo=maml", "engine.strategy=vmap", "algo.inner_steps=2", "dataset.rotations=episode",
+        *_SMALL,
+    ),
     "anil-rematerialise": ("algo=anil", "engine.rematerialise=true", *_SMALL),
     "maml_pp": ("algo=maml_pp", "algo.multi_step_share=0.5", *_SMALL),
     "meta_sgd": ("algo=meta_sgd", "train.clip_norm=1", *_SMALL),
@@ -40,7 +45,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "imaml": ("algo=imaml", *_SMALL),
     "reptile": ("algo=reptile", *_SMALL),
     "protonet": ("algo=protonet", "episode.train.way=9", "episode.shot=2", *_SMALL),
-    "protonet-query": ("algo=protonet", "statistics=query", "dataset.rotations_may_meet=false", *_SMALL),
+    "protonet-query": (
+        "algo=protonet", "statistics=query", "dataset.rotations_may_meet=false", *_SMALL,
+    ),
     "matching": ("algo=matching", "algo.full_context=true", *_SMALL),
     "relation": ("algo=relation", "train.optimiser=sgd", *_SMALL),
     "siamese": ("algo=siamese", "statistics=support", *_SMALL),
@@ -53,29 +60,29 @@ CASES: dict[str, tuple[str, ...]] = {
     "finetune": ("algo=finetune", *_SMALL),
     "resnet12": (
         "algo=protonet", "backbone=resnet12", "backbone.filters=[4,4,6]",
-        *(word for word in _SMALL if not word.startswith("backbone")),
+        *(arg for arg in _SMALL if not arg.startswith("backbone")),
     ),
     "sinusoid-maml": ("algo=maml", "algo.test_inner_steps=1", *_SINUSOID),
     "sinusoid-finetune": ("algo=finetune", *_SINUSOID),
 }  # fmt: skip
-#: Cases that may differ by rounding, and by how much.
+#: Largest difference allowed for rounding, for cases that are not bit-for-bit equal.
 _TOLERANCE = {"reptile": 1e-6}
 
-#: Runs several commands in one process; works for any layout of the package.
+#: Runs several commands in one process; independent of the package's layout.
 _DRIVER = """
 import json, runpy, sys
-for name, words in json.load(open(sys.argv[1])).items():
-    sys.argv = ["metalearn", "train", *words, f"hydra.run.dir={name}"]
+for name, overrides in json.load(open(sys.argv[1])).items():
+    sys.argv = ["metalearn", "train", *overrides, f"hydra.run.dir={name}"]
     try:
         runpy.run_module("metalearn", run_name="__main__")
-    except SystemExit as leaving:
-        if leaving.code:
-            sys.exit(f"{name} ended with exit code {leaving.code}")
+    except SystemExit as error:
+        if error.code:
+            sys.exit(f"{name} ended with exit code {error.code}")
 """
 
 
 def start(tree: Path, folder: Path, cases: dict[str, tuple[str, ...]]) -> subprocess.Popen[bytes]:
-    """Run the cases with the code of a tree; each case writes its run into a folder of its name."""
+    """Start the cases with the code of a tree; the run folder of a case is `folder`/<case>."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = {
@@ -95,58 +102,56 @@ def start(tree: Path, folder: Path, cases: dict[str, tuple[str, ...]]) -> subpro
 
 
 def largest_difference(first: Path, second: Path) -> tuple[float, str]:
-    """Compare two finished runs: the largest absolute difference of any number, and where it is."""
-    worst, place = 0.0, ""
+    """Return the largest absolute difference between two finished runs, and where it is."""
+    largest, where = 0.0, ""
     for name in ("last.pt", "best.pt"):
         contents = [
             torch.load(run / "checkpoints" / name, weights_only=True) for run in (first, second)
         ]
         for part in ("meta", "fixed"):
             if contents[0][part].keys() != contents[1][part].keys():
-                return float("inf"), f"{name} {part}: other names"
+                return float("inf"), f"{name} {part}: different names"
             for key, value in contents[0][part].items():
                 difference = (
                     float((value - contents[1][part][key]).abs().max()) if value.numel() else 0.0
                 )
-                if not difference <= worst:
-                    worst, place = difference, f"{name} {part} {key}"
+                if not difference <= largest:
+                    largest, where = difference, f"{name} {part} {key}"
     if (first / "test_scores.csv").read_text() != (second / "test_scores.csv").read_text():
-        return max(worst, 1.0), f"{place} and test_scores.csv"
-    return worst, place
+        return max(largest, 1.0), f"{where} and test_scores.csv"
+    return largest, where
 
 
 def main() -> None:
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    if "base" not in given:
+    """Run the cases with both trees, print each comparison, and exit with 1 if any differs."""
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
+    if "base" not in options:
         sys.exit(__doc__)
-    cases = {name: words for name, words in CASES.items() if given.get("only", "") in name}
+    cases = {name: case for name, case in CASES.items() if options.get("only", "") in name}
     failed = []
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        folder = Path(name)
+        git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run(
-            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]],
-            check=True,
+            [*git, "add", "--detach", "-q", folder / "tree", options["base"]], check=True
         )
         try:
-            trees = {"base": place / "tree", "here": ROOT}
-            running = {side: start(tree, place / side, cases) for side, tree in trees.items()}
-            for side, process in running.items():
+            trees = {"base": folder / "tree", "here": ROOT}
+            processes = {side: start(tree, folder / side, cases) for side, tree in trees.items()}
+            for side, process in processes.items():
                 if process.wait():
-                    sys.exit(f"{side} failed:\n{(place / side / 'log.txt').read_text()[-3000:]}")
+                    sys.exit(f"{side} failed:\n{(folder / side / 'log.txt').read_text()[-3000:]}")
             for case in cases:
-                difference, where = largest_difference(place / "base" / case, place / "here" / case)
-                same = difference <= _TOLERANCE.get(case, 0.0)
-                print(
-                    f"{case:<24} {'same' if same else 'DIFFERS'} {f'{difference:.1e} at {where}' if difference else ''}"
-                )
-                failed += [] if same else [case]
+                runs = folder / "base" / case, folder / "here" / case
+                difference, where = largest_difference(*runs)
+                is_same = difference <= _TOLERANCE.get(case, 0.0)
+                at = f"{difference:.1e} at {where}" if difference else ""
+                print(f"{case:<24} {'same' if is_same else 'DIFFERS'} {at}")
+                failed += [] if is_same else [case]
         finally:
-            subprocess.run(
-                ["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True
-            )
-    print(
-        f"{len(cases) - len(failed)} of {len(cases)} cases give the same results as {given['base']}"
-    )
+            subprocess.run([*git, "remove", "--force", folder / "tree"], check=True)
+    same = f"{len(cases) - len(failed)} of {len(cases)} cases"
+    print(f"{same} give the same results as {options['base']}")
     sys.exit(bool(failed))
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves, and where two runs differ in it; for tests and benches of exact repetition and resume."""
+"""Compare the output of two runs, for tests and benchmarks of exact repetition and resume."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """All that a finished run leaves, but for how long it took, and where and when it ran."""
+    """Return the output of a finished run, without its duration, command and environment."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder / "result.json").read_text())
     return {
@@ -25,28 +26,25 @@ def left(folder: Path) -> dict[str, Any]:
         },
         **{name: (folder / name).read_text() for name in ("test_scores.csv", "test_classes.csv")},
         **{
-            name: checkpoint.load(folder / "checkpoints" / name, torch.device("cpu"))
-            for name in (checkpoint.BEST, checkpoint.LAST)
+            path.name: checkpoint.load(path, torch.device("cpu"))
+            for path in (RunFolder(folder).best, RunFolder(folder).last)
         },
     }
 
 
-def difference(found: Any, expected: Any, where: str = "") -> str | None:
-    """Where two trees of tensors and plain data are not equal bit for bit, or None."""
-    if type(found) is not type(expected):
+def difference(actual: Any, expected: Any, where: str = "") -> str | None:
+    """Return where two trees of tensors and plain data are not bit-for-bit equal, or None."""
+    if type(actual) is not type(expected):
         return where or "type"
-    if isinstance(found, dict) and found.keys() == expected.keys():
-        parts = [(f"{where}.{key}", found[key], expected[key]) for key in found]
-    elif isinstance(found, list | tuple) and len(found) == len(expected):
+    if isinstance(actual, dict) and actual.keys() == expected.keys():
+        parts = [(f"{where}.{key}", actual[key], expected[key]) for key in actual]
+    elif isinstance(actual, list | tuple) and len(actual) == len(expected):
         parts = [
-            (f"{where}[{place}]", *pair)
-            for place, pair in enumerate(zip(found, expected, strict=True))
+            (f"{where}[{index}]", *pair)
+            for index, pair in enumerate(zip(actual, expected, strict=True))
         ]
+    elif isinstance(actual, torch.Tensor):
+        return None if torch.equal(actual, expected) else where or "value"
     else:
-        equal = (
-            torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
-        )
-        return None if equal else where or "value"
-    return next(
-        (place for name, *pair in parts if (place := difference(pair[0], pair[1], name))), None
-    )
+        return None if actual == expected else where or "value"
+    return next((at for name, *pair in parts if (at := difference(pair[0], pair[1], name))), None)

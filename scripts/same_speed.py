@@ -1,9 +1,9 @@
-"""Compare the training speed of the current code with that of another commit, run in turn on this machine.
+"""Compare the training speed of the current code with a different commit on this machine.
 
 python scripts/same_speed.py base=<commit> [pairs=5] [only=maml]
 
-Each case is trained for some seconds with the code of both trees, A B A B …, with one thread; the median of the tasks a second over
-the rows of a run counts, and the ratio here/base of each pair. Nothing is recorded.
+Trains each case for some seconds with each tree in turn, on one thread. Prints the median tasks per
+second of the runs and the ratio here/base of each pair. Writes nothing.
 """
 
 import json
@@ -17,8 +17,9 @@ from pages import ROOT
 from same_results import start
 
 _COMMON = (
-    "dataset=glyphs", "dataset.num_classes=200", "train.log_every=2", "val.every=1000", "val.episodes=2", "test.episodes=2",
-    "logger=none", "engine.threads=1", "device=cpu", "train.steps=24",
+    "dataset=glyphs", "dataset.num_classes=200", "train.log_every=2", "val.every=1000",
+    "val.episodes=2", "test.episodes=2", "logger=none", "engine.threads=1", "device=cpu",
+    "train.steps=24",
 )  # fmt: skip
 _STRIDE = ("backbone.downsample=stride", "backbone.output=mean")
 _CASES: dict[str, tuple[str, ...]] = {
@@ -50,46 +51,41 @@ _CASES: dict[str, tuple[str, ...]] = {
 
 
 def speed(run: Path) -> float:
-    """Return the median of the tasks a second of a run, its first rows left out."""
+    """Return the median tasks per second of a run, without its first 3 rows (warm-up)."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(row["tasks_per_second"] for row in rows[3:])
 
 
 def main() -> None:
-    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    if "base" not in given:
+    """Run the cases with both trees and print the speeds."""
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
+    if "base" not in options:
         sys.exit(__doc__)
-    cases = {name: words for name, words in _CASES.items() if given.get("only", "") in name}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    cases = {name: case for name, case in _CASES.items() if options.get("only", "") in name}
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        folder = Path(name)
+        git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run(
-            ["git", "-C", ROOT, "worktree", "add", "--detach", "-q", place / "tree", given["base"]],
-            check=True,
+            [*git, "add", "--detach", "-q", folder / "tree", options["base"]], check=True
         )
         try:
-            for pair in range(int(given.get("pairs", "5"))):
-                for side, tree in (("base", place / "tree"), ("here", ROOT)):
-                    folder = place / f"{side}{pair}"
-                    if start(tree, folder, cases).wait():
-                        sys.exit(f"{side} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
-                for case, speeds in found.items():
-                    speeds.append(
-                        (speed(place / f"base{pair}" / case), speed(place / f"here{pair}" / case))
-                    )
+            for pair in range(int(options.get("pairs", "5"))):
+                runs = {side: folder / f"{side}{pair}" for side in ("base", "here")}
+                for side, tree in (("base", folder / "tree"), ("here", ROOT)):
+                    if start(tree, runs[side], cases).wait():
+                        sys.exit(f"{side} failed:\n{(runs[side] / 'log.txt').read_text()[-3000:]}")
+                for case, pairs in speeds.items():
+                    pairs.append((speed(runs["base"] / case), speed(runs["here"] / case)))
         finally:
-            subprocess.run(
-                ["git", "-C", ROOT, "worktree", "remove", "--force", place / "tree"], check=True
-            )
-    print(
-        f"{'case':<20} {'base':>8} {'here':>8} tasks/s   here/base of each pair: median (least to most)"
-    )
-    for case, speeds in found.items():
-        base, here = (statistics.median(column) for column in zip(*speeds, strict=True))
-        ratios = [new / old for old, new in speeds]
-        print(
-            f"{case:<20} {base:8.1f} {here:8.1f}           {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        )
+            subprocess.run([*git, "remove", "--force", folder / "tree"], check=True)
+    ratio = "here/base of each pair: median (smallest to largest)"
+    print(f"{'case':<20} {'base':>8} {'here':>8} tasks/s   {ratio}")
+    for case, pairs in speeds.items():
+        base, here = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = [new / old for old, new in pairs]
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"{case:<20} {base:8.1f} {here:8.1f}           {ratio}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write metalearn/config/settings_index.json: the settings of every method, dataset and backbone, to be read without importing torch.
+"""Write metalearn/config/settings_index.json: settings of every component, names of losses.
 
 python scripts/settings_index.py [check]
 
-With `check` it writes nothing, and fails where the file is not that of the code.
+The file makes the settings readable without importing torch. With `check`, write nothing and fail
+if the file does not match the code.
 """
 
 import dataclasses
@@ -12,28 +13,37 @@ import pkgutil
 import sys
 
 from metalearn.config import components
+from metalearn.tasks.augment import AUGMENTATIONS
+from metalearn.tasks.losses import LOSSES
 
-_HOMES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
+#: Packages of components, and the method that identifies a component's class.
+_PACKAGES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
 
 
 def index() -> dict[str, list[dict[str, object]]]:
-    """Return the settings of each class, by its `_target_`."""
-    found = {}
-    for home, method in _HOMES.items():
-        package = importlib.import_module(f"metalearn.{home}")
+    """Return the settings of each class by its `_target_`."""
+    classes = {}
+    for package_name, method in _PACKAGES.items():
+        package = importlib.import_module(f"metalearn.{package_name}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             for name, cls in vars(importlib.import_module(module.name)).items():
                 if not isinstance(cls, type) or cls.__module__ != module.name:
                     continue
                 if dataclasses.is_dataclass(cls) and hasattr(cls, method):
                     settings = [components.to_plain(one) for one in components.settings_of(cls)]
-                    found[f"{module.name}.{name}"] = settings
-    return dict(sorted(found.items()))
+                    classes[f"{module.name}.{name}"] = settings
+    return dict(sorted(classes.items()))
+
+
+def names() -> dict[str, list[str]]:
+    """Return the names of losses and augmentations."""
+    losses = [name for by_kind in LOSSES.values() for name in by_kind]
+    return {"loss": losses, "augment": list(AUGMENTATIONS)}
 
 
 def text() -> str:
-    """Return the content of the file: a line for each setting."""
-    parts = []
+    """Return the content of the file, one line per setting."""
+    parts = [f'"names": {json.dumps(names())}']
     for target, settings in index().items():
         lines = ",\n  ".join(json.dumps(one) for one in settings)
         parts.append(f'"{target}": [\n  {lines}\n]' if lines else f'"{target}": []')
@@ -43,8 +53,7 @@ def text() -> str:
 if __name__ == "__main__":
     if sys.argv[1:] == ["check"]:
         if components.INDEX_FILE.read_text() != text():
-            sys.exit(
-                f"{components.INDEX_FILE.name} is out of date; run: python scripts/settings_index.py"
-            )
+            name = components.INDEX_FILE.name
+            sys.exit(f"{name}: out of date; run: python scripts/settings_index.py")
     else:
         components.INDEX_FILE.write_text(text())

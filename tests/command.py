@@ -1,4 +1,7 @@
-"""The metalearn command in a process of its own, forked from a server that has the libraries loaded: a start takes no seconds."""
+"""Run the metalearn command in a separate process.
+
+Processes fork from a server that has imported the libraries, so that starting is fast.
+"""
 
 import dataclasses
 import multiprocessing
@@ -16,17 +19,17 @@ CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def _run(
-    words: list[str],
+    arguments: list[str],
     cwd: str,
     environment: dict[str, str],
     output: str,
     memory: int | None,
     path: str | None,
 ) -> None:
-    """Become the command: `metalearn` with these words."""
+    """Run `metalearn` with these arguments in this process."""
     import torch
 
-    from metalearn.cli import main
+    from metalearn.cli.main import main
     from metalearn.engine import process
 
     os.chdir(cwd)
@@ -40,13 +43,13 @@ def _run(
     torch.set_num_threads(process._ALL_THREADS)
     if path is not None:
         sys.path.insert(0, path)
-    sys.argv = ["metalearn", *words]
-    main.main()
+    sys.argv = ["metalearn", *arguments]
+    main()
 
 
 @dataclasses.dataclass
 class Command:
-    """A command that was started. output: path of its output files, without their endings."""
+    """A running or finished command. output: path of its output files without the suffix."""
 
     process: multiprocessing.Process
     output: Path
@@ -68,22 +71,24 @@ class Command:
     def stderr(self) -> str:
         return self._read(".err")
 
-    def _read(self, ending: str) -> str:
-        path = self.output.with_suffix(ending)
-        return path.read_text() if path.exists() else ""  # it may not have begun yet
+    def _read(self, suffix: str) -> str:
+        path = self.output.with_suffix(suffix)
+        return path.read_text() if path.exists() else ""  # it may not have started yet
 
     @property
     def returncode(self) -> int | None:
         return self.process.exitcode
 
     def wait(self, timeout: float = 180) -> "Command":
-        """Wait for the end."""
+        """Wait until the command ends."""
         self.process.join(timeout)
-        assert not self.is_running, f"no end in {timeout} s:\n{self.stdout}\n{self.stderr}"
+        assert not self.is_running, (
+            f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}"
+        )
         return self
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that the command does."""
+        """Wait until a condition that the command causes is true."""
         while not condition():
             assert self.is_running, self.stdout + self.stderr
             time.sleep(0.02)
@@ -96,38 +101,38 @@ _number = 0
 
 
 def start(
-    words: tuple[str, ...],
+    arguments: tuple[str, ...],
     cwd: Path,
     output: Path,
     environment: dict[str, str | None],
     memory: int | None = None,
     path: str | None = None,
 ) -> Command:
-    """Start `metalearn` with these words.
+    """Start `metalearn`.
 
     Args:
-        words: its arguments.
-        cwd: its working directory.
-        output: folder for what it prints.
-        environment: changes to the environment; None removes a variable.
-        memory: limit on its address space, in bytes.
-        path: a folder of packages that it can import too.
+        arguments: Command-line arguments.
+        cwd: Working directory.
+        output: Folder for the output files.
+        environment: Changes to the environment; None removes a variable.
+        memory: Limit on the address space, in bytes.
+        path: Additional folder of importable packages.
     """
     global _number
     _number += 1
-    usual = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "offline"}
-    variables = {**os.environ, **usual, **environment}
-    place = output / f"command{_number}"
-    kept = {name: value for name, value in variables.items() if value is not None}
+    defaults = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "offline"}
+    variables = {**os.environ, **defaults, **environment}
+    output_path = output / f"command{_number}"
+    present = {name: value for name, value in variables.items() if value is not None}
     process = CONTEXT.Process(
-        target=_run, args=(list(words), str(cwd), kept, str(place), memory, path)
+        target=_run, args=(list(arguments), str(cwd), present, str(output_path), memory, path)
     )
     process.start()
-    return Command(process, place)  # type: ignore[arg-type]
+    return Command(process, output_path)  # type: ignore[arg-type]
 
 
 def ranks(size: int) -> list[dict[str, str | None]]:
-    """Return the environments by which torchrun tells processes of one machine of each other."""
+    """Return the environment variables that torchrun sets for each process of one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -16,9 +16,15 @@ NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)
 NORMALISED = MLP(hidden=[5], normalisation="batch", activation="tanh", eps=1e-5)
 COMMON: dict[str, Any] = dict(backbone=NET, statistics="query")
 GRADIENT: dict[str, Any] = dict(
-    inner_lr=0.3, inner_steps=2, test_inner_steps=2, first_order=False, adapted_part="all", pull=0.0,
-    adapt_normalisation=False, inner_loss="mean",
-)  # fmt: skip
+    inner_lr=0.3,
+    inner_steps=2,
+    test_inner_steps=2,
+    first_order=False,
+    adapted_part="all",
+    pull=0.0,
+    adapt_normalisation=False,
+    inner_loss="mean",
+)
 KEY = torch.zeros((), dtype=torch.int64)
 PROGRESS = torch.zeros((), dtype=torch.float64)
 

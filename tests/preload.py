@@ -1,4 +1,4 @@
-"""What the forked commands of the tests import, once for all of them."""
+"""Import once what all forked commands of the tests need."""
 
 import hydra  # noqa: F401
 import matplotlib.backends.backend_agg

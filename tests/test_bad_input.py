@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 
-from metalearn.cli import main
+from metalearn.cli import train
 from metalearn.config import checking, components, composition
-from metalearn.run.build import build, check
+from metalearn.run.build import build
+from metalearn.run.pairings import check
 from metalearn.system.errors import UserError
 
 MISTAKES = [
@@ -166,5 +167,5 @@ def test_what_would_break_a_line_is_escaped(value):
 def test_callbacks_of_hydra_call_nothing(words, tmp_path):
     called = f"+hydra.callbacks.x={{_target_: os.mkdir, path: {tmp_path / 'called'}}}"
     with pytest.raises(UserError, match=r"hydra\.callbacks\.x"):
-        main._train(["algo=protonet", "dataset=glyphs", *words, called])
+        train.main(["algo=protonet", "dataset=glyphs", *words, called])
     assert not (tmp_path / "called").exists()

@@ -1,4 +1,4 @@
-"""One contract for every method, dataset and backbone, found by listing conf/; the checks are those of `metalearn.testing`."""
+"""The checks of `metalearn.testing` on every method, dataset and backbone in conf/."""
 
 import functools
 import io
@@ -20,9 +20,9 @@ from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
 from tests.conftest import ALGORITHMS, doubled
 
 _HALF = torch.tensor(0.5)
-#: Methods of each kind, whose whole contract is part of `make check`.
+#: Methods of each kind; `make check` runs all their checks.
 _QUICK = ("maml", "protonet")
-#: Cheap checks, which are part of it for all methods.
+#: Cheap checks; `make check` runs them for all methods.
 _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
@@ -50,17 +50,16 @@ def test_method(name, check):
     "name", [pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
 )
 def test_strategies_agree_on_images(name, statistics, make_run):
-    """Convolutions have ways of their own to be batched."""
-    maps = (
-        ["backbone.halvings=2"] if statistics == "population" else []
-    )  # elsewhere of one position
-    words = [
+    """Convolutions are batched differently from linear layers."""
+    # With the default halvings, the last feature maps have a single position.
+    maps = ["backbone.halvings=2"] if statistics == "population" else []
+    overrides = [
         f"statistics={statistics}",
         "train.meta_batch=3",
         "episode.train.way=5",
         "backbone.filters=4",
     ]
-    run = make_run(f"algo={name}", *words, *maps)
+    run = make_run(f"algo={name}", *overrides, *maps)
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     strategies = (
         ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
@@ -76,14 +75,14 @@ def test_strategies_agree_on_images(name, statistics, make_run):
     predictions = [
         Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")
     ]
-    for found in predictions[1:]:
-        torch.testing.assert_close(found, predictions[0], rtol=1e-7, atol=1e-9)
+    for prediction in predictions[1:]:
+        torch.testing.assert_close(prediction, predictions[0], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_method_goes_through_every_command(name, cache_dir, tmp_path):
-    words = [
+def test_method_runs_in_every_command(name, cache_dir, tmp_path):
+    overrides = [
         f"algo={name}",
         "dataset=gaussians",
         "backbone.hidden=[8]",
@@ -97,9 +96,9 @@ def test_method_goes_through_every_command(name, cache_dir, tmp_path):
         "train.meta_batch=2",
         "episode.query=3",
     ]
-    composed = composition.composed([*words, *small, f"cache_dir={cache_dir}"])
+    composed = composition.composed([*overrides, *small, f"cache_dir={cache_dir}"])
     console = Console(file=io.StringIO(), width=200)
-    train(composed, tmp_path / "run", f"{name} gaussians", words, console)
+    train(composed, tmp_path / "run", f"{name} gaussians", overrides, console)
     evaluate(tmp_path / "run", [], "test", None, console)
     own = json.loads((tmp_path / "run/result.json").read_text())
     again = json.loads((tmp_path / f"run/evaluations/{own['protocol_id']}.json").read_text())
@@ -110,7 +109,7 @@ def test_method_goes_through_every_command(name, cache_dir, tmp_path):
     assert set(labels) <= set(model.classes) == {f"class {number}" for number in range(5)}
 
 
-#: Small settings of each dataset that needs no files.
+#: Small settings for each dataset that needs no files.
 _DATASETS = {
     "glyphs": ["dataset.num_classes=60", "dataset.image_size=16"],
     "sinusoid": [],
@@ -133,7 +132,7 @@ def test_dataset(name, check, cache_dir):
     DATASET_CHECKS[check](dataset(name, cache_dir))
 
 
-#: Small settings of each backbone, and the inputs it gets.
+#: Small settings for each backbone, and its inputs.
 _BACKBONES = {
     "conv4": (["backbone.filters=3"], InputSpec((2, 16, 16))),
     "mlp": (["backbone.hidden=[5,4]"], InputSpec((7,))),
@@ -150,8 +149,8 @@ _BACKBONES = {
     [*(n for n in _BACKBONES if n != "resnet18"), pytest.param("resnet18", marks=pytest.mark.slow)],
 )
 def test_backbone(name, check):
-    words, inputs = _BACKBONES[name]
-    settings = checking.checked(composition.composed([f"backbone={name}", *words])).backbone
+    overrides, inputs = _BACKBONES[name]
+    settings = checking.checked(composition.composed([f"backbone={name}", *overrides])).backbone
     BACKBONE_CHECKS[check](testing.BackboneCase(components.make(settings, "backbone"), inputs))
 
 
@@ -159,17 +158,15 @@ def test_every_backbone_is_checked():
     assert sorted(_BACKBONES) == sorted(composition.options("backbone"))
 
 
-@pytest.mark.parametrize("flaw", ["reads the other queries", "says it does not"])
-def test_a_broken_promise_is_found(flaw):
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_wrong_declaration_of_transduction_fails(is_declared):
     from metalearn.algorithms.protonet import ProtoNet
 
     class Peeking(ProtoNet):
-        is_transductive = flaw == "says it does not"
+        is_transductive = is_declared
 
         def compare(self, weights, learned, z):
-            return super().compare(
-                weights, learned, z - z.mean(0) if flaw == "reads the other queries" else z
-            )
+            return super().compare(weights, learned, z if is_declared else z - z.mean(0))
 
     settings = (("distance", "squared_euclidean"), ("temperature", 1.0))
     with pytest.raises(AssertionError, match="wrong about depending on other queries"):

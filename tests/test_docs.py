@@ -1,4 +1,4 @@
-"""Every method has its page, and the table of methods names settings that exist."""
+"""Every method has a page, and the commands of the table of methods are valid."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from metalearn.config import checking, composition
-from metalearn.run.build import check
+from metalearn.run.pairings import check
 from tests.conftest import ALGORITHMS
 
 _ROOT = Path(__file__).parent.parent
@@ -15,7 +15,7 @@ _TABLES = yaml.safe_load((_ROOT / "benchmarks/methods.yaml").read_text())
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_method_has_its_page(name):
+def test_every_method_has_a_complete_page(name):
     page = (_ROOT / f"docs/algorithms/{name}.md").read_text()
     for part in (
         f"`algo={name}`",
@@ -26,32 +26,32 @@ def test_every_method_has_its_page(name):
         "**When to use it**",
     ):
         assert part in page, part
-    published = any("published" in wanted["methods"].get(name, {}) for wanted in _TABLES.values())
-    assert published or "**Published**" in page
+    has_reference = any("published" in table["methods"].get(name, {}) for table in _TABLES.values())
+    assert has_reference or "**Published**" in page
     assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
 
 
-def test_the_table_of_methods_is_complete():
+def test_table_of_methods_is_complete():
     assert sorted(_TABLES["omniglot_5w1s"]["methods"]) == ALGORITHMS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "name"),
-    [(table, name) for table, wanted in _TABLES.items() for name in wanted["methods"]],
+    [(table, name) for table, content in _TABLES.items() for name in content["methods"]],
 )
 def test_commands_of_the_table_of_methods_are_valid(table, name):
-    wanted = _TABLES[table]
-    words = [
+    content = _TABLES[table]
+    overrides = [
         f"algo={name}",
-        *wanted["settings"],
-        *wanted["methods"][name]["settings"],
+        *content["settings"],
+        *content["methods"][name]["settings"],
         "device=cpu",
     ]
-    check(checking.checked(composition.composed(words)))
+    check(checking.checked(composition.composed(overrides)))
 
 
-def test_every_recipe_is_used_by_a_method():
+def test_every_recipe_is_used_by_some_method():
     choices = [
         {"algo": algo, "dataset": dataset, "backbone": backbone}
         for algo in ALGORITHMS
@@ -64,14 +64,11 @@ def test_every_recipe_is_used_by_a_method():
         for kind in ("data", "net")
         for path in (_ROOT / "conf/recipe" / kind).glob("*.yaml")
     }
-    bases = {
-        "gradient-sinusoid",
-        "gradient-omniglot",
-    }  # what other recipes start from, and perhaps methods to come
+    bases = {"gradient-sinusoid", "gradient-omniglot"}  # other recipes include them
     assert stored - bases <= used <= stored
 
 
-def test_the_recipe_of_a_run_is_named():
+def test_recipe_line_names_the_recipes_of_a_run():
     line = composition.recipe_line(
         OmegaConf.create({"algo": "boil", "dataset": "omniglot", "backbone": "conv4"})
     )

@@ -237,7 +237,7 @@ def test_out_of_memory_error_names_a_chunk_that_fits(make_run):
 
 @pytest.mark.slow
 def test_out_of_memory_command_suggests_a_chunk(metalearn):
-    overrides = [
+    arguments = [
         "train",
         "algo=maml",
         *SMALL,
@@ -245,13 +245,13 @@ def test_out_of_memory_command_suggests_a_chunk(metalearn):
         "backbone.filters=64",
         "train.meta_batch=400",
     ]
-    overrides += [
+    arguments += [
         "engine.strategy=vmap",
         "engine.task_chunk=400",
         "algo.inner_steps=5",
         "device=cpu",
     ]
-    done = metalearn(*overrides, memory=6 << 30)
+    done = metalearn(*arguments, memory=6 << 30)
     assert done.returncode == 1
     # The chunk that fits is hard to predict: unlike GPU memory, address space is not freed.
     assert "out of memory with 400 tasks per chunk" in done.stderr
@@ -306,7 +306,7 @@ def test_invalid_engine_choices_are_refused(make_run, tmp_path):
         with pytest.raises(UserError, match=r"is not an engine\.json"):
             make_run("algo=maml", f"engine.choices={tmp_path}/engine.json")
     with pytest.raises(
-        UserError, match=r"engine\.strategy=vmap: engine\.choices says that already"
+        UserError, match=r"engine\.strategy=vmap: engine\.choices already sets this"
     ):
         make_run("algo=maml", "engine.strategy=vmap", f"engine.choices={tmp_path}/engine.json")
 
@@ -401,7 +401,7 @@ def test_cuda_graph_run_equals_plain_run(name, make_run, tmp_path):
         on_cuda(make_run, *overrides, "engine.cuda_graph=false"), Notes(), tmp_path / "plain"
     ).state
     assert notes == ["no CUDA graph: engine.cuda_graph=false"]
-    for part in ("meta", "fixed"):
+    for part in ("params", "buffers"):
         torch.testing.assert_close(getattr(graph, part), getattr(plain, part), rtol=1e-3, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The loop: what is kept, when it stops, how the step is scheduled and clipped."""
+"""The training loop: best checkpoint, early stopping, learning rate schedule, clipping."""
 
 import copy
 import dataclasses
@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from metalearn.config import checking, composition
 from metalearn.run import checkpoint, loop
-from metalearn.run.build import build, check
+from metalearn.run.build import build
+from metalearn.run.pairings import check
 from metalearn.run.step import Training, clip_gradients
 from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.types import Estimate, State
@@ -28,13 +29,13 @@ class Rows:
 
 
 def with_val_scores(monkeypatch, scores):
-    """Validation that returns these means one after the other."""
+    """Make successive validations return these means."""
     means = iter(scores)
     monkeypatch.setattr(loop, "evaluate", lambda *_: torch.zeros(4))
     monkeypatch.setattr(loop, "estimate", lambda _: Estimate(next(means), 0.01, 4))
 
 
-def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monkeypatch):
+def test_best_validation_is_saved_and_patience_stops_training(make_run, tmp_path, monkeypatch):
     run = make_run("algo=protonet", "train.steps=50", "val.every=2", "train.patience=3")
     with_val_scores(monkeypatch, [0.3, 0.6, 0.5, 0.6, 0.4])
     tracker = Rows()
@@ -47,8 +48,7 @@ def test_best_by_validation_is_kept_and_patience_stops(make_run, tmp_path, monke
     assert not torch.equal(best["meta"]["net.conv0.weight"], last["meta"]["net.conv0.weight"])
 
 
-def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
-
+def test_lower_error_is_better(make_run, tmp_path, monkeypatch):
     run = build(
         checking.checked(
             composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])
@@ -58,7 +58,7 @@ def test_a_lower_error_is_better(make_run, tmp_path, monkeypatch):
     assert loop.fit(run, Rows(), tmp_path).best_step == 4
 
 
-def test_population_statistics_are_folded_into_fixed(make_run, tmp_path):
+def test_population_statistics_follow_a_moving_average(make_run, tmp_path):
     run = make_run("algo=protonet", "train.steps=1", "train.statistics_momentum=0.25")
     before = {name: value.clone() for name, value in run.state.buffers.items()}
     seen = run.train_engine.step(run.state, run.train.draw(0, 1), torch.zeros(())).statistics
@@ -76,22 +76,22 @@ def test_population_statistics_are_folded_into_fixed(make_run, tmp_path):
         ("step", [1, 1, 0.5, 0.5]),
     ],
 )
-def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
+def test_learning_rate_follows_its_schedule(schedule, expected, make_run, tmp_path, monkeypatch):
     run = make_run(
-        "algo=reptile", "train.optimiser=sgd", "train.lr=2", f"train.schedule={schedule}", "train.steps=4",
-        "train.schedule_every=2", "train.schedule_factor=0.5",
+        "algo=reptile", "train.optimiser=sgd", "train.lr=2", f"train.schedule={schedule}",
+        "train.steps=4", "train.schedule_every=2", "train.schedule_factor=0.5",
     )  # fmt: skip
     weights = [run.state.params["head.weight"].clone()]
     gradients = []
     step = type(run.train_engine).step
 
-    def spied(engine, state, tasks, progress, count):
+    def recording_step(engine, state, tasks, progress, count):
         result = step(engine, state, tasks, progress, count)
         weights.append(state.params["head.weight"].clone())
         gradients.append(result.gradients["head.weight"])
         return result
 
-    monkeypatch.setattr(type(run.train_engine), "step", spied)
+    monkeypatch.setattr(type(run.train_engine), "step", recording_step)
     loop.fit(run, Rows(), tmp_path)
     weights = [*weights[2:], run.state.params["head.weight"]]
     before = weights[:-1]
@@ -101,7 +101,7 @@ def test_schedules(schedule, expected, make_run, tmp_path, monkeypatch):
         )
 
 
-def test_clipping():
+def test_gradients_are_clipped_by_value_and_norm():
     def settings(clip_value=None, clip_norm=None):
         train = checking.checked(composition.composed([])).train
         return dataclasses.replace(train, clip_value=clip_value, clip_norm=clip_norm)
@@ -126,45 +126,45 @@ def test_clipping():
         ["optimiser=sgd", "optimiser.momentum=0.9", "optimiser.weight_decay=0.1"],
     ],
 )
-def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_run, monkeypatch):
+def test_nonfinite_step_changes_nothing(optimiser, reads_host, make_run, monkeypatch):
     run = make_run("algo=protonet", "train.nonfinite=skip", *optimiser)
-    under_way = Training(run)
-    under_way.reads_host = reads_host
+    training = Training(run)
+    training.reads_host = reads_host
     original = type(run.train_engine).step
 
     def step():
-        under_way.meta_step()
-        under_way.count()
+        training.meta_step()
+        training.count()
 
     def snapshot():
-        kept = under_way.kept()
-        return copy.deepcopy({name: kept[name] for name in ("meta", "fixed", "optimiser")})
+        content = training.state_dict()
+        return copy.deepcopy({name: content[name] for name in ("meta", "fixed", "optimiser")})
 
-    def sick(*arguments):
+    def nan_step(*arguments):
         result = original(*arguments)
         return result._replace(
             gradients=pytree.tree_map(lambda leaf: leaf * torch.nan, result.gradients)
         )
 
-    monkeypatch.setattr(type(run.train_engine), "step", sick)
+    monkeypatch.setattr(type(run.train_engine), "step", nan_step)
     before = snapshot()
-    step()  # before the optimiser has a state
+    step()  # before the optimiser has any state
     assert difference(snapshot(), before) is None
     monkeypatch.setattr(type(run.train_engine), "step", original)
     step()
     before = snapshot()
-    monkeypatch.setattr(type(run.train_engine), "step", sick)
+    monkeypatch.setattr(type(run.train_engine), "step", nan_step)
     step()
     assert difference(snapshot(), before) is None
     monkeypatch.setattr(type(run.train_engine), "step", original)
     step()
     after = snapshot()
     assert not torch.equal(after["meta"]["net.conv0.weight"], before["meta"]["net.conv0.weight"])
-    assert under_way.meter.skipped()[0] == 2
+    assert training.meter.skipped()[0] == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("overrides", "line"),
     [
         (["optimiser._target_=torch.optim.LBFGS"], "LBFGS: is not possible here"),
         (["optimiser._target_=torch.optim.SparseAdam"], "SparseAdam: is not possible here"),
@@ -188,13 +188,13 @@ def test_a_step_that_is_not_finite_changes_nothing(optimiser, reads_host, make_r
         ),
     ],
 )
-def test_optimisers_that_cannot_be_are_refused(words, line, compose):
+def test_invalid_optimisers_are_refused(overrides, line, compose):
     with pytest.raises(UserError, match=line):
-        check(checking.checked(compose("algo=protonet", *words)))
+        check(checking.checked(compose("algo=protonet", *overrides)))
 
 
-def test_optimisers_are_those_of_torch(make_run):
-    for words, kind, expected in (
+def test_optimisers_have_their_torch_defaults(make_run):
+    for overrides, kind, expected in (
         (["train.optimiser=sgd"], torch.optim.SGD, {"momentum": 0.0}),
         (["algo=reptile"], torch.optim.SGD, {"weight_decay": 0.0}),
         (["algo=reptile", "train.optimiser=adam"], torch.optim.Adam, {"betas": [0.9, 0.999]}),
@@ -209,7 +209,7 @@ def test_optimisers_are_those_of_torch(make_run):
             {"alpha": 0.99},
         ),
     ):
-        optimiser = Training(make_run("algo=protonet", "train.lr=0.25", *words)).optimiser
+        optimiser = Training(make_run("algo=protonet", "train.lr=0.25", *overrides)).optimiser
         assert type(optimiser) is kind
         group = optimiser.param_groups[0]
         assert group["lr"] == 0.25 and all(
@@ -218,7 +218,7 @@ def test_optimisers_are_those_of_torch(make_run):
         )
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
+def test_nonfinite_loss_ends_the_run(make_run, tmp_path):
     run = make_run(
         "algo=maml",
         "algo.inner_lr=1e38",
@@ -230,11 +230,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_run, tmp_path):
         loop.fit(run, Rows(), tmp_path)
 
 
-def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, monkeypatch):
+def test_evaluation_does_not_depend_on_its_batch_size_and_builds_no_graph(make_run, monkeypatch):
     run = make_run("algo=maml", "test.episodes=10")
-    whole = loop.test(run, run.state, None).scores
+    scores = loop.test(run, run.state, None).scores
     monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
-    torch.testing.assert_close(loop.test(run, run.state, None).scores, whole)
+    torch.testing.assert_close(loop.test(run, run.state, None).scores, scores)
     learning = State(
         {name: value.requires_grad_() for name, value in run.state.params.items()},
         run.state.buffers,
@@ -242,20 +242,20 @@ def test_evaluation_does_not_depend_on_its_batches_and_keeps_no_graph(make_run, 
     assert not run.test_engine.predictions(learning, run.test.draw(0, 2)).requires_grad
 
 
-def test_a_validation_that_is_not_finite_ends_the_run(tmp_path):
-    wild = [
+def test_nonfinite_validation_ends_the_run(tmp_path):
+    overrides = [
         "algo=maml",
         "dataset=sinusoid",
         "train.steps=0",
         "algo.inner_lr=1e30",
         "val.episodes=4",
     ]
-    run = build(checking.checked(composition.composed(wild)))
+    run = build(checking.checked(composition.composed(overrides)))
     with pytest.raises(RunFailed, match=r"val\.mse"):
         loop.fit(run, Rows(), tmp_path)
 
 
-def test_foreign_checkpoints_are_refused(tmp_path):
+def test_invalid_checkpoints_are_refused(tmp_path):
     path = tmp_path / "x.pt"
     for content in (b"", b"nonsense"):
         path.write_bytes(content)
@@ -266,7 +266,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         checkpoint.load(path, torch.device("cpu"))
 
 
-def test_a_method_enters_its_next_stage_when_its_share_is_over(make_run, monkeypatch):
+def test_method_enters_its_next_stage_on_time(make_run, monkeypatch):
     run = make_run("algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4")
     calls: list[int] = []
 
@@ -275,13 +275,13 @@ def test_a_method_enters_its_next_stage_when_its_share_is_over(make_run, monkeyp
         return torch.ones(steps)
 
     monkeypatch.setattr(type(run.algorithm), "step_weights", step_weights)
-    under_way, engines = Training(run), []
+    training, engines = Training(run), []
     for _ in range(4):
-        engines.append(under_way.engine)
-        under_way.meta_step()
-        under_way.count()
+        engines.append(training.engine)
+        training.meta_step()
+        training.count()
     assert calls == [5, 5]
     assert engines[0] is engines[1] is not engines[2] is engines[3]
-    again = Training(run)
-    again.restore(under_way.kept() | {"step": 2, "best": None})
-    assert again.engine == engines[2]
+    resumed = Training(run)
+    resumed.load_state_dict(training.state_dict() | {"step": 2, "best": None})
+    assert resumed.engine == engines[2]

@@ -22,9 +22,17 @@ _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 
 def maml(**changes):
     settings: dict[str, Any] = dict(
-        backbone=_IDENTITY, statistics="query", inner_lr=0.1, inner_steps=1, test_inner_steps=1, first_order=False,
-        adapted_part="all", adapt_normalisation=False, inner_loss="mean", pull=0.0,
-    )  # fmt: skip
+        backbone=_IDENTITY,
+        statistics="query",
+        inner_lr=0.1,
+        inner_steps=1,
+        test_inner_steps=1,
+        first_order=False,
+        adapted_part="all",
+        adapt_normalisation=False,
+        inner_loss="mean",
+        pull=0.0,
+    )
     return MAML(**(settings | changes))
 
 
@@ -98,9 +106,16 @@ def test_anil_equals_gradient_descent_of_the_head_with_a_frozen_body():
 def test_reptile_direction_is_theta_minus_phi_with_adam_state_carried_across_tasks():
     torch.manual_seed(0)
     algorithm = Reptile(
-        backbone=_IDENTITY, statistics="query", inner_lr=0.01, inner_steps=5, test_inner_steps=5, inner_batch=12,
-        test_inner_batch=12, inner_beta2=0.99, inner_eps=1e-8,
-    )  # fmt: skip
+        backbone=_IDENTITY,
+        statistics="query",
+        inner_lr=0.01,
+        inner_steps=5,
+        test_inner_steps=5,
+        inner_batch=12,
+        test_inner_batch=12,
+        inner_beta2=0.99,
+        inner_eps=1e-8,
+    )
     state = doubled(algorithm.init(Spec((3,), 3, 0, "class"), prng.key_of(0)))
     weight, bias = (
         state.params[name].clone().requires_grad_() for name in ("head.weight", "head.bias")

@@ -333,10 +333,8 @@ def test_fine_tuning_with_population_statistics_treats_examples_independently():
 def test_fine_tuning_matches_torch_sgd_from_the_trained_weights(target):
     """Classes get a new head; values use the trained head."""
     algorithm = FineTuning(**COMMON, inner_lr=0.2, test_inner_steps=3, family=supervised(target))
-    task, loss = (
-        make_task(),
-        LOSSES[target]["cross_entropy" if target == "class" else "squared_error"],
-    )
+    task = make_task()
+    loss = LOSSES[target]["cross_entropy" if target == "class" else "squared_error"]
     if target == "class":
         state = init_state(algorithm, classes=20)
         head = {"head.weight": torch.zeros(3, 5).double(), "head.bias": torch.zeros(3).double()}

@@ -1,4 +1,4 @@
-"""Run folders made by commit 968c425, before episodes, settings and classes moved, still work."""
+"""Run folders of commit 968c425, before episodes, settings and classes moved, still work."""
 
 import json
 import shutil
@@ -21,40 +21,41 @@ _NAMES = ("protonet", "reptile")
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of an old run folder."""
+    """Copy an old run folder."""
 
-    def copied(name):
+    def copy(name):
         shutil.copytree(_STORED / name, tmp_path / name)
         return tmp_path / name
 
-    return copied
+    return copy
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_predictions_are_those_of_the_version_that_made_the_run(name):
+def test_predictions_equal_those_of_the_old_version(name):
     expected = torch.load(_STORED / name / "expected.pt", weights_only=True)
     for statistics, probabilities in expected["probabilities"].items():
         model = metalearn.load(_STORED / name, statistics)
-        found = model.adapt(expected["x"][:10], expected["y"]).probabilities(expected["x"][10:])
-        torch.testing.assert_close(found, probabilities, rtol=1e-5, atol=1e-6)
+        learner = model.adapt(expected["x"][:10], expected["y"])
+        new = learner.probabilities(expected["x"][10:])
+        torch.testing.assert_close(new, probabilities, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_evaluate_gives_an_old_run_the_episodes_of_this_version(name, old, cache_dir):
+def test_evaluate_uses_the_current_sampler(name, old, cache_dir):
     folder, console = old(name), Console(width=160, record=True)
     evaluate(folder, [f"cache_dir={cache_dir}", "episode.unlabelled=1"], "test", None, console)
     evaluate(folder, [f"cache_dir={cache_dir}"], "test", None, console)
-    own = json.loads((folder / "result.json").read_text())
-    again = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
-    assert own["protocol_id"] not in {one["protocol_id"] for one in again}
-    assert {one["protocol"]["sampler"] for one in again} == {2}
-    same = [one for one in again if one["protocol"]["statistics"] == own["protocol"]["statistics"]]
-    assert (
-        abs(same[0]["test"]["accuracy"]["mean"] - own["test"]["accuracy"]["mean"]) < 0.25
-    )  # other episodes, few
+    result = json.loads((folder / "result.json").read_text())
+    evaluations = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
+    assert result["protocol_id"] not in {one["protocol_id"] for one in evaluations}
+    assert {one["protocol"]["sampler"] for one in evaluations} == {2}
+    statistics = result["protocol"]["statistics"]
+    same = [one for one in evaluations if one["protocol"]["statistics"] == statistics]
+    # The tolerance is large because the episodes are few and differ.
+    assert abs(same[0]["test"]["accuracy"]["mean"] - result["test"]["accuracy"]["mean"]) < 0.25
 
 
-def test_compare_says_that_episodes_are_of_different_samplers(old, cache_dir, tmp_path):
+def test_compare_reports_different_samplers(old, cache_dir, tmp_path):
     folder, console = old("protonet"), Console(width=160, record=True)
     compare([folder], tmp_path / "alone", console)
     assert "different versions of the sampler" not in console.export_text()
@@ -63,7 +64,7 @@ def test_compare_says_that_episodes_are_of_different_samplers(old, cache_dir, tm
     assert "different versions of the sampler" in (tmp_path / "both/comparison.md").read_text()
 
 
-def test_an_old_run_that_is_not_finished_is_refused_in_a_line(old, cache_dir):
+def test_unfinished_old_run_is_refused_with_one_line(old, cache_dir):
     folder = old("protonet")
     (folder / "result.json").unlink()
     (folder / "checkpoints/best.pt").rename(folder / "checkpoints/last.pt")
@@ -75,7 +76,7 @@ def test_an_old_run_that_is_not_finished_is_refused_in_a_line(old, cache_dir):
         train.resume(folder, Console(quiet=True))
 
 
-def test_settings_that_are_newer_than_the_run_have_the_values_it_had():
+def test_newer_settings_default_to_the_old_behaviour():
     stored = composition.stored(_STORED / "reptile")
     assert stored.optimiser._target_ == "torch.optim.SGD"
     assert (stored.train.optimiser, stored.loss.name, dict(stored.augment.ops)) == (None, None, {})

@@ -1,4 +1,4 @@
-"""Several processes give what one gives."""
+"""Several processes give the result of one."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from metalearn.system.processes import Processes
 from tests.conftest import SMALL
 
 
-def test_shares_are_disjoint_whole_and_even():
+def test_shares_are_disjoint_complete_and_even():
     for count in (2, 5, 8, 31):
         for size in (1, 2, 3, 7):
             shares = [Processes(rank, size).share(count) for rank in range(size)]
@@ -25,22 +25,22 @@ def test_shares_are_disjoint_whole_and_even():
             assert max(number for _, number in shares) - min(number for _, number in shares) <= 1
 
 
-def test_a_loss_that_is_not_finite_is_found_whoever_computed_it():
+def test_nonfinite_loss_of_any_process_is_detected():
     losses = torch.tensor([0.5, 1.0, float("nan"), 2.0, float("inf")])
-    own = [
+    parts = [
         losses[first : first + number]
         for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))
     ]
-    whole = torch.stack([Processes(rank, 2).placed(part, 5) for rank, part in enumerate(own)]).sum(
-        0
-    )
+    gathered = torch.stack(
+        [Processes(rank, 2).placed(part, 5) for rank, part in enumerate(parts)]
+    ).sum(0)
     meter = Meter(torch.device("cpu"))
-    meter.add({}, torch.tensor(False), torch.tensor(7), whole)
+    meter.add({}, torch.tensor(False), torch.tensor(7), gathered)
     assert meter.skipped() == (1, 7, 2)
 
 
 def end(processes):
-    """Wait for all processes, and return what the leading one printed; only that one prints."""
+    """Wait for all processes and return the leading one, the only one that prints."""
     for one in processes:
         one.wait()
     assert not processes[1].stdout
@@ -49,11 +49,12 @@ def end(processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(
+def test_two_processes_equal_one_and_resume_like_an_uninterrupted_run(
     number, metalearn, ranks, tmp_path
 ):
-    # 5 tasks and 7 episodes: uneven shares. SGD, because Adam makes a full step of a gradient that is mere rounding.
-    words = [
+    # 5 tasks and 7 episodes give uneven shares. SGD, because Adam turns a gradient that is mere
+    # rounding error into a full step.
+    arguments = [
         "train",
         "algo=maml",
         *SMALL,
@@ -62,18 +63,18 @@ def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(
         "val.every=8",
         "test.episodes=7",
     ]
-    words += [
+    arguments += [
         "train.optimiser=sgd",
         "train.lr=0.1",
         "train.log_every=4",
         "checkpoint.every=6",
         "val.episodes=60",
     ]
-    done = end(ranks(*words, "hydra.run.dir=two"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1
+    command = end(ranks(*arguments, "hydra.run.dir=two"))
+    assert command.returncode == 0, command.stderr
+    assert command.stdout.count("test accuracy") == 1
     if number == signal.SIGTERM:
-        assert metalearn(*words, "hydra.run.dir=one").returncode == 0
+        assert metalearn(*arguments, "hydra.run.dir=one").returncode == 0
         results = [
             json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two")
         ]
@@ -94,34 +95,34 @@ def test_two_processes_give_the_result_of_one_and_resume_as_if_never_stopped(
         ]
         for first, second in zip(*rows, strict=True):
             assert first["train.loss"] == pytest.approx(second["train.loss"], rel=1e-3)
-    words += ["hydra.run.dir=stopped", "resume=auto"]
-    processes, log = ranks(*words), tmp_path / "stopped/metrics.jsonl"
+    arguments += ["hydra.run.dir=stopped", "resume=auto"]
+    processes, log = ranks(*arguments), tmp_path / "stopped/metrics.jsonl"
     processes[0].wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2)
     for one in processes:
         one.send(number)
     for one in processes:
         one.process.join(60)
-    assert not (tmp_path / "stopped/result.json").exists(), "it was finished before it was stopped"
+    assert not (tmp_path / "stopped/result.json").exists(), "the run finished before the signal"
     if number == signal.SIGTERM:
         assert (
             processes[0].stderr.count("saved") == 1
             and "metalearn: stopped at step" in processes[0].stderr
         )
-    again = end(ranks(*words))
-    assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stdout
+    resumed = end(ranks(*arguments))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step" in resumed.stdout
     assert difference(left(tmp_path / "stopped"), left(tmp_path / "two")) is None
 
 
 @pytest.mark.slow
-def test_a_sweep_in_several_processes_is_refused(ranks):
+def test_sweep_in_several_processes_is_refused(ranks):
     assert (
         end(ranks("train", "-m", *SMALL, "seed=0,1")).stderr.count("start torchrun without it") == 1
     )
 
 
 @pytest.mark.slow
-def test_torchrun_says_a_mistake_once(cache_dir, tmp_path):
+def test_torchrun_reports_a_mistake_once(cache_dir, tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -137,9 +138,9 @@ def test_torchrun_says_a_mistake_once(cache_dir, tmp_path):
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "120",
     }
-    words = ["train", *SMALL, "train.meta_batch=1", "hydra.run.dir=few"]
+    arguments = ["train", *SMALL, "train.meta_batch=1", "hydra.run.dir=few"]
     done = subprocess.run(
-        [*command, *words],
+        [*command, *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -147,6 +148,5 @@ def test_torchrun_says_a_mistake_once(cache_dir, tmp_path):
         timeout=180,
     )
     assert done.returncode != 0
-    assert (
-        done.stderr.count("metalearn: train.meta_batch=1: 2 processes want one each at least") == 1
-    )
+    line = "metalearn: train.meta_batch=1: should be at least 2, the number of processes"
+    assert done.stderr.count(line) == 1

@@ -1,4 +1,4 @@
-"""Random numbers are a function of their key alone."""
+"""Random numbers depend on their key alone."""
 
 import torch
 from torch.func import vmap
@@ -6,14 +6,14 @@ from torch.func import vmap
 from metalearn.tasks import prng
 
 
-def test_batched_keys_give_what_single_keys_give():
+def test_batched_keys_equal_single_keys():
     keys = prng.fold_in(prng.key_of(3), torch.arange(5))
     singly = torch.stack([prng.uniform(key, (4, 2)) for key in keys])
     assert torch.equal(prng.uniform(keys, (4, 2)), singly)
     assert torch.equal(vmap(lambda key: prng.normal(key, (7,)))(keys), prng.normal(keys, (7,)))
 
 
-def test_uniform_and_normal_have_their_moments():
+def test_uniform_and_normal_have_the_expected_moments():
     u = prng.uniform(prng.key_of(0), (200_000,)).double()
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean() - 1 / 2) < 0.003
@@ -33,13 +33,13 @@ def test_neighbouring_keys_are_uncorrelated():
     assert abs(successive) < 0.005
 
 
-def test_permutation_is_a_permutation_and_all_places_are_equally_likely():
+def test_permutations_are_valid_and_uniform():
     order = prng.permutation(prng.fold_in(prng.key_of(1), torch.arange(6000)), 5)
     assert torch.equal(order.sort(-1).values, torch.arange(5).expand(6000, 5))
     counts = torch.stack([(order == value).sum(0) for value in range(5)]).double()
     assert (counts - 1200).abs().max() < 5 * (6000 * 0.2 * 0.8) ** 0.5
 
 
-def test_key_depends_on_order_and_number_of_its_parts():
+def test_key_depends_on_the_order_and_number_of_its_parts():
     parts = [(), (0,), (0, 0), (1, 2), (2, 1), (-1,), (2**40,)]
     assert len({prng.key_of(*part).item() for part in parts}) == len(parts)

@@ -1,4 +1,4 @@
-"""The same seed gives the same run, bit for bit."""
+"""The same seed gives a bit-for-bit identical run."""
 
 import pytest
 from rich.console import Console
@@ -15,7 +15,7 @@ def check_repeated(cold, warm, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "rfs"])
-def test_a_repeated_run_is_bitwise_identical_with_a_cold_and_a_warm_cache(name, compose, tmp_path):
+def test_repeated_run_is_bitwise_identical_with_a_cold_and_a_warm_cache(name, compose, tmp_path):
     folders = [tmp_path / "cold", tmp_path / "warm", tmp_path / "other"]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         config = compose(
@@ -30,12 +30,12 @@ def test_a_repeated_run_is_bitwise_identical_with_a_cold_and_a_warm_cache(name, 
 
 
 @pytest.mark.slow
-def test_so_is_the_command_with_two_threads(metalearn, tmp_path):
-    words = ["train", "algo=maml", *SMALL, "train.steps=6", "val.every=3", "cache_dir=cache"]
+def test_repeated_command_is_bitwise_identical_with_two_threads(metalearn, tmp_path):
+    arguments = ["train", "algo=maml", *SMALL, "train.steps=6", "val.every=3", "cache_dir=cache"]
     folders = [tmp_path / "cold", tmp_path / "warm", tmp_path / "other"]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         done = metalearn(
-            *words, f"hydra.run.dir={folder.name}", f"seed={seed}", OMP_NUM_THREADS="2"
+            *arguments, f"hydra.run.dir={folder.name}", f"seed={seed}", OMP_NUM_THREADS="2"
         )
         assert done.returncode == 0, done.stderr
     check_repeated(*folders)

@@ -1,4 +1,4 @@
-"""A run that is stopped and gone on with ends as one that never was; what lies in its folder is never lost."""
+"""A resumed run equals an uninterrupted one, and nothing in its folder is lost."""
 
 import dataclasses
 import io
@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from same_run import difference, left
 
-from metalearn.cli import launch
-from metalearn.run import checkpoint
-from metalearn.run import train as verb
+from metalearn.cli import _launch
+from metalearn.report.folder import RunFolder
+from metalearn.run import checkpoint, train
 from metalearn.run.step import Meter, Training
 from metalearn.system import lock, signals
-from metalearn.system.errors import RunFailed, UserError
+from metalearn.system.errors import RunFailed, UserError, as_failure
 from tests.conftest import SMALL
 
 _SHORT = [
@@ -31,33 +31,32 @@ _SHORT = [
 
 
 class Halted(BaseException):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.fixture
 def run(compose, tmp_path):
-    """Trains in a folder; returns what is printed."""
+    """Train in a folder and return the output."""
 
-    def trained(name, *words):
-        said = io.StringIO()
-        overrides = [*_SHORT, *words]
-        verb.train(
-            compose(*overrides), tmp_path / name, "a run", overrides, Console(file=said, width=300)
-        )
-        return said.getvalue()
+    def train_in(name, *overrides):
+        output = io.StringIO()
+        words = [*_SHORT, *overrides]
+        console = Console(file=output, width=300)
+        train.train(compose(*words), tmp_path / name, "a run", words, console)
+        return output.getvalue()
 
-    return trained
+    return train_in
 
 
 @pytest.fixture
-def stopped(run, monkeypatch):
-    """Trains so many steps, then stops: by a signal, or as if the process were killed."""
+def interrupt(run, monkeypatch):
+    """Train for some steps, then stop by a signal or as if the process were killed."""
 
-    def trained(steps, how, name, *words):
-        looks = iter(range(1, 1000))  # training looks for a signal once after each step
+    def train_and_stop(steps, how, name, *overrides):
+        checks = iter(range(1, 1000))  # training checks for a signal once after each step
 
         def asked():
-            if next(looks) < steps:
+            if next(checks) < steps:
                 return None
             if how == "killed":
                 raise Halted
@@ -65,14 +64,14 @@ def stopped(run, monkeypatch):
 
         monkeypatch.setattr(signals, "asked", asked)
         with pytest.raises((signals.Stopped, Halted)):
-            run(name, *words)
+            run(name, *overrides)
         monkeypatch.undo()
 
-    return trained
+    return train_and_stop
 
 
 @pytest.mark.parametrize(
-    ("words", "how"),
+    ("overrides", "how"),
     [
         pytest.param(["algo=maml", "train.schedule=cosine"], "killed", marks=pytest.mark.slow),
         pytest.param(["algo=reptile"], "signal", marks=pytest.mark.slow),
@@ -82,16 +81,16 @@ def stopped(run, monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_stopped_run_ends_as_one_that_never_was(words, how, run, stopped, tmp_path):
-    run("whole", *words)
+def test_resumed_run_equals_uninterrupted_run(overrides, how, run, interrupt, tmp_path):
+    run("uninterrupted", *overrides)
     for steps in (3, 3, 2):
-        stopped(steps, how, "stopped", *words, "resume=auto")
-    assert "going on from step" in run("stopped", *words, "resume=auto")
-    assert difference(left(tmp_path / "stopped"), left(tmp_path / "whole")) is None
+        interrupt(steps, how, "stopped", *overrides, "resume=auto")
+    assert "resuming from step" in run("stopped", *overrides, "resume=auto")
+    assert difference(left(tmp_path / "stopped"), left(tmp_path / "uninterrupted")) is None
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_shown_again(run, tmp_path):
+def test_finished_run_is_shown_again_and_left_unchanged(run, tmp_path):
     first = run("x", "algo=protonet", "resume=auto")
     times = {
         path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*") if path.is_file()
@@ -110,73 +109,74 @@ def test_a_finished_run_is_shown_again(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_configuration_is_named(run, stopped, tmp_path):
-    stopped(4, "killed", "x", "algo=protonet")
+def test_resume_with_a_different_configuration_names_the_setting(run, interrupt, tmp_path):
+    interrupt(4, "killed", "x", "algo=protonet")
     with pytest.raises(UserError, match=r"train\.lr=0\.001, not 0\.5"):
         run("x", "algo=protonet", "train.lr=0.5", "resume=auto")
     with pytest.raises(UserError, match=r"algo\._target_=.*ProtoNet, not .*MAML"):
         run("x", "algo=maml", "resume=auto")
     with pytest.raises(UserError, match=r"stopped run; resume=auto"):
         run("x", "algo=protonet")
-    run(
-        "x", "algo=protonet", "resume=auto", "checkpoint.every=3", "logger=none"
-    )  # changes nothing of the result
+    # These settings do not affect the result.
+    run("x", "algo=protonet", "resume=auto", "checkpoint.every=3", "logger=none")
 
 
 def flipped(content):
-    """One bit of one weight is another."""
+    """Flip one bit of one weight."""
     weight = (
         torch.load(io.BytesIO(content), weights_only=True)["meta"]["net.conv0.weight"]
         .numpy()
         .tobytes()
     )
-    place = content.index(weight)
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    position = content.index(weight)
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
 
 
 @pytest.mark.slow
-def test_a_torn_checkpoint_is_refused_and_the_one_before_it_used(run, stopped, tmp_path):
-    run("whole", "algo=protonet")
+def test_damaged_checkpoint_is_refused_and_the_previous_one_used(run, interrupt, tmp_path):
+    run("uninterrupted", "algo=protonet")
     for name, change in {
-        "torn": lambda content: content[: len(content) // 2],
+        "truncated": lambda content: content[: len(content) // 2],
         "flipped": flipped,
         "foreign": lambda content: b"not a checkpoint",
     }.items():
-        stopped(8, "killed", name, "algo=protonet")
+        interrupt(8, "killed", name, "algo=protonet")
         file = tmp_path / name / "checkpoints/last.pt"
         file.write_bytes(change(file.read_bytes()))
-        said = run(name, "algo=protonet", "resume=auto")
+        output = run(name, "algo=protonet", "resume=auto")
         assert (
-            "last.pt" in said
-            and "going back to the one before" in said
-            and "going on from step 6" in said
+            "last.pt" in output
+            and "using the previous checkpoint" in output
+            and "resuming from step 6" in output
         )
-        assert difference(left(tmp_path / name), left(tmp_path / "whole")) is None
-    stopped(8, "killed", "none", "algo=protonet")
+        assert difference(left(tmp_path / name), left(tmp_path / "uninterrupted")) is None
+    interrupt(8, "killed", "none", "algo=protonet")
     for file in (tmp_path / "none/checkpoints").iterdir():
         file.write_bytes(b"")
-    for _ in range(2):  # never silently from the beginning
-        with pytest.raises(UserError, match="no checkpoint there is whole"):
+    for _ in range(2):  # training never restarts silently
+        with pytest.raises(UserError, match="no checkpoint is intact"):
             run("none", "algo=protonet", "resume=auto")
 
 
 @pytest.mark.slow
-def test_resume_from_the_folder_alone(run, stopped, tmp_path):
-    stopped(5, "killed", "x", "algo=protonet")
-    verb.resume(tmp_path / "x", Console(file=io.StringIO()))
-    run("whole", "algo=protonet")
-    assert difference(left(tmp_path / "x"), left(tmp_path / "whole")) is None
+def test_resume_needs_only_the_folder(run, interrupt, tmp_path):
+    interrupt(5, "killed", "x", "algo=protonet")
+    train.resume(tmp_path / "x", Console(file=io.StringIO()))
+    run("uninterrupted", "algo=protonet")
+    assert difference(left(tmp_path / "x"), left(tmp_path / "uninterrupted")) is None
     with pytest.raises(UserError, match="no run"):
-        verb.resume(tmp_path / "absent", Console(file=io.StringIO()))
+        train.resume(tmp_path / "absent", Console(file=io.StringIO()))
 
 
 @pytest.mark.slow
-def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run, stopped, tmp_path):
-    stopped(5, "killed", "x", "algo=protonet")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"import time, pathlib; from metalearn.lock import alone_in\nwith alone_in(pathlib.Path({str(tmp_path / 'x')!r})):\n print('held', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
+def test_folder_is_locked_by_one_process_until_it_dies(run, interrupt, tmp_path):
+    interrupt(5, "killed", "x", "algo=protonet")
+    code = (
+        "import time, pathlib; from metalearn.system.lock import alone_in\n"
+        f"with alone_in(pathlib.Path({str(tmp_path / 'x')!r})):\n"
+        " print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
     with pytest.raises(UserError, match="another process"):
         run("x", "algo=protonet", "resume=auto")
@@ -188,48 +188,48 @@ def test_a_folder_has_one_process_at_a_time_and_a_killed_one_leaves_no_lock(run,
 
 
 @pytest.mark.slow
-def test_a_multirun_skips_what_is_finished_and_goes_on_with_the_rest(metalearn, tmp_path):
-    words = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
-    assert metalearn(*words).returncode == 0
+def test_multirun_skips_finished_runs_and_resumes_the_rest(metalearn, tmp_path):
+    arguments = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]
+    assert metalearn(*arguments).returncode == 0
     before = (tmp_path / "sweep/0/result.json").read_text()
-    (tmp_path / "sweep/1/result.json").unlink()  # as if it had been killed while it was tested
-    again = metalearn(*words)
+    (tmp_path / "sweep/1/result.json").unlink()  # as if killed during the test
+    again = metalearn(*arguments)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("finished") == 2 and "going on from step 2" in again.stdout
+    assert again.stdout.count("finished") == 2 and "resuming from step 2" in again.stdout
     assert (tmp_path / "sweep/0/result.json").read_text() == before
     assert (tmp_path / "sweep/1/result.json").exists()
 
 
-def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_path, monkeypatch):
+def test_nonfinite_step_is_named_and_saved_and_can_be_skipped(run, tmp_path, monkeypatch):
     from metalearn.algorithms.protonet import ProtoNet
 
     original = ProtoNet.embedding_loss
 
-    def sick_at_step(number):
-        seen = iter(range(1000))
+    def nan_at_step(number):
+        calls = iter(range(1000))
 
-        def judged(self, *arguments):
+        def nan_loss(self, *arguments):
             loss = original(self, *arguments)
-            if next(seen) == 2 * (number - 1) + 1:  # the second task of the step
+            if next(calls) == 2 * (number - 1) + 1:  # the second task of the step
                 nan = loss.value * torch.nan
                 loss = loss._replace(value=nan, logs=loss.logs | {"loss": nan.detach()})
             return loss
 
-        monkeypatch.setattr(ProtoNet, "embedding_loss", judged)
+        monkeypatch.setattr(ProtoNet, "embedding_loss", nan_loss)
 
-    words = ["algo=protonet", "engine.strategy=loop"]
-    sick_at_step(5)
+    overrides = ["algo=protonet", "engine.strategy=loop"]
+    nan_at_step(5)
     with pytest.raises(
-        RunFailed, match=r"step 5, task 1 of 2, kept in .*step5-task1\.pt.*train\.nonfinite=skip"
+        RunFailed, match=r"step 5, task 1 of 2, saved in .*step5-task1\.pt.*train\.nonfinite=skip"
     ):
-        run("stop", *words)
-    kept = torch.load(tmp_path / "stop/nonfinite/step5-task1.pt", weights_only=True)
-    assert kept["query"]["x"].shape[1:] == (1, 16, 16)
+        run("stop", *overrides)
+    episode = torch.load(tmp_path / "stop/nonfinite/step5-task1.pt", weights_only=True)
+    assert episode["query"]["x"].shape[1:] == (1, 16, 16)
     assert checkpoint.load(tmp_path / "stop/checkpoints/last.pt", torch.device("cpu"))["step"] == 4
 
-    sick_at_step(5)
-    said = run("skip", *words, "train.nonfinite=skip")
-    assert "not finite at step 5, task 1" in said and "skipped" in said
+    nan_at_step(5)
+    output = run("skip", *overrides, "train.nonfinite=skip")
+    assert "not finite at step 5, task 1" in output and "skipped" in output
     rows = [json.loads(line) for line in (tmp_path / "skip/metrics.jsonl").read_text().splitlines()]
     assert {row["step"]: row.get("train.skipped") for row in rows} == {
         3: None,
@@ -245,7 +245,7 @@ def test_a_step_that_is_not_finite_is_named_kept_and_perhaps_skipped(run, tmp_pa
 
 
 class FlakyWandb:
-    """W&B whose service dies in the middle of a run."""
+    """W&B with a service that dies during a run."""
 
     def __init__(self, dies):
         self.rows, self.dies, self.summary, self.url = [], dies, {}, ""
@@ -261,7 +261,7 @@ class FlakyWandb:
 
 
 @pytest.mark.slow
-def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypatch):
+def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch):
     runs = []
 
     def init(mode, **settings):
@@ -270,44 +270,43 @@ def test_wandb_that_fails_in_the_middle_goes_on_offline(run, tmp_path, monkeypat
 
     monkeypatch.setattr("wandb.init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
-    said = run("x", "algo=protonet", "logger=wandb")
-    assert "W&B: failed (the service has died); going on offline" in said
+    output = run("x", "algo=protonet", "logger=wandb")
+    assert "W&B: failed (the service has died); continuing offline" in output
     assert [mode for mode, _ in runs] == ["online", "offline"]
-    assert (
-        sum(len(one.rows) for _, one in runs) == 5 + 1
-    )  # rows at steps 3, 4, 6, 8, 9, and the result
+    # Rows at steps 3, 4, 6, 8, 9, and the result.
+    assert sum(len(one.rows) for _, one in runs) == 5 + 1
     assert (tmp_path / "x/result.json").exists()
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_in_a_line_and_loses_nothing(run, tmp_path, monkeypatch):
+def test_full_disk_is_reported_in_one_line_and_loses_nothing(run, tmp_path, monkeypatch):
     original = checkpoint.save
-    saved = []
+    names = []
 
-    def full(path, content, previous=None):
-        saved.append(path.name)
-        if saved.count("last.pt") == 3:
+    def save_on_full_disk(path, content, previous=None):
+        names.append(path.name)
+        if names.count("last.pt") == 3:
             raise OSError(28, "No space left on device", str(path))
         original(path, content, previous)
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "save", save_on_full_disk)
     with pytest.raises(RunFailed, match=r"last\.pt: No space left on device; .*metalearn resume"):
         run("x", "algo=protonet")
     monkeypatch.setattr(checkpoint, "save", original)
-    assert "going on from step 4" in run("x", "algo=protonet", "resume=auto")
-    run("whole", "algo=protonet")
-    assert difference(left(tmp_path / "x"), left(tmp_path / "whole")) is None
+    assert "resuming from step 4" in run("x", "algo=protonet", "resume=auto")
+    run("uninterrupted", "algo=protonet")
+    assert difference(left(tmp_path / "x"), left(tmp_path / "uninterrupted")) is None
 
 
 @pytest.mark.slow
-def test_a_profiled_run_goes_on(run, stopped):
-    stopped(7, "signal", "x", "algo=protonet", "engine.profile=true")
+def test_profiled_run_resumes(run, interrupt):
+    interrupt(7, "signal", "x", "algo=protonet", "engine.profile=true")
     run("x", "algo=protonet", "engine.profile=true", "resume=auto")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_began_alone(run, stopped, tmp_path):
-    stopped(5, "killed", "x", "algo=protonet")
+def test_resume_with_a_different_number_of_processes_is_refused(run, interrupt, tmp_path):
+    interrupt(5, "killed", "x", "algo=protonet")
     engine = tmp_path / "x/engine.json"
     engine.write_text(engine.read_text().replace('"processes": 1', '"processes": 4'))
     with pytest.raises(UserError, match="processes=4, here it is 1"):
@@ -315,81 +314,84 @@ def test_a_run_goes_on_where_it_began_alone(run, stopped, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_data_are_noticed(run, stopped, monkeypatch):
-    stopped(5, "killed", "x", "algo=protonet")
+def test_resume_with_different_data_is_refused(run, interrupt, monkeypatch):
+    interrupt(5, "killed", "x", "algo=protonet")
     monkeypatch.setattr("metalearn.data.images.Pictures.content_hash", lambda pictures: "other")
     with pytest.raises(UserError, match="data, or their split, are others"):
         run("x", "algo=protonet", "resume=auto")
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_initialisation_is_validated_stops_the_run(stopped, tmp_path):
-    stopped(1, "signal", "x", "algo=protonet", "train.steps=0")
+def test_signal_during_validation_of_the_initialisation_stops_the_run(interrupt, tmp_path):
+    interrupt(1, "signal", "x", "algo=protonet", "train.steps=0")
     assert not (tmp_path / "x/result.json").exists()
 
 
-def test_other_classes_in_the_splits_are_other_data(make_run):
+def test_resume_with_different_splits_is_refused(make_run):
     run = make_run("algo=protonet")
-    kept = Training(run).kept()
-    Training(run).restore(kept)
+    content = Training(run).state_dict()
+    Training(run).load_state_dict(content)
     swapped = run.class_names | {"train": run.class_names["test"], "test": run.class_names["train"]}
     with pytest.raises(UserError, match="their split"):
-        Training(dataclasses.replace(run, class_names=swapped)).restore(kept)
+        Training(dataclasses.replace(run, class_names=swapped)).load_state_dict(content)
 
 
-def test_a_meter_that_goes_on_does_not_count_tasks_of_before():
-    meter, again = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+def test_restored_meter_does_not_count_earlier_tasks():
+    meter, restored = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
     meter.restart_clock()
     meter.count(100)
-    again.restore(meter.kept())
-    again.restart_clock()
-    assert again.steps == 1 and again.read()["tasks_per_second"] == 0
+    restored.load_state_dict(meter.state_dict())
+    restored.restart_clock()
+    assert restored.steps == 1 and restored.read()["tasks_per_second"] == 0
 
 
-def test_the_row_of_an_untrained_run_stays(run, tmp_path):
+def test_resumed_untrained_run_does_not_repeat_its_row(run, tmp_path):
     run("x", "algo=protonet", "train.steps=0")
     rows = (tmp_path / "x/metrics.jsonl").read_text()
-    (tmp_path / "x/result.json").unlink()  # as if it had been killed while it was tested
+    (tmp_path / "x/result.json").unlink()  # as if killed during the test
     run("x", "algo=protonet", "train.steps=0", "resume=auto")
     assert (tmp_path / "x/metrics.jsonl").read_text() == rows and rows.count("\n") == 1
 
 
-def test_the_command_is_that_of_the_attempt_that_began(tmp_path):
-    first = verb.note_command(tmp_path, "a", ["episode.way=500"])
-    second = verb.note_command(tmp_path, "a", ["episode.way=4"])
+def test_saved_command_is_that_of_the_attempt_that_started(tmp_path):
+    first = train.save_command(RunFolder(tmp_path), "a", ["episode.way=500"])
+    second = train.save_command(RunFolder(tmp_path), "a", ["episode.way=4"])
     assert second["overrides"] == ["episode.way=4"] and second["id"] == first["id"]
     (tmp_path / "config.yaml").write_text("")
-    assert verb.note_command(tmp_path, "a", ["episode.way=3"])["overrides"] == ["episode.way=4"]
+    assert train.save_command(RunFolder(tmp_path), "a", ["episode.way=3"])["overrides"] == [
+        "episode.way=4"
+    ]
 
 
 @pytest.mark.slow
-def test_another_chunk_is_kept_for_good(run, stopped, tmp_path):
-    stopped(4, "killed", "x", "algo=maml", "engine.strategy=vmap")
-    stopped(
+def test_changed_chunk_persists_after_resume(run, interrupt, tmp_path):
+    interrupt(4, "killed", "x", "algo=maml", "engine.strategy=vmap")
+    interrupt(
         2, "killed", "x", "algo=maml", "engine.strategy=vmap", "engine.task_chunk=1", "resume=auto"
     )
-    verb.resume(tmp_path / "x", Console(file=io.StringIO()))
+    train.resume(tmp_path / "x", Console(file=io.StringIO()))
     assert json.loads((tmp_path / "x/engine.json").read_text())["train"]["chunk"] == 1
     assert json.loads((tmp_path / "x/result.json").read_text())["engine"]["train"]["chunk"] == 1
 
 
 @pytest.mark.slow
-def test_a_multirun_shows_what_is_finished_whatever_was_refused_later(metalearn, tmp_path):
-    words = ["train", "-m", "algo=protonet", *SMALL, "hydra.sweep.dir=sweep"]
-    assert metalearn(*words, "episode.way=4,3").returncode == 0
-    more = metalearn(*words, "episode.way=5,4,3")
+def test_multirun_shows_finished_runs_even_if_another_is_refused(metalearn, tmp_path):
+    arguments = ["train", "-m", "algo=protonet", *SMALL, "hydra.sweep.dir=sweep"]
+    assert metalearn(*arguments, "episode.way=4,3").returncode == 0
+    more = metalearn(*arguments, "episode.way=5,4,3")
     assert more.returncode == 1
     assert "4w 1s" in more.stdout and "holds a run with episode.way=4, not 5" in more.stdout
-    again = metalearn(*words, "episode.way=4,3")
-    assert (
-        again.returncode == 0 and "2: episode.way=3" in again.stdout
-    )  # what is not asked for now is there all the same
+    again = metalearn(*arguments, "episode.way=4,3")
+    # The table also shows runs that this command did not request.
+    assert again.returncode == 0 and "2: episode.way=3" in again.stdout
     assert not (tmp_path / "sweep/0/error.txt").exists()
 
 
-def test_why_a_run_failed_is_said_even_on_a_full_disk(tmp_path):
-    assert launch._noted(OSError(28, "No space left on device"), tmp_path / "absent/error.txt")
+def test_failure_is_reported_even_on_a_full_disk(tmp_path):
+    assert _launch._save_error(
+        OSError(28, "No space left on device"), RunFolder(tmp_path / "absent")
+    )
     assert (
-        str(launch.told(OSError(28, "No space left on device", "result.json")))
+        str(as_failure(OSError(28, "No space left on device", "result.json")))
         == "result.json: No space left on device"
     )

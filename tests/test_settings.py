@@ -36,9 +36,9 @@ def test_a_mistyped_word_is_answered_without_torch():
         "dataset.split=alphabets": "did you mean alphabet",
     }
     code = (
-        "import sys; from metalearn.cli import launch\n"
+        "import sys; from metalearn.cli import _arguments, _launch\n"
         "for word in sys.argv[1:]:\n"
-        " try:\n  launch.check(launch.parsed([word]))\n"
+        " try:\n  _launch.check(_arguments.parse([word]))\n"
         " except Exception as error:\n  print(type(error).__name__, error)\n"
         "print('torch' in sys.modules)"
     )

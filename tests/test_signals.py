@@ -1,4 +1,4 @@
-"""Runs in processes of their own: signals, readers that leave, another working directory."""
+"""Runs in separate processes: signals, closed pipes, a different working directory."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def last_step(folder):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave_and_the_run_resumes_from_anywhere(number, code, start, tmp_path):
+def test_signal_saves_and_exits_and_the_run_resumes_from_any_folder(number, code, start, tmp_path):
     process = start(*_LONG, "cache_dir=own")
     process.wait_until(has_logged(tmp_path))
     process.send(number)
@@ -46,16 +46,16 @@ def test_signals_save_and_leave_and_the_run_resumes_from_anywhere(number, code, 
     )
     assert f"stopped at step {last_step(tmp_path)}" in process.stderr
     (tmp_path / "elsewhere").mkdir()
-    again = start("resume", "../x", cwd=tmp_path / "elsewhere", METALEARN_CACHE=None)
-    again.wait_until(lambda: "going on from step" in again.stdout)
-    again.send(signal.SIGKILL)
-    again.wait()
+    resumed = start("resume", "../x", cwd=tmp_path / "elsewhere", METALEARN_CACHE=None)
+    resumed.wait_until(lambda: "resuming from step" in resumed.stdout)
+    resumed.send(signal.SIGKILL)
+    resumed.wait()
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_second_signal_leaves_at_once(start, tmp_path):
-    # One validation that takes minutes: the first signal waits for its end.
-    words = [
+def test_second_signal_exits_at_once(start, tmp_path):
+    # A validation of several minutes, because the first signal takes effect after it.
+    arguments = [
         "train",
         "algo=maml",
         *SMALL,
@@ -63,7 +63,7 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
         "train.log_every=1",
         "val.episodes=100000",
     ]
-    process = start(*words, "hydra.run.dir=x")
+    process = start(*arguments, "hydra.run.dir=x")
     process.wait_until(has_logged(tmp_path))
     process.send(signal.SIGTERM)
     time.sleep(1)
@@ -72,7 +72,7 @@ def test_a_second_signal_leaves_at_once(start, tmp_path):
     assert process.wait(5).returncode == 143
 
 
-def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
+def test_closed_output_does_not_stop_the_run(cache_dir, tmp_path):
     environment = {
         **os.environ,
         "METALEARN_CACHE": str(cache_dir),
@@ -91,7 +91,7 @@ def test_a_reader_that_has_left_costs_nothing(cache_dir, tmp_path):
         stream.close()
     rows = tmp_path / "x/metrics.jsonl"
     before = rows.read_text().count("val.")
-    while rows.read_text().count("val.") < before + 3:  # each is printed
+    while rows.read_text().count("val.") < before + 3:  # each validation is printed
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The seams hold methods, tasks, inputs, losses and augmentations of other kinds, as a plugin and with no change elsewhere."""
+"""A plugin adds methods, tasks, inputs, losses and augmentations without other changes."""
 
 import dataclasses
 import json
@@ -34,13 +34,13 @@ _SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def named(monkeypatch):
-    """The plugin, for one test."""
+def toy_plugin(monkeypatch):
+    """Load the plugin for one test."""
     monkeypatch.setattr(plugins, "_named", ["tests.toys"])
 
 
-def settings_of(*words):
-    return checking.checked(composition.composed([*_SMALL, *words]))
+def settings_of(*overrides):
+    return checking.checked(composition.composed([*_SMALL, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def settings_of(*words):
         *(pytest.param(name, marks=pytest.mark.slow) for name in _TOYS if name != "soft_means"),
     ],
 )
-def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
+def test_toy_methods_run_in_the_engine_and_the_loop(name, tmp_path):
     run = build(
         settings_of(
             f"algo={name}",
@@ -82,24 +82,29 @@ def test_toy_methods_go_through_the_same_engine_and_loop(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transfer", "soft_means"])
-def test_toy_methods_keep_the_contract(name):
+def test_toy_methods_pass_the_method_checks(name):
     for check in testing.METHOD_CHECKS.values():
         check(testing.Method(name))
 
 
 @pytest.mark.slow
-def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told_the_labels(
+def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(
     tmp_path,
 ):
-    words = [
+    overrides = [
         "algo=soft_means",
         "dataset=gaussians",
         "train.steps=60",
         "val.every=60",
         "dataset.noise_std=0.5",
     ]
-    words += ["test.episodes=300", "episode.unlabelled=8", "episode.query=5", "train.meta_batch=2"]
-    run = build(settings_of(*words))
+    overrides += [
+        "test.episodes=300",
+        "episode.unlabelled=8",
+        "episode.query=5",
+        "train.meta_batch=2",
+    ]
+    run = build(settings_of(*overrides))
     state = loop.fit(run, loop.Silent(), tmp_path).state
     scores = loop.test(run, state, None).scores
 
@@ -107,20 +112,20 @@ def test_a_method_learns_from_unlabelled_examples_of_its_classes_and_is_not_told
     class Without:
         def draw(self, first, count):
             task = run.test.draw(first, count)
-            few = dataclasses.replace(task.support, unlabelled=task.support.x)  # says nothing new
-            return dataclasses.replace(task, support=few)
+            support = dataclasses.replace(task.support, unlabelled=task.support.x)  # adds nothing
+            return dataclasses.replace(task, support=support)
 
         def classes(self, first, count):
             return run.test.classes(first, count)
 
     gain = paired_difference(scores, loop.evaluate(run, state, Without(), 300))
     assert gain.mean - gain.ci95 > 0
-    distracted = build(settings_of(*words, "episode.distractors=3"))
-    assert estimate(loop.test(distracted, state, None).scores).mean < scores.mean()
+    with_distractors = build(settings_of(*overrides, "episode.distractors=3"))
+    assert estimate(loop.test(with_distractors, state, None).scores).mean < scores.mean()
 
 
-def test_unlabelled_examples_from_python(tmp_path):
-    words = [
+def test_unlabelled_examples_work_from_python(tmp_path):
+    overrides = [
         "algo=soft_means",
         "dataset=gaussians",
         "train.steps=2",
@@ -128,7 +133,11 @@ def test_unlabelled_examples_from_python(tmp_path):
         "episode.unlabelled=4",
     ]
     train(
-        composition.composed([*_SMALL, *words]), tmp_path / "run", "toy", words, Console(quiet=True)
+        composition.composed([*_SMALL, *overrides]),
+        tmp_path / "run",
+        "toy",
+        overrides,
+        Console(quiet=True),
     )
     model = metalearn.load(tmp_path / "run")
     x, more = torch.randn(6, 16), torch.randn(9, 16)
@@ -142,13 +151,13 @@ def test_unlabelled_examples_from_python(tmp_path):
         None,
         Console(quiet=True),
     )
-    found = [
+    protocols = [
         json.loads(path.read_text())["protocol"]
         for path in (tmp_path / "run/evaluations").glob("*.json")
     ]
-    assert {(one["unlabelled"], one["distractors"]) for one in found} == {(2, 1)}
+    assert {(one["unlabelled"], one["distractors"]) for one in protocols} == {(2, 1)}
     train(
-        composition.composed([*_SMALL, *words[1:4], "algo=protonet"]),
+        composition.composed([*_SMALL, *overrides[1:4], "algo=protonet"]),
         tmp_path / "plain",
         "p",
         [],
@@ -170,8 +179,8 @@ def test_unlabelled_examples_from_python(tmp_path):
 )
 def test_gradient_methods_adapt_a_policy(name):
     """A family of control tasks needs no change in a method, the engine or the loop."""
-    words = [f"algo={name}", "dataset=goals", "train.steps=2", "val.every=2"]
-    run = build(settings_of(*words))
+    overrides = [f"algo={name}", "dataset=goals", "train.steps=2", "val.every=2"]
+    run = build(settings_of(*overrides))
     assert "head.log_std" in run.state.params and run.metric.name == "return"
     tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
     progress = torch.zeros((), dtype=torch.float64)
@@ -190,8 +199,8 @@ def test_gradient_methods_adapt_a_policy(name):
 
 
 @pytest.mark.slow
-def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
-    words = [
+def test_adaptation_raises_the_return_of_a_policy(tmp_path):
+    overrides = [
         "algo=maml",
         "algo.inner_lr=0.5",
         "algo.step_lrs=[0.5,0.25]",
@@ -200,17 +209,17 @@ def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
         "train.steps=60",
         "val.every=30",
     ]
-    words += [
+    overrides += [
         "algo.test_inner_steps=2",
         "test.episodes=60",
         "train.meta_batch=10",
         "train.lr=0.003",
     ]
     train(
-        composition.composed([*_SMALL, *words]),
+        composition.composed([*_SMALL, *overrides]),
         tmp_path / "run",
         "maml goals",
-        words,
+        overrides,
         Console(quiet=True),
     )
     result = json.loads((tmp_path / "run/result.json").read_text())
@@ -222,8 +231,8 @@ def test_a_policy_that_adapts_has_a_higher_return(tmp_path):
 
 
 @pytest.mark.slow
-def test_text_goes_through_as_tokens(tmp_path):
-    words = [
+def test_text_works_as_tokens(tmp_path):
+    overrides = [
         "algo=protonet",
         "dataset=sentences",
         "train.steps=40",
@@ -232,10 +241,10 @@ def test_text_goes_through_as_tokens(tmp_path):
         "episode.query=5",
     ]
     train(
-        composition.composed([*_SMALL, *words]),
+        composition.composed([*_SMALL, *overrides]),
         tmp_path / "run",
         "protonet sentences",
-        words,
+        overrides,
         Console(quiet=True),
     )
     accuracy = json.loads((tmp_path / "run/result.json").read_text())["test"]["accuracy"]
@@ -254,12 +263,12 @@ def test_text_goes_through_as_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("check", testing.BACKBONE_CHECKS)
-def test_a_backbone_of_a_plugin_keeps_the_contract(check):
+def test_plugin_backbone_passes_the_backbone_checks(check):
     testing.BACKBONE_CHECKS[check](testing.BackboneCase(Bag(width=4), InputSpec((6,), 20)))
 
 
-def test_a_loss_and_an_augmentation_are_one_entry():
-    words = [
+def test_plugin_loss_and_augmentation_are_chosen_by_name():
+    overrides = [
         "dataset=glyphs",
         "dataset.num_classes=60",
         "dataset.image_size=12",
@@ -267,7 +276,7 @@ def test_a_loss_and_an_augmentation_are_one_entry():
         "backbone.blocks=2",
     ]
     plain, other, inner = (
-        build(settings_of("algo=maml", *words, *more))
+        build(settings_of("algo=maml", *overrides, *more))
         for more in (
             [],
             ["loss.name=cubic", "+loss.settings.power=2"],
@@ -280,19 +289,19 @@ def test_a_loss_and_an_augmentation_are_one_entry():
         for run in (plain, other, inner)
     ]
     assert losses[0] != losses[1] != losses[2] != losses[0]
-    darker = build(settings_of("algo=maml", *words, "+augment.ops.darken.least=0.1"))
+    darker = build(settings_of("algo=maml", *overrides, "+augment.ops.darken.least=0.1"))
     dark: Any = darker.train.draw(0, 2)
     assert dark.query.x.mean() < 0.8 * tasks.query.x.mean()
     assert torch.equal(darker.test.draw(0, 2).query.x, plain.test.draw(0, 2).query.x)
-    for word, line in {
+    for override, line in {
         "loss.name=qubic": "loss.name=qubic: there is no such name; .*did you mean cubic",
         "+loss.settings.power=2": r"loss\.settings\.power: loss\.name=None has no such setting",
-        "+augment.ops.darcen.least=1": "augment.ops=darcen: there is no such name; .*did you mean darken",
+        "+augment.ops.darcen.least=1": "darcen: there is no such name; .*did you mean darken",
         "+augment.ops.darken.most=1": r"augment\.ops\.darken\.most: there is no such setting",
         "loss.name=os.system": "there is no such name",
     }.items():
         with pytest.raises(UserError, match=line):
-            build(settings_of("algo=maml", *words, word))
+            build(settings_of("algo=maml", *overrides, override))
 
 
 def test_support_is_a_pytree_with_a_static_way():

@@ -7,15 +7,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from metalearn.cli import main, reproduce
+from metalearn.cli import reproduce
 from metalearn.cli.compare import compare
 from metalearn.config import checking, composition, schema
+from metalearn.report.result import Result
+from metalearn.report.scores import read_scores
 from metalearn.report.stats import estimate, paired_difference
 from metalearn.run.evaluate import evaluate
-from metalearn.run.measure import read_scores
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.sampling import SAMPLER_VERSION
+from metalearn.tasks.types import Estimate
 
 
 @pytest.fixture
@@ -339,16 +341,16 @@ def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", reproduce.experiments())
+@pytest.mark.parametrize("name", composition.reproductions())
 def test_recipes_compose_at_every_budget(name):
     from metalearn.config import composition
-    from metalearn.run import build
+    from metalearn.run import pairings
 
     for budget in ("smoke", "quick", "paper"):
         settings = checking.checked(
             composition.composed(reproduce.Recipe(name, budget).overrides([])[:-1])
         )
-        build.check(settings)
+        pairings.check(settings)
         assert settings.reproduction is not None
         assert 0.5 < settings.reproduction.published.mean < 1
     header = (composition.conf_dir() / "experiment" / f"{name}.yaml").read_text()
@@ -397,8 +399,19 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
             protocol_id="p",
             sampler=sampler,
         )
-    result = {"test": {"accuracy": {"mean": mean, "ci95": ci95}}, "protocol_id": "p"}
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    result = Result(
+        metric="accuracy",
+        higher_is_better=True,
+        test=Estimate(mean, ci95, 600),
+        details={},
+        protocol={},
+        protocol_id="p",
+        name="a run",
+        seed=0,
+        environment={},
+        seconds=1.0,
+    )
+    result.write(tmp_path / "result.json")
     assert recipe.verdict(tmp_path, console) == code
     verdict = json.loads((tmp_path / "reproduction.json").read_text())
     assert verdict["passed"] is (code == 0)
@@ -406,7 +419,8 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
     if code == 3:
         assert "not measured with this sampler" in console.export_text()
     if (budget, code) == ("quick", 0):  # another protocol is no confirmation
-        (tmp_path / "result.json").write_text(json.dumps(result | {"protocol_id": "other"}))
+        result.protocol_id = "other"
+        result.write(tmp_path / "result.json")
         assert recipe.verdict(tmp_path, console) == 1
 
 
@@ -430,7 +444,7 @@ def test_reproduce_refuses_what_makes_another_experiment(capsys):
         "train=null",
         "episode=5w5s",
     ):
-        with pytest.raises(UserError, match="another experiment"):
+        with pytest.raises(UserError, match="changes the experiment"):
             recipe.overrides([word])
     with pytest.raises(UserError, match="did you mean maml_omniglot_5w1s"):
         reproduce.Recipe("maml_omniglot_5w1", "smoke")
@@ -438,4 +452,5 @@ def test_reproduce_refuses_what_makes_another_experiment(capsys):
         reproduce.Recipe("maml_omniglot_5w1s", "big")
     with pytest.raises(UserError, match="no such experiment"):
         reproduce.Recipe("demo", "smoke")
-    assert main._reproduce([]) == 2
+    with pytest.raises(UserError, match="takes the name of one experiment"):
+        reproduce.main([])

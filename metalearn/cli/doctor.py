@@ -1,4 +1,4 @@
-"""`metalearn doctor`: what this machine is and has, and a self-test; what to paste into a bug report."""
+"""Print versions, device, data and a self-test: paste it into a bug report."""
 
 import os
 import platform
@@ -8,138 +8,166 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from rich.console import Console
+from metalearn.cli import _arguments
+from metalearn.system.errors import UserError, first_line
 
-from metalearn.config import checking, components, composition
-from metalearn.config.schema import RunConfig
-from metalearn.engine import Engine
-from metalearn.report import tracker
-from metalearn.report.console import print_line
-from metalearn.report.environment import describe_environment
-from metalearn.run import checkpoint, loop
-from metalearn.run.build import build, device_of, folder_of
-from metalearn.system.errors import first_line
-from metalearn.system.lock import alone_in
+HELP = """metalearn doctor [data_dir=…] [cache_dir=…] [device=auto|cpu|cuda]
+
+Prints versions, device, free disk space, available datasets, what Weights & Biases would do, and
+the outcome of a self-test of about ten seconds (exit code 1 if it fails). Paste it into a bug
+report.
+"""
 
 _LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb", "numpy", "pillow", "rich")
-#: A run small enough for a few seconds.
+#: A run that takes a few seconds.
 _SMALL = (
-    "experiment=demo", "dataset.num_classes=60", "dataset.image_size=14", "backbone.filters=8", "backbone.blocks=3",
-    "episode.query=3", "train.steps=10", "train.meta_batch=4", "val.every=10", "val.episodes=20", "test.episodes=20", "logger=none",
+    "experiment=demo", "dataset.num_classes=60", "dataset.image_size=14", "backbone.filters=8",
+    "backbone.blocks=3", "episode.query=3", "train.steps=10", "train.meta_batch=4", "val.every=10",
+    "val.episodes=20", "test.episodes=20", "logger=none",
 )  # fmt: skip
 
 
-def doctor(overrides: list[str], console: Console) -> bool:
-    """Prints a report. overrides: `data_dir`, `cache_dir`, `device`. Returns: whether the self-test passed."""
-    settings = checking.checked(composition.composed([*_SMALL, *overrides]))
-    passed = True
+def main(args: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    overrides = _arguments.parse_settings("doctor", args)
+    if any(word.partition("=")[0] not in ("data_dir", "cache_dir", "device") for word in overrides):
+        raise UserError("doctor: takes only data_dir=, cache_dir= and device=")
+    from metalearn.report.console import open_console
+
+    return 0 if doctor(overrides, open_console()) else 1
+
+
+def doctor(overrides: list[str], console: Any) -> bool:
+    """Print the report.
+
+    Args:
+        overrides: `data_dir`, `cache_dir` and `device`.
+        console: Where to print.
+
+    Returns:
+        Whether the self-test passed.
+    """
+    from metalearn.config.checking import checked
+    from metalearn.config.composition import composed
+    from metalearn.report.console import print_line
+    from metalearn.report.tracker import wandb_state
+
+    settings = checked(composed([*_SMALL, *overrides]))
     for title, lines in (
         ("versions", _versions()),
         ("device", _device(settings)),
         ("folders", _folders(settings)),
-        ("data sets", _data_sets(settings)),
-        ("Weights & Biases", [tracker.wandb_state()]),
+        ("datasets", _datasets(settings)),
+        ("Weights & Biases", [wandb_state()]),
     ):
         print_line(console, title)
         for line in lines:
             print_line(console, f"  {line}")
     print_line(console, "self-test")
     start = time.perf_counter()
+    has_passed = True
     try:
         for line in _self_test(overrides):
             print_line(console, f"  {line}")
-    except Exception as error:  # whatever is wrong here is what the report is for
-        passed = False
+    except Exception as error:  # the report is about whatever is wrong
+        has_passed = False
         print_line(console, f"  FAILED: {type(error).__name__}: {first_line(error)}")
-    print_line(
-        console, f"  {'passed' if passed else 'failed'} in {time.perf_counter() - start:.1f} s"
-    )
-    return passed
+    outcome = "passed" if has_passed else "failed"
+    print_line(console, f"  {outcome} in {time.perf_counter() - start:.1f} s")
+    return has_passed
 
 
 def _versions() -> Iterator[str]:
+    from metalearn.report.environment import describe_environment
+
     environment = describe_environment("cpu")
-    yield f"metalearn {environment['versions']['metalearn']}, commit {environment['commit'] or 'none (installed)'}"
+    commit = environment["commit"] or "none (installed)"
+    yield f"metalearn {environment['versions']['metalearn']}, commit {commit}"
     yield f"Python {platform.python_version()} on {platform.platform()}"
     yield ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES)
 
 
-def _device(settings: RunConfig) -> Iterator[str]:
+def _device(settings: Any) -> Iterator[str]:
+    import torch
+
+    from metalearn.report.environment import describe_environment
+    from metalearn.run.parts import device_of
+
     yield describe_environment("cpu")["hardware"]
+    cuda = torch.version.cuda
     if not torch.cuda.is_available():
-        yield (
-            f"no CUDA device (torch is built for CUDA {torch.version.cuda})"
-            if torch.version.cuda
-            else "no CUDA device"
-        )
+        yield f"no CUDA device (torch is built for CUDA {cuda})" if cuda else "no CUDA device"
     for number in range(torch.cuda.device_count()):
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
-        yield f"{torch.cuda.get_device_name(number)}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+        yield f"{torch.cuda.get_device_name(number)}, {memory:.0f} GiB, CUDA {cuda}"
     yield f"device={settings.device} is {device_of(settings.device)}"
 
 
-def _folders(settings: RunConfig) -> Iterator[str]:
-    data_dir, cache_dir = (
-        folder_of(settings.data_dir, ".local/share"),
-        folder_of(settings.cache_dir, ".cache"),
-    )
+def _folders(settings: Any) -> Iterator[str]:
+    from metalearn.run.parts import cache_folder, data_folder
+
     for name, path in (
-        ("data_dir", data_dir),
-        ("cache_dir", cache_dir),
+        ("data_dir", data_folder(settings)),
+        ("cache_dir", cache_folder(settings)),
         ("outputs", Path("outputs").absolute()),
     ):
-        there = next(parent for parent in (path, *path.parents) if parent.exists())
-        free = shutil.disk_usage(there).free / 2**30
-        writable = "" if os.access(there, os.W_OK) else ", cannot be written"
-        yield f"{name}: {path}{'' if there == path else ' (not there yet)'}, {free:.1f} GiB free{writable}"
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(existing).free / 2**30
+        state = "" if existing == path else " (does not exist yet)"
+        writable = "" if os.access(existing, os.W_OK) else ", cannot be written"
+        yield f"{name}: {path}{state}, {free:.1f} GiB free{writable}"
 
 
-def _data_sets(settings: RunConfig) -> Iterator[str]:
-    data_dir = folder_of(settings.data_dir, ".local/share")
+def _datasets(settings: Any) -> Iterator[str]:
+    from metalearn.config import composition
+    from metalearn.config.checking import checked
+    from metalearn.config.components import make
+    from metalearn.run.parts import data_folder
+
     for name in composition.options("dataset"):
-        composed = OmegaConf.to_container(
-            composition.composed([f"dataset={name}"]).dataset, resolve=True
-        )
-        assert isinstance(composed, dict)
-        files = components.make(
-            {str(key): value for key, value in composed.items()}, "dataset"
-        ).files(data_dir)
+        dataset = make(checked(composition.composed([f"dataset={name}"])).dataset, "dataset")
+        files = dataset.files(data_folder(settings))
         missing = [path for path in files if not path.exists()]
         if not files:
             yield f"{name}: needs no files"
         else:
-            yield f"{name}: {'not in ' if missing else 'in '}{', '.join(map(str, missing or files))}"
+            paths = ", ".join(map(str, missing or files))
+            yield f"{name}: {'not in ' if missing else 'in '}{paths}"
 
 
 def _self_test(overrides: list[str]) -> Iterator[str]:
-    """Data, both ways to batch tasks, a short training, a checkpoint and its checksum, the lock."""
+    """Test data, batching of tasks, a short training, a checkpoint and the lock."""
+    import torch
+
+    from metalearn.config.checking import checked
+    from metalearn.config.composition import composed
+    from metalearn.engine import Engine
+    from metalearn.report.folder import RunFolder
+    from metalearn.run import checkpoint, loop
+    from metalearn.run.build import build
+    from metalearn.system.lock import alone_in
+
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        words = [
-            *_SMALL,
-            *(word for word in overrides if word.startswith("device=")),
-            f"cache_dir={folder}",
-        ]
-        run = build(checking.checked(composition.composed(words)))
+        files = RunFolder(Path(name))
+        device = [word for word in overrides if word.startswith("device=")]
+        run = build(checked(composed([*_SMALL, *device, f"cache_dir={name}"])))
         tasks, half = run.train.draw(0, 4), torch.tensor(0.5, device=run.device)
-        ways = [
+        batched, single = (
             Engine(run.algorithm, strategy, 4).step(run.state, tasks, half).gradients
             for strategy in ("vmap", "loop")
-        ]
-        worst = max(float((ways[0][name] - ways[1][name]).abs().max()) for name in ways[0])
+        )
+        worst = max(float((batched[key] - single[key]).abs().max()) for key in batched)
         if not worst < 1e-3:
-            raise AssertionError(f"tasks batched and tasks one by one differ by {worst}")
-        yield f"tasks batched and one by one agree to {worst:.0e}"
-        with alone_in(folder):
+            raise AssertionError(f"gradients of batched and single tasks differ by {worst}")
+        yield f"gradients of batched and single tasks agree to {worst:.0e}"
+        with alone_in(files.path):
             start = time.perf_counter()
-            fitted = loop.fit(run, loop.Silent(), folder)
-            steps = run.config.train.steps / (time.perf_counter() - start)
-        kept = checkpoint.load(folder / "checkpoints" / checkpoint.BEST, run.device)
-        if not all(
-            torch.equal(value, kept["meta"][name]) for name, value in fitted.state.params.items()
-        ):
-            raise AssertionError("a checkpoint does not hold what was written")
-        yield f"{run.config.train.steps} meta-steps ({steps:.0f} a second), validated, saved and read back"
+            fitted = loop.fit(run, loop.Silent(), files.path)
+            rate = run.config.train.steps / (time.perf_counter() - start)
+        content = checkpoint.load(files.best, run.device)
+        for key, value in fitted.state.params.items():
+            if not torch.equal(value, content["meta"][key]):
+                raise AssertionError(f"the checkpoint holds another {key} than was written")
+        yield f"{run.config.train.steps} meta-steps ({rate:.0f}/s), validated, saved and read back"

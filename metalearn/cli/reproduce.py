@@ -1,43 +1,68 @@
-"""`metalearn reproduce`: a recipe in `conf/experiment/`, trained, tested, and held against a figure: PASS or FAIL."""
+"""Train the recipe of a published result and compare: PASS or FAIL."""
 
-import json
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-
-from metalearn.config import checking, composition, roles
-from metalearn.config.checking import checked
-from metalearn.report.console import print_line
-from metalearn.report.tables import shown, shown_interval
-from metalearn.run.train import RESULT_FILE
-from metalearn.system.atomic import write_json
+from metalearn.cli import _arguments, _launch
 from metalearn.system.errors import UserError, nearest
-from metalearn.tasks.sampling import SAMPLER_VERSION
 
-VERDICT_FILE = "reproduction.json"
-#: Exit code where there is nothing to hold a result against.
+HELP = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
+
+Trains and tests the recipe of a published result, and ends with PASS or FAIL (exit code 0 or 1).
+At budget=paper (the default, hours on a CPU) the published result is the target, at smaller budgets
+the recipe's own measured result. A budget that was not measured with this version of the episode
+sampler ends with NOT MEASURED (exit code 3).
+
+experiments (metalearn list explains them)
+  {reproductions}
+"""
+
+#: Exit code if there is no target to compare with.
 NOT_MEASURED = 3
 
 
-def experiments() -> dict[str, str]:
-    """Names of the experiments that stand for a published figure, with one line each."""
-    return {
-        name: line
-        for name, line in composition.options("experiment").items()
-        if "\nreproduction:" in (composition.conf_dir() / "experiment" / f"{name}.yaml").read_text()
-    }
+def main(args: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    names = [word for word in args if "=" not in word]
+    if len(names) != 1:
+        raise UserError(
+            "reproduce: takes the name of one experiment; see metalearn reproduce --help"
+        )
+    rest = [word for word in args if "=" in word]
+    budget = _arguments.take(rest, "budget", "paper")
+    recipe = Recipe(names[0], str(budget))
+    given = _arguments.parse_settings("reproduce", rest)
+    arguments = _arguments.Arguments(recipe.overrides(given))
+    _launch.check(arguments)
+    from metalearn.report.console import open_console, print_line
+
+    console = open_console()
+    print_line(console, recipe.announcement())
+    return recipe.verdict(_launch.start(arguments), console)
 
 
 class Recipe:
-    """One experiment at one budget. Raises: UserError where there is no such experiment or budget."""
+    """One experiment at one budget.
+
+    Args:
+        name: Name of the experiment.
+        budget: Name of the budget.
+
+    Raises:
+        UserError: If there is no such experiment or budget.
+    """
 
     def __init__(self, name: str, budget: str) -> None:
-        known = experiments()
+        from metalearn.config.checking import checked
+        from metalearn.config.composition import composed, reproductions
+
+        known = reproductions()
         if name not in known:
             raise UserError(
-                f"{name}: there is no such experiment to reproduce; there are {', '.join(known)}{nearest(name, known)}"
+                f"{name}: there is no such experiment to reproduce; there are "
+                f"{', '.join(known)}{nearest(name, known)}"
             )
-        self._composed = checked(composition.composed([f"experiment={name}"]))
+        self._composed = checked(composed([f"experiment={name}"]))
         settings = self._composed.reproduction
         assert settings is not None
         if budget not in settings.budgets:
@@ -46,32 +71,34 @@ class Recipe:
         self.measured = settings.measured.get(budget)
 
     def overrides(self, more: list[str]) -> list[str]:
-        """What to train with. Raises: UserError where `more` would make it another experiment."""
-        known = [*composition.groups(), *vars(self._composed), "hydra"]
+        """Return the overrides to train with.
+
+        Raises:
+            UserError: If `more` changes the experiment.
+        """
+        from metalearn.config import checking, composition, roles
+
+        groups = [*composition.groups(), *vars(self._composed), "hydra"]
+        known = roles.roles(checking.plain(self._composed))
         for word in more:
             key = word.split("=")[0]
-            if key.partition(".")[0] not in known:
-                raise UserError(f"{word}: there is no such key{nearest(key, known)}")
-            described = roles.roles(checking.plain(self._composed))
-            if key.partition(".")[0].partition("/")[0] == "hydra" or roles.may_reproduce_with(
-                key, described
-            ):
+            group = key.partition(".")[0]
+            if group not in groups:
+                raise UserError(f"{word}: there is no such key{nearest(key, groups)}")
+            if group.partition("/")[0] == "hydra" or roles.may_reproduce_with(key, known):
                 continue
-            allowed = roles.names_of(described, roles.may_reproduce_with)
+            allowed = roles.names_of(known, roles.may_reproduce_with)
             raise UserError(
-                f"{word}: makes it another experiment; reproduce takes {', '.join(allowed)} and hydra; "
+                f"{word}: changes the experiment; reproduce takes {', '.join(allowed)} and hydra; "
                 f"use metalearn train experiment={self.name} {word}"
             )
         folder = f"outputs/reproduce/{self.name}-{self.budget}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
-        own = (
-            []
-            if any(word.startswith("hydra.run.dir=") for word in more)
-            else [f"hydra.run.dir={folder}"]
-        )
+        has_folder = any(word.startswith("hydra.run.dir=") for word in more)
+        own = [] if has_folder else [f"hydra.run.dir={folder}"]
         return [f"experiment={self.name}", *self.settings.budgets[self.budget], *own, *more]
 
     def _target(self) -> tuple[float, float | None, str] | None:
-        """Mean, half-width (where there is one) and name of the figure to hold against."""
+        """Return mean, half-width (if there is one) and source of the target."""
         if self.budget == "paper":
             published = self.settings.published
             return published.mean, published.ci95, f"published, {published.source}"
@@ -80,69 +107,75 @@ class Recipe:
         return self.measured.mean, self.measured.ci95, f"measured for budget={self.budget}"
 
     def announcement(self) -> str:
-        """What is about to be tried."""
+        """Return what to expect."""
         published = self.settings.published
-        lines = [
-            f"{self.name}, budget={self.budget}; published: {_shown(published.mean, published.ci95)} ({published.source})"
-        ]
+        result = _shown(published.mean, published.ci95)
+        line = f"{self.name}, budget={self.budget}; published: {result} ({published.source})\n"
         if self._is_outdated:
-            lines.append(
-                f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION}): no verdict"
-            )
-        elif self.measured:
-            lines.append(
-                f"expected: {_shown(self.measured.mean, self.measured.ci95)} after "
-                f"{self.measured.minutes:.1f} minutes on {self.measured.hardware}"
-            )
-        elif self.budget == "paper":
-            lines.append("this budget has not been measured yet: it takes hours on a CPU")
-        else:
-            lines.append("this budget has not been measured yet: no verdict")
-        return "\n".join(lines)
+            return f"{line}{self._not_measured()}: no verdict"
+        if self.measured:
+            expected = _shown(self.measured.mean, self.measured.ci95)
+            minutes = f"{self.measured.minutes:.1f} minutes"
+            return f"{line}expected: {expected} after {minutes} on {self.measured.hardware}"
+        if self.budget == "paper":
+            return f"{line}this budget has not been measured yet: it takes hours on a CPU"
+        return f"{line}this budget has not been measured yet: no verdict"
 
-    def verdict(self, folder: Path, console: Console) -> int:
-        """Hold the result in `folder` against the target: mean + ci95 >= target - its ci95; write it to reproduction.json.
+    def _not_measured(self) -> str:
+        from metalearn.tasks.sampling import SAMPLER_VERSION
+
+        return (
+            f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION})"
+        )
+
+    def verdict(self, folder: Path, console: Any) -> int:
+        """Compare the result in `folder` with the target: mean + ci95 >= target - its ci95.
+
+        The verdict is written to reproduction.json.
 
         Returns:
-            The exit code: 0 passed, 1 failed, 3 there is no result of this budget with this version of the sampler.
+            The exit code: 0 for PASS, 1 for FAIL, 3 if this budget has no target with this version
+            of the sampler.
         """
-        result = json.loads((folder / RESULT_FILE).read_text())
-        found = next(iter(result["test"].values()))
+        from metalearn.report.console import print_line
+        from metalearn.report.folder import RunFolder
+        from metalearn.system.atomic import write_json
+
+        files = RunFolder(folder)
+        result = files.read_result()
+        here = _shown(result.test.mean, result.test.ci95)
         target, code = self._target(), 1
-        if target is None or (self.budget != "paper" and self._is_outdated):
+        is_paper = self.budget == "paper"
+        if target is None or (not is_paper and self._is_outdated):
             code = NOT_MEASURED
-            reason = f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION}); here {_shown(found['mean'], found['ci95'])}"
-        elif (
-            self.measured
-            and self.budget != "paper"
-            and result["protocol_id"] != self.measured.protocol_id
-        ):
-            reason = f"protocol {result['protocol_id']} is not the {self.measured.protocol_id} of the measured result"
-        else:
-            mean, ci95, where = target
-            code = 0 if found["mean"] + found["ci95"] >= mean - (ci95 or 0) else 1
+            reason = f"{self._not_measured()}; here {here}"
+        elif self.measured and not is_paper and result.protocol_id != self.measured.protocol_id:
             reason = (
-                f"{_shown(found['mean'], found['ci95'])} against {_shown(mean, ci95)} ({where})"
+                f"protocol {result.protocol_id} is not the {self.measured.protocol_id} of the "
+                "measured result"
             )
+        else:
+            mean, ci95, source = target
+            code = 0 if result.test.mean + result.test.ci95 >= mean - (ci95 or 0) else 1
+            reason = f"{here} against {_shown(mean, ci95)} ({source})"
         outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]
-        write_json(
-            folder / VERDICT_FILE,
-            {
-                "experiment": self.name,
-                "budget": self.budget,
-                "passed": code == 0,
-                "outcome": outcome,
-                "reason": reason,
-            },
-        )
+        verdict = {
+            "experiment": self.name, "budget": self.budget, "passed": code == 0,
+            "outcome": outcome, "reason": reason,
+        }  # fmt: skip
+        write_json(files.reproduction, verdict)
         print_line(console, f"{outcome}: {reason}")
         return code
 
     @property
     def _is_outdated(self) -> bool:
-        """Whether the measured result is of episodes of another version of the sampler."""
+        """True if the measured result is of another version of the sampler."""
+        from metalearn.tasks.sampling import SAMPLER_VERSION
+
         return self.measured is not None and self.measured.sampler != SAMPLER_VERSION
 
 
 def _shown(mean: float, ci95: float | None) -> str:
+    from metalearn.report.tables import shown, shown_interval
+
     return shown("accuracy", mean) if ci95 is None else shown_interval("accuracy", mean, ci95)

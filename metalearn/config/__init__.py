@@ -1,1 +1,1 @@
-"""From YAML and a command line to one checked configuration; imports no torch."""
+"""Turn YAML and a command line into one checked configuration, without importing torch."""

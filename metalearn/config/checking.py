@@ -13,39 +13,54 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from metalearn.config import plugins
 from metalearn.config.components import (
     Setting,
     component_settings,
     conf_dir,
     known_settings,
+    names,
     nested,
     settings_of,
 )
 from metalearn.config.schema import COMPONENTS, RunConfig
 from metalearn.system.errors import UserError, first_line, nearest
 
+#: OmegaConf's names of types, in its error messages, as a user would say them.
+_TYPE_NAMES = {
+    "Integer": "a whole number", "Float": "a number", "Boolean": "true or false",
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+}  # fmt: skip
+#: What to report for OmegaConf's other error messages, by a part of their text.
+_REASONS = {
+    "not a valid bool": "should be true or false",
+    "not a ListConfig": "should be a list",
+    "Dict[": "should hold settings",
+    "not Optional": "should have a value",
+}
+
 
 def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
-    """Return a configuration as plain data with the defaults of settings that it lacks, as runs of earlier versions do.
+    """Add the defaults of settings that a configuration lacks, as runs of older versions do.
 
     Args:
-        plain: as YAML has it.
-        is_strict: whether an unknown class is an error, and not left as it is.
+        plain: Configuration as plain data.
+        is_strict: Whether an unknown class is an error; otherwise its settings stay as they are.
     """
     train = plain.get("train")
     short = train.get("optimiser") if isinstance(train, dict) else None
     if short in ("adam", "sgd"):
         plain = {
             **plain,
-            "optimiser": _optimiser(short),
+            "optimiser": {**_optimiser(short), **_changed_settings(plain.get("optimiser"))},
             "train": {**plain["train"], "optimiser": None},
         }
     plain = {"optimiser": _optimiser("adam"), "loss": {}, "augment": {}, **plain}
     for name in COMPONENTS:
         node = plain.get(name)
         if isinstance(node, Mapping) and "_target_" in node:
-            plain[name] = _completed(known_settings(node, name, is_strict), node)
-    return _completed(settings_of(RunConfig), plain)
+            plain[name] = _with_defaults(known_settings(node, name, is_strict), node)
+    return _with_defaults(settings_of(RunConfig), plain)
 
 
 @functools.cache
@@ -56,22 +71,34 @@ def _optimiser(name: str) -> dict[str, Any]:
     return content
 
 
-def _completed(settings: list[Setting], node: Mapping[str, Any]) -> dict[str, Any]:
+def _changed_settings(optimiser: Any) -> dict[str, Any]:
+    """Return the settings of an optimiser that differ from its YAML file."""
+    if not isinstance(optimiser, Mapping):
+        return {}
+    files = [_optimiser(path.stem) for path in (conf_dir() / "optimiser").glob("*.yaml")]
+    target = optimiser.get("_target_")
+    usual = next((one for one in files if one["_target_"] == target), {"_target_": target})
+    return {
+        key: value for key, value in optimiser.items() if key not in usual or usual[key] != value
+    }
+
+
+def _with_defaults(settings: list[Setting], node: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(node)
     for setting in settings:
         if setting.name not in values and setting.default:
             values[setting.name] = setting.default[0]
         kind = nested(setting.kind)
         if kind is not None and isinstance(values.get(setting.name), Mapping):
-            values[setting.name] = _completed(settings_of(kind), values[setting.name])
+            values[setting.name] = _with_defaults(settings_of(kind), values[setting.name])
     return values
 
 
 def checked(config: DictConfig) -> RunConfig:
-    """Return the configuration as typed dataclasses; components keep their plain settings as dicts.
+    """Check a configuration and return it as dataclasses; components keep their settings as dicts.
 
     Raises:
-        UserError: for an unknown key, a wrong type, a missing value or one out of bounds.
+        UserError: For an unknown key, a wrong type, a missing value or one out of bounds.
     """
     try:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
@@ -83,22 +110,30 @@ def checked(config: DictConfig) -> RunConfig:
     plain = OmegaConf.create(
         {key: value for key, value in resolved.items() if key not in COMPONENTS}
     )
-    run = _conform(own, plain, "")
-    _check_bounds(own, run, "")
+    run = conform(own, plain, "")
     for key, value in run.items():
         if key == "optimiser":
             parts["optimiser"] = OmegaConf.to_container(value)
         else:
             parts[str(key)] = OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
+    _check_names(run)
     for name in COMPONENTS:
         node = resolved.get(name)
         settings = component_settings(node, name)
         values = OmegaConf.create({key: value for key, value in node.items() if key != "_target_"})
-        typed = _conform(settings, values, f"{name}.")
-        _check_bounds(settings, typed, f"{name}.")
-        content: Any = OmegaConf.to_container(typed)
+        content: Any = OmegaConf.to_container(conform(settings, values, f"{name}."))
         parts[name] = {"_target_": node["_target_"], **content}
     return RunConfig(**parts)
+
+
+def _check_names(run: DictConfig) -> None:
+    """Check the names of losses and augmentations; plugins can add some."""
+    given = [("loss.name", run.loss.name), ("loss.inner", run.loss.inner)]
+    given += [("augment.ops", str(name)) for name in run.augment.ops]
+    for where, name in given if not plugins.packages() else []:
+        known = names(where.partition(".")[0])
+        if name is not None and "." not in name and name not in known:
+            raise plugins.no_such_name(name, known, where)
 
 
 def plain(settings: RunConfig) -> dict[str, Any]:
@@ -107,7 +142,7 @@ def plain(settings: RunConfig) -> dict[str, Any]:
 
 
 def _schema(settings: list[Setting]) -> DictConfig:
-    """Return settings as an OmegaConf schema, all of them missing yet."""
+    """Return settings as an OmegaConf schema in which every value is missing."""
     fields = [(setting.name, setting.kind) for setting in settings]
     return OmegaConf.structured(dataclasses.make_dataclass("Settings", fields))
 
@@ -126,17 +161,26 @@ def _names(settings: list[Setting], where: str = "") -> list[str]:
     return names
 
 
-def _conform(settings: list[Setting], values: DictConfig, where: str) -> DictConfig:
+def conform(settings: list[Setting], values: DictConfig, where: str) -> DictConfig:
+    """Return values converted to the types of their settings.
+
+    Args:
+        settings: All settings that there are; each must have a value.
+        values: Values by name.
+        where: Prefix of the names in messages.
+
+    Raises:
+        UserError: For an unknown key, a wrong type, a missing value or one out of bounds.
+    """
     known = _names(settings)
     for key in leaves(values):
         if inside := [name for name in known if name.startswith(f"{key}.")]:
             raise UserError(f"{where}{key}: should hold settings, like {where}{inside[0]}")
         if not any(key == name or key.startswith(f"{name}.") for name in known):
-            raise UserError(
-                f"{where}{key}: nothing reads this key{nearest(where + key, [where + name for name in known])}"
-            )
+            hint = nearest(where + key, [where + name for name in known])
+            raise UserError(f"{where}{key}: there is no such setting{hint}")
     merged: Any = _schema(settings)
-    for key in map(str, values):  # one at a time, so that an error can say which
+    for key in map(str, values):  # one at a time, so that the error can name the key
         if OmegaConf.is_missing(values, key):
             raise UserError(f"{where}{key}: has no value")
         try:
@@ -147,6 +191,7 @@ def _conform(settings: list[Setting], values: DictConfig, where: str) -> DictCon
             raise UserError(f"{where}{full}={given}: {_reason(error)}") from None
     if missing := sorted(OmegaConf.missing_keys(merged)):
         raise UserError(f"{where}{missing[0]}: has no value")
+    _check_bounds(settings, merged, where)
     return merged
 
 
@@ -165,13 +210,13 @@ def leaves(node: DictConfig, where: str = "") -> Iterator[str]:
 
 def _reason(error: Exception) -> str:
     line = first_line(error)
-    if "not a valid bool" in line:
-        return "should be true or false"
-    if found := re.search(r"could not be converted to (\w+)", line):
-        kind = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(
-            found[1], found[1].lower()
-        )
-        return f"should be {kind}"
+    for text, reason in _REASONS.items():
+        if text in line:
+            return reason
+    match = re.search(r"could not be converted to (\w+)|'None' for field of type '(\w+)'", line)
+    if match:
+        name = match[1] or match[2]
+        return f"should be {_TYPE_NAMES.get(name, name)}"
     return line
 
 
@@ -189,9 +234,8 @@ def _check_bounds(settings: list[Setting], values: DictConfig, where: str) -> No
         if value is None:
             continue
         if "choices" in rule and value not in rule["choices"]:
-            raise UserError(
-                f"{name}={value}: should be one of {', '.join(rule['choices'])}{nearest(str(value), rule['choices'])}"
-            )
+            hint = nearest(str(value), rule["choices"])
+            raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
         for number in value if OmegaConf.is_list(value) else [value]:
             if isinstance(number, float) and number != number:
                 raise UserError(f"{name}={value}: should be a number")

@@ -1,14 +1,12 @@
-"""The settings of methods, datasets and backbones, from a generated index or from their classes.
+"""Read the settings of methods, datasets and backbones, from a generated index or their classes.
 
-The package's own are in the index, so that a mistyped word is answered without importing torch.
+The index has those of the package, so that a mistyped name is reported without importing torch.
 """
 
 import dataclasses
 import functools
-import importlib
 import json
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -20,12 +18,12 @@ from metalearn.system.errors import UserError
 
 _PACKAGE = Path(__file__).parent.parent
 
-#: Settings of the package's own components; written by scripts/settings_index.py.
+#: The package's settings, losses and augmentations; written by scripts/settings_index.py.
 INDEX_FILE = _PACKAGE / "config" / "settings_index.json"
 
 _FLAGS = ("role", "rounds", "in_testing")
 
-#: Where the classes of each group are, and a method that they all have.
+#: Package of the classes of each group, and a method that they all have.
 _HOMES = {
     "algo": ("algorithms", "adapt"),
     "dataset": ("data", "open"),
@@ -34,8 +32,8 @@ _HOMES = {
 
 _PLAIN: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
 
-#: Types of settings by the name that the index has for them.
-_TYPES: dict[str, Any] = {
+#: Types of settings by their name in the index.
+TYPES: dict[str, Any] = {
     **_PLAIN,
     **{f"{name} | None": kind | None for name, kind in _PLAIN.items()},
     **{f"list[{name}]": list[kind] for name, kind in _PLAIN.items()},  # type: ignore[valid-type]
@@ -45,7 +43,14 @@ _TYPES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting. kind: its type; rule: its bounds, role and so on; default: () for none, else (value,)."""
+    """One setting.
+
+    Attributes:
+        name: Name in YAML.
+        kind: Type.
+        rule: Bounds, role and so on; see `metalearn.config.fields`.
+        default: (value,), or () if there is none.
+    """
 
     name: str
     kind: Any
@@ -54,62 +59,77 @@ class Setting:
 
 
 def conf_dir() -> Path:
-    """Return the folder `conf/`: inside an installed package, or beside it in a checkout."""
+    """Return the folder `conf/`: inside an installed package, or next to it in a checkout."""
     inside = _PACKAGE / "conf"
     return inside if inside.is_dir() else _PACKAGE.parent / "conf"
 
 
 def component(node: Any, where: str) -> Any:
-    """Return the class that a group's `_target_` names: of this package, or of a plugin that was named.
+    """Return the class that a group's `_target_` names, in this package or in a plugin.
+
+    Args:
+        node: Settings of the group.
+        where: Name of the group: "algo", "dataset" or "backbone".
 
     Raises:
-        UserError: for anything else.
+        UserError: If it names anything else.
     """
     target = _target(node, where)
-    module, _, name = target.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise UserError(f"{where}._target_={target}: there is no such class") from None
-    if not (
-        isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, _HOMES[where][1])
-    ):
-        raise UserError(f"{where}._target_={target}: is no class for {where}")
+    cls = plugins.import_object(target, f"{where}._target_")
+    if cls is None:
+        raise UserError(f"{where}._target_={target}: there is no such class")
+    method = _HOMES[where][1]
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, method)):
+        raise UserError(
+            f"{where}._target_={target}: should be a dataclass with the method {method}"
+        )
     return cls
 
 
 def _target(node: Any, where: str) -> str:
-    """Return a group's `_target_`, which may name a class but has not been imported."""
+    """Return a group's `_target_`, after checking its package but without importing it."""
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    home = _HOMES[where][0]
-    package = str(target).partition(".")[0]
+    home = f"metalearn.{_HOMES[where][0]}"
     if isinstance(target, str) and re.fullmatch(r"\w+(\.\w+)+", target):
-        if re.fullmatch(rf"metalearn\.{home}\.\w+\.\w+", target) or package in plugins.packages():
+        if re.fullmatch(rf"{re.escape(home)}\.\w+\.\w+", target):
             return target
-        if package != "metalearn" and package not in sys.stdlib_module_names:
-            raise UserError(
-                f"{where}._target_={target}: {package} is not a plugin of this installation; if you trust it, add "
-                f"plugins=[{package}]; otherwise name a class in metalearn.{home}"
-            )
-    raise UserError(f"{where}._target_={target}: should name a class in metalearn.{home}")
+        if not plugins.is_own_or_standard(target):
+            plugins.check_allowed(target, f"{where}._target_", f"name a class in {home}")
+            return target
+    raise UserError(f"{where}._target_={target}: should name a class in {home}")
+
+
+@functools.cache
+def _stored_index() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(INDEX_FILE.read_text())
+    return content
 
 
 @functools.cache
 def _index() -> dict[str, list[Setting]]:
-    stored = json.loads(INDEX_FILE.read_text())
-    return {target: [_from_plain(one) for one in settings] for target, settings in stored.items()}
+    return {
+        target: [_from_plain(one) for one in settings]
+        for target, settings in _stored_index().items()
+        if target != "names"
+    }
+
+
+def names(group: str) -> list[str]:
+    """Return the names of the package's functions of a group: "loss" or "augment"."""
+    known: list[str] = _stored_index()["names"][group]
+    return known
 
 
 def _from_plain(one: dict[str, Any]) -> Setting:
     rule = {name: value for name, value in one.items() if name not in ("name", "type", "default")}
     return Setting(
-        one["name"], _TYPES[one["type"]], rule, (one["default"],) if "default" in one else ()
+        one["name"], TYPES[one["type"]], rule, (one["default"],) if "default" in one else ()
     )
 
 
 def to_plain(setting: Setting) -> dict[str, Any]:
-    """Return a setting of a component as plain data, as the index has it."""
-    name = next(name for name, kind in _TYPES.items() if kind == setting.kind)
+    """Return a setting of a component as plain data for the index."""
+    name = next(name for name, kind in TYPES.items() if kind == setting.kind)
     default = {"default": setting.default[0]} if setting.default else {}
     rule = {
         key: list(value) if isinstance(value, tuple) else value
@@ -137,7 +157,15 @@ def settings_of(cls: type) -> list[Setting]:
 
 
 def component_settings(node: Any, where: str) -> list[Setting]:
-    """Return the settings of a group's class; those of this package without importing it."""
+    """Return the settings of a group's class, without importing a class of this package.
+
+    Args:
+        node: Settings of the group.
+        where: Name of the group.
+
+    Raises:
+        UserError: If `_target_` names no class.
+    """
     target = _target(node, where)
     known = _index()
     if target in known:
@@ -148,15 +176,21 @@ def component_settings(node: Any, where: str) -> list[Setting]:
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
-    """Return the component that checked settings describe, completed with its run-time objects."""
+    """Return the component that checked settings describe.
+
+    Args:
+        settings: Settings with `_target_`.
+        where: Name of the group.
+        runtime: Objects that are not settings; a class takes those that it declares.
+    """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)
-    wanted = {field.name for field in dataclasses.fields(cls) if "runtime" in field.metadata}
-    return cls(**values, **{key: value for key, value in runtime.items() if key in wanted})
+    declared = {field.name for field in dataclasses.fields(cls) if "runtime" in field.metadata}
+    return cls(**values, **{key: value for key, value in runtime.items() if key in declared})
 
 
 def nested(kind: Any) -> type | None:
-    """Return the dataclass that a setting's type is, perhaps with None, or None."""
+    """Return the dataclass in a setting's type (`X` or `X | None`), or None."""
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return next(
         (one for one in parts if isinstance(one, type) and dataclasses.is_dataclass(one)), None
@@ -164,6 +198,7 @@ def nested(kind: Any) -> type | None:
 
 
 def known_settings(node: Any, where: str, is_strict: bool) -> list[Setting]:
+    """Return the settings of a group's class; if not `is_strict`, [] for an unknown class."""
     try:
         return component_settings(node, where)
     except UserError:

@@ -1,4 +1,4 @@
-"""From `conf/` and a command line to one composed configuration, by Hydra; its errors in one line."""
+"""Compose `conf/` and a command line with Hydra, and report its errors in one line."""
 
 import contextlib
 import re
@@ -16,20 +16,20 @@ from metalearn.system.errors import UserError, first_line, nearest
 
 
 def conf_dirs() -> list[Path]:
-    """Return the package's own `conf/`, and those of plugins."""
+    """Return the `conf/` folders of the package and of plugins."""
     return [conf_dir(), *plugins.conf_dirs()]
 
 
 def search_path(folders: list[Path]) -> list[str]:
-    """Return the override by which Hydra looks for configuration files in these folders too; [] for none."""
+    """Return the override that adds folders to Hydra's search path; [] if there are none."""
     if not folders:
         return []
-    places = ",".join(quoted(f"file://{folder}") for folder in folders)
-    return [f"hydra.searchpath=[{places}]"]
+    paths = ",".join(quoted(f"file://{folder}") for folder in folders)
+    return [f"hydra.searchpath=[{paths}]"]
 
 
 def quoted(text: str) -> str:
-    """Return a text as a quoted value of Hydra's grammar."""
+    """Quote a value for Hydra's override grammar."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
@@ -42,9 +42,10 @@ def _file(group: str, name: str) -> Path | None:
 
 
 def _recipe(kind: str, algo: str, *others: str) -> str:
-    """Return the name of the recipe that applies to a method, on a dataset and with a backbone; "none" where there is none.
+    """Return the name of the recipe of a method for a dataset and a backbone, or "none".
 
-    A method without a recipe of its own has that of the first family that has one; a comment `# recipes: …` in its file names them.
+    A method without a recipe uses the first that exists of the methods that a comment
+    `# recipes: …` in its file names.
     """
     names = [algo]
     if (path := _file("algo", algo)) is not None:
@@ -64,7 +65,7 @@ def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:
 
 
 def recipe_line(choices: Any) -> str:
-    """Return a line that says which recipe applies to Hydra's choices of groups."""
+    """Return a line that names the recipe for Hydra's choices of groups."""
     if choices.get("experiment"):
         return f"recipe: experiment {choices.experiment}"
     if names := recipe_names(choices.algo, choices.dataset, choices.backbone):
@@ -76,83 +77,117 @@ def recipe_line(choices: Any) -> str:
 def _hydra_errors(overrides: list[str]) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # Hydra raises its own, OmegaConf's and plain ValueErrors for a command line it rejects
+    # Hydra raises its own errors, OmegaConf's and ValueErrors for a command line that it rejects.
+    except Exception as error:
         raise UserError(_translated(error, overrides)) from None
 
 
 def _translated(error: Exception, overrides: list[str]) -> str:
     text = str(error)
-    if found := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
-        group, name = found[1], found[2]
-        if not any((folder / group).is_dir() for folder in conf_dirs()):
-            return f"{group}={name}: there is no such {group}"
-        choices = options(group)
-        return f"{group}={name}: there is no such {group}; there are {', '.join(choices)}{nearest(name, choices)}"
-    if found := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{found[1]}: several values are for a multirun; add -m"
-    if found := re.search(r"Could not override '([^']+)'", text):
-        key = found[1].lstrip("+~")
+    if match := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
+        return _no_such_choice(match[1], match[2])
+    if "Config group override must be a string" in text:
+        for key, _, name in (word.lstrip("+").partition("=") for word in overrides):
+            if key in groups() and name not in options(key):
+                return _no_such_choice(key, name)
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values require a multirun; add -m"
+    if match := re.search(r"An item is already at '([^']+)'", text):
+        return f"+{match[1]}: this setting exists; leave out the +"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1].lstrip("+~")
         if "No match in the defaults list" in text:
             return f"{key}: there is no such group{nearest(key, groups())}"
         chosen = [word for word in overrides if word.split("=")[0] in groups()]
         try:
             with initialised() as compose:
                 known = list(leaves(compose(chosen)))
-        except Exception:  # a group is mistyped too: without a suggestion then
+        except Exception:  # a group is mistyped too: no suggestion
             known = []
         return f"{key}: there is no such key{nearest(key, [*known, *groups()])}"
     return f"{first_line(error)} (in: {' '.join(overrides)})"
 
 
+def _no_such_choice(group: str, name: str) -> str:
+    choices = options(group)
+    known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""
+    return f"{group}={name}: there is no such {group}{known}"
+
+
 @contextlib.contextmanager
 def initialised() -> Iterator[Any]:
-    """Hydra's compose for the entry point in `conf/`."""
+    """Initialise Hydra for the entry point in `conf/` and return its compose function."""
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
         yield lambda overrides, **options: compose(
-            "config", overrides=with_plugins(overrides), **options
+            "config", overrides=with_plugins(with_optimiser(overrides)), **options
         )
 
 
 def with_plugins(overrides: list[str]) -> list[str]:
-    """Return overrides that look for configuration files in the folders of plugins too."""
+    """Add the configuration folders of plugins to overrides."""
     if any(word.startswith("hydra.searchpath=") for word in overrides):
         return overrides
     return [*overrides, *search_path(plugins.conf_dirs())]
 
 
+def with_optimiser(overrides: list[str]) -> list[str]:
+    """Add `optimiser=…` for `train.optimiser=…`, so that the optimiser's settings exist."""
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    name = given.get("train.optimiser")
+    is_needed = name in ("adam", "sgd") and "optimiser" not in given
+    return [*overrides, f"optimiser={name}"] if is_needed else overrides
+
+
 def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """The composed configuration. Raises: UserError naming the word that is wrong, and the nearest right one."""
+    """Compose the configuration.
+
+    Args:
+        overrides: Overrides as on the command line.
+        with_hydra: Whether to include Hydra's own settings.
+
+    Raises:
+        UserError: For a wrong override; names it and the nearest right one.
+    """
     with _hydra_errors(overrides), initialised() as compose:
         return compose(overrides, return_hydra_config=with_hydra)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """Return a composed configuration without Hydra's own part."""
+    """Return a composed configuration without Hydra's own settings."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def stored(folder: Path) -> DictConfig:
-    """The configuration in a run folder; a setting that is newer than the run has its usual value.
+    """Load the configuration of a run folder, with defaults for settings newer than the run.
 
-    Raises: UserError where no configuration lies there, or one that this version does not understand.
+    Raises:
+        UserError: If there is no configuration, or one that this version cannot read.
     """
     path = folder / "config.yaml"
     try:
-        found = OmegaConf.load(path)
+        content = OmegaConf.load(path)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
-    if not isinstance(found, DictConfig):
+    if not isinstance(content, DictConfig):
         raise UserError(f"{path} is not a configuration")
     try:
-        return OmegaConf.create(plain(checked(found)))
+        return OmegaConf.create(plain(checked(content)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
-    """A stored configuration with plain `key=value` overrides, or another data set or episode by its name."""
+    """Apply overrides to a stored configuration.
+
+    Args:
+        stored: Configuration of a run.
+        overrides: `key=value` settings, or `dataset=` or `episode=` with the name of a choice.
+
+    Raises:
+        UserError: For an unknown key or several values.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     result: Any = OmegaConf.create(OmegaConf.to_container(stored))
@@ -163,7 +198,7 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
         key, value = override.key_or_group, override.value()
         if key == "dataset":
             result.dataset = composed([f"dataset={value}"]).dataset
-        elif key == "episode":  # what is tested; how the run was trained stays
+        elif key == "episode":  # changes the test episodes only
             shape = composed([f"episode={value}"]).episode
             result.episode = OmegaConf.merge(
                 result.episode, {name: shape[name] for name in ("way", "shot", "query")}
@@ -185,10 +220,10 @@ def is_sweep(override: str) -> bool:
 
 
 def one_run_per_value(overrides: list[str]) -> list[list[str]]:
-    """Return runs of a multirun, as plain overrides, in which each value of each axis occurs.
+    """Return runs of a multirun, as plain overrides, that contain each value of each axis.
 
-    The first has the first value of each axis; each other has one other value. Search ranges (of sweepers with a strategy) are
-    left out.
+    The first run has the first value of each axis; each other run differs in one value. Search
+    ranges (of sweepers with a strategy) are left out.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
@@ -212,7 +247,7 @@ def one_run_per_value(overrides: list[str]) -> list[list[str]]:
 
 
 def groups() -> list[str]:
-    """Names of the configuration groups."""
+    """Return the names of the configuration groups."""
     return sorted(
         {path.name for folder in conf_dirs() for path in folder.iterdir() if path.is_dir()}
         - {"hydra"}
@@ -220,18 +255,27 @@ def groups() -> list[str]:
 
 
 def options(group: str) -> dict[str, str]:
-    """The choices of a group, each with the first comment line of its file."""
-    found = {}
+    """Return the choices of a group, each with the first comment line of its file."""
+    choices = {}
     for path in sorted(path for folder in conf_dirs() for path in (folder / group).glob("*.yaml")):
-        found[path.stem] = next(
+        choices[path.stem] = next(
             (line for line in _comments(path) if not line.startswith("@package")), ""
         )
-    return found
+    return choices
+
+
+def reproductions() -> dict[str, str]:
+    """Return the experiments that reproduce a published result, with one line each."""
+    return {
+        name: line
+        for name, line in options("experiment").items()
+        if (path := _file("experiment", name)) and "\nreproduction:" in path.read_text()
+    }
 
 
 def families() -> dict[str, list[str]]:
-    """The algorithms of each family, which a comment `# family: …` in their file names; "other" where none does."""
-    found: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
+    """Return the methods of each family, by the comment `# family: …` in its file, or "other"."""
+    names: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
     for name in options("algo"):
         path = _file("algo", name)
         comments = _comments(path) if path else []
@@ -239,8 +283,8 @@ def families() -> dict[str, list[str]]:
             (line.partition(":")[2].strip() for line in comments if line.startswith("family:")),
             "other",
         )
-        found.setdefault(family, []).append(name)
-    return found
+        names.setdefault(family, []).append(name)
+    return names
 
 
 def _comments(path: Path) -> list[str]:

@@ -1,14 +1,14 @@
-"""How a setting says what it accepts and what it is for: one line in a dataclass, checked by `metalearn.config`.
+"""Declare what a setting accepts and what it is for, in one line of a dataclass.
 
-Every setting has its value in `conf/`. A setting with a default may be absent from a stored run or from a plugin's YAML: the
-default is the value that runs older than the setting have.
+Every setting has its value in `conf/`. A setting with a default may be absent from a stored run
+or a plugin's YAML; the default is the value that runs older than the setting have.
 
-Roles say what a setting is for; from them follows what resume, evaluate, reproduce and compare may change or ignore:
-  identity      what is trained: runs that differ in it are different methods
+A setting's role decides what resume, evaluate, reproduce and compare may change or ignore:
+  identity      what is trained: runs with different values are different methods
   protocol      what is measured
   seed          which sample of the same method
-  machine       where and how it is computed; `rounds` says that rounding may differ
-  presentation  what is shown and kept: it changes no number
+  machine       where and how it is computed; with `rounds`, results may differ by rounding
+  presentation  what is shown and stored; no number depends on it
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ def anything(
     """Declare a setting without bounds.
 
     Args:
-        default: its value where a stored run or a plugin's YAML lacks it.
-        role: one or several of `ROLES`, separated by spaces; "": those of its group.
-        rounds: whether another value of a machine setting may round differently.
-        in_testing: the setting that takes its place in testing, where only training reads this one.
-        rule: bounds, as the functions below give them.
+        default: Value if a stored run or a plugin's YAML lacks the setting.
+        role: One or several of `ROLES`, separated by spaces; "" for the role of its group.
+        rounds: Whether results for different values may differ by rounding.
+        in_testing: If only training reads this setting, the setting that testing reads instead.
+        rule: Bounds, as the functions below give them.
     """
     metadata = rule | {"role": role, "rounds": rounds, "in_testing": in_testing}
     if isinstance(default, list | dict):
@@ -42,17 +42,17 @@ def anything(
 
 
 def choice(*allowed: str, **options: Any) -> Any:
-    """Declare a setting that is one of the given words. options: as in `anything`."""
+    """Declare a setting with one of the given values; `options` as for `anything`."""
     return anything(choices=allowed, **options)
 
 
 def at_least(minimum: float, **options: Any) -> Any:
-    """Declare a number (or a list of numbers) that is not below `minimum`."""
+    """Declare a number, or a list of numbers, of at least `minimum`."""
     return anything(minimum=minimum, **options)
 
 
 def above(bound: float, **options: Any) -> Any:
-    """Declare a number (or a list of numbers) that is greater than `bound`."""
+    """Declare a number, or a list of numbers, greater than `bound`."""
     return anything(above=bound, **options)
 
 
@@ -62,5 +62,5 @@ def between(low: float, high: float, **options: Any) -> Any:
 
 
 def given_by_run(default: Any = _MISSING) -> Any:
-    """Declare a field that `metalearn.build` or the engine supplies at run time; it is never in YAML."""
+    """Declare a field that `metalearn.run` or the engine sets at run time; it is not in YAML."""
     return dataclasses.field(default=default, metadata={"runtime": True})

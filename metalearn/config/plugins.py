@@ -1,13 +1,16 @@
-"""Packages that add methods, datasets, backbones, losses and augmentations, and the folders of YAML files that they bring.
+"""Use packages that add methods, datasets, backbones, losses, augmentations and YAML files.
 
-A package is a plugin if the installed environment says so, by an entry point in the group `metalearn.plugins`, or if the command
-line or the caller names it (`plugins=[my_package]`). Nothing that is stored, such as a run's config.yaml, can add one.
+A package is a plugin if the installed environment declares it (an entry point in the group
+`metalearn.plugins`) or the command line or the caller names it (`plugins=[my_package]`). A stored
+file, such as a run's config.yaml, cannot add one.
 """
 
 import functools
 import importlib
 import importlib.util
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -19,69 +22,125 @@ _named: list[str] = []
 
 @functools.cache
 def installed() -> tuple[str, ...]:
-    """Return the packages that declare an entry point; they are not imported by this."""
+    """Return the packages that declare an entry point, without importing them."""
     points = metadata.entry_points(group="metalearn.plugins")
     return tuple(dict.fromkeys(point.value.partition(":")[0] for point in points))
 
 
 def add(names: Iterable[str]) -> None:
-    """Import packages and allow their classes. Raises UserError for one that cannot be imported."""
-    for name in names:
+    """Import packages and allow their classes and functions.
+
+    Args:
+        names: Names of packages; a string is one name.
+
+    Raises:
+        UserError: If a package cannot be imported.
+    """
+    for name in [names] if isinstance(names, str) else names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # whatever the package does when it is imported
+        except Exception as error:  # a package may raise anything on import
             raise UserError(
-                f"plugins=[{name}]: cannot be imported ({type(error).__name__}: {first_line(error)})"
+                f"plugins=[{name}]: cannot be imported "
+                f"({type(error).__name__}: {first_line(error)})"
             ) from None
         if name not in _named:
             _named.append(name)
 
 
 def named() -> tuple[str, ...]:
-    """Return the packages named by the command line or the caller, to pass on to other processes."""
+    """Return the packages that the command line or the caller named, for other processes."""
     return tuple(_named)
 
 
 def packages() -> set[str]:
-    """Return the top-level packages whose classes may be used."""
-    return {name.partition(".")[0] for name in (*_named, *installed())}
+    """Return the modules whose content may be used: these and all below them."""
+    return {*_named, *installed()}
+
+
+def check_allowed(path: str, where: str, otherwise: str) -> None:
+    """Check that a dotted name belongs to a plugin.
+
+    Args:
+        path: `package.module.name`.
+        where: The setting, for the error.
+        otherwise: What else would be right, for the error.
+
+    Raises:
+        UserError: If it does not.
+    """
+    package = path.partition(".")[0]
+    if not any(f"{path}.".startswith(f"{one}.") for one in packages()):
+        raise UserError(
+            f"{where}={path}: {package} is not a plugin of this installation; if you trust it, add "
+            f"plugins=[{package}]; otherwise {otherwise}"
+        )
+
+
+def import_object(path: str, where: str) -> object:
+    """Import `package.module.name`.
+
+    Args:
+        path: Dotted name.
+        where: The setting, for the error.
+
+    Returns:
+        The object, or None if there is none of this name.
+
+    Raises:
+        UserError: If importing the module raises an ImportError.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+        if is_absent and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise UserError(f"{where}={path}: cannot be imported ({first_line(error)})") from None
 
 
 def conf_dirs() -> list[Path]:
-    """Return the folders `conf/` of all plugins, beside their modules."""
+    """Return the `conf/` folders next to the modules of all plugins."""
     folders = []
     for name in dict.fromkeys((*_named, *installed())):
         try:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):
             spec = None
-        for place in (spec.submodule_search_locations if spec else None) or []:
-            if (Path(place) / "conf").is_dir():
-                folders.append(Path(place) / "conf")
+        for folder in (spec.submodule_search_locations if spec else None) or []:
+            if (Path(folder) / "conf").is_dir():
+                folders.append(Path(folder) / "conf")
     return folders
 
 
 def find(name: str, known: dict[str, object], where: str) -> object:
-    """Return the entry of this name, or for `package.module.name` the function of a plugin.
+    """Return the function of this name, or for `package.module.name` that of a plugin.
 
     Args:
-        name: as a setting gives it.
-        known: functions by name.
-        where: the setting, for the error.
+        name: Value of the setting.
+        known: Functions by name.
+        where: The setting, for the error.
 
     Raises:
-        UserError: where there is none.
+        UserError: If there is none.
     """
     if name in known:
         return known[name]
-    module, _, attribute = name.rpartition(".")
-    if module and module.partition(".")[0] in packages():
-        try:
-            function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError):
-            function = None
+    if re.fullmatch(r"\w+(\.\w+)+", name) and not is_own_or_standard(name):
+        check_allowed(name, where, f"use one of {', '.join(known)}")
+        function = import_object(name, where)
         if callable(function):
             return function
-    raise UserError(
-        f"{where}={name}: there is no such name; there are {', '.join(known)}{nearest(name, known)}"
-    )
+    raise no_such_name(name, known, where)
+
+
+def no_such_name(name: str, known: Collection[str], where: str) -> UserError:
+    """Return the error for an unknown name."""
+    names = f"{', '.join(known)}{nearest(name, known)}"
+    return UserError(f"{where}={name}: there is no such name; there are {names}")
+
+
+def is_own_or_standard(path: str) -> bool:
+    """Return True for a name in metalearn or in the standard library, which are never plugins."""
+    return path.partition(".")[0] in {"metalearn", *sys.stdlib_module_names}

@@ -1,4 +1,4 @@
-"""What commands may do with each setting, by its role."""
+"""Decide what commands may do with each setting, from its role."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,9 +14,13 @@ from metalearn.config.schema import COMPONENTS, RunConfig
 
 
 def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting]:
-    """Return the setting that each value of a complete configuration belongs to, by its dotted name.
+    """Return the setting of each value of a complete configuration, by its dotted name.
 
-    The rule of each has the role that holds for it: its own, or that of the group around it.
+    The rule of each setting contains its role, or else the role of its group.
+
+    Args:
+        plain: Complete configuration as plain data.
+        is_strict: Whether an unknown class is an error.
     """
     described: dict[str, Setting] = {}
 
@@ -39,50 +43,52 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
 
 
 def role_of(key: str, described: Mapping[str, Setting]) -> tuple[set[str], bool]:
-    """Return the roles of a dotted key, and whether other values of it may round differently.
+    """Return the roles of a dotted key, and whether results may differ by rounding.
 
-    The key may also be inside a setting, or be a group of settings: then it has the roles of all of them.
+    Args:
+        key: A setting, a key inside a setting, or a group: then the roles are those of all of it.
+        described: Settings as `roles` returns them.
     """
     inside = [setting for name, setting in described.items() if name.startswith(f"{key}.")]
     name = key
     while name not in described and "." in name and not inside:
         name = name.rpartition(".")[0]
-    found = inside or ([described[name]] if name in described else [])
-    roles = {role for setting in found for role in setting.rule["role"].split()}
-    return roles or {"identity"}, any(setting.rule.get("rounds") for setting in found)
+    settings = inside or ([described[name]] if name in described else [])
+    roles = {role for setting in settings for role in setting.rule["role"].split()}
+    return roles or {"identity"}, any(setting.rule.get("rounds") for setting in settings)
 
 
 def may_resume_with(key: str, described: Mapping[str, Setting]) -> bool:
-    """Return True if a resumed run may have another value of this setting than the run had."""
-    has, rounds = role_of(key, described)
-    return has <= {"machine", "presentation"} and not rounds
+    """Return True if a resumed run may have a different value of this setting."""
+    roles, rounds = role_of(key, described)
+    return roles <= {"machine", "presentation"} and not rounds
 
 
 def may_evaluate_with(key: str, described: Mapping[str, Setting]) -> bool:
-    """Return True if a test may have another value of this setting than the training had."""
+    """Return True if a test may have a different value of this setting than training."""
     return bool(role_of(key, described)[0] & {"protocol", "machine"})
 
 
 def may_reproduce_with(key: str, described: Mapping[str, Setting]) -> bool:
-    """Return True if a recipe with another value of this setting is still the same experiment."""
+    """Return True if a recipe with a different value of this setting is the same experiment."""
     return role_of(key, described)[0] <= {"seed", "machine", "presentation"}
 
 
 def names_of(
     described: Mapping[str, Setting], rule: Callable[[str, Mapping[str, Setting]], bool]
 ) -> list[str]:
-    """Return the settings that a rule allows, for a message: groups as a whole where it allows all that is inside."""
+    """Return the settings that a rule allows, for a message; a group if it allows all of it."""
     names: dict[str, None] = {}
     for name in described:
         group = name.partition(".")[0]
         if rule(name, described):
-            whole = all(
+            is_whole_group = all(
                 rule(other, described) for other in described if other.partition(".")[0] == group
             )
-            names[group if whole else name] = None
+            names[group if is_whole_group else name] = None
     return list(names)
 
 
 def tells_methods_apart(key: str, described: Mapping[str, Setting]) -> bool:
-    """Return True if runs that differ in this setting are different methods."""
+    """Return True if runs with different values of this setting are different methods."""
     return "identity" in role_of(key, described)[0]

@@ -1,7 +1,6 @@
-"""The typed schema of all of `conf/`: a composed configuration becomes a checked one.
+"""Define the typed schema of `conf/`.
 
-A mistake raises `UserError`: what is wrong, where it was set, what would be right. Nothing here imports torch: the settings of
-the package's own classes are in a generated index, so that a mistyped word is answered at once.
+Nothing here imports torch, so that a mistyped name is reported at once.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from metalearn.config.fields import above, anything, at_least, between, choice
 
 @dataclasses.dataclass(kw_only=True)
 class EpisodeShape:
-    """The shape of episodes; see `metalearn.tasks.sampling.Shape`."""
+    """Shape of episodes; see `metalearn.tasks.sampling.Shape`."""
 
     way: int = at_least(1)
     shot: int = at_least(1)
@@ -23,7 +22,7 @@ class EpisodeShape:
 
 @dataclasses.dataclass(kw_only=True)
 class EpisodeConfig(EpisodeShape):
-    """Episodes of validation and test, and of training."""
+    """Episodes of validation and test; `train`: of training."""
 
     train: EpisodeShape = anything(role="identity")
 
@@ -59,7 +58,7 @@ class ValConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TestConfig:
-    """The test."""
+    """Testing."""
 
     __test__ = False  # not a test class for pytest
 
@@ -75,7 +74,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class EngineConfig:
-    """How it is computed; conf/base.yaml explains each setting."""
+    """How a run is computed; conf/base.yaml explains each setting."""
 
     strategy: str = choice("auto", "vmap", "loop", "mixed", rounds=True)
     task_chunk: int = at_least(0)
@@ -90,7 +89,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class LoggerConfig:
-    """Where metrics go besides the run folder."""
+    """Where metrics go in addition to the run folder."""
 
     name: str = choice("wandb", "none")
     project: str | None = anything()
@@ -99,7 +98,13 @@ class LoggerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class LossConfig:
-    """Losses by name, null for the usual ones: of queries and batches, and of inner loops. settings: of `name`."""
+    """Losses by name, null for the default.
+
+    Attributes:
+        name: Loss of queries and batches.
+        inner: Loss of inner loops.
+        settings: Settings of `name`.
+    """
 
     name: str | None = anything(default=None)
     inner: str | None = anything(default=None)
@@ -108,14 +113,20 @@ class LossConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class AugmentConfig:
-    """Augmentations of training inputs, applied in this order: name -> its settings."""
+    """Augmentations of training inputs in order; each name maps to its settings."""
 
     ops: dict[str, Any] = anything(default={})
 
 
 @dataclasses.dataclass(kw_only=True)
 class PublishedConfig:
-    """A published result: its mean, the half-width of its 95% interval where given, and where it was read."""
+    """A published result.
+
+    Attributes:
+        mean: Mean score.
+        ci95: Half-width of the 95% interval, if published.
+        source: Publication, with table or section.
+    """
 
     mean: float = anything()
     ci95: float | None = anything()
@@ -124,7 +135,7 @@ class PublishedConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MeasuredConfig:
-    """What a recipe gave here at one budget, and where. sampler: version of the episode sampler."""
+    """A measured result of a recipe at one budget; `sampler`: version of the episode sampler."""
 
     mean: float = anything()
     ci95: float = anything()
@@ -138,7 +149,7 @@ class MeasuredConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ReproductionConfig:
-    """What `metalearn reproduce` reads. budgets: the overrides of each; measured: by budget."""
+    """Settings of `metalearn reproduce`: overrides of each budget, measured results by budget."""
 
     published: PublishedConfig = anything()
     budgets: dict[str, list[str]] = anything()
@@ -147,7 +158,7 @@ class ReproductionConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig:
-    """`algo`, `dataset` and `backbone` are checked against the class that their `_target_` names."""
+    """Settings of a run; algo, dataset and backbone are checked against their `_target_`."""
 
     algo: Any = anything(role="identity protocol")
     dataset: Any = anything(role="identity protocol")

@@ -78,6 +78,8 @@ class Dataset:
 
     #: Kind of its tasks: "class", "value", or one that a task family defines.
     target: ClassVar[str] = "class"
+    #: True if `to_array` exists: it converts an image (PIL) to uint8 [C, H, W].
+    reads_image_files: ClassVar[bool] = False
 
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files or folders to read; [] for a dataset that needs none."""

@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import logging
+from typing import ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import anything, choice
@@ -72,9 +75,15 @@ class ImageDataset(Dataset):
         rotations_share_drawings: See `RotatedClasses`.
     """
 
+    reads_image_files: ClassVar[bool] = True
+
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = anything()
     rotations_share_drawings: bool = anything(default=True)
+
+    def to_array(self, image: Image.Image) -> np.ndarray:
+        """Convert an image to the dataset's channels and size, uint8 [C, H, W]."""
+        raise NotImplementedError
 
     def class_data(
         self,

@@ -1,4 +1,4 @@
-"""Where commands print."""
+"""Open the console that commands print to."""
 
 import sys
 
@@ -8,19 +8,20 @@ from metalearn.system.errors import leave_unread
 
 
 class _Console(Console):
-    """A console whose reader may leave: a run goes on without it."""
+    """A console that becomes silent if its reader closes the pipe, so that the run continues."""
 
     def on_broken_pipe(self) -> None:
+        """Discard all further output."""
         self.quiet = True
         leave_unread(sys.stdout)
 
 
 def open_console() -> Console:
-    """Where verbs print; without a terminal wide enough that no figure is cut."""
-    found = _Console()
-    return found if found.is_terminal else _Console(width=max(found.width, 160))
+    """Return the console of a command, at least 160 columns wide if it is not a terminal."""
+    console = _Console()
+    return console if console.is_terminal else _Console(width=max(console.width, 160))
 
 
 def print_line(console: Console, line: str) -> None:
-    """A line as it is: paths hold no markup and are never wrapped."""
+    """Print a line without wrapping and without markup, as paths require."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)

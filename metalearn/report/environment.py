@@ -1,4 +1,4 @@
-"""Commit, versions and hardware of a result."""
+"""Record the commit, versions and hardware of a result."""
 
 import os
 import platform
@@ -11,7 +11,11 @@ import metalearn
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Commit, versions and hardware: what a figure depends on besides its configuration."""
+    """Return the commit, versions and hardware, which a result depends on too.
+
+    Args:
+        device: A torch device, such as "cpu" or "cuda:0".
+    """
     import torch
 
     cuda = torch.device(device).type == "cuda"
@@ -32,25 +36,24 @@ def describe_environment(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with a + when its code or conf/ has changes; None when installed."""
+    """Return the checkout's commit, with "+" if code or conf/ has changes; None if installed."""
     root = Path(metalearn.__file__).parent.parent
 
-    def git(*words: str) -> str | None:
+    def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+            process = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
     top = git("rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root.resolve():
         return None
-    changed = git(
-        "status", "--porcelain", "-uno", "--", "metalearn", "conf"
-    )  # what a figure depends on
-    return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if changed else ''}"
+    # Only files that a result depends on.
+    changes = git("status", "--porcelain", "-uno", "--", "metalearn", "conf")
+    return f"{git('rev-parse', '--short=10', 'HEAD')}{'+' if changes else ''}"
 
 
 def _processor() -> str:

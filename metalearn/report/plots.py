@@ -1,11 +1,11 @@
-"""How scores are shown: as text, and as figures in PNG."""
+"""Plot scores as PNG files."""
 
 from pathlib import Path
 from typing import Any
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure, in inches."""
+    """Return an empty figure; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -30,7 +30,13 @@ def _factor(score: str) -> int:
 
 
 def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
-    """Training and validation score over meta-training steps, with the validation's 95% interval."""
+    """Plot training and validation scores over meta-training steps.
+
+    Args:
+        rows: Logged metrics of each step, as in metrics.jsonl.
+        score: Name of the score; validation points have 95% intervals.
+        path: PNG file to write.
+    """
     figure, axes = _axes()
     factor = _factor(score)
     train_key = "train.accuracy" if score == "accuracy" else "train.loss"
@@ -52,13 +58,20 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
 def draw_lines(
     lines: dict[str, list[tuple[float, float, float]]], label: str, score: str, path: Path
 ) -> None:
-    """A score of several methods over a number. lines: method -> (at, mean, half-width of the 95% interval)."""
+    """Plot a score of several methods against a number.
+
+    Args:
+        lines: Maps each method to points (x, mean, half-width of the 95% interval).
+        label: Label of the x axis.
+        score: Name of the score.
+        path: PNG file to write.
+    """
     figure, axes = _axes()
     factor = _factor(score)
     for method, points in lines.items():
-        at, mean, ci95 = ([row[column] for row in points] for column in range(3))
+        x, mean, ci95 = ([point[column] for point in points] for column in range(3))
         axes.errorbar(
-            at, [factor * value for value in mean], [factor * value for value in ci95],
+            x, [factor * value for value in mean], [factor * value for value in ci95],
             marker="o", markersize=3, capsize=2, label=method,
         )  # fmt: skip
     axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
@@ -67,20 +80,23 @@ def draw_lines(
 
 
 def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
-    """Fitted curves, a column a method, a row a support set.
+    """Plot fitted curves: one column per method, one row per support set.
 
-    methods: method -> title of the row -> {"points": (x, y), "truth": (x, y), "curves": label -> y}.
+    Args:
+        methods: Maps each method and row title to {"points": (x, y), "truth": (x, y),
+            "curves": {label: y}}.
+        path: PNG file to write.
     """
     titles = list(next(iter(methods.values())))
     figure = _figure(3 * len(methods), 2.6 * len(titles))
     panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
-    for column, (method, found) in enumerate(methods.items()):
+    for column, (method, fits) in enumerate(methods.items()):
         for row, title in enumerate(titles):
-            axes, one = panels[row][column], found[title]
-            axes.plot(*one["truth"], color="0.7", linewidth=3, label="truth")
-            for label, y in one["curves"].items():
-                axes.plot(one["truth"][0], y, linewidth=1, label=label)
-            axes.plot(*one["points"], "k^", markersize=5, label="support set")
+            axes, fit = panels[row][column], fits[title]
+            axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
+            for label, y in fit["curves"].items():
+                axes.plot(fit["truth"][0], y, linewidth=1, label=label)
+            axes.plot(*fit["points"], "k^", markersize=5, label="support set")
             axes.set_title(f"{method}, {title}", fontsize=9)
             axes.grid(alpha=0.3)
     panels[0][0].legend(fontsize=7)
@@ -90,18 +106,24 @@ def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
 def draw_comparison(
     columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path
 ) -> None:
-    """Scores with error bars, one panel a protocol. columns: title of the panel -> (method, mean, half-width)."""
+    """Plot scores with error bars, one panel per protocol.
+
+    Args:
+        columns: Maps each panel title to rows (method, mean, half-width of the 95% interval).
+        score: Name of the score.
+        path: PNG file to write.
+    """
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
     figure = _figure(7.5, sum(heights))
     panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
     factor = _factor(score)
     for axes, (title, rows) in zip(panels, columns.items(), strict=True):
-        place = list(range(len(rows)))[::-1]
+        y = list(range(len(rows)))[::-1]
         axes.errorbar(
-            [factor * mean for _, mean, _ in rows], place, xerr=[factor * ci95 for *_, ci95 in rows],
+            [factor * mean for _, mean, _ in rows], y, xerr=[factor * ci95 for *_, ci95 in rows],
             fmt="o", markersize=4, capsize=3,
         )  # fmt: skip
-        axes.set_yticks(place, [name for name, *_ in rows], fontsize=8)
+        axes.set_yticks(y, [name for name, *_ in rows], fontsize=8)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="x")

@@ -1,6 +1,6 @@
-"""What scores say: means and 95% intervals over episodes and over seeds, paired differences, calibration.
+"""Compute statistics of scores: 95% intervals over episodes or seeds, differences, calibration.
 
-Accuracies are shares in [0, 1]. Legend of shapes: E episodes, M predictions, C classes.
+Accuracies are in [0, 1]. Legend of shapes: E episodes, M predictions, C classes.
 """
 
 import dataclasses
@@ -34,57 +34,76 @@ class Difference:
 
 
 def _t_interval(values: Tensor) -> tuple[float, float]:
-    """Mean and half-width of the 95% interval: t_(0.975, n-1) * s / sqrt(n), s with n - 1 (Student 1908)."""
+    """Return mean and half-width of the 95% interval (Student 1908).
+
+    The half-width is t_(0.975, n-1) * s / sqrt(n), where s has n - 1 degrees of freedom.
+    """
     count = values.numel()
     if count < 2:
-        raise ValueError(f"an interval wants at least two values, not {count}")
+        raise ValueError(f"an interval requires at least two values, not {count}")
     var, mean = torch.var_mean(values.double())
     return mean.item(), float(stdtrit(count - 1, 0.975)) * math.sqrt(var.item() / count)
 
 
 def estimate(scores: Tensor) -> Estimate:
-    """Mean and 95% interval over independent episodes, Student's t.
+    """Compute the mean and its 95% interval over independent episodes (Student's t).
 
-    Args: scores: [E], one an episode, E >= 2.
-    Raises: ValueError with fewer than two scores.
+    Args:
+        scores: One score per episode [E], E >= 2.
+
+    Raises:
+        ValueError: If there are fewer than two scores.
     """
     return Estimate(*_t_interval(scores), scores.numel())
 
 
 def over_seeds(means: Sequence[float]) -> SeedEstimate:
-    """Mean and 95% interval over runs that differ in their seed alone: each seed is one value, Student's t.
+    """Compute the mean and its 95% interval over runs that differ only in the seed (Student's t).
 
-    Raises: ValueError with fewer than two seeds.
+    Args:
+        means: Mean score of each seed; at least two.
+
+    Raises:
+        ValueError: If there are fewer than two seeds.
     """
     return SeedEstimate(*_t_interval(torch.tensor(means, dtype=torch.float64)), len(means))
 
 
 def paired_difference(a: Tensor, b: Tensor) -> Difference:
-    """Mean of a - b over shared episodes, with interval and p-value (paired t-test).
+    """Compute the mean of a - b over shared episodes, its interval and p-value (paired t-test).
 
-    Args: a, b: [E], the scores of two methods on the same episodes in the same order, E >= 2.
-    Raises: ValueError if their lengths differ or are below two.
+    Args:
+        a: Scores of one method [E], E >= 2.
+        b: Scores of another method on the same episodes in the same order [E].
+
+    Raises:
+        ValueError: If the lengths differ or are below two.
     """
     if a.shape != b.shape:
         raise ValueError(
-            f"paired scores want the same episodes: {tuple(a.shape)} and {tuple(b.shape)}"
+            f"paired scores require the same episodes: {tuple(a.shape)} and {tuple(b.shape)}"
         )
     difference = a.double() - b.double()
     mean, half_width = _t_interval(difference)
     count = difference.numel()
     error = difference.std().item() / math.sqrt(count)
-    if error == 0:  # no spread at all: certain, one way or the other
+    if error == 0:  # without spread, the t-statistic is undefined
         return Difference(mean, half_width, float(mean == 0), count)
     return Difference(mean, half_width, float(2 * stdtr(count - 1, -abs(mean) / error)), count)
 
 
 def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value that two groups of runs have equal means, each seed one value (Welch 1947).
+    """Compute the two-sided p-value of equal means of two groups of seeds (Welch 1947).
 
-    Raises: ValueError with fewer than two values in a group.
+    Args:
+        a: Mean score of each seed of one method; at least two.
+        b: Mean score of each seed of another method; at least two.
+
+    Raises:
+        ValueError: If a group has fewer than two seeds.
     """
     if min(len(a), len(b)) < 2:
-        raise ValueError("a test over seeds wants at least two seeds on each side")
+        raise ValueError("a test over seeds requires at least two seeds per method")
     x, y = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
     gap = (x.mean() - y.mean()).abs().item()
     parts = [values.var().item() / len(values) for values in (x, y)]
@@ -98,7 +117,14 @@ def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for several comparisons, so that all are right at once with 95% (Holm 1979)."""
+    """Adjust p-values for several comparisons: all hold at once with 95% confidence (Holm 1979).
+
+    Args:
+        p_values: One per comparison.
+
+    Returns:
+        Adjusted p-values, in the same order.
+    """
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -109,9 +135,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def episodes_needed(scores: Tensor, half_width: float) -> int:
-    """The number of episodes that would give this half-width of the 95% interval, with the spread of these scores.
+    """Compute how many episodes would give a 95% interval of this half-width.
 
-    Args: scores: [E], E >= 2; half_width > 0, in the unit of the scores.
+    Args:
+        scores: Scores with the expected spread [E], E >= 2.
+        half_width: Desired half-width > 0, in the unit of the scores.
     """
     std = scores.double().std().item()
     count = max(2, math.floor((std * 1.959 / half_width) ** 2))
@@ -121,29 +149,45 @@ def episodes_needed(scores: Tensor, half_width: float) -> int:
 
 
 def worst_decile(scores: Tensor, higher_is_better: bool = True) -> tuple[float, list[int]]:
-    """Mean score of the worst tenth of the episodes (rounded up), and their numbers, worst first."""
+    """Return the mean score of the worst tenth of the episodes, and their indices, worst first.
+
+    Args:
+        scores: One score per episode [E]; a tenth of E is rounded up.
+        higher_is_better: False if the worst scores are the highest.
+    """
     order = scores.argsort(descending=not higher_is_better, stable=True)
     worst = order[: math.ceil(scores.numel() / 10)]
     return scores[worst].double().mean().item(), worst.tolist()
 
 
 def per_class_accuracy(correct: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Accuracy of each class [C] (NaN where none was asked) and how many of each were asked [C].
+    """Compute the accuracy of each class.
 
-    Args: correct: bool [M]; classes: int64 [M], the class each prediction should have named.
+    Args:
+        correct: Whether each prediction is correct, bool [M].
+        classes: True class of each prediction, int64 [M].
+        num_classes: C.
+
+    Returns:
+        Accuracy per class [C] (NaN for a class without predictions), predictions per class [C].
     """
-    asked = torch.bincount(classes, minlength=num_classes)
+    counts = torch.bincount(classes, minlength=num_classes)
     hits = torch.bincount(classes, weights=correct.double(), minlength=num_classes)
-    return hits / asked, asked
+    return hits / counts, counts
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Mean gap of confidence and accuracy over equally wide bins, weighted by their share (Guo et al. 2017, eq. 3).
+    """Compute the expected calibration error (Guo et al. 2017, eq. 3).
 
-    Args: confidence: [M] in [0, 1], of the predicted class; correct: bool [M].
+    It is the mean gap between confidence and accuracy over bins of equal width, weighted by the
+    share of predictions in each bin.
+
+    Args:
+        confidence: Probability of the predicted class [M], in [0, 1].
+        correct: Whether each prediction is correct, bool [M].
+        bins: Number of bins.
     """
-    place = (confidence.double() * bins).ceil().clamp(
-        1, bins
-    ).long() - 1  # bins are (low, high], as in the paper
-    gap = torch.bincount(place, weights=correct.double() - confidence.double(), minlength=bins)
+    # Bins are (low, high], as in the paper.
+    index = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1
+    gap = torch.bincount(index, weights=correct.double() - confidence.double(), minlength=bins)
     return (gap.abs().sum() / confidence.numel()).item()

@@ -1,6 +1,5 @@
-"""What a finished run leaves: `result.json` with its environment, and the tables people read."""
+"""Tables and lines that people read, on the console and in Markdown."""
 
-import dataclasses
 from typing import Any
 
 from rich import box
@@ -9,83 +8,67 @@ from rich.markup import escape
 from rich.table import Table
 
 from metalearn.report.console import print_line
+from metalearn.report.result import Result
 from metalearn.report.stats import Difference
-from metalearn.tasks.types import Estimate
 
 
-def shown(score: str, value: float) -> str:
-    """A score as people read it: an accuracy as a percentage, an error as it is."""
-    return f"{100 * value:.2f}%" if score == "accuracy" else f"{value:.4f}"
+def shown(metric: str, value: float) -> str:
+    """Return a value of a metric as text: an accuracy in percent, an error as it is."""
+    return f"{100 * value:.2f}%" if metric == "accuracy" else f"{value:.4f}"
 
 
-def shown_interval(score: str, mean: float, ci95: float) -> str:
-    """A mean with the half-width of its interval."""
-    return f"{shown(score, mean)} ± {shown(score, ci95)}"
-
-
-def as_dict(estimate: Estimate | Difference) -> dict[str, Any]:
-    return dataclasses.asdict(estimate)
+def shown_interval(metric: str, mean: float, ci95: float) -> str:
+    """Return a mean with the half-width of its interval as text."""
+    return f"{shown(metric, mean)} ± {shown(metric, ci95)}"
 
 
 def result_table(rows: list[dict[str, Any]]) -> Table:
-    """One line a result; each row is a dict of column heading to text."""
+    """Return a console table. rows: column heading -> value."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(rows[0]):  # only the first may wrap: figures are never cut
-        table.add_column(
-            column,
-            no_wrap=number > 0,
-            overflow="fold",
-            min_width=min(16, len(column)) if number else 12,
-        )
+    for number, column in enumerate(rows[0]):
+        # Only the first column may wrap: numbers are never cut.
+        width = min(16, len(column)) if number else 12
+        table.add_column(column, no_wrap=number > 0, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     return table
 
 
-def print_details(console: Console, result: dict[str, Any]) -> None:
-    """What a mean hides: the worst episodes and classes, calibration, and the episodes a narrower interval wants."""
-    score, details = next(iter(result["test"])), result["details"]
-    parts = [f"worst tenth of the episodes {shown(score, details['worst_decile']['mean'])}"]
+def print_details(console: Console, result: Result) -> None:
+    """Print the worst episodes and classes, calibration, and the episodes a narrower interval needs."""
+    metric, details = result.metric, result.details
+    parts = [f"worst tenth of the episodes {shown(metric, details['worst_decile']['mean'])}"]
     if "worst_classes" in details:
-        parts += [
-            f"worst class {name} {shown(score, share)}"
-            for name, share in [*details["worst_classes"].items()][:1]
-        ]
-        parts.append(f"calibration error {shown(score, details['expected_calibration_error'])}")
-        parts.append(f"±0.10% wants {details['episodes_needed']['0.001']:,} episodes")
-    print_line(console, f"  {result['protocol']['statistics']} statistics: {'; '.join(parts)}")
+        for name, share in list(details["worst_classes"].items())[:1]:
+            parts.append(f"worst class {name} {shown(metric, share)}")
+        parts.append(f"calibration error {shown(metric, details['expected_calibration_error'])}")
+        parts.append(f"±0.10% needs {details['episodes_needed']['0.001']:,} episodes")
+    print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
 
 
-def shown_difference(score: str, difference: dict[str, Any]) -> str:
-    """A paired difference as people read it, in points where the score is an accuracy."""
-    factor, digits, unit = (100, 2, " points") if score == "accuracy" else (1, 4, "")
-    p, mean = (
-        difference["p_value"],
-        round(factor * difference["mean"], digits) + 0.0,
-    )  # no minus before a zero
-    return (
-        f"{mean:+.{digits}f} ± {factor * difference['ci95']:.{digits}f}{unit}"
-        f" (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
-    )
+def shown_difference(metric: str, difference: Difference) -> str:
+    """Return a paired difference as text, in percentage points for an accuracy."""
+    factor, digits, unit = (100, 2, " points") if metric == "accuracy" else (1, 4, "")
+    mean = round(factor * difference.mean, digits) + 0.0  # no minus before a zero
+    p = "< 0.001" if difference.p_value < 0.001 else f"= {difference.p_value:.3f}"
+    return f"{mean:+.{digits}f} ± {factor * difference.ci95:.{digits}f}{unit} (p {p})"
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of a Markdown table; each row is a dict of column heading to text."""
+    """Return the lines of a Markdown table. rows: column heading -> value."""
     cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
 
 
-def result_row(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """A result as people read it, its protocol beside the figure."""
-    score = next(iter(result["test"]))
-    estimate, protocol = result["test"][score], result["protocol"]
+def result_row(name: str, result: Result) -> dict[str, Any]:
+    """Return a row for `result_table`."""
     return {
         "run": name,
-        "episode": f"{protocol['way']}w {protocol['shot']}s {protocol['query']}q",
-        "statistics": protocol["statistics"],
-        f"{result.get('split', 'test')} {score}": shown_interval(
-            score, estimate["mean"], estimate["ci95"]
+        "episode": result.shape,
+        "statistics": result.protocol["statistics"],
+        f"{result.split} {result.metric}": shown_interval(
+            result.metric, result.test.mean, result.test.ci95
         ),
-        "protocol": result["protocol_id"],
-        "minutes": f"{result['seconds'] / 60:.1f}",
+        "protocol": result.protocol_id,
+        "minutes": f"{result.seconds / 60:.1f}",
     }

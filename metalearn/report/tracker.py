@@ -1,4 +1,4 @@
-"""Where a run's figures go: console, `metrics.jsonl`, Weights & Biases, and the learning curve as PNG."""
+"""Track a run: console, metrics.jsonl, Weights & Biases, and the learning curve as PNG."""
 
 import contextlib
 import dataclasses
@@ -17,38 +17,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from metalearn.config.schema import RunConfig
+from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_learning_curve
+from metalearn.report.result import Result
 from metalearn.report.tables import shown
 from metalearn.system.atomic import replacing
 from metalearn.system.errors import first_line
 from metalearn.tasks.metrics import Metric
 
-#: Without a terminal a training row is printed this often at most; every validation is printed.
+#: Without a terminal, seconds between printed training rows; every validation is printed.
 _QUIET_SECONDS = 15.0
 
 
 class Tracker:
-    """Sends each row of figures to all places; the loop's only listener."""
+    """Send each row of metrics to the console, to metrics.jsonl and to W&B.
+
+    Args:
+        settings: The configuration.
+        metric: What validation and test report.
+        files: The run folder.
+        console: Where to print.
+        identifier: Identifier of the run at W&B.
+        step: The step to resume from, later rows are removed; -1: a new run.
+
+    Attributes:
+        rows: All rows so far.
+        seconds_before: Seconds that the run had taken before it was interrupted.
+    """
 
     def __init__(
         self,
         settings: RunConfig,
         metric: Metric,
-        folder: Path,
+        files: RunFolder,
         console: Console,
         identifier: str,
         step: int,
     ) -> None:
-        """identifier: of the run at W&B; step: the step a stopped run goes on from, later rows are cut; -1: a run that begins.
-
-        seconds_before: what the run had taken before it was stopped.
-        """
-        file = folder / "metrics.jsonl"
+        file = files.metrics
         self.rows = [row for row in _read_rows(file) if row["step"] <= step]
         self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
         self._start = time.perf_counter()
         self.score = metric.name
-        self.folder = folder
+        self._files = files
         self._console = console
         self._printed = 0.0
         with replacing(file) as stream:
@@ -57,18 +68,18 @@ class Tracker:
         self._wandb: Any = None
         if settings.logger.name == "wandb":
             self._start_wandb = functools.partial(
-                _start_wandb, settings, folder, console, identifier
+                _start_wandb, settings, files.path, console, identifier
             )
             try:
                 self._wandb = self._start_wandb()
             except Exception as error:
-                self.note(f"W&B: failed ({first_line(error)}); going on without it")
+                self.note(f"W&B: failed ({first_line(error)}); continuing without it")
         self._steps = settings.train.steps
         self._progress: Progress | None = None
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Shows progress while meta-training: a live line on a terminal, now and then a line elsewhere."""
+        """Show progress during meta-training: a live line on a terminal, a line at times elsewhere."""
         if not self._console.is_terminal:
             yield
             return
@@ -76,17 +87,17 @@ class Tracker:
             TextColumn("[bold]train"),
             BarColumn(24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self._console, transient=True) as progress:
             self._progress = progress
-            self._bar = progress.add_task("train", total=self._steps, figures="")
+            self._bar = progress.add_task("train", total=self._steps, metrics="")
             yield
         self._progress = None
 
     def log(self, row: dict[str, Any]) -> None:
-        """One row of figures: into the file at once, to W&B, and onto the console."""
+        """Log one row of metrics."""
         row = row | {"seconds": round(self.seconds_before + time.perf_counter() - self._start, 2)}
         self.rows.append(row)
         self._stream.write(_as_line(row))
@@ -96,7 +107,7 @@ class Tracker:
         )
         line = self._line(row)
         if self._progress is not None:
-            self._progress.update(self._bar, completed=row["step"], figures=line)
+            self._progress.update(self._bar, completed=row["step"], metrics=line)
         validated = f"val.{self.score}" in row
         due = self._progress is None and time.monotonic() - self._printed > _QUIET_SECONDS
         if validated or due:
@@ -104,26 +115,26 @@ class Tracker:
             self._printed = time.monotonic()
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
-        """Sends something to W&B; where that fails, the run goes on offline, and where that fails too, without it."""
+        """Send something to W&B; after a failure continue offline, after another without W&B."""
         if self._wandb is None:
             return
         try:
             send(self._wandb)
-        except Exception as error:  # whatever W&B raises, it is no reason to lose a run
-            self.note(f"W&B: failed ({first_line(error)}); going on offline")
+        except Exception as error:  # an error of W&B must not end the run
+            self.note(f"W&B: failed ({first_line(error)}); continuing offline")
             try:
                 import wandb
 
                 with contextlib.suppress(Exception):
-                    wandb.teardown()  # or else it complains at exit of a service that has died
+                    wandb.teardown()  # else it reports its dead service at exit
                 self._wandb = self._start_wandb("offline")
                 send(self._wandb)
             except Exception as again:
-                self.note(f"W&B: offline failed too ({first_line(again)}); going on without it")
+                self.note(f"W&B: offline failed too ({first_line(again)}); continuing without it")
                 self._wandb = None
 
     def note(self, line: str) -> None:
-        """What the user should know once."""
+        """Print a line for the user."""
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -141,20 +152,19 @@ class Tracker:
             )
         return "  ".join(parts)
 
-    def finish(self, result: dict[str, Any], table: Table) -> None:
-        """The learning curve, and at W&B the final figures, table and curve."""
-        curve = self.folder / "learning_curve.png"
+    def finish(self, result: Result, table: Table) -> None:
+        """Draw the learning curve, and send the final result, table and curve to W&B."""
+        curve = self._files.curve
         draw_learning_curve(self.rows, self.score, curve)
         if self._wandb is None:
             return
         import wandb
 
-        estimate = result["test"][self.score]
         summary = {
-            f"test.{self.score}": estimate["mean"],
-            f"test.{self.score}_ci95": estimate["ci95"],
+            f"test.{self.score}": result.test.mean,
+            f"test.{self.score}_ci95": result.test.ci95,
+            "protocol_id": result.protocol_id,
         }
-        summary |= {"protocol_id": result["protocol_id"]}
         cells = [
             [str(cell) for cell in row]
             for row in zip(*(column.cells for column in table.columns), strict=True)
@@ -173,7 +183,7 @@ class Tracker:
         self._to_wandb(send)
 
     def close(self, failed: bool = False) -> None:
-        """Flushes everything; safe to call once at the end of any run."""
+        """Close the file and the W&B run."""
         self._stream.close()
         if self._wandb is not None:
             try:
@@ -187,7 +197,7 @@ def _as_line(row: dict[str, Any]) -> str:
 
 
 def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows as `Tracker.log` wrote them; a last one that was cut off is left out."""
+    """Yield the rows that `Tracker.log` wrote, up to the first incomplete one."""
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             yield json.loads(line)
@@ -198,9 +208,14 @@ def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
 def _start_wandb(
     settings: RunConfig, folder: Path, console: Console, identifier: str, mode: str | None = None
 ) -> Any:
-    """A W&B run: online where a key is configured, offline otherwise; never a prompt; said in one line.
+    """Start a W&B run: online if a key is configured, else offline; never prompt.
 
-    mode: the one to take without asking, after a failure.
+    Args:
+        settings: The configuration.
+        folder: The run folder.
+        console: Where to print one line about the mode.
+        identifier: Identifier of the run at W&B.
+        mode: The mode to use after a failure; None: choose.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -222,7 +237,7 @@ def _start_wandb(
 
     try:
         run = start(wanted)
-    except Exception as error:  # settings that it does not know end in errors of all kinds
+    except Exception as error:  # W&B raises errors of many kinds
         reason = first_line(error)
         console.print(f"W&B: offline, because going online failed ({reason})", highlight=False)
         return start("offline")
@@ -237,7 +252,7 @@ def _start_wandb(
 
 
 def wandb_state() -> str:
-    """In one line, what a run with `logger=wandb` would do."""
+    """Return in one line what a run with `logger=wandb` would do."""
     if mode := os.environ.get("WANDB_MODE"):
         return f"WANDB_MODE={mode}"
     return "a key is configured: online" if _wandb_key() else "no key is configured: offline"

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain data only, each with a checksum, written so that one is always whole."""
+"""Checkpoints: tensors and plain data with a checksum, written so that one is always intact."""
 
 import hashlib
 import io
@@ -10,21 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalearn.report.folder import RunFolder
 from metalearn.system.atomic import replacing
 from metalearn.system.errors import UserError, ran_out
 from metalearn.tasks.types import State
 
-BEST, LAST, PREVIOUS = "best.pt", "last.pt", "previous.pt"
-
 
 class Damaged(UserError):
-    """A checkpoint that is torn, foreign, or not what its checksum says."""
+    """A checkpoint that is corrupt, foreign, or does not match its checksum."""
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Writes a checkpoint with its checksum; a reader never sees half of one.
+    """Write a checkpoint with its checksum, atomically.
 
-    Args: previous: where the checkpoint that `path` held goes.
+    Args:
+        path: The file.
+        content: Tensors and plain data.
+        previous: Where to move the checkpoint that `path` holds now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, previous) as stream:
@@ -32,52 +34,55 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """Reads a checkpoint without running any code in it.
+    """Read a checkpoint without executing code from it.
 
-    Raises: UserError for a file that is missing, torn, foreign, or not what its checksum says.
+    Raises:
+        UserError: If the file is missing, corrupt or foreign, or does not match its checksum.
     """
     try:
-        content = path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     try:
-        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except Exception as error:  # torch lets through whatever the bytes of a damaged file lead to
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except Exception as error:  # a corrupt file can raise anything
         if ran_out(error):
             raise
         raise Damaged(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(part), dict) for part in ("meta", "fixed")
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(part), dict) for part in ("meta", "fixed")
     ):
-        raise Damaged(f"{path} is no checkpoint of metalearn")
-    checksum = found.pop("checksum", None)
-    if checksum is not None and checksum != _checksum(found):  # runs of early versions have none
-        raise Damaged(f"{path} is damaged: its content is not what its checksum says")
-    return found
+        raise Damaged(f"{path} is not a checkpoint of metalearn")
+    checksum = content.pop("checksum", None)  # runs of early versions have none
+    if checksum is not None and checksum != _checksum(content):
+        raise Damaged(f"{path} is corrupt: its content does not match its checksum")
+    return content
 
 
-def latest(folder: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """The last whole checkpoint of a run, on the CPU; None where there has been none.
+def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the last intact checkpoint of a run, on the CPU, or None if there is none.
 
-    A damaged one goes out of the way, to `damaged-….pt`, and `tell` gets a line.
-    Raises: UserError where there are some and none is whole, or where one cannot be read just now.
+    A corrupt one is renamed to `damaged-….pt`, and `tell` gets a line.
+
+    Raises:
+        UserError: If all checkpoints are corrupt, or one cannot be read.
     """
-    damaged: list[str] = []
-    for name in (LAST, PREVIOUS):
-        if not (folder / name).exists():
+    damaged: list[Path] = []
+    for path in (files.last, files.previous):
+        if not path.exists():
             continue
         try:
-            found = load(folder / name, torch.device("cpu"))
+            content = load(path, torch.device("cpu"))
         except Damaged as error:
-            damaged.append(name)
-            tell(f"{error}; going back to the one before")
+            damaged.append(path)
+            tell(f"{error}; using the previous checkpoint")
             continue
         for other in damaged:
-            os.replace(folder / other, folder / f"damaged-{other}")
-        return found
+            os.replace(other, other.with_name(f"damaged-{other.name}"))
+        return content
     if damaged:
         raise UserError(
-            f"{folder}: no checkpoint there is whole; to begin afresh, remove the run's folder"
+            f"{files.path}: no checkpoint is intact; to start again, remove the run folder"
         )
     return None
 
@@ -104,18 +109,29 @@ def _checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
-def state(kept: dict[str, Any], wanted: State, folder: Path) -> State:
-    """The state in a checkpoint of the run in `folder`. Raises: UserError when its weights are not named and shaped as wanted."""
-    for part, own in zip(("meta", "fixed"), wanted, strict=True):
-        found = kept[part]
-        if missing := sorted(own.keys() - found.keys()):
+def state(content: dict[str, Any], expected: State, folder: Path) -> State:
+    """Return the state in a checkpoint.
+
+    Args:
+        content: The checkpoint.
+        expected: A state with the same names and shapes.
+        folder: The run folder, for error messages.
+
+    Raises:
+        UserError: If names or shapes differ.
+    """
+    for part, own in zip(("meta", "fixed"), expected, strict=True):
+        stored = content[part]
+        if missing := sorted(own.keys() - stored.keys()):
             raise UserError(
-                f"{folder}: its checkpoint has no {missing[0]}; it was made by another version or method"
+                f"{folder}: its checkpoint has no {missing[0]}; another version or method wrote it"
             )
-        if {name: value.shape for name, value in own.items()} != {
-            name: value.shape for name, value in found.items()
-        }:
+        shapes, stored_shapes = (
+            {name: value.shape for name, value in tensors.items()} for tensors in (own, stored)
+        )
+        if shapes != stored_shapes:
             raise UserError(
-                f"{folder}: its weights do not fit this configuration; change only the test's protocol"
+                f"{folder}: its weights do not fit this configuration; change only the test's "
+                "protocol"
             )
-    return State(kept["meta"], kept["fixed"])
+    return State(content["meta"], content["fixed"])

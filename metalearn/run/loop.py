@@ -1,4 +1,4 @@
-"""Meta-train, meta-validate, meta-test: once, for every method and every data set."""
+"""Meta-train, meta-validate and meta-test: one loop for every method and dataset."""
 
 import dataclasses
 import signal
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
+from metalearn.report.folder import RunFolder
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, nonfinite, optimisers
-from metalearn.run.build import EVALUATION_BATCH, Run
+from metalearn.run.build import Run
+from metalearn.run.engines import EVALUATION_BATCH
 from metalearn.run.step import Training
 from metalearn.system import signals
 from metalearn.system.errors import RunFailed
@@ -21,28 +23,28 @@ from metalearn.tasks.types import Estimate, State
 
 
 class Tracker(Protocol):
-    """What the loop tells about its progress."""
+    """Receives the progress of the loop."""
 
     def log(self, row: dict[str, Any]) -> None:
-        """One row: `step` and what is known at it."""
+        """Log a row: `step` and its metrics."""
 
     def note(self, line: str) -> None:
-        """What the user should know once."""
+        """Tell the user something once."""
 
 
 class Silent:
-    """A tracker that tells nobody."""
+    """A tracker that discards everything."""
 
     def log(self, row: dict[str, Any]) -> None:
-        pass
+        """Discard the row."""
 
     def note(self, line: str) -> None:
-        pass
+        """Discard the line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The best state by validation, its validation score, and the steps taken."""
+    """The best state by validation, its validation score, and the number of steps."""
 
     state: State
     best_val: Estimate
@@ -50,44 +52,57 @@ class Fitted:
     steps: int
 
 
-def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = None) -> Fitted:
-    """Meta-trains, validates every `val.every` steps, keeps `checkpoints/best.pt`, `last.pt` and `previous.pt` under `folder`.
+def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None = None) -> Fitted:
+    """Meta-train, validate every `val.every` steps, and save checkpoints.
 
-    With `train.steps=0` the initialisation is validated and kept. Of several processes only the leading one writes.
-    Args: kept: a checkpoint to go on from, of the leading process.
-    Raises: RunFailed when a loss or a validation is not finite; Stopped, once all is saved, on a signal.
+    With `train.steps=0` the initialisation is validated and saved. With several processes, only
+    the leading one writes.
+
+    Args:
+        run: The run.
+        tracker: Receives the progress.
+        folder: The run folder.
+        stored: A checkpoint to resume from, in the leading process.
+
+    Returns:
+        The best state by validation.
+
+    Raises:
+        RunFailed: If a loss or a validation score is not finite.
+        Stopped: On a signal, after everything is saved.
     """
-    settings, val, checkpoints = run.config.train, run.val, folder / "checkpoints"
+    settings, val, files = run.config.train, run.val, RunFolder(folder)
     assert val is not None
     training = Training(run)
-    kept = run.processes.from_leader(kept)
-    if kept is not None:
-        training.restore(kept)
+    stored = run.processes.from_leader(stored)
+    if stored is not None:
+        training.load_state_dict(stored)
     take_step = Captured(
         training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note
     )
     profile = None
     if run.config.engine.profile and run.processes.leading:
-        header = f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks a step on {run.device}, {run.choices}"
+        header = (
+            f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks per step on "
+            f"{run.device}, {run.choices}"
+        )
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
 
     def save_last() -> None:
         if settings.nonfinite == "stop":
-            nonfinite.judge_steps(run, training.meter, folder, tracker.note)
+            nonfinite.check_steps(run, training.meter, folder, tracker.note)
         if run.processes.leading:
-            checkpoint.save(
-                checkpoints / checkpoint.LAST, training.kept(), checkpoints / checkpoint.PREVIOUS
-            )
+            checkpoint.save(files.last, training.state_dict(), files.previous)
 
     def save_best() -> None:
         if run.processes.leading:
-            checkpoint.save(checkpoints / checkpoint.BEST, training.kept_best())
+            checkpoint.save(files.best, training.best_state_dict())
 
     def validate() -> dict[str, float]:
         scores = evaluate(run, training.state, val, run.config.val.episodes)
-        nonfinite.judge_scores(run, scores, training.step)
+        nonfinite.check_scores(run, scores, training.step)
         estimate_now = estimate(scores)
-        if training.validated(estimate_now):
+        if training.record_validation(estimate_now):
             save_best()
         return {
             f"val.{run.metric.name}": estimate_now.mean,
@@ -95,7 +110,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
         }
 
     def stop_if_asked(last: bool = False) -> None:
-        # Several processes must stop at the same step, and agree on it when they wait for each other anyway.
+        # Several processes must stop at the same step; they agree when they synchronise anyway.
         if run.processes.size > 1 and training.step % settings.log_every and not last:
             return
         if run.processes.any(signals.asked() is not None):
@@ -104,8 +119,8 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
                 signals.asked() or signal.SIGTERM, f"stopped at step {training.step}, saved"
             )
 
-    if kept is not None and training.best is not None:
-        save_best()  # what is there may be of a later step, or damaged
+    if stored is not None and training.best is not None:
+        save_best()  # the file may be of a later step, or corrupt
     with signals.deferred():
         if settings.steps == 0 and training.best is None:
             tracker.log({"step": 0, **validate()})
@@ -119,7 +134,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, kept: dict[str, Any] | None = 
             step = training.step
             validating = step == settings.steps or step % run.config.val.every == 0
             if validating or step % settings.log_every == 0:
-                nonfinite.judge_steps(run, training.meter, folder, tracker.note)
+                nonfinite.check_steps(run, training.meter, folder, tracker.note)
                 row = {"step": step, **training.meter.read()}
                 if validating:
                     row |= validate()
@@ -140,7 +155,7 @@ def _patience_is_over(training: Training, settings: Any) -> bool:
 
 
 def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
-    """One score an episode [E], float32 on the host; fetched once."""
+    """Return one score per episode, float32 [E] on the host."""
     parts = {
         part: run.test_engine.scores(state, source.draw(*part))
         for part in _own_parts(run, episodes)
@@ -150,11 +165,13 @@ def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tenso
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """What the fixed list of test episodes gave, on the host.
+    """Outcome of the test episodes, on the host.
 
-    scores: float32 [E], one an episode; classes: int64 [E, Q], the class of the split each query belongs to;
-    correct: bool [E, Q]; confidence: float32 [E, Q], the share of the predicted class. The last three are None for
-    regression.
+    Attributes:
+        scores: Score of each episode, float32 [E].
+        classes: Class of each query in the split, int64 [E, Q]; None for regression.
+        correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
+        confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
     """
 
     scores: Tensor
@@ -164,7 +181,7 @@ class Tested:
 
 
 def test(run: Run, state: State, steps: int | None) -> Tested:
-    """Tests on the fixed list of test episodes. steps: adaptation steps; None: as the method's settings say."""
+    """Test on the fixed list of test episodes. steps: adaptation steps; None: as in the settings."""
     episodes = run.config.test.episodes
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
     for part in _own_parts(run, episodes):
@@ -174,19 +191,20 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
         )
         if not answers.isfinite().all():
             raise RunFailed(
-                f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; lower the inner rate"
+                f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; "
+                "lower the inner learning rate"
             )
         prediction, y = answers, tasks.query.y
-        found = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}
+        outcome = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}
         classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            found |= {
+            outcome |= {
                 "classes": classes.gather(1, y),
                 "correct": chosen == y,
                 "confidence": confidence,
             }
-        for name, value in found.items():
+        for name, value in outcome.items():
             columns.setdefault(name, {})[part] = value
     return Tested(
         **{name: _gathered(run, parts, episodes).cpu() for name, parts in columns.items()}
@@ -194,7 +212,7 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
 
 
 def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
-    """(first, count) of the episodes in flight together, as far as they are this process's share."""
+    """Return (first, count) of each chunk of this process's share of the episodes."""
     first, count = run.processes.share(episodes)
     return [
         (at, min(EVALUATION_BATCH, first + count - at))
@@ -203,16 +221,16 @@ def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
 
 
 def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> Tensor:
-    """What all processes found, in the order of the episodes: [E, …]."""
-    found = torch.cat(list(parts.values()))
+    """Return the values of all processes in the order of the episodes, [E, …]."""
+    values = torch.cat(list(parts.values()))
     if run.processes.size == 1:
-        return found
-    wide = found.double()  # any whole number here fits
-    return run.processes.summed(run.processes.placed(wide, episodes)).to(found.dtype)
+        return values
+    wide = values.double()  # exact for every integer here
+    return run.processes.summed(run.processes.placed(wide, episodes)).to(values.dtype)
 
 
 def _why_no_graph(run: Run) -> str | None:
-    """Why a meta-step is not to be captured as a CUDA graph, or None."""
+    """Return why a meta-step is not captured as a CUDA graph, or None."""
     if not run.config.engine.cuda_graph:
         return "engine.cuda_graph=false"
     if run.processes.size > 1:

@@ -1,90 +1,100 @@
-"""One measurement: the test episodes of a run, what they say, and the protocol they stand for."""
+"""One measurement: test a state on the test episodes of a run, and save the scores."""
 
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metalearn.report import stats
-from metalearn.report.tables import as_dict
+from metalearn.report.folder import RunFolder
+from metalearn.report.result import Result
+from metalearn.report.scores import write_csv, write_scores
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run
-from metalearn.system.errors import UserError
 from metalearn.tasks.types import State
 
-#: Half-widths of the interval for which the number of episodes is told: half a point, a tenth of a point.
+#: Half-widths of the interval for which the required number of episodes is reported.
 _HALF_WIDTHS = (0.005, 0.001)
-#: A class is called bad only when it was asked this often.
-_QUERIES_OF_A_CLASS = 30
+#: A class is among the worst only if it had this many queries.
+_MIN_QUERIES_OF_CLASS = 30
 
 
 def measure(
-    run: Run, state: State, files: Path | None = None, steps: int | None = None
-) -> tuple[dict[str, Any], Tensor]:
-    """Tests once: the score of each episode and, for classes, the accuracy of each class.
+    run: Run,
+    state: State,
+    name: str,
+    environment: dict[str, Any],
+    prefix: Path | None = None,
+    steps: int | None = None,
+) -> tuple[Result, Tensor]:
+    """Test a state once.
 
-    Args: files: `<files>scores.csv` and `<files>classes.csv` are written; steps: of adaptation, None for the settings'.
-    Returns: what `result.json` says of it, and the scores [E].
-    Raises: RunFailed when a prediction is not finite.
+    Args:
+        run: The run.
+        state: Its trained state.
+        name: Name of the run in tables.
+        environment: Commit, versions and hardware.
+        prefix: Write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
+        steps: Adaptation steps; None: as in the settings.
+
+    Returns:
+        The result, and the score of each episode, [E].
+
+    Raises:
+        RunFailed: If a prediction is not finite.
     """
+    start = time.perf_counter()
     tested = loop.test(run, state, steps)
     scores = tested.scores
-    if files:
-        write_scores(files.with_name(f"{files.name}scores.csv"), run.metric.name, scores)
-    worst, which = stats.worst_decile(scores, run.metric.higher_is_better)
-    details: dict[str, Any] = {"worst_decile": {"mean": worst, "episodes": which}}
+    if prefix:
+        write_scores(prefix.with_name(f"{prefix.name}scores.csv"), run.metric.name, scores)
+    mean, episodes = stats.worst_decile(scores, run.metric.higher_is_better)
+    details: dict[str, Any] = {"worst_decile": {"mean": mean, "episodes": episodes}}
     if tested.classes is not None and tested.correct is not None and tested.confidence is not None:
         correct = tested.correct.flatten()
+        confidence = tested.confidence.flatten()
         details["expected_calibration_error"] = stats.expected_calibration_error(
-            tested.confidence.flatten(), correct
+            confidence, correct
         )
         details["episodes_needed"] = {
             str(width): stats.episodes_needed(scores, width) for width in _HALF_WIDTHS
         }
         names = run.class_names[run.test_split]
-        accuracy, asked = stats.per_class_accuracy(correct, tested.classes.flatten(), len(names))
+        accuracy, queries = stats.per_class_accuracy(correct, tested.classes.flatten(), len(names))
         rows = sorted(
-            zip(names, accuracy.tolist(), asked.tolist(), strict=True),
+            zip(names, accuracy.tolist(), queries.tolist(), strict=True),
             key=lambda row: (row[1], row[0]),
         )
-        if files:
-            lines = [
-                "class,accuracy,queries",
-                *(f"{name},{share:.6f},{count}" for name, share, count in rows if count),
-            ]
-            files.with_name(f"{files.name}classes.csv").write_text("\n".join(lines) + "\n")
-        judged = [(name, share) for name, share, count in rows if count >= _QUERIES_OF_A_CLASS]
-        details["worst_classes"] = dict(judged[:5])
-    result = {
-        "test": {run.metric.name: as_dict(stats.estimate(scores))},
-        "details": details,
-        "protocol": run.protocol,
-        "protocol_id": run.protocol_id,
-    }
+        if prefix:
+            write_csv(
+                prefix.with_name(f"{prefix.name}classes.csv"),
+                ("class", "accuracy", "queries"),
+                ((name, f"{share:.6f}", count) for name, share, count in rows if count),
+            )
+        worst = [(name, share) for name, share, count in rows if count >= _MIN_QUERIES_OF_CLASS]
+        details["worst_classes"] = dict(worst[:5])
+    result = Result(
+        metric=run.metric.name,
+        higher_is_better=run.metric.higher_is_better,
+        test=stats.estimate(scores),
+        details=details,
+        protocol=run.protocol,
+        protocol_id=run.protocol_id,
+        name=name,
+        seed=run.config.seed,
+        environment=environment,
+        seconds=time.perf_counter() - start,
+        split=run.test_split,
+    )
     return result, scores
 
 
-def write_scores(path: Path, score: str, scores: Tensor) -> None:
-    """One line a test episode."""
-    lines = [
-        f"episode,{score}",
-        *(f"{index},{value:.6f}" for index, value in enumerate(scores.tolist())),
-    ]
-    path.write_text("\n".join(lines) + "\n")
-
-
-def read_scores(path: Path) -> Tensor:
-    """Scores [E] as `write_scores` wrote them. Raises: UserError for a missing or foreign file."""
-    try:
-        lines = path.read_text().splitlines()[1:]
-        return torch.tensor([float(line.split(",")[1]) for line in lines], dtype=torch.float64)
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a list of scores ({error})") from None
-
-
 def trained_state(run: Run, folder: Path) -> State:
-    """The best state of the run in `folder`. Raises: UserError when its weights do not fit the run."""
-    return checkpoint.state(
-        checkpoint.load(folder / "checkpoints" / "best.pt", run.device), run.state, folder
-    )
+    """Load the best state of the run in a folder.
+
+    Raises:
+        UserError: If its weights do not fit the run.
+    """
+    content = checkpoint.load(RunFolder(folder).best, run.device)
+    return checkpoint.state(content, run.state, folder)

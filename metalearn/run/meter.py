@@ -1,4 +1,4 @@
-"""What has been seen since the last row of metrics, summed on the device."""
+"""Metrics of the steps since the last row, summed on the device."""
 
 import time
 from typing import Any
@@ -10,10 +10,12 @@ from metalearn.tasks.types import Params
 
 
 class Meter:
-    """Means since the last reading, summed on the device and fetched when read; tasks a second; the first step since then
-    whose loss or gradient was not finite.
+    """Mean metrics since the last `read`, tasks per second, and the first non-finite step.
 
-    steps: taken since the last reading.
+    Sums stay on the device until they are read.
+
+    Attributes:
+        steps: Number of steps since the last `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,15 +23,18 @@ class Meter:
         self.steps = self._tasks = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._first_skipped = torch.full(
-            (2,), -1, dtype=torch.int64, device=device
-        )  # step and task, from 0
+        # Step and task, from 0; -1 for none.
+        self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
-        """What a step says, into the sums where they lie.
+        """Add the metrics of a step, in place.
 
-        Args: finite: [] bool; step: [] its number from 0; losses: of its tasks, [T].
+        Args:
+            logs: Mean metrics of the step, each [].
+            finite: Whether loss and gradient are finite, bool [].
+            step: Number of the step from 0, int64 [].
+            losses: Losses of its tasks, [T].
         """
         for name, value in logs.items():
             counted = torch.where(finite, value, torch.zeros_like(value))
@@ -39,30 +44,37 @@ class Meter:
                 self._sums[name] = counted.clone()
         bad = ~losses.isfinite()
         task = torch.where(bad.any(), bad.to(torch.int64).argmax(), -1)
-        new = ~finite & (self._skipped == 0)
-        self._first_skipped.copy_(torch.where(new, torch.stack([step, task]), self._first_skipped))
+        is_first = ~finite & (self._skipped == 0)
+        first = torch.where(is_first, torch.stack([step, task]), self._first_skipped)
+        self._first_skipped.copy_(first)
         self._skipped.add_((~finite).to(torch.int64))
         self._in_a_row.copy_(torch.where(finite, 0, self._in_a_row + 1))
 
     def count(self, tasks: int) -> None:
-        """A step with so many tasks is done."""
+        """Count a step with this number of tasks."""
         self.steps += 1
         self._tasks += tasks
 
     def restart_clock(self) -> None:
+        """Measure tasks per second from now on."""
         self._clock = time.perf_counter()
 
     def skipped(self) -> tuple[int, int, int | None]:
-        """How many steps were not finite, the first of them, and its first task whose loss was not (from 0)."""
+        """Return the non-finite steps since the last `read`.
+
+        Returns:
+            Their number, the first one, and its first task with a non-finite loss, from 0; None if
+            every loss is finite.
+        """
         step, task = self._first_skipped.tolist()
         return int(self._skipped), step, task if task >= 0 else None
 
-    def in_a_row(self) -> int:
-        """How many steps up to now were not finite, one after the other."""
+    def skipped_in_a_row(self) -> int:
+        """Return the number of consecutive non-finite steps up to now."""
         return int(self._in_a_row)
 
     def read(self) -> dict[str, float]:
-        """The figures of a row; then all begins anew."""
+        """Return the metrics of a row, and start the next one."""
         skipped = int(self._skipped)
         counted = self.steps - skipped
         row = (
@@ -79,7 +91,8 @@ class Meter:
         self._clock, self.steps, self._tasks = now, 0, 0
         return row
 
-    def kept(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums and counts for a checkpoint."""
         return {
             "sums": self._sums,
             "steps": self.steps,
@@ -88,9 +101,10 @@ class Meter:
             "in_a_row": self._in_a_row,
         }
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        self._sums = {name: value.to(self._skipped.device) for name, value in kept["sums"].items()}
-        self.steps = kept["steps"]
-        self._skipped.copy_(kept["skipped"])
-        self._first_skipped.copy_(kept["first_skipped"])
-        self._in_a_row.copy_(kept["in_a_row"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sums and counts from a checkpoint, in place."""
+        self._sums = {name: value.to(self._skipped.device) for name, value in state["sums"].items()}
+        self.steps = state["steps"]
+        self._skipped.copy_(state["skipped"])
+        self._first_skipped.copy_(state["first_skipped"])
+        self._in_a_row.copy_(state["in_a_row"])

@@ -1,4 +1,4 @@
-"""Meta-optimisers: any of torch's by its exact name, and the learning rate as a function of the step."""
+"""Meta-optimisers by their torch name, and the learning rate as a function of the step."""
 
 import inspect
 import math
@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalearn.config.arguments import check_arguments
 from metalearn.config.schema import TrainConfig
 from metalearn.system.errors import UserError, first_line, nearest
 
-#: Optimisers that do not take one plain step for one gradient.
-_UNSUITED = {
-    "LBFGS": "it evaluates the loss several times a step",
+#: Optimisers that cannot take one step per gradient, and why.
+_UNSUPPORTED = {
+    "LBFGS": "it evaluates the loss several times per step",
     "SparseAdam": "meta-gradients are dense",
-    "Muon": "it takes matrices alone",
+    "Muon": "it accepts only matrices",
 }
-#: Arguments that are the run's or the engine's, not the user's.
-_GIVEN = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
+#: Arguments that the run or the engine sets, not the user.
+_RESERVED = {"self", "params", "lr", "foreach", "fused", "capturable", "differentiable"}
 
 
 def _class(settings: dict[str, Any]) -> type[torch.optim.Optimizer]:
@@ -31,49 +32,41 @@ def _class(settings: dict[str, Any]) -> type[torch.optim.Optimizer]:
     ]
     name = target.removeprefix("torch.optim.")
     if not target.startswith("torch.optim.") or name not in known:
-        hint = nearest(target, [f"torch.optim.{one}" for one in known])
+        hint = nearest(target, [f"torch.optim.{name}" for name in known])
         raise UserError(
-            f"optimiser._target_={target}: should name an optimiser of torch, like torch.optim.AdamW{hint}"
+            f"optimiser._target_={target}: should name an optimiser of torch, like "
+            f"torch.optim.AdamW{hint}"
         )
-    if name in _UNSUITED:
+    if name in _UNSUPPORTED:
         raise UserError(
-            f"optimiser._target_={target}: is not possible here, because {_UNSUITED[name]}"
+            f"optimiser._target_={target}: is not possible here, because {_UNSUPPORTED[name]}"
         )
     cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return cls
 
 
 def make(settings: dict[str, Any], lr: float, leaves: list[Tensor]) -> torch.optim.Optimizer:
-    """Return the optimiser that `optimiser` describes.
+    """Make the optimiser of the `optimiser` settings.
 
-    On CUDA, one that can be captured in a graph reads its learning rate from the device.
+    On CUDA, the learning rate is a tensor if the optimiser can be captured in a graph.
 
     Args:
         settings: `_target_`, the exact name of a class in torch.optim, and its arguments.
-        lr: the learning rate of the first step.
-        leaves: the tensors to change, all on one device.
+        lr: Learning rate of the first step.
+        leaves: Tensors to optimise, all on one device.
 
     Raises:
-        UserError: for an unknown class or argument, or a value that torch refuses.
+        UserError: For an unknown class or argument, or a value that torch refuses.
     """
     cls = _class(settings)
     own = {key: value for key, value in settings.items() if key != "_target_"}
     accepted = inspect.signature(cls.__init__).parameters
-    for key in own:
-        if key not in accepted or key in _GIVEN:
-            known = [f"optimiser.{name}" for name in accepted if name not in _GIVEN | {"self"}]
-            raise UserError(
-                f"optimiser.{key}: {cls.__name__} has no such setting{nearest(f'optimiser.{key}', known)}"
-            )
-        if isinstance(accepted[key].default, bool) and not isinstance(own[key], bool):
-            raise UserError(f"optimiser.{key}={own[key]}: should be true or false")
+    own = check_arguments(cls.__init__, own, "optimiser", cls.__name__, _RESERVED)
     rate: Any = lr
     if leaves[0].device.type == "cuda":
         if "capturable" in accepted:
             own["capturable"] = True
-        elif (
-            "fused" in accepted and cls is not torch.optim.Adagrad
-        ):  # which has it for the CPU alone
+        elif can_be_captured(cls):
             own["fused"] = True
         if can_be_captured(cls):
             rate = torch.tensor(lr, device=leaves[0].device)
@@ -93,14 +86,15 @@ def check(settings: dict[str, Any]) -> None:
 def can_be_captured(cls: type[torch.optim.Optimizer]) -> bool:
     """Return True if a step of the optimiser can be part of a CUDA graph."""
     accepted = inspect.signature(cls.__init__).parameters
+    # Adagrad is fused on the CPU only.
     return "capturable" in accepted or ("fused" in accepted and cls is not torch.optim.Adagrad)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of step number `step`, from 0, by `train.lr` and `train.schedule`."""
-    done = step / max(1, train.steps)
+    """Return the learning rate of a step, counted from 0, by `train.lr` and `train.schedule`."""
+    progress = step / max(1, train.steps)
     if train.schedule == "linear":
-        return train.lr * (1 - done)
+        return train.lr * (1 - progress)
     if train.schedule == "cosine":
         return train.lr * ((1 + math.cos(math.pi * step / max(1, train.steps))) / 2)
     if train.schedule == "step":

@@ -1,4 +1,4 @@
-"""A run while it is meta-trained: all that changes, one meta-step, and how it is kept and found again."""
+"""The state of a run in meta-training: take one meta-step, save and restore."""
 
 import dataclasses
 import hashlib
@@ -16,13 +16,20 @@ from metalearn.run.meter import Meter
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import Estimate, Params, State
 
-#: Version of the content of last.pt; older ones cannot be resumed.
+#: Version of the content of last.pt; earlier ones cannot be resumed.
 FORMAT = 2
 
 
 @dataclasses.dataclass
 class Best:
-    """The best state by validation, its score, and how long ago it was: `since` validations."""
+    """The best state by validation.
+
+    Attributes:
+        estimate: Its validation score.
+        step: Its meta-step.
+        state: Its parameters and buffers.
+        since: Number of validations since then.
+    """
 
     estimate: Estimate
     step: int
@@ -31,10 +38,19 @@ class Best:
 
 
 class Training:
-    """The state of a run, the optimiser's, what has been seen since the last row of figures, and the best so far.
+    """Everything that changes in meta-training.
 
-    step: meta-steps taken; reads_host: whether values may be read on the host, which costs nothing on a CPU; engine: what takes the next one, another object where the method enters another stage. The tensors are
-    the same throughout, changed in place: a CUDA graph reads and writes them where they lie.
+    All tensors are changed in place, because a CUDA graph reads and writes fixed addresses.
+
+    Attributes:
+        state: Parameters and buffers.
+        optimiser: The meta-optimiser.
+        step: Number of meta-steps taken.
+        engine: The engine of the next step; a different object when the method enters a new stage.
+        best: The best state by validation so far.
+        meter: Metrics since the last row.
+        reads_host: Whether values may be read on the host, which is free on a CPU.
+        has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
 
     def __init__(self, run: Run) -> None:
@@ -46,10 +62,9 @@ class Training:
         self.optimiser = optimisers.make(run.config.optimiser, self._settings.lr, self._leaves)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
         self.reads_host = run.device.type == "cpu"
-        self.has_stepped = False  # then the optimiser has all of its state, which may be none
-        self._classes = hashlib.sha256(
-            repr(run.class_names).encode()
-        ).hexdigest()  # which are in which split
+        self.has_stepped = False
+        # Hash of the classes of each split.
+        self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
         self.engine = run.train_engine
@@ -60,7 +75,7 @@ class Training:
     def meta_step(self) -> None:
         """Take one step on the device without reading a value on the host.
 
-        A step whose loss or gradient is not finite changes nothing: no weight, no buffer, no state of the optimiser.
+        A step with a non-finite loss or gradient changes no parameter, buffer or optimiser state.
         """
         run, settings, buffers = self._run, self._settings, self.state.buffers
         progress = self._steps_done.to(torch.float32) / settings.steps
@@ -71,21 +86,23 @@ class Training:
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.placed(step.losses, settings.meta_batch)
-            gradients, logs, statistics, new, losses = run.processes.summed((*step[:4], losses))
+            gradients, logs, statistics, new_buffers, losses = run.processes.summed(
+                (*step[:4], losses)
+            )
         with record_function("optimiser"):
-            values = pytree.tree_leaves((gradients, logs, statistics, new))
+            values = pytree.tree_leaves((gradients, logs, statistics, new_buffers))
             finite = torch.stack([value.isfinite().all() for value in values]).all()
             for leaf, gradient in zip(
                 self._leaves, clip_gradients(gradients, settings), strict=True
             ):
                 leaf.grad = gradient
             self._optimise(finite)
-            seen = {
+            statistics = {
                 name: torch.where(finite, value, buffers[name])
                 for name, value in statistics.items()
             }
-            fold(buffers, seen, settings.statistics_momentum)
-            for name, value in new.items():
+            update_averages(buffers, statistics, settings.statistics_momentum)
+            for name, value in new_buffers.items():
                 buffers[name].copy_(
                     torch.where(finite, value.to(buffers[name].dtype), buffers[name])
                 )
@@ -93,15 +110,16 @@ class Training:
             self._steps_done.add_(1)
 
     def _optimise(self, finite: Tensor) -> None:
-        """Let the optimiser take a step, if `finite`.
+        """Take a step of the optimiser if `finite`.
 
-        On a device other than the CPU, what it changed is put back where the step is not finite, so that nothing is read on the
-        host. That needs its state to exist and to be on the device, which is not so at the first step.
+        On a GPU, the step is always taken and undone if not finite, so that nothing is read on the
+        host. This requires all optimiser state to exist and to be on the device, which is not the
+        case at the first step.
         """
         state = [
             value
-            for one in self.optimiser.state.values()
-            for value in one.values()
+            for values in self.optimiser.state.values()
+            for value in values.values()
             if isinstance(value, Tensor)
         ]
         tensors = [*self._leaves, *state]
@@ -117,7 +135,7 @@ class Training:
                 value.copy_(torch.where(finite, value, old))
 
     def count(self) -> None:
-        """Do the host's part of a meta-step: count it, and set the learning rate of the next one."""
+        """Do the host's part of a meta-step: count it and set the next learning rate."""
         self.step += 1
         self._set_learning_rate()
         self.meter.count(self._settings.meta_batch)
@@ -136,8 +154,8 @@ class Training:
         if engine != self.engine:
             self.engine = engine
 
-    def validated(self, estimate: Estimate) -> bool:
-        """Takes note of a validation. Returns: whether it is the best so far."""
+    def record_validation(self, estimate: Estimate) -> bool:
+        """Record a validation score. Return True if it is the best so far."""
         if self.best is not None and not self._run.metric.better(
             estimate.mean, self.best.estimate.mean
         ):
@@ -149,19 +167,19 @@ class Training:
         self.best = Best(estimate, self.step, state)
         return True
 
-    def kept(self) -> dict[str, Any]:
-        """All of it, as tensors and plain data."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as tensors and plain data."""
         return {
             **self._weights(self.step, self.state),
             "format": FORMAT,
             "optimiser": self.optimiser.state_dict()["state"],
-            "meter": self.meter.kept(),
-            "best": self.kept_best() | {"since": self.best.since} if self.best else None,
+            "meter": self.meter.state_dict(),
+            "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
         }
 
-    def kept_best(self) -> dict[str, Any]:
-        """The best state, as tensors and plain data."""
+    def best_state_dict(self) -> dict[str, Any]:
+        """Return the best state, as tensors and plain data."""
         assert self.best is not None
         return self._weights(self.best.step, self.best.state) | {
             "val": dataclasses.asdict(self.best.estimate)
@@ -177,34 +195,43 @@ class Training:
             "content_hash": self._run.content_hash,
         }
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Restore the training state from a checkpoint, on any device. Raises UserError if the data or the format differ."""
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        """Restore the training state from a checkpoint, on any device.
+
+        Raises:
+            UserError: If the data or the format differ.
+        """
         device = self._run.device
-        if kept.get("format") != FORMAT:
+        if content.get("format") != FORMAT:
             raise UserError(
-                "the checkpoint was made by another version of metalearn and cannot be resumed; train again in another "
-                "hydra.run.dir"
+                "the checkpoint was made by another version of metalearn and cannot be resumed; "
+                "train again in another hydra.run.dir"
             )
         try:
-            if (kept["content_hash"], kept["classes"]) != (self._run.content_hash, self._classes):
+            data = content["content_hash"], content["classes"]
+            if data != (self._run.content_hash, self._classes):
                 raise UserError(
-                    "the data, or their split, are others than when the run was stopped; bring those back, or begin another run"
+                    "the data or their split have changed since the run was stopped; restore "
+                    "them, or start a new run"
                 )
-            for part, found in zip(self.state, (kept["meta"], kept["fixed"]), strict=True):
-                if {name: value.shape for name, value in part.items()} != {
-                    n: v.shape for n, v in found.items()
-                }:
-                    raise UserError("the checkpoint's weights are not those of this configuration")
+            stored_parts = content["meta"], content["fixed"]
+            for part, stored in zip(self.state, stored_parts, strict=True):
+                shapes, stored_shapes = (
+                    {name: value.shape for name, value in tensors.items()}
+                    for tensors in (part, stored)
+                )
+                if shapes != stored_shapes:
+                    raise UserError("the checkpoint's weights do not fit this configuration")
                 for name, value in part.items():
-                    value.copy_(found[name])
+                    value.copy_(stored[name])
             groups = self.optimiser.param_groups
             rates = [group["lr"] for group in groups]
             own = self.optimiser.state_dict()["param_groups"]
-            self.optimiser.load_state_dict({"state": kept["optimiser"], "param_groups": own})
+            self.optimiser.load_state_dict({"state": content["optimiser"], "param_groups": own})
             for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate  # a rate on the device stays the tensor that it is
-            self.meter.restore(kept["meter"])
-            best = kept["best"]
+                group["lr"] = rate  # a CUDA graph reads this tensor
+            self.meter.load_state_dict(content["meter"])
+            best = content["best"]
             if best is not None:
                 state = State(
                     *(
@@ -213,19 +240,19 @@ class Training:
                     )
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
-            self.step = kept["step"]
-            self.has_stepped = bool(kept["optimiser"]) or self.step > 0
+            self.step = content["step"]
+            self.has_stepped = bool(content["optimiser"]) or self.step > 0
             self._set_learning_rate()
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"the checkpoint cannot be gone on from ({error}); it was made by another version"
+                f"the checkpoint cannot be resumed ({error}); another version wrote it"
             ) from None
         self._steps_done.fill_(self.step)
         self._enter_stage()
 
 
 def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:
-    """Return meta-gradients clipped by `train.clip_value` and `train.clip_norm`."""
+    """Return meta-gradients clipped by `train.clip_value`, then by `train.clip_norm`."""
     values = list(gradients.values())
     if settings.clip_value is not None:
         values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
@@ -236,7 +263,7 @@ def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:
     return values
 
 
-def fold(buffers: Params, seen: Params, momentum: float) -> None:
-    """Move buffers, in place, by a share of the way to the statistics of a step: an exponential moving average."""
-    for name, value in seen.items():
+def update_averages(buffers: Params, statistics: Params, momentum: float) -> None:
+    """Update exponential moving averages in place: buffer += momentum (statistics - buffer)."""
+    for name, value in statistics.items():
         buffers[name].lerp_(value.to(buffers[name].dtype), momentum)

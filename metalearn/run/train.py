@@ -1,4 +1,4 @@
-"""`metalearn train`: one run from data to result, and one table over the runs of a multirun."""
+"""Train one run in its folder, from data to result.json, or resume it."""
 
 import contextlib
 import dataclasses
@@ -16,27 +16,22 @@ from rich.console import Console
 from rich.table import Table
 
 from metalearn.config import checking, composition, roles
-from metalearn.config.checking import checked, leaves
+from metalearn.config.checking import checked
 from metalearn.config.schema import COMPONENTS, RunConfig
 from metalearn.report import tables
 from metalearn.report.console import print_line
 from metalearn.report.environment import describe_environment
+from metalearn.report.folder import RunFolder
+from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
-from metalearn.run.build import FREE_CHOICES, build
+from metalearn.run.build import Run, build
+from metalearn.run.engines import FREE_CHOICES
 from metalearn.run.measure import measure
 from metalearn.system.atomic import remove_abandoned, replacing, write_json
 from metalearn.system.errors import RunFailed, UserError, of_system
 from metalearn.system.lock import alone_in
 from metalearn.system.signals import Stopped
-
-CONFIG_FILE = "config.yaml"
-RESULT_FILE = "result.json"
-ENGINE_FILE = "engine.json"
-#: What was asked for: the run's name, its overrides, and its identifier at W&B.
-COMMAND_FILE = "command.json"
-#: Why a run of a multirun failed.
-ERROR_FILE = "error.txt"
 
 
 def train(
@@ -47,278 +42,261 @@ def train(
     console: Console,
     recipe: str = "",
 ) -> float:
-    """One run, from data to `result.json` in `folder`; with `resume=auto`, what lies there is gone on with, and what is finished
-    is shown again. Returns: the best validation score.
+    """Train one run and write its results to a folder.
 
-    Of several processes (torchrun) this is the leading one's part; the others `follow`.
-    Args: name, overrides: what the result says of itself, beside its figures; recipe: a line on where its settings come from.
-    Raises: UserError before anything is written; RunFailed later; Stopped on a signal, once all is saved.
+    With `resume=auto`, an interrupted run in the folder is resumed and a finished one is shown
+    again. With several processes (torchrun), the leading process calls this and the others
+    `follow`.
+
+    Args:
+        config: The composed configuration.
+        folder: The run folder.
+        name: Name of the run in tables.
+        overrides: Command-line overrides, saved with the result.
+        console: Where to print.
+        recipe: A line about the recipe in use.
+
+    Returns:
+        The best validation score.
+
+    Raises:
+        UserError: Before anything is written.
+        RunFailed: If the run cannot continue.
+        Stopped: On a signal, after everything is saved.
     """
-    settings = checked(config)
-    earlier = _earlier(folder, config, settings)
-    if earlier and (folder / RESULT_FILE).exists():
-        return _shown_again(folder, name, console)
-    if earlier:
-        settings = _as_before(settings, folder)
+    settings, files = checked(config), RunFolder(folder)
+    is_resumed = _is_resumed(files, settings)
+    if is_resumed and files.is_finished:
+        return _show_again(files, name, console)
+    if is_resumed:
+        settings = _with_stored_choices(settings, files)
     start = time.perf_counter()
-    run = build(settings, is_restored=earlier is not None and _has_weights(folder))
-    environment = describe_environment(
-        str(run.device)
-    )  # now, since a checkout may change while the run goes on
+    run = build(settings, is_restored=is_resumed and files.last.exists())
+    # Now, because the checkout may change during the run.
+    environment = describe_environment(str(run.device))
     folder.mkdir(parents=True, exist_ok=True)
-    with _explained(folder), alone_in(folder):
+    with _explain_interruptions(folder), alone_in(folder):
         remove_abandoned(folder)
-        if earlier is None and (folder / CONFIG_FILE).exists():
+        if not is_resumed and files.is_started:
             raise UserError(
-                f"{folder}: another process has begun a run there; choose another hydra.run.dir"
+                f"{folder}: another process has started a run here; choose another hydra.run.dir"
             )
-        kept = checkpoint.latest(folder / "checkpoints", _teller(console)) if earlier else None
-        command = note_command(folder, name, overrides)
-        if earlier is None:
-            write_json(folder / ENGINE_FILE, run.choices)
-            with replacing(folder / CONFIG_FILE) as stream:  # last, for it says that there is a run
-                stream.write(OmegaConf.to_yaml(OmegaConf.create(checking.plain(settings))).encode())
+        stored = checkpoint.latest(files, _printer(console)) if is_resumed else None
+        command = save_command(files, name, overrides)
+        if is_resumed:
+            _check_choices(files, run.choices)
+            _save_chunk(files, settings, run.choices)
         else:
-            _check_place(folder, run.choices)
-            _note_chunk(folder, settings, run.choices)
-        tracker = Tracker(
-            settings, run.metric, folder, console, command["id"], kept["step"] if kept else -1
-        )
-        failed = True
+            write_json(files.engine, run.choices)
+            _save_config(files, checking.plain(settings))  # last: it marks the run as started
+        step = stored["step"] if stored else -1
+        tracker = Tracker(settings, run.metric, files, console, command["id"], step)
+        has_failed = True
         try:
-            if recipe:
-                print_line(console, recipe)
-            console.print(
-                f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on {run.device}, "
-                f"engine {run.train_engine.strategy}, statistics {settings.statistics}", highlight=False
-            )  # fmt: skip
-            if kept:
-                print_line(console, f"going on from step {kept['step']} of {folder}")
+            _announce(run, name, recipe, stored, folder, console)
             with tracker.training():
-                fitted = loop.fit(run, tracker, folder, kept)
-            result, _ = measure(run, fitted.state, folder / "test_")
-            result |= {
-                "name": name,
+                fitted = loop.fit(run, tracker, folder, stored)
+            result, _ = measure(run, fitted.state, name, environment, folder / "test_")
+            result.seconds = time.perf_counter() - start + tracker.seconds_before
+            result.training = {
                 "command": shlex.join(["metalearn", "train", *overrides]),
-                "environment": environment,
-                "val": {run.metric.name: tables.as_dict(fitted.best_val)},
+                "val": {run.metric.name: dataclasses.asdict(fitted.best_val)},
                 "best_step": fitted.best_step,
                 "steps": fitted.steps,
-                "seed": settings.seed,
                 "engine": run.choices,
                 "processes": run.processes.size,
-                "seconds": time.perf_counter() - start + tracker.seconds_before,
             }
             table = tables.result_table([tables.result_row(name, result)])
             tracker.finish(result, table)
-            write_json(folder / RESULT_FILE, result)  # last, for it says that the run is finished
-            (folder / ERROR_FILE).unlink(missing_ok=True)  # an earlier attempt's
-            failed = False
+            result.write(files.result)  # last: it marks the run as finished
+            files.error.unlink(missing_ok=True)
+            has_failed = False
         finally:
-            tracker.close(failed)
-    _show(folder, result, table, console)
+            tracker.close(has_failed)
+    _show(files, result, table, console)
     return fitted.best_val.mean
 
 
-def _earlier(folder: Path, config: DictConfig, settings: RunConfig) -> Path | None:
-    """The folder, if a run of this configuration lies there that is to be gone on with.
-
-    Raises: UserError where one lies there that is not to be, or not with this configuration.
-    """
-    if not (folder / CONFIG_FILE).exists():
-        return None
-    finished = (folder / RESULT_FILE).exists()
-    if settings.resume != "auto":
-        does = "shows it again" if finished else "goes on with it"
-        raise UserError(f"{folder} holds a {'finished' if finished else 'stopped'} run; resume=auto {does}, another hydra.run.dir "
-                        "keeps it")  # fmt: skip
-    current = checking.plain(settings)
-    before, now = (
-        dict(_leaves(node)) for node in (composition.stored(folder), OmegaConf.create(current))
+def _announce(
+    run: Run,
+    name: str,
+    recipe: str,
+    stored: dict[str, Any] | None,
+    folder: Path,
+    console: Console,
+) -> None:
+    if recipe:
+        print_line(console, recipe)
+    settings = run.config
+    print_line(
+        console,
+        f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on "
+        f"{run.device}, engine {run.train_engine.strategy}, statistics {settings.statistics}",
     )
+    if stored:
+        print_line(console, f"resuming from step {stored['step']} of {folder}")
+
+
+def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
+    """Return True if the folder holds a run of this configuration that should be resumed.
+
+    Raises:
+        UserError: If it holds a run that should not be resumed, or one of another configuration.
+    """
+    if not files.is_started:
+        return False
+    folder = files.path
+    if settings.resume != "auto":
+        state, effect = (
+            ("finished", "shows it again") if files.is_finished else ("stopped", "resumes it")
+        )
+        raise UserError(
+            f"{folder} holds a {state} run; resume=auto {effect}, another hydra.run.dir keeps it"
+        )
+    current = checking.plain(settings)
+    stored = composition.stored(folder)
+    before, now = (dict(_leaves(node)) for node in (stored, OmegaConf.create(current)))
     described = roles.roles(current)
-    for key in sorted(
-        {**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS
-    ):  # what explains most
+    keys = sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS)
+    for key in keys:
         if before.get(key) != now.get(key) and not roles.may_resume_with(key, described):
             raise UserError(
-                f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; go on with it as it was "
-                f"(metalearn resume {folder}), or choose another hydra.run.dir"
+                f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; resume it "
+                f"unchanged (metalearn resume {folder}), or choose another hydra.run.dir"
             )
-    return folder
+    return True
 
 
 def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
     resolved: Any = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
-    for key in leaves(resolved):
+    for key in checking.leaves(resolved):
         yield key, OmegaConf.select(resolved, key)
 
 
-def _as_before(settings: RunConfig, folder: Path) -> RunConfig:
-    """Settings that repeat what the run's engine chose before it stopped, unless another chunk is asked for now; weights from a
-    file are in the checkpoint.
+def _with_stored_choices(settings: RunConfig, files: RunFolder) -> RunConfig:
+    """Return settings that repeat the engine's choices before the interruption.
+
+    A different `engine.task_chunk` in the command replaces them.
     """
-    path, engine = folder / ENGINE_FILE, settings.engine
-    if path.exists() and composition.stored(folder).engine.task_chunk == engine.task_chunk:
-        engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(path))
+    engine = settings.engine
+    is_same = composition.stored(files.path).engine.task_chunk == engine.task_chunk
+    if files.engine.exists() and is_same:
+        engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(files.engine))
     return dataclasses.replace(settings, engine=engine)
 
 
-def _has_weights(folder: Path) -> bool:
-    """Return True if a checkpoint of the run exists, so that files of pretrained weights are not needed."""
-    return (folder / "checkpoints" / checkpoint.LAST).exists()
+def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
+    """Check that the device and the number of processes are those of the interrupted run.
 
-
-def _check_place(folder: Path, choices: dict[str, Any]) -> None:
-    """Raises: UserError where a run goes on on another device, or in another number of processes, than it began."""
-    before = json.loads((folder / ENGINE_FILE).read_text())
+    Results round differently otherwise.
+    """
+    before = json.loads(files.engine.read_text())
     for name in ("device", "processes"):
         if name in before and before[name] != choices[name]:
             raise UserError(
-                f"{folder}: this run has {name}={before[name]}, here it is {choices[name]}; go on with it as it was"
+                f"{files.path}: this run has {name}={before[name]}, here it is {choices[name]}; "
+                "resume it unchanged"
             )
 
 
-def _note_chunk(folder: Path, settings: RunConfig, choices: dict[str, Any]) -> None:
-    """Writes down that a run goes on with another number of tasks in flight than it was begun with, for good."""
-    stored = composition.stored(folder)
+def _save_chunk(files: RunFolder, settings: RunConfig, choices: dict[str, Any]) -> None:
+    """Save the number of tasks in flight if this command has changed it."""
+    stored = composition.stored(files.path)
     if stored.engine.task_chunk == settings.engine.task_chunk:
         return
     stored.engine.task_chunk = settings.engine.task_chunk
-    write_json(folder / ENGINE_FILE, choices)
-    with replacing(folder / CONFIG_FILE) as stream:
-        stream.write(OmegaConf.to_yaml(stored).encode())
+    write_json(files.engine, choices)
+    _save_config(files, stored)
 
 
-def note_command(folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Writes down what was asked for, and where, unless a run has begun of it. Returns: what the file holds."""
-    path = folder / COMMAND_FILE
-    found: dict[str, Any] = (
-        json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex[:8]}
+def _save_config(files: RunFolder, config: Any) -> None:
+    with replacing(files.config) as stream:
+        stream.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+
+def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Save the command and working directory, unless the run has already started.
+
+    Returns:
+        The content of command.json.
+    """
+    command: dict[str, Any] = (
+        json.loads(files.command.read_text())
+        if files.command.exists()
+        else {"id": uuid.uuid4().hex[:8]}
     )
-    if "name" not in found or not (folder / CONFIG_FILE).exists():
-        found |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
-        write_json(path, found)
-    return found
+    if "name" not in command or not files.is_started:
+        command |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
+        write_json(files.command, command)
+    return command
 
 
 def resume(folder: Path, console: Console) -> None:
-    """Goes on with the stopped run in a folder, or shows the finished one again. Raises: UserError where there is none."""
+    """Resume the interrupted run in a folder, or show a finished one again.
+
+    Raises:
+        UserError: If the folder does not hold a run.
+    """
+    files = RunFolder(folder)
     try:
-        command = json.loads((folder / COMMAND_FILE).read_text())
-        name, overrides = command["name"], command["overrides"]
-    except (OSError, ValueError, KeyError, TypeError):
-        several = any(folder.glob(f"*/{COMMAND_FILE}"))
-        way_out = (
-            "give its command again with resume=auto"
-            if several
-            else "name the folder of a training run"
-        )
+        command = files.read_command()
+    except UserError:
+        several = any(folder.glob(f"*/{files.command.name}"))
         raise UserError(
-            f"{folder}: no run to go on with lies there{' but a multirun' if several else ''}; {way_out}"
+            f"{folder}: this is a multirun folder; repeat its command with resume=auto"
+            if several
+            else f"{folder}: no run to resume; name the folder of a training run"
         ) from None
     folder = folder.absolute()
-    with contextlib.suppress(OSError):  # it is no longer there, or on another machine
-        os.chdir(command.get("directory", "."))  # relative paths in the configuration start there
+    with contextlib.suppress(OSError):  # the directory may be gone, or on another machine
+        os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
     config: Any = OmegaConf.merge(composition.stored(folder), {"resume": "auto"})
-    train(config, folder, name, overrides, console)
+    train(config, folder, command["name"], command["overrides"], console)
 
 
-def _teller(console: Console) -> Callable[[str], None]:
+def _printer(console: Console) -> Callable[[str], None]:
     return lambda line: print_line(console, line)
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """What ends a run in the middle, in a line that says how to go on."""
+def _explain_interruptions(folder: Path) -> Iterator[None]:
+    """Add to an interruption or a system error how to resume."""
     try:
         yield
     except Stopped as stopped:
-        raise Stopped(stopped.number, f"{stopped}; metalearn resume {folder} goes on") from None
+        raise Stopped(stopped.number, f"{stopped}; to resume: metalearn resume {folder}") from None
     except OSError as error:
         if error.errno is None:
             raise
         raise RunFailed(
-            f"{of_system(error)}; what was saved before is whole: mend that, then metalearn resume {folder}"
+            f"{of_system(error)}; earlier checkpoints are intact; fix the problem, then run: "
+            f"metalearn resume {folder}"
         ) from None
 
 
-def _shown_again(folder: Path, name: str, console: Console) -> float:
-    """The result of a finished run. Returns: its validation score."""
-    result = json.loads((folder / RESULT_FILE).read_text())
-    print_line(console, f"{folder} holds this run, finished:")
-    _show(folder, result, tables.result_table([tables.result_row(name, result)]), console)
-    return float(next(iter(result["val"].values()))["mean"])
+def _show_again(files: RunFolder, name: str, console: Console) -> float:
+    """Show the result of a finished run. Return its validation score."""
+    result = files.read_result()
+    print_line(console, f"{files.path} holds this run, finished:")
+    table = tables.result_table([tables.result_row(name, result)])
+    _show(files, result, table, console)
+    return result.validation_score
 
 
-def _show(folder: Path, result: dict[str, Any], table: Table, console: Console) -> None:
+def _show(files: RunFolder, result: Result, table: Table, console: Console) -> None:
     console.print(table)
     tables.print_details(console, result)
-    for file in (
-        RESULT_FILE,
-        "metrics.jsonl",
-        "test_scores.csv",
-        "test_classes.csv",
-        "learning_curve.png",
-        "checkpoints/best.pt",
-        CONFIG_FILE,
-        ENGINE_FILE,
-        "profile/summary.md",
-    ):
-        if (folder / file).exists():
-            print_line(console, f"  {folder / file}")
+    for file in files.outputs():
+        print_line(console, f"  {file}")
 
 
 def follow(config: DictConfig, folder: Path) -> None:
-    """The part of a process that does not lead: its share of the tasks and of the test episodes; writes nothing."""
-    settings = checked(config)
-    if settings.resume == "auto" and (folder / CONFIG_FILE).exists():
-        settings = _as_before(settings, folder)
-    run = build(settings, is_restored=_has_weights(folder))
+    """Compute a non-leading process's share of the tasks and test episodes; write nothing."""
+    settings, files = checked(config), RunFolder(folder)
+    if settings.resume == "auto" and files.is_finished:
+        return
+    if settings.resume == "auto" and files.is_started:
+        settings = _with_stored_choices(settings, files)
+    run = build(settings, is_restored=files.last.exists())
     assert not run.processes.leading
     loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)
-
-
-def summarise(sweep: Path, console: Console) -> int:
-    """One table over the runs of a multirun, the failed ones named. Returns: how many failed."""
-    rows, failures = [], []
-    begun = [
-        path for path in sweep.iterdir() if path.name.isdigit() or (path / COMMAND_FILE).exists()
-    ]
-    folders = sorted(begun, key=_job_number)
-    overrides = {folder: _overrides(folder) for folder in folders}
-    common = (
-        set.intersection(*(set(words) for words in overrides.values()))
-        if len(folders) > 1
-        else set()
-    )
-    for folder in folders:
-        name = (
-            f"{folder.name}: {' '.join(word for word in overrides[folder] if word not in common)}"
-        )
-        if (folder / ERROR_FILE).exists():
-            failures.append(f"{name} failed: {(folder / ERROR_FILE).read_text().strip()}")
-        elif not (folder / RESULT_FILE).exists():
-            failures.append(f"{name} has not finished")
-        if (folder / RESULT_FILE).exists():
-            rows.append(tables.result_row(name, json.loads((folder / RESULT_FILE).read_text())))
-    for score in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
-        console.print(tables.result_table([row for row in rows if score in row]))
-    if len({row["protocol"] for row in rows}) > 1:
-        console.print(
-            "Figures with different protocols are different measurements.", highlight=False
-        )
-    for line in failures:
-        console.print(f"[red]{line}[/red]", highlight=False, soft_wrap=True)
-    print_line(console, f"  {sweep}")
-    return len(failures)
-
-
-def _overrides(folder: Path) -> list[str]:
-    """What a run of a multirun was asked for; nothing where not even that could be written."""
-    path = folder / COMMAND_FILE
-    return list(json.loads(path.read_text())["overrides"]) if path.exists() else []
-
-
-def _job_number(folder: Path) -> tuple[int, str]:
-    return (int(folder.name) if folder.name.isdigit() else 1 << 30, folder.name)

@@ -1,1 +1,1 @@
-"""Atomic files, locks, signals, processes, downloads and errors; imports nothing else of metalearn."""
+"""Atomic files, locks, signals, processes, downloads and errors; independent of the rest."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files atomically: a file is complete, or it does not exist."""
 
 import contextlib
 import json
@@ -11,9 +11,13 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
-    """A stream whose content takes the place of `path` once it is complete and on disk; nothing is left on failure.
+    """Open a stream whose content replaces `path` once it is complete and on disk.
 
-    Args: previous: where what `path` held goes.
+    On failure, `path` is unchanged and no temporary file remains.
+
+    Args:
+        path: File to write.
+        previous: Where to move the old content of `path`; None to overwrite it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -30,19 +34,21 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts names on disk too: without it a rename may be undone by a power cut."""
+    """Flush the folder's entries to disk; otherwise a power cut may undo a rename."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some file systems have it for files alone
+        with contextlib.suppress(OSError):  # some file systems support fsync for files only
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
-    """Removes the unfinished files that killed processes have left anywhere below a folder.
+    """Remove unfinished files of killed processes anywhere below a folder.
 
-    Args: older_than: seconds; younger ones may still be written, unless it is known that nobody writes.
+    Args:
+        folder: Folder to search.
+        older_than: Minimum age in seconds; another process may still write younger files.
     """
     for part in folder.rglob(".*.part"):
         with contextlib.suppress(OSError):
@@ -51,7 +57,7 @@ def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Readable JSON, written in one go."""
+    """Write indented JSON atomically."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacing(path) as stream:
         stream.write(text.encode())

@@ -1,4 +1,4 @@
-"""Downloads with a checksum, and one clear line where there is no network."""
+"""Download files with a checksum; report a missing network in one line."""
 
 import http.client
 import socket
@@ -9,26 +9,34 @@ from pathlib import Path
 
 from metalearn.system.errors import UserError
 
-_REACH_SECONDS = 6.0
+_CONNECT_SECONDS = 6.0
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
-    """Downloads `url` into `folder` and checks it.
+    """Download `url` into `folder` and verify its checksum.
 
-    Raises: UserError naming the address, the folder and the embedded data set, within ten seconds where the address
-    cannot be reached, and where what came is not what the checksum says.
+    Args:
+        url: Address of the file.
+        folder: Created if it does not exist.
+        md5: Checksum; None to skip the verification.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        UserError: If the address cannot be reached (within ten seconds) or the checksum differs.
+            The message names the address, the folder and the built-in dataset.
     """
     target = folder / url.rsplit("/", 1)[-1]
     part = target.with_suffix(".part")
 
     def download() -> None:
-        from torchvision.datasets.utils import (
-            download_url,
-        )  # seconds to import: not before there is a network
+        # The import takes seconds, so it waits until the address has answered.
+        from torchvision.datasets.utils import download_url
 
         try:
             download_url(url, str(folder), part.name, md5)
-            part.replace(target)  # under its name only once it is what the checksum says
+            part.replace(target)  # only after the checksum was verified
         finally:
             part.unlink(missing_ok=True)
 
@@ -39,42 +47,45 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 def with_network(
     url: str, folder: Path, download: Callable[[], object], way_out: str | None = None
 ) -> None:
-    """Runs a download of torchvision's after making sure that its address answers.
+    """Run a torchvision download after checking that its address answers.
 
-    Args: way_out: what the user can do without a network; None: what to do about a data set.
-    Raises: UserError, see `fetch`.
+    Args:
+        url: Address to check.
+        folder: Created before the download.
+        download: Function that downloads.
+        way_out: What the user can do without a network; None for the advice about datasets.
+
+    Raises:
+        UserError: If the address does not answer or the download fails.
     """
     way_out = (
         way_out
         or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
     )
-    problem = _unreachable(url)
+    problem = _connection_error(url)
     if problem:
-        raise UserError(f"nothing in {folder} and {url} cannot be reached ({problem}); {way_out}")
+        raise UserError(f"{url} cannot be reached ({problem}), no copy in {folder}; {way_out}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         download()
-    except (
-        OSError,
-        RuntimeError,
-        http.client.HTTPException,
-    ) as error:  # torchvision raises RuntimeError for a wrong checksum
+    # torchvision raises RuntimeError for a wrong checksum.
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"download of {url} failed ({reason}); {way_out}") from None
     finally:
         socket.setdefaulttimeout(before)
 
 
-def _unreachable(url: str) -> str | None:
-    """Why the address does not answer, or None. In a thread, because a name look-up knows no time limit."""
-    answer = [f"no answer in {_REACH_SECONDS:.0f} s"]
+def _connection_error(url: str) -> str | None:
+    """Return why the address does not answer, or None; in a thread, as DNS has no timeout."""
+    answer = [f"no answer in {_CONNECT_SECONDS:.0f} s"]
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(url, method="HEAD"), timeout=_REACH_SECONDS
+                urllib.request.Request(url, method="HEAD"), timeout=_CONNECT_SECONDS
             ):
                 answer[0] = ""
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -82,5 +93,5 @@ def _unreachable(url: str) -> str | None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_REACH_SECONDS)
+    thread.join(_CONNECT_SECONDS)
     return answer[0] or None

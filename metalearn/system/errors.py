@@ -1,4 +1,4 @@
-"""What ends in one line and no traceback: a user's mistake (exit code 2), a run that cannot go on (1)."""
+"""Define the errors that end a command with one line: a user's mistake (2), a failed run (1)."""
 
 import difflib
 import os
@@ -13,17 +13,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An exception in one line."""
+    """Return the first line of an exception's message, or its class name if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def of_system(error: OSError) -> str:
-    """What the system refused, and for which file, in one line."""
+    """Return the file name and the reason of an operating-system error, in one line."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether memory did not suffice, on whatever device; torch says so in many ways, mostly as a RuntimeError."""
+    """Return True if memory did not suffice, on any device.
+
+    torch has many messages for this, and most are a RuntimeError.
+    """
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and any(
@@ -41,12 +44,12 @@ def ran_out(error: BaseException) -> bool:
 
 
 def leave_unread(stream: TextIO) -> None:
-    """For a stream whose reader has left: what is still written to it is lost, and no error."""
+    """Discard further output to a stream that has no reader any more, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _OneLine(Exception):
-    """What it says is one line: characters that would break it, or hide in it, are written as escapes."""
+    """A message in one line: non-printable characters are escaped."""
 
     def __init__(self, line: str) -> None:
         super().__init__(
@@ -55,8 +58,25 @@ class _OneLine(Exception):
 
 
 class RunFailed(_OneLine):
-    """A run that cannot go on: one line, exit code 1."""
+    """A run that cannot continue: one line, exit code 1."""
 
 
 class UserError(_OneLine):
-    """What is wrong, where it was said, what would be right: in one line."""
+    """A user's mistake in one line: what is wrong, where it was set, what would be right."""
+
+
+def as_failure(error: Exception) -> Exception:
+    """Return the error, as RunFailed if memory, the disk or a file was the cause."""
+    if ran_out(error):
+        return RunFailed(
+            "out of memory outside of a step; try smaller images (dataset.image_size), fewer "
+            "filters or episodes"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunFailed(of_system(error))
+    return error
+
+
+def exit_code(error: Exception) -> int | None:
+    """Return 2 for a user's mistake, 1 for a run that cannot continue, None for a bug."""
+    return 2 if isinstance(error, UserError) else 1 if isinstance(error, RunFailed) else None

@@ -1,34 +1,30 @@
-"""One process at a time in a run folder."""
+"""Let one process at a time write to a run folder."""
 
 import contextlib
-import errno
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from metalearn.system.errors import UserError
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder, which the system lets go of when the process ends, however it ends.
+    """Hold the lock of a folder; the system releases it when the process ends.
 
-    Raises: UserError where another process holds it.
+    On a file system without locks, the existence of the file .lock is the lock.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: If another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (
-                errno.ENOSYS,
-                errno.ENOLCK,
-                errno.EOPNOTSUPP,
-            ):  # a file system without locks
-                yield
-                return
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise UserError(
-                f"{folder}: another process is writing there; wait for it, or choose another folder"
-            ) from None
-        yield
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"{folder}: another process is writing there; wait for it, or choose another folder"
+        ) from None

@@ -1,4 +1,7 @@
-"""Several processes under `torchrun`: each does its share of the tasks, and all hold the same state after every step."""
+"""Run several processes under `torchrun`.
+
+Each computes its share of the tasks; all hold the same state after every step.
+"""
 
 import atexit
 import contextlib
@@ -14,49 +17,59 @@ from torch.utils import _pytree as pytree
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Where this process stands among its siblings; rank 0 of size 1 where there are none."""
+    """The rank of this process and the number of processes; 0 of 1 without torchrun."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leading(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return True in the process that writes."""
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
-        """(first, number) of the tasks below `count` that are this process's own; the shares differ by one at most."""
+        """Return this process's share of `count` tasks; the sizes differ by one at most.
+
+        Returns:
+            Index of the first task, number of tasks.
+        """
         first, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         return first, end - first
 
     def summed(self, tree: Any) -> Any:
-        """The sum of a tree of floating-point tensors over all processes, in one message for each dtype."""
+        """Sum a tree of floating-point tensors over all processes, in one message per dtype."""
         if self.size == 1:
             return tree
         leaves, spec = pytree.tree_flatten(tree)
-        found: list[torch.Tensor] = list(leaves)
+        sums: list[torch.Tensor] = list(leaves)
         for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
-            places = [place for place, leaf in enumerate(leaves) if leaf.dtype == dtype]
-            message = torch.cat([leaves[place].flatten() for place in places])
+            indices = [index for index, leaf in enumerate(leaves) if leaf.dtype == dtype]
+            message = torch.cat([leaves[index].flatten() for index in indices])
             dist.all_reduce(message)
-            parts = message.split([leaves[place].numel() for place in places])
-            for place, part in zip(places, parts, strict=True):
-                found[place] = part.view(leaves[place].shape)
-        return pytree.tree_unflatten(found, spec)
+            parts = message.split([leaves[index].numel() for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                sums[index] = part.view(leaves[index].shape)
+        return pytree.tree_unflatten(sums, spec)
 
     def placed(self, own: torch.Tensor, count: int) -> torch.Tensor:
-        """The values of this process's share [own, …] at their places among `count` [count, …], the others' zero: `summed`
-        makes them whole.
+        """Place this process's values in a tensor of all tasks; `summed` then gives all values.
+
+        Args:
+            own: Values of this process's share [own, …].
+            count: Number of tasks of all processes.
+
+        Returns:
+            [count, …], zero for the tasks of other processes.
         """
         if self.size == 1:
             return own
-        whole = own.new_zeros((count, *own.shape[1:]))
+        values = own.new_zeros((count, *own.shape[1:]))
         first, number = self.share(count)
-        whole[first : first + number] = own
-        return whole
+        values[first : first + number] = own
+        return values
 
     def from_leader(self, content: Any) -> Any:
-        """What the leading process has of this, in all of them."""
+        """Return the leading process's object in all processes."""
         if self.size == 1:
             return content
         parts = [content]
@@ -64,16 +77,16 @@ class Processes:
         return parts[0]
 
     def any(self, condition: bool) -> bool:
-        """Whether it holds in any process."""
+        """Return True if the condition is true in any process."""
         if self.size == 1:
             return condition
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, condition)
-        return any(found)
+        conditions: list[Any] = [None] * self.size
+        dist.all_gather_object(conditions, condition)
+        return any(conditions)
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
-        """What the leader makes here, like a cache, the others find."""
+        """Run the block in the leading process first, so that the others find its files."""
         if self.size > 1 and not self.leading:
             dist.barrier()
         try:
@@ -84,17 +97,17 @@ class Processes:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine: the CUDA device it should use."""
+    """Return the number of this process on its machine: the CUDA device that it should use."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def joined(device: torch.device) -> Processes:
-    """Joins the processes that torchrun has started (NCCL on CUDA, gloo on CPU); alone where it has started none."""
+    """Join the processes that torchrun started (NCCL on CUDA, gloo on CPU), if any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL puts what it sends of plain objects
+            torch.cuda.set_device(device)  # NCCL sends Python objects through this device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())

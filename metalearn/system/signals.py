@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the first ends a run at the next place where it can be saved, the second at once."""
+"""Handle SIGTERM and SIGINT.
+
+The first signal ends a run where it can next be saved, the second ends it at once.
+"""
 
 import contextlib
 import os
@@ -9,15 +12,16 @@ from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-#: Signals this close to the first come from the same sender, as when a launcher forwards what all processes get.
+#: Signals this soon after the first have the same cause, as when a launcher forwards a signal
+#: that all processes receive.
 _SAME_SECONDS = 0.5
-_asked: int | None = None
-_asked_at = 0.0
-_deferred = False
+_first_signal: int | None = None
+_first_time = 0.0
+_is_deferred = False
 
 
 class Stopped(BaseException):
-    """A signal ended what was going on. No `Exception`, so that nothing takes it for a failed run and goes on."""
+    """A signal ended the work. A BaseException, so that no handler of failed runs catches it."""
 
     def __init__(self, number: int, line: str = "") -> None:
         super().__init__(line or f"interrupted by {signal.Signals(number).name}")
@@ -25,46 +29,52 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 143 for SIGTERM, 130 for SIGINT."""
+        """Return the shell's exit code: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + self.number
 
 
 def listen() -> None:
-    """Makes both signals do what this module says; for the main thread."""
+    """Install the handler of both signals; call it in the main thread."""
     for number in _SIGNALS:
         signal.signal(number, _on_signal)
 
 
 def asked() -> int | None:
-    """The signal that has come since `deferred` began, if any."""
-    return _asked
+    """Return the signal received since `deferred` began, or None."""
+    return _first_signal
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first signal is only noted, and whoever is inside looks at `asked` where it can stop.
+    """Record the first signal instead of raising; the code inside polls `asked` where it can stop.
 
-    Raises: Stopped at the end, where one has come and nobody inside has looked.
+    Raises:
+        Stopped: At the end, if a signal was received.
     """
-    global _deferred
-    before, _deferred = _deferred, True
+    global _is_deferred
+    before, _is_deferred = _is_deferred, True
     try:
         yield
     finally:
-        _deferred = before
-    if _asked is not None and not _deferred:
-        raise Stopped(_asked)
+        _is_deferred = before
+    if _first_signal is not None and not _is_deferred:
+        raise Stopped(_first_signal)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _asked, _asked_at
-    if _asked is not None:
-        if time.monotonic() - _asked_at > _SAME_SECONDS:
+    global _first_signal, _first_time
+    if _first_signal is not None:
+        if time.monotonic() - _first_time > _SAME_SECONDS:
             os._exit(128 + number)
         return
-    _asked, _asked_at = number, time.monotonic()
-    if not _deferred:
+    _first_signal, _first_time = number, time.monotonic()
+    if not _is_deferred:
         raise Stopped(number)
-    line = f"{signal.Signals(number).name}: saving after the step or validation under way; once more to leave at once\n"
-    with contextlib.suppress(OSError):  # who reads, like a `tee`, may have left on the same signal
+    line = (
+        f"{signal.Signals(number).name}: saving after the current step or validation; "
+        "send it again to stop at once\n"
+    )
+    with contextlib.suppress(
+        OSError
+    ):  # the reader, such as `tee`, may have ended by the same signal
         os.write(sys.stderr.fileno(), line.encode())

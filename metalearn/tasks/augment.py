@@ -1,21 +1,23 @@
 """Define the augmentations that `augment.ops` chooses by name.
 
 To add one, write a function here or in a plugin and add it to `AUGMENTATIONS`. It takes images in
-[0, 1], float32 [B, C, H, W], and one key per image, int64 [B]. Further arguments are its settings.
+[0, 1], float32 [B, C, H, W], and one key per image, int64 [B]. Further arguments are its settings;
+an annotation such as `Annotated[int, at_least(0)]` has their bounds.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metalearn.config.fields import at_least
 from metalearn.tasks import prng
 from metalearn.tasks.store import Augmentation
 
 
-def random_crop(x: Tensor, key: Tensor, padding: int = 4) -> Tensor:
+def random_crop(x: Tensor, key: Tensor, padding: Annotated[int, at_least(0)] = 4) -> Tensor:
     """Pad with `padding` black pixels on each side and crop at random to the original size."""
     _, _, height, width = x.shape
     offsets = prng.integers(key, (2,), 2 * padding + 1)

@@ -1,12 +1,16 @@
 """Define the losses that `loss.name` and `loss.inner` choose by name.
 
-To add one, add an entry to `LOSSES` here or in a plugin.
+To add one, add an entry to `LOSSES` here or in a plugin. Parameters after the first two are its
+settings; an annotation such as `Annotated[float, between(0, 1)]` has their bounds.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from metalearn.config.fields import between
 
 #: (prediction [Q, N], y) -> [], the mean over the examples.
 LossFunction = Callable[..., Tensor]
@@ -17,7 +21,9 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(prediction, y)
 
 
-def label_smoothing(prediction: Tensor, y: Tensor, smoothing: float = 0.1) -> Tensor:
+def label_smoothing(
+    prediction: Tensor, y: Tensor, smoothing: Annotated[float, between(0, 1)] = 0.1
+) -> Tensor:
     """Compute cross-entropy with smoothed labels (Szegedy et al. 2016, section 7).
 
     Args:

@@ -1,4 +1,4 @@
-"""A plugin with methods, datasets and backbones of other kinds: what the package's seams must hold without a change."""
+"""A plugin with unusual methods, datasets and backbones that the package must support unchanged."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def network(algorithm, spec, key):
 
 
 class Transfer(BatchTraining):
-    """Trains a linear layer over all training classes on ordinary batches; adapts by nearest class mean."""
+    """Train a linear layer over all training classes on batches; adapt by nearest class mean."""
 
     def init(self, spec, key):
         net, population = network(self, spec, key)
@@ -53,7 +53,7 @@ class Transfer(BatchTraining):
 
 
 class MultiStep(LinearHeadAlgorithm):
-    """A learned rate for each inner step, and a loss over the predictions after each of them (as MAML++)."""
+    """Learn a rate for each inner step, and average the loss over all inner steps (as MAML++)."""
 
     def init(self, spec, key):
         state = super().init(spec, key)
@@ -100,7 +100,7 @@ class Memory(NamedTuple):
 
 
 class Sequence(Algorithm):
-    """A recurrent cell reads (embedding, label) pairs one by one; its last state is the learner."""
+    """Read (embedding, label) pairs with a recurrent cell; its last state is the learner."""
 
     fixed_way = True
     class_equivariant = False
@@ -132,7 +132,7 @@ class Sequence(Algorithm):
 
 
 class Ridge(EmbeddingAlgorithm):
-    """Solves a linear system on the support set (as R2D2)."""
+    """Solve a linear system on the support set (as R2D2)."""
 
     def init_head(self, spec, size, key):
         return {"log_lambda": torch.zeros((), device=key.device)}
@@ -150,7 +150,7 @@ class Ridge(EmbeddingAlgorithm):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftMeans(EmbeddingAlgorithm):
-    """Class means refined once by soft-assigned unlabelled examples (as Ren et al. 2018)."""
+    """Refine class means once with soft-assigned unlabelled examples (as Ren et al. 2018)."""
 
     uses_unlabelled: ClassVar[bool] = True
 
@@ -168,14 +168,14 @@ class SoftMeans(EmbeddingAlgorithm):
         return -squared_distance(z, learned) / self.temperature
 
 
-# Control: an agent on a line must reach a goal that it does not see.
+# Control: an agent on a line must reach a goal that it cannot observe.
 
 _HORIZON, _ROLLOUTS = 6, 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """Policies x -> the mean of an action; a task is a goal, its score the mean return of rollouts."""
+    """Control of a policy x -> mean action; a task is a goal, its score the mean return."""
 
     target: str = "control"
     metric: Metric = Metric("return", True, lambda prediction, y: prediction)
@@ -185,7 +185,7 @@ class Steering:
         return {"log_std": torch.full((1,), -1.0, device=key.device)}
 
     def rollouts(self, net, params, goal, key):
-        """Rewards and log-probabilities [_HORIZON, _ROLLOUTS] of the policy; gradients flow through the latter."""
+        """Return rewards and differentiable log-probabilities, each [_HORIZON, _ROLLOUTS]."""
         log_std = params["head.log_std"]
         position, rewards, log_probabilities = torch.zeros_like(goal).expand(_ROLLOUTS, 1), [], []
         for step in range(_HORIZON):
@@ -218,7 +218,7 @@ class Steering:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Goals(Dataset):
-    """Goals on both sides, so that no policy reaches all without adapting."""
+    """Goals on both sides, so that no policy reaches all of them without adapting."""
 
     target: ClassVar[str] = "control"
 
@@ -273,25 +273,28 @@ class GoalTasks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sentences(Dataset):
-    """Each class uses a few words of its own among many that all classes use."""
+    """Sentences of a few class-specific words among words that all classes share."""
 
     num_classes: int = at_least(3)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        key, each, length, own = prng.key_of(0), 20, 8, 3
+        key, per_class, length, specific = prng.key_of(0), 20, 8, 3
         names = tuple(f"topic{number}" for number in range(self.num_classes))
-        words = prng.integers(prng.fold_in(key, 0), (self.num_classes, 1, own), 200) + 1
+        words = prng.integers(prng.fold_in(key, 0), (self.num_classes, 1, specific), 200) + 1
         filler = (
-            prng.integers(prng.fold_in(key, 1), (self.num_classes, each, length - own), 10) + 201
+            prng.integers(
+                prng.fold_in(key, 1), (self.num_classes, per_class, length - specific), 10
+            )
+            + 201
         )
-        tokens = torch.cat([words.expand(-1, each, -1), filler], -1).flatten(0, 1)
+        tokens = torch.cat([words.expand(-1, per_class, -1), filler], -1).flatten(0, 1)
         third, views = self.num_classes // 3, {}
         for number, split in enumerate(("train", "val", "test")):
-            chosen = torch.arange(number * third, (number + 1) * third)
-            rows = chosen[:, None] * each + torch.arange(each)
+            classes = torch.arange(number * third, (number + 1) * third)
+            rows = classes[:, None] * per_class + torch.arange(per_class)
             index = ClassIndex(
                 rows.to(device),
-                torch.full((third,), each).to(device),
+                torch.full((third,), per_class).to(device),
                 names[number * third :][:third],
             )
             views[split] = ClassView(index)
@@ -301,7 +304,7 @@ class Sentences(Dataset):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bag(Backbone):
-    """The mean of learned embeddings of the tokens, then a linear layer with a normalisation."""
+    """Average learned token embeddings, then apply a linear layer with normalisation."""
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
 
@@ -327,16 +330,16 @@ class Bag(Backbone):
         return norm("norm", F.linear(mean, params["linear.weight"])).relu()
 
 
-# A loss and an augmentation: one entry each.
+# A loss and an augmentation.
 
 
 def cubic(prediction: Tensor, y: Tensor, power: float = 3.0) -> Tensor:
-    """Mean of (1 - p)^power, p the probability of the right class."""
+    """Compute the mean of (1 - p)^power, p the probability of the correct class."""
     return (1 - prediction.softmax(-1).gather(-1, y[:, None])).pow(power).mean()
 
 
 def darken(x: Tensor, key: Tensor, least: float = 0.5) -> Tensor:
-    """Multiply each image by a number between `least` and 1."""
+    """Multiply each image by a random number between `least` and 1."""
     return x * (least + (1 - least) * prng.uniform(key, (1, 1, 1)))
 
 

@@ -1,0 +1,126 @@
+"""Parse the arguments of a command."""
+
+import dataclasses
+from pathlib import Path
+
+from metalearn.system.errors import UserError
+
+#: Hydra's options that print something and start nothing, and the words that must follow them.
+_CFG, _INFO = (
+    ("job", "hydra", "all"),
+    ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+)
+_PRINTS: dict[str, tuple[str, ...]] = {
+    "--cfg": _CFG, "-c": _CFG, "--info": _INFO, "-i": _INFO, "--hydra-help": (),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Parsed arguments: overrides, Hydra's options, and additional configuration folders."""
+
+    overrides: list[str]
+    options: list[str] = dataclasses.field(default_factory=list)
+    folders: list[Path] = dataclasses.field(default_factory=list)
+
+    @property
+    def settings(self) -> list[str]:
+        """Return everything that Hydra composes."""
+        from metalearn.config import composition, plugins
+
+        folders = composition.search_path(self.folders + plugins.conf_dirs())
+        return composition.with_optimiser(self.overrides) + folders
+
+    @property
+    def is_multirun(self) -> bool:
+        """Return True for a sweep over several values."""
+        return any(option in ("-m", "--multirun") for option in self.options)
+
+    @property
+    def only_prints(self) -> bool:
+        """Return True if Hydra should print something and start nothing."""
+        return any(option in _PRINTS for option in self.options)
+
+
+def parse(words: list[str]) -> Arguments:
+    """Parse the arguments of `metalearn train`.
+
+    Raises:
+        UserError: For a word that is neither a setting nor one of Hydra's options.
+    """
+    arguments = Arguments([])
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if choices := _PRINTS.get(word):
+            if not queue or queue[0] not in choices:
+                value = queue[0] if queue else ""
+                raise UserError(f"{word} {value}: should be one of {', '.join(choices)}")
+            arguments.options.extend([word, queue.pop(0)])
+        elif word in ("--config-dir", "-cd"):
+            if not queue or not Path(queue[0]).is_dir():
+                value = queue[0] if queue else ""
+                raise UserError(f"{word} {value}: should name a folder of configuration files")
+            arguments.folders.append(Path(queue.pop(0)).absolute())
+        elif word in ("-m", "--multirun", "--resolve", "--hydra-help"):
+            arguments.options.append(word)
+        elif word.startswith("-"):
+            raise UserError(f"{word}: there is no such option; see metalearn train --help")
+        elif "=" not in word and not word.startswith("~"):
+            raise UserError(
+                f"{word}: settings are written key=value, like train.steps=1000 or episode.shot=5"
+            )
+        else:
+            arguments.overrides.append(word)
+    return arguments
+
+
+def parse_settings(command: str, words: list[str]) -> list[str]:
+    """Parse the arguments of a command that takes key=value settings only.
+
+    Raises:
+        UserError: For an option.
+    """
+    arguments = parse(words)
+    if other := arguments.options + (["--config-dir"] if arguments.folders else []):
+        raise UserError(f"{command}: takes key=value settings only, not {other[0]}")
+    return arguments.overrides
+
+
+def take(words: list[str], key: str, default: str | None = None) -> str | None:
+    """Remove `key=…`, which the command reads itself, from its arguments.
+
+    Returns:
+        The value, or the default.
+
+    Raises:
+        UserError: If it is given twice.
+    """
+    given = [word for word in words if word.startswith(f"{key}=")]
+    if len(given) > 1:
+        raise UserError(f"{given[1]}: {key}= is given twice")
+    for word in given:
+        words.remove(word)
+    return given[0].partition("=")[2] if given else default
+
+
+def take_plugins(words: list[str]) -> list[str]:
+    """Remove `plugins=[package, …]` from the arguments, and import and allow these packages.
+
+    Returns:
+        The other arguments.
+
+    Raises:
+        UserError: For a package that cannot be imported.
+    """
+    from metalearn.config import plugins
+
+    rest = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.lstrip("+") != "plugins":
+            rest.append(word)
+            continue
+        names = (name.strip(" '\"") for name in value.strip("[]").split(","))
+        plugins.add([name for name in names if name])
+    return rest

@@ -1,0 +1,292 @@
+"""Start runs under Hydra: compose, check before any data are read, run."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from metalearn.cli._arguments import Arguments
+from metalearn.system.errors import UserError, as_failure, exit_code, first_line
+
+# Nothing heavy is imported here, as in main.py.
+
+
+def check(arguments: Arguments) -> None:
+    """Check all that can be known before data are read: names, types, impossible combinations.
+
+    Raises:
+        UserError: For the first mistake.
+    """
+    from metalearn.config import composition
+
+    if arguments.is_multirun:
+        _check_multirun(arguments.settings)
+    else:
+        _check(composition.composed(arguments.settings))
+
+
+def start(arguments: Arguments) -> Path:
+    """Train what the arguments describe.
+
+    Returns:
+        The folder of the run or multirun.
+    """
+    job = _Job(arguments.is_multirun)
+    folder = (_start_multirun if arguments.is_multirun else _start_run)(arguments, job)
+    if job.error is not None:
+        raise job.error
+    return folder
+
+
+def _start_run(arguments: Arguments, job: "_Job") -> Path:
+    """Compose once, check, and run under Hydra. Return the run folder."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import open_dict
+
+    from metalearn.config import composition
+
+    config = composition.composed(arguments.settings, with_hydra=True)
+    hydra = config.hydra
+    _check_callbacks(hydra)
+    if hydra.mode == RunMode.MULTIRUN:
+        raise UserError("hydra.mode=MULTIRUN: start a multirun with -m")
+    own = composition.without_hydra(config)
+    _check(own)
+    folder = Path(hydra.run.dir)
+    if rank() > 0:
+        _follow(own, folder)
+    with open_dict(config):
+        hydra.mode = RunMode.RUN
+        hydra.run.dir = str(folder)  # resolved once, because its name contains the time
+    context = HydraContext(None, Callbacks())  # type: ignore[arg-type]  # only launchers need more
+    with _folder(folder):
+        run_job(job, config, "hydra.run.dir", None, context)  # type: ignore[arg-type]
+    return folder
+
+
+def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
+    """Check each value of each axis, then let Hydra's sweeper run. Return the multirun folder."""
+    from metalearn.config import composition
+
+    _check_multirun(arguments.settings)
+    if "RANK" in os.environ:
+        raise UserError("--multirun: a sweep uses one process; start it without torchrun")
+    single = [word for word in arguments.settings if not composition.is_sweep(word)]
+    hydra = composition.composed(single, with_hydra=True).hydra
+    _check_callbacks(hydra)
+    folder = Path(hydra.sweep.dir)
+    with _folder(folder):
+        where = f"hydra.sweep.dir={composition.quoted(str(folder))}"
+        hydra_main(job, [*arguments.options, *arguments.settings, where])
+    return folder
+
+
+def print_config(arguments: Arguments) -> None:
+    """Let Hydra print a configuration."""
+    from metalearn.config import composition
+
+    _check_callbacks(composition.composed(arguments.settings, with_hydra=True).hydra)
+    hydra_main(_must_not_run, [*arguments.options, *arguments.settings])
+
+
+def _must_not_run(config: Any) -> None:
+    raise AssertionError("Hydra should print, not run")
+
+
+def _check_callbacks(hydra: Any) -> None:
+    """Raise UserError for Hydra's callbacks: they would call anything a configuration names."""
+    if hydra.callbacks:
+        name = next(iter(hydra.callbacks))
+        raise UserError(f"hydra.callbacks.{name}: callbacks are not supported")
+
+
+def rank() -> int:
+    """Return the number that torchrun gave this process; 0 leads, and alone prints and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _follow(config: Any, folder: Path) -> NoReturn:
+    """Compute a non-leading process's share, and exit."""
+    from metalearn.run.train import follow
+
+    follow(config, folder)
+    exit_siblings(0)
+    sys.exit(0)
+
+
+def _check(config: Any) -> None:
+    from metalearn.config.checking import checked
+
+    settings = checked(config)  # does not import torch, so that a mistyped word is answered fast
+    from metalearn.run import pairings
+
+    pairings.check(settings)
+
+
+def _check_multirun(overrides: list[str]) -> None:
+    """Check each value of each axis once.
+
+    A mistyped name ends a multirun before it starts; an impossible run only fails itself.
+
+    Raises:
+        UserError: For an unknown name, or if none of the checked runs is possible.
+    """
+    from metalearn.config import composition
+
+    errors: list[UserError] = []
+    runs = composition.one_run_per_value(overrides)
+    for run in runs:
+        config = composition.composed(run)
+        try:
+            _check(config)
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == len(runs):
+        raise errors[0]
+
+
+class _Job:
+    """The function that Hydra calls for each run; picklable, so that launchers can send it."""
+
+    def __init__(self, is_multirun: bool) -> None:
+        from metalearn.config import plugins
+
+        self.is_multirun = is_multirun
+        self.plugins = plugins.named()
+        self.error: Exception | None = None
+        self.__name__ = "metalearn"
+
+    def __call__(self, config: Any) -> float:
+        """Train one run. Return its validation score for sweepers."""
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+
+        from metalearn.config import composition, plugins
+        from metalearn.report.console import open_console, print_line
+        from metalearn.report.folder import RunFolder
+        from metalearn.run.train import save_command, train
+
+        plugins.add(self.plugins)
+        settings = HydraConfig.get()
+        files = RunFolder(Path(settings.runtime.output_dir))
+        choices: Any = settings.runtime.choices
+        name = f"{choices.algo} {choices.dataset}"
+        console = open_console()
+        recipe = composition.recipe_line(choices)
+        named = [f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []
+        overrides = [*named, *settings.overrides.task]
+        try:
+            if self.is_multirun:
+                print_line(console, f"{settings.job.num}: {' '.join(overrides)}")
+                files.error.unlink(missing_ok=True)
+                save_command(files, name, overrides)
+                # Repeated with the same hydra.sweep.dir, a multirun skips what is finished.
+                config = OmegaConf.merge(config, {"resume": "auto"})
+            folder = _relative(files.path)
+            return train(config, folder, name, overrides, console, recipe)
+        except Exception as error:
+            # Hydra prints lines of its own about a failing job, so the error of a single run is
+            # raised later. In a multirun, a failed run must not end the others: the table names
+            # it, and the sweeper gets the worst score.
+            if self.is_multirun:
+                print_line(console, f"failed: {_save_error(error, files)}")
+            else:
+                self.error = error
+            return _worst_score(config)
+
+
+def _save_error(error: Exception, files: Any) -> str:
+    """Save why a run of a multirun failed, with a traceback for a bug. Return the line."""
+    error = as_failure(error)
+    line = first_line(error)
+    with contextlib.suppress(OSError):  # a full disk must not end the other runs
+        if exit_code(error) is None:
+            import traceback
+
+            line = f"{type(error).__name__}: {line}"
+            files.traceback.write_text(traceback.format_exc())
+        files.error.write_text(line + "\n")
+    return line
+
+
+def _worst_score(config: Any) -> float:
+    from metalearn.config.checking import checked
+    from metalearn.run.parts import family_of
+
+    try:
+        metric = family_of(checked(config)).metric
+    except UserError:
+        return float("-inf")
+    return float("-inf") if metric.higher_is_better else float("inf")
+
+
+def hydra_main(job: Any, words: list[str]) -> None:
+    """Call Hydra's main for the entry point in `conf/`; its errors are exceptions."""
+    import hydra
+
+    from metalearn.config.components import conf_dir
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["metalearn", *words]
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
+
+
+def complete(words: list[str]) -> None:
+    """Print Hydra's shell completion.
+
+    Raises:
+        UserError: For a shell that is not supported.
+    """
+    import re
+
+    words = [word for word in words if word != "train"]  # our command; Hydra does not know it
+    action = next((word for word in words if not word.startswith("-")), "")
+    if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", action):
+        raise UserError(
+            f"-sc {action}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)"
+        )
+    line = os.environ.get("COMP_LINE", "")
+    os.environ["COMP_LINE"] = line.replace("metalearn train", "metalearn", 1)
+    hydra_main(lambda config: None, words)
+
+
+def _relative(folder: Path) -> Path:
+    """Return the folder relative to the working directory if it is below it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder; afterwards remove those of its new parents that are still empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"output folder {folder} cannot be written ({error.strerror}); choose another "
+                "hydra.run.dir"
+            ) from None
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def exit_siblings(code: int) -> None:
+    """Exit one of several processes at once.
+
+    Threads of torch.distributed sometimes outlive the interpreter's regular exit, which aborts the
+    process (torch 2.15: "terminate called without an active exception").
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,31 @@
+"""Resume an interrupted run."""
+
+import os
+from pathlib import Path
+
+from metalearn.system.errors import UserError
+
+HELP = """metalearn resume <folder>
+
+Resumes an interrupted run from its last intact checkpoint. On a CPU, the result is bit-for-bit that
+of an uninterrupted run. A finished run is shown again. The same as the run's command with
+hydra.run.dir=<folder> resume=auto.
+
+To resume a multirun, repeat its command with the same hydra.sweep.dir.
+"""
+
+
+def main(args: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    if len(args) != 1 or args[0].startswith("-"):
+        word = args[-1] if args else ""
+        raise UserError(f"resume {word}: takes one folder, that of a run; see metalearn resume -h")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "resume: with torchrun, repeat the run's command with hydra.run.dir=… and resume=auto"
+        )
+    from metalearn.report.console import open_console
+    from metalearn.run.train import resume
+
+    resume(Path(args[0]), open_console())
+    return 0

@@ -1,0 +1,109 @@
+"""Meta-train, validate and test a run."""
+
+from pathlib import Path
+from typing import Any
+
+from metalearn.cli import _arguments, _launch
+
+HELP = """metalearn train [key=value …] [-m] [--cfg job]
+
+Meta-trains, keeps the best checkpoint by validation, tests it once, and writes everything to a run
+folder.
+
+  metalearn train algo=maml dataset=omniglot             with the recipe of this pair
+  metalearn train algo=protonet dataset=glyphs           built-in data, no download
+  metalearn train algo=maml algo.inner_lr=0.1 train.steps=2000 seed=1
+  metalearn train -m algo=maml,protonet episode.shot=1,5 seed=0,1     all combinations, one table
+
+choices (metalearn list explains them)
+  algo=       {algo}
+  dataset=    {dataset}
+  backbone=   {backbone}
+  episode=    {episode}
+  optimiser=  {optimiser}
+  loss=       {loss}
+  augment=    {augment}
+  logger=     {logger}
+  experiment= {experiment}
+
+settings that are often changed
+  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.*: training
+  statistics=query|support|support_plus_one|population    normalisation at prediction;
+                                                          query is transductive
+  train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10
+  val.every=500 val.episodes=300 test.episodes=1000
+  seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
+  optimiser=sgd optimiser.momentum=0.9 optimiser.weight_decay=5e-4 augment=crop_flip
+  loss=label_smoothing
+  hydra.run.dir=my/folder                         the run folder
+  resume=auto                                     resume the run in the folder, or show it again
+
+options
+  plugins=[package]    use methods and data of this package; for every command. Packages with an
+                       entry point need not be named.
+  -m, --multirun       every combination of comma-separated values, each in its own folder
+  --cfg job            print the composed configuration and stop
+  --config-dir DIR     also read configuration files from DIR
+  -sc install=bash     shell completion: eval "$(metalearn -sc install=bash)"
+  --debug              show the traceback of an error
+"""
+
+
+def main(args: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    arguments = _arguments.parse(args)
+    if arguments.only_prints:
+        _launch.print_config(arguments)
+        return 0
+    folder = _launch.start(arguments)
+    if not arguments.is_multirun:
+        return 0
+    from metalearn.report.console import open_console
+
+    return 1 if summarise(folder, open_console()) else 0
+
+
+def summarise(sweep: Path, console: Any) -> int:
+    """Print one table over the runs of a multirun, and name the failed ones.
+
+    Returns:
+        The number of failed runs.
+    """
+    from metalearn.report.console import print_line
+    from metalearn.report.folder import RunFolder
+    from metalearn.report.tables import result_row, result_table
+
+    rows, failures = [], []
+    started = [
+        files
+        for path in sweep.iterdir()
+        for files in (RunFolder(path),)
+        if path.name.isdigit() or files.command.exists()
+    ]
+    started.sort(key=lambda files: _job_number(files.path))
+    # The command could not be saved if the disk was full.
+    overrides = {
+        files: files.read_command()["overrides"] if files.command.exists() else []
+        for files in started
+    }
+    common = set.intersection(*map(set, overrides.values())) if len(started) > 1 else set()
+    for files, words in overrides.items():
+        name = f"{files.path.name}: {' '.join(word for word in words if word not in common)}"
+        if files.error.exists():
+            failures.append(f"{name} failed: {files.error.read_text().strip()}")
+        elif not files.is_finished:
+            failures.append(f"{name} has not finished")
+        if files.is_finished:
+            rows.append(result_row(name, files.read_result()))
+    for column in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
+        console.print(result_table([row for row in rows if column in row]))
+    if len({row["protocol"] for row in rows}) > 1:
+        print_line(console, "Results with different protocols are different measurements.")
+    for line in failures:
+        print_line(console, line)
+    print_line(console, f"  {sweep}")
+    return len(failures)
+
+
+def _job_number(folder: Path) -> tuple[int, str]:
+    return (int(folder.name) if folder.name.isdigit() else 1 << 30, folder.name)

@@ -1,0 +1,89 @@
+"""The files of a run folder, each named once."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metalearn.report.result import Result
+from metalearn.system.errors import UserError
+
+
+class RunFolder:
+    """The files of one training run.
+
+    Args:
+        path: The folder, which does not need to exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        #: Name, arguments, working directory and W&B identifier of the command.
+        self.command = path / "command.json"
+        #: The composed configuration. It exists if and only if a run has started.
+        self.config = path / "config.yaml"
+        #: The engine's choices, with which `engine.choices=<file>` repeats the computation.
+        self.engine = path / "engine.json"
+        self.metrics = path / "metrics.jsonl"
+        #: The result of the test. It exists if and only if the run is finished.
+        self.result = path / "result.json"
+        self.scores = path / "test_scores.csv"
+        self.classes = path / "test_classes.csv"
+        self.curve = path / "learning_curve.png"
+        self.best = path / "checkpoints" / "best.pt"
+        self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        #: Results of `metalearn evaluate`.
+        self.evaluations = path / "evaluations"
+        #: The verdict of `metalearn reproduce`.
+        self.reproduction = path / "reproduction.json"
+        #: Why a run of a multirun failed, and the traceback if the cause is a bug.
+        self.error = path / "error.txt"
+        self.traceback = path / "traceback.txt"
+        #: Tasks with a non-finite loss.
+        self.nonfinite = path / "nonfinite"
+        self.profile = path / "profile"
+
+    @property
+    def is_started(self) -> bool:
+        """True if the folder holds a run, finished or not."""
+        return self.config.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the folder holds a finished run."""
+        return self.result.is_file()
+
+    def outputs(self) -> Iterator[Path]:
+        """Yield the files that a finished run shows to its user."""
+        for file in (
+            self.result, self.metrics, self.scores, self.classes, self.curve, self.best,
+            self.config, self.engine, self.profile / "summary.md",
+        ):  # fmt: skip
+            if file.exists():
+                yield file
+
+    def read_result(self) -> Result:
+        """Read the result of the run's own test.
+
+        Raises:
+            UserError: If there is none, or it is not a result.
+        """
+        return Result.read(self.result)
+
+    def read_command(self) -> dict[str, Any]:
+        """Read command.json.
+
+        Raises:
+            UserError: If it does not exist or is not readable.
+        """
+        try:
+            command = json.loads(self.command.read_text())
+            command["name"], command["overrides"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.command} is not readable ({type(error).__name__})") from None
+        return dict(command)
+
+    def evaluation_scores(self, evaluation: Path) -> Path:
+        """Return the file with the episode scores of an evaluation."""
+        return evaluation.with_name(f"{evaluation.stem}_scores.csv")

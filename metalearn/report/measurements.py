@@ -1,0 +1,168 @@
+"""Read the measurements of runs: their own tests and their evaluations."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from metalearn.config import checking, roles
+from metalearn.report import stats
+from metalearn.report.folder import RunFolder
+from metalearn.report.result import Result
+from metalearn.report.scores import read_scores
+from metalearn.system.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One test of one run.
+
+    Attributes:
+        folder: The run folder.
+        name: Name of the run.
+        settings: Settings that distinguish its method from others, by dotted name.
+        result: The result of the test.
+        variant: How the adaptation differs from the run's own test, or "".
+        source: What was tested, if not the run's own test split, or "".
+        minutes: Training time.
+        hardware: Hardware of the training.
+        scores: Score of each episode, float64 [E].
+    """
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    result: Result
+    variant: str
+    source: str
+    minutes: float
+    hardware: str
+    scores: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Measurements of one method under one protocol, combined.
+
+    Attributes:
+        mean: Mean over episodes of the scores.
+        ci95: Half-width of its 95% interval.
+        by_seed: Mean of each seed, over the runs that repeat it.
+        scores: Score of each episode, averaged over seeds, [E].
+    """
+
+    mean: float
+    ci95: float
+    by_seed: list[float]
+    scores: Tensor
+
+    @staticmethod
+    def of(measurements: list[Measurement]) -> "Cell":
+        """Combine measurements; a seed that was run twice counts once."""
+        by_seed: dict[int, list[Tensor]] = defaultdict(list)
+        for one in measurements:
+            by_seed[one.result.seed].append(one.scores)
+        means = [torch.stack(scores).mean(0) for scores in by_seed.values()]
+        scores = torch.stack(means).mean(0)
+        over_episodes = stats.estimate(scores)
+        by_seed_means = [mean.mean().item() for mean in means]
+        return Cell(over_episodes.mean, over_episodes.ci95, by_seed_means, scores)
+
+    @property
+    def seeds_ci95(self) -> float | None:
+        """Half-width of the 95% interval over seeds, if there are several."""
+        return stats.over_seeds(self.by_seed).ci95 if len(self.by_seed) > 1 else None
+
+
+def finished_runs(folder: Path) -> Iterator[Path]:
+    """Yield the folders of finished runs: the folder itself, or those below it."""
+    if RunFolder(folder).is_finished:
+        yield folder
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from finished_runs(path)
+
+
+def unfinished_runs(folders: list[Path]) -> list[Path]:
+    """Return the folders of runs without a result."""
+    files = RunFolder(Path())
+    started = {
+        path.parent
+        for folder in folders
+        for file in (files.config, files.error)
+        for path in folder.rglob(file.name)
+    }
+    return sorted(folder for folder in started if not RunFolder(folder).is_finished)
+
+
+def measurements_of(folder: Path) -> Iterator[Measurement]:
+    """Yield the run's own test, and its evaluations that differ from it.
+
+    Raises:
+        UserError: If the run is not readable, or scores and result disagree.
+    """
+    files = RunFolder(folder)
+    own = files.read_result()
+    try:
+        with files.config.open() as stream:
+            # The C parser, because a multirun may have a thousand of these.
+            config = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        settings = _identity(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} is not a readable run ({type(error).__name__}: {error})"
+        ) from None
+    tests = [(own, files.scores, "")]
+    for path in sorted(files.evaluations.glob("*.json")):
+        result = Result.read(path)
+        variant = path.stem.partition("-")[2]
+        if variant or result.protocol_id != own.protocol_id:
+            tests.append((result, files.evaluation_scores(path), variant))
+    for result, scores_file, variant in tests:
+        parts = [] if result.split == "test" else [f"split {result.split}"]
+        other = result.evaluation.get("dataset")
+        if other and result.protocol.get("data") != own.protocol.get("data"):
+            parts.append(other)
+        scores = read_scores(scores_file)
+        _check_scores(scores_file, scores, result)
+        yield Measurement(
+            folder=folder,
+            name=own.name,
+            settings=settings,
+            result=dataclasses.replace(result, seed=own.seed),
+            variant=variant,
+            source=" ".join(parts),
+            minutes=own.seconds / 60,
+            hardware=own.hardware,
+            scores=scores,
+        )
+
+
+def _check_scores(file: Path, scores: Tensor, result: Result) -> None:
+    test = result.test
+    if len(scores) != test.episodes:
+        raise UserError(f"{file} has {len(scores)} scores, not {test.episodes}")
+    mean = scores.mean().item()
+    if abs(mean - test.mean) > 1e-4 * max(1.0, abs(test.mean)):
+        raise UserError(f"{file} has mean {mean:.4f}, the result {test.mean:.4f}")
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that distinguish a method from others, by dotted name."""
+    complete = checking.complete(config, is_strict=False)
+    known = roles.roles(complete, is_strict=False)
+    return {key: value for key, value in _leaves(complete) if roles.tells_methods_apart(key, known)}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,130 @@
+"""A result: one measurement of one run, as result.json and evaluations/*.json hold it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from metalearn.report.stats import Difference
+from metalearn.system.atomic import write_json
+from metalearn.system.errors import UserError
+from metalearn.tasks.family import METRICS
+from metalearn.tasks.types import Estimate
+
+
+@dataclasses.dataclass(kw_only=True)
+class Result:
+    """One measurement of one run.
+
+    Attributes:
+        metric: Name of the metric.
+        higher_is_better: True if a higher value of the metric is better.
+        test: Mean over test episodes, with its 95% interval.
+        details: Worst episodes and classes, calibration, episodes needed for narrower intervals.
+        protocol: What was measured. Results are comparable if and only if it is the same.
+        protocol_id: Hash of `protocol`.
+        name: Algorithm and dataset.
+        seed: Seed of the training.
+        environment: Commit, versions and hardware.
+        seconds: Wall-clock seconds, of training and test or of an evaluation.
+        split: The split whose classes were tested.
+        training: Facts of the training: command, val, best_step, steps, engine, processes.
+        evaluation: Facts of a later evaluation: overrides, variant, dataset.
+        transductive_minus_inductive: Paired difference on the same episodes, if both were tested.
+    """
+
+    metric: str
+    higher_is_better: bool
+    test: Estimate
+    details: dict[str, Any]
+    protocol: dict[str, Any]
+    protocol_id: str
+    name: str
+    seed: int
+    environment: dict[str, Any]
+    seconds: float
+    split: str = "test"
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    transductive_minus_inductive: Difference | None = None
+
+    @property
+    def hardware(self) -> str:
+        """Return the hardware that computed the result."""
+        return str(self.environment["hardware"])
+
+    @property
+    def validation_score(self) -> float:
+        """Return the mean validation score of the best step."""
+        return float(self.training["val"][self.metric]["mean"])
+
+    @property
+    def shape(self) -> str:
+        """Return way, shot and queries of the test episodes, like 5w 1s 15q."""
+        return "{way}w {shot}s {query}q".format(**self.protocol)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the JSON file."""
+        content = {
+            "name": self.name,
+            "split": self.split,
+            "test": {self.metric: dataclasses.asdict(self.test)},
+            "higher_is_better": self.higher_is_better,
+            "details": self.details,
+            "protocol": self.protocol,
+            "protocol_id": self.protocol_id,
+            "seed": self.seed,
+            "environment": self.environment,
+            "seconds": self.seconds,
+            **self.training,
+            **self.evaluation,
+        }
+        if self.transductive_minus_inductive is not None:
+            difference = dataclasses.asdict(self.transductive_minus_inductive)
+            content["transductive_minus_inductive"] = difference
+        return content
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file atomically."""
+        write_json(path, self.to_dict())
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> "Result":
+        """Return the result that a JSON file holds; results of earlier versions are understood.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: If the content is not a result.
+        """
+        rest = dict(content)
+        ((metric, estimate),) = rest.pop("test").items()
+        better = {one.name: one.higher_is_better for one in METRICS.values()}.get(metric, True)
+        difference = rest.pop("transductive_minus_inductive", None)
+        own = {name: rest.pop(name) for name in _REQUIRED}
+        other = {name: rest.pop(name) for name in list(rest) if name in _EVALUATION}
+        return Result(
+            metric=metric,
+            higher_is_better=rest.pop("higher_is_better", better),
+            test=Estimate(**estimate),
+            split=rest.pop("split", "test"),
+            training=rest,
+            evaluation=other,
+            transductive_minus_inductive=None if difference is None else Difference(**difference),
+            **own,
+        )
+
+    @staticmethod
+    def read(path: Path) -> "Result":
+        """Read a JSON file.
+
+        Raises:
+            UserError: If the file does not exist or is not a result.
+        """
+        try:
+            return Result.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            kind = type(error).__name__
+            raise UserError(f"{path} is not a readable result ({kind}: {error})") from None
+
+
+_REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
+_EVALUATION = ("overrides", "variant", "dataset")

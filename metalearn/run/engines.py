@@ -1,0 +1,106 @@
+"""The engines of a run: chosen for its tasks, or repeated from the engine.json of another run."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from metalearn.algorithms.base import Algorithm
+from metalearn.config.schema import EngineConfig, RunConfig
+from metalearn.engine import Engine
+from metalearn.system.errors import UserError
+from metalearn.tasks.types import Batch, Task
+
+#: Validation and test episodes per call; memory does not depend on their number.
+EVALUATION_BATCH = 32
+
+#: Engine settings that leave every choice to the engine, or to `engine.choices`.
+FREE_CHOICES: dict[str, Any] = {
+    "strategy": "auto",
+    "task_chunk": 0,
+    "threads": 0,
+    "convolution": "auto",
+}
+
+
+def make_engines(
+    settings: RunConfig,
+    algorithm: Algorithm,
+    train: Task | Batch,
+    test: Task,
+    num_processes: int,
+    choices: dict[str, Any] | None,
+) -> tuple[Engine, Engine]:
+    """Return the engines of training and of testing.
+
+    Args:
+        settings: The run's settings.
+        algorithm: The method.
+        train: A training task or batch of the expected shape.
+        test: A test task of the expected shape.
+        num_processes: Number of processes that share a meta-batch.
+        choices: See `stored_choices`.
+
+    Raises:
+        UserError: If stored choices do not suit the method.
+    """
+    if choices:
+        engines = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
+        if engines[0].strategy == "mixed" and engines[0].has_own_loss(train):
+            raise UserError(
+                "engine.choices: its run used strategy mixed, which does not suit a method with "
+                "its own loss"
+            )
+        return engines[0], engines[1]
+    own = settings.engine
+    convolution = "plain" if own.convolution == "auto" else own.convolution
+    engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, convolution)
+    # The largest share, so that all processes make the same choice.
+    share = -(-settings.train.meta_batch // num_processes)
+    return engine.resolved(train, share, True), engine.resolved(test, EVALUATION_BATCH, False)
+
+
+def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
+    """Read the choices of another run's engine from `engine.choices`; None without it.
+
+    Raises:
+        UserError: If the file is not valid, or if other settings contradict it.
+    """
+    if settings.choices is None:
+        return None
+    for name, free in FREE_CHOICES.items():
+        if (value := getattr(settings, name)) != free:
+            raise UserError(
+                f"engine.{name}={value}: engine.choices already sets this; leave one out"
+            )
+    try:
+        choices = json.loads(Path(settings.choices).read_text())
+        is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
+        is_valid = is_valid and type(choices["threads"]) is int and choices["threads"] > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"engine.choices={settings.choices}: is not an engine.json of a run")
+    precision = choices["train"]["precision"]
+    if precision != settings.precision:
+        raise UserError(
+            f"engine.precision={settings.precision}: the run of engine.choices used {precision}"
+        )
+    return dict(choices)
+
+
+def _is_choice(content: dict[str, Any]) -> bool:
+    """Return True if these are the choices of an engine, with valid values."""
+    settings = {
+        field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(EngineConfig)
+    }
+    values = {
+        name: set(settings[name]) - {"auto"} for name in ("strategy", "precision", "convolution")
+    }
+    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
+    return (
+        content.keys() == fields
+        and all(content[name] in allowed for name, allowed in values.items())
+        and type(content["chunk"]) is int
+        and content["chunk"] > 0
+    )

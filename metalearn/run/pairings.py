@@ -1,0 +1,119 @@
+"""Check that the settings of a run fit together: method, dataset, backbone and statistics."""
+
+from metalearn.algorithms.base import Algorithm
+from metalearn.algorithms.normalisation import STATISTICS
+from metalearn.config import components
+from metalearn.config.schema import RunConfig
+from metalearn.run import optimisers
+from metalearn.run.parts import algorithm_of, augmentation_of, device_of
+from metalearn.system.errors import UserError
+from metalearn.tasks.types import InputSpec
+
+
+def check(settings: RunConfig) -> None:
+    """Check everything that is known before any data is read.
+
+    Raises:
+        UserError: If settings do not fit together.
+    """
+    algorithm = algorithm_of(settings)
+    target = components.component(settings.dataset, "dataset").target
+    name = type(algorithm).__name__
+    if target not in algorithm.targets:
+        learned = " or ".join(target_name(kind) for kind in algorithm.targets)
+        raise UserError(
+            f"algo={name} learns {learned}, but this dataset has {target_name(target)}; choose "
+            "another algo or dataset"
+        )
+    episode = settings.episode
+    if (
+        algorithm.fixed_way
+        and settings.train.source == "episodes"
+        and episode.train.way != episode.way
+    ):
+        raise UserError(
+            f"episode.train.way={episode.train.way} should equal episode.way={episode.way}: "
+            f"the number of ways is part of {name}'s weights"
+        )
+    if settings.train.source not in algorithm.sources:
+        raise UserError(
+            f"train.source={settings.train.source}: {name} trains on "
+            f"{' or '.join(algorithm.sources)}; use train.source={algorithm.sources[0]}"
+        )
+    if algorithm.normalisation.has_population and not algorithm.backbone.normalises:
+        raise UserError("statistics=population needs a backbone with normalisation")
+    if settings.engine.rematerialise and not algorithm.can_rematerialise:
+        raise UserError(
+            f"engine.rematerialise=true: {name} does not backpropagate through inner steps; "
+            "leave it out"
+        )
+    if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
+        raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
+    if not algorithm.uses_unlabelled:
+        for where, shape in (("episode", episode), ("episode.train", episode.train)):
+            for key in ("unlabelled", "distractors"):
+                if value := getattr(shape, key):
+                    raise UserError(
+                        f"{where}.{key}={value}: {name} does not learn from unlabelled examples; "
+                        "leave it out"
+                    )
+    for key, value, is_used in (
+        ("loss.name", settings.loss.name, algorithm.uses_loss),
+        ("loss.inner", settings.loss.inner, algorithm.uses_inner_loss),
+    ):
+        if value is not None and not is_used:
+            raise UserError(f"{key}={value}: {name} does not use this loss; leave it out")
+    optimisers.check(settings.optimiser)
+    augmentation_of(settings)
+    device_of(settings.device)
+
+
+def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -> None:
+    """Raise UserError if the backbone or the augmentation does not accept these inputs."""
+    backbone = algorithm.backbone
+    if inputs.kind not in backbone.input_kinds:
+        raise UserError(
+            f"backbone={type(backbone).__name__} takes {' or '.join(backbone.input_kinds)}, but "
+            f"this dataset has {inputs.kind}; choose another backbone"
+        )
+    if settings.augment.ops and inputs.kind != "images":
+        raise UserError(
+            f"augment changes images, but this dataset has {inputs.kind}; use augment=none"
+        )
+
+
+def check_population(settings: RunConfig, statistics: str) -> None:
+    """Raise UserError if a trained run has no population statistics but a test requires them.
+
+    Args:
+        settings: Settings of the training.
+        statistics: Statistics of the test.
+    """
+    if STATISTICS[statistics].has_population and not STATISTICS[settings.statistics].has_population:
+        raise UserError(
+            "statistics=population: this run has no population statistics; train with "
+            "statistics=population"
+        )
+
+
+def inductive_statistics(settings: RunConfig) -> str:
+    """Return "population" if a trained run has such statistics, else "support"."""
+    return settings.statistics if STATISTICS[settings.statistics].has_population else "support"
+
+
+def inductive_counterpart(settings: RunConfig, statistics: str) -> str:
+    """Return the statistics to compare with: the run's inductive ones for "query", else "query"."""
+    if not STATISTICS[statistics].is_transductive:
+        return "query"
+    return inductive_statistics(settings)
+
+
+def is_transductive(algorithm: Algorithm) -> bool:
+    """Return True if a prediction depends on the other queries, by statistics or by the method."""
+    by_statistics = algorithm.backbone.normalises and algorithm.normalisation.is_transductive
+    return by_statistics or algorithm.is_transductive
+
+
+def target_name(target: str) -> str:
+    """Return the plural name of a kind of target, for messages."""
+    return {"class": "classes", "value": "values (regression)"}.get(target, target)
