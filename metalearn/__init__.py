@@ -18,7 +18,7 @@ def load(
     device: str = "auto",
     plugins: "Iterable[str]" = (),
 ) -> "Model":
-    """Load a trained run, to adapt it to a few labelled examples and predict others: see `metalearn.run.load.load`."""
+    """Load a trained run to adapt it to a few labelled examples: see `metalearn.run.load.load`."""
     from metalearn.run import load  # here, because torch takes seconds
 
     return load.load(run_folder, statistics, device, plugins)

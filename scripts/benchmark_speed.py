@@ -336,9 +336,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small batches, to test this script; writes nothing",
+        "--quick", action="store_true", help="small batches, to test this script; writes nothing"
     )
     parser.add_argument(
         "--rest",

@@ -28,7 +28,7 @@ _TO_READ = {
 }
 #: Files that those depend on; not needed to write the extension as the page shows it.
 _DEPENDENCIES = {
-    "a dataset": ["tasks/store.py", "config/fields.py"],
+    "a dataset": ["data/classes.py", "tasks/store.py", "config/fields.py"],
     "a gradient method": [
         "algorithms/base.py",
         "tasks/types.py",

@@ -1,4 +1,4 @@
-"""A user's mistake: one line that says what, where, and what would be right."""
+"""A user's mistake gives one line: what is wrong, where it was set, what would be right."""
 
 import contextlib
 
@@ -10,12 +10,13 @@ from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.system.errors import UserError
 
+_CROP = ("augment=crop_flip",)
 MISTAKES = [
     (["algo=mamll"], ["algo=mamll", "did you mean maml"]),
     (["dataset=omniglt"], ["dataset=omniglt", "did you mean omniglot"]),
     (["algos=maml"], ["algos", "did you mean algo"]),
     (["algo.inner_lrr=1"], ["algo.inner_lrr", "did you mean algo.inner_lr"]),
-    (["+algo.warmup=1"], ["algo.warmup", "nothing reads"]),
+    (["+algo.warmup=1"], ["algo.warmup", "there is no such setting"]),
     (["+train.step=1"], ["train.step", "did you mean train.steps"]),
     (["train.steps=many"], ["train.steps=many", "a whole number"]),
     (["train.steps=1.5"], ["train.steps=1.5", "a whole number"]),
@@ -55,17 +56,41 @@ MISTAKES = [
     (["train.source=batches"], ["train.source=batches", "MAML trains on episodes"]),
     (
         ["algo=siamese", "loss.name=cross_entropy"],
-        ["loss.name=cross_entropy", "Siamese", "of its own"],
+        ["loss.name=cross_entropy", "Siamese", "does not use this loss"],
     ),
     (["algo=protonet", "loss.inner=cross_entropy"], ["loss.inner=cross_entropy", "ProtoNet"]),
     (["loss=label_smothing"], ["loss=label_smothing", "did you mean label_smoothing"]),
     (["augment=crop"], ["augment=crop", "did you mean crop_flip"]),
     (["algo=meta_sgd", "algo.step_lrs=[0.1]"], ["algo.step_lrs=[0.1]", "learns its rates"]),
+    (["algo.inner_lr=null"], ["algo.inner_lr=None: should be a number"]),
+    (["optimiser=null"], ["optimiser=null: there is no such optimiser; there are adam"]),
+    (["optimiser.weight_decay=abc"], ["optimiser.weight_decay=abc: should be a number"]),
+    (["optimiser.weight_decay=true"], ["optimiser.weight_decay=True: should be a number"]),
+    (["optimiser.weight_decay=null"], ["optimiser.weight_decay=None: should be a number"]),
+    (["optimiser.betas=3"], ["optimiser.betas=3: should be 2 numbers, like [0.9, 0.999]"]),
+    (["optimiser.betas=[0.9]"], ["optimiser.betas=[0.9]: should be 2 numbers"]),
+    (["optimiser.betas=[0.9,a]"], ["optimiser.betas=[0.9, 'a']: should be 2 numbers"]),
+    (["loss=label_smoothing", "loss.settings.smoothing=abc"], ["smoothing=abc: should be a numb"]),
+    (["loss=label_smoothing", "loss.settings.smoothing=2"], ["smoothing=2.0: should be at most 1"]),
+    (["loss=label_smoothing", "+loss.settings.y=1"], ["loss.settings.y", "no such setting"]),
+    (["+loss.settings.smoothing=1"], ["loss.settings.smoothing: applies to loss.name"]),
+    ([*_CROP, "augment.ops.random_crop.padding=abc"], ["padding=abc: should be a whole number"]),
+    ([*_CROP, "augment.ops.random_crop.padding=-10"], ["padding=-10: should be at least 0"]),
+    (
+        [*_CROP, "+augment.ops.random_crop.key=1"],
+        ["augment.ops.random_crop.key", "no such setting"],
+    ),
+    (["loss.name=my_pkg.losses.focal"], ["loss.name=my_pkg.losses.focal", "add plugins=[my_pkg]"]),
+    (["+augment.ops={my_pkg.blur:{}}"], ["augment.ops=my_pkg.blur", "add plugins=[my_pkg]"]),
+    (["loss.name=os.system"], ["loss.name=os.system: there is no such name"]),
+    (["episode.unlabelled=1"], ["episode.unlabelled=1: MAML does not learn from unlabelled"]),
+    (["episode.train.distractors=1"], ["episode.train.distractors=1: MAML does not learn from"]),
+    (["+train.lr=1"], ["+train.lr: this setting exists; leave out the +"]),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), MISTAKES, ids=lambda value: " ".join(value)[:40])
-def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
+@pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
     with pytest.raises(UserError) as caught:
         check(
             checking.checked(
@@ -76,11 +101,11 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
         )
     line = str(caught.value)
     assert "\n" not in line
-    assert all(word in line for word in words), line
+    assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "parts"),
     [
         (["episode.way=200"], ["way=200", "classes of the split"]),
         (["algo=protonet", "episode.train.way=400"], ["train episodes", "way=400"]),
@@ -95,7 +120,7 @@ def test_mistake_is_named_before_any_data_is_read(overrides, words, compose):
         (["dataset.image_size=8", "backbone.downsample=pool"], ["8x8", "fewer blocks"]),
     ],
 )
-def test_what_the_data_cannot_give_is_named(overrides, words, compose):
+def test_settings_that_the_data_cannot_satisfy_are_reported(overrides, parts, compose):
     with pytest.raises(UserError) as caught:
         build(
             checking.checked(
@@ -104,10 +129,10 @@ def test_what_the_data_cannot_give_is_named(overrides, words, compose):
                 else compose(*overrides)
             )
         )
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-def test_device_that_is_not_there_is_named(compose, monkeypatch):
+def test_missing_device_is_reported(compose, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda"):
         check(checking.checked(compose("device=cuda")))
@@ -121,7 +146,7 @@ def test_device_that_is_not_there_is_named(compose, monkeypatch):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("algo", "experiment")),
     ],
 )
-def test_every_choice_composes_and_is_explained(group):
+def test_every_choice_composes_and_has_an_explanation(group):
     for name, line in composition.options(group).items():
         settings = [f"{group}={name}"]
         check(checking.checked(composition.composed(settings)))
@@ -129,12 +154,14 @@ def test_every_choice_composes_and_is_explained(group):
 
 
 @pytest.mark.slow
-def test_methods_compose_with_the_datasets_they_can_learn_and_have_a_recipe_for():
+def test_methods_compose_with_datasets_that_they_learn_and_have_a_recipe_for():
     for algo in composition.options("algo"):
         for dataset in ("sinusoid", "omniglot", "cifar_fs"):
             if not composition.recipe_names(algo, dataset, "conv4") and dataset != "sinusoid":
                 continue
-            settings = checking.checked(composition.composed([f"algo={algo}", f"dataset={dataset}"]))
+            settings = checking.checked(
+                composition.composed([f"algo={algo}", f"dataset={dataset}"])
+            )
             target = components.component(settings.dataset, "dataset").target
             possible = target in components.component(settings.algo, "algo").targets
             with (
@@ -143,6 +170,21 @@ def test_methods_compose_with_the_datasets_they_can_learn_and_have_a_recipe_for(
                 else pytest.raises(UserError, match="regression")
             ):
                 check(settings)
+
+
+def test_optimiser_settings_are_kept_with_train_optimiser():
+    for overrides, expected in (
+        (["optimiser.momentum=0.9"], {"momentum": 0.9}),
+        (["optimiser=sgd", "optimiser.momentum=0.9"], {"momentum": 0.9}),
+        (["algo=reptile", "optimiser.momentum=0.9"], {"momentum": 0.9}),
+        (["optimiser=adam", "optimiser.weight_decay=0.1"], {"weight_decay": 0.1}),
+        (["optimiser=adam"], {"weight_decay": 0.0, "momentum": 0.0}),
+    ):
+        config = composition.composed(["train.optimiser=sgd", *overrides])
+        settings = checking.checked(config)
+        assert settings.optimiser["_target_"] == "torch.optim.SGD"
+        assert expected.items() <= settings.optimiser.items(), overrides
+        assert "betas" not in settings.optimiser
 
 
 def test_each_value_of_an_axis_is_checked_once():
@@ -157,15 +199,15 @@ def test_each_value_of_an_axis_is_checked_once():
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])
-def test_what_would_break_a_line_is_escaped(value):
+def test_unprintable_characters_are_escaped(value):
     with pytest.raises(UserError) as caught:
         checking.checked(composition.composed([f"train.steps={value}"]))
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("words", [["seed=1"], ["--cfg", "job"]])
-def test_callbacks_of_hydra_call_nothing(words, tmp_path):
+@pytest.mark.parametrize("arguments", [["seed=1"], ["--cfg", "job"]])
+def test_hydra_callbacks_are_refused_and_not_called(arguments, tmp_path):
     called = f"+hydra.callbacks.x={{_target_: os.mkdir, path: {tmp_path / 'called'}}}"
     with pytest.raises(UserError, match=r"hydra\.callbacks\.x"):
-        train.main(["algo=protonet", "dataset=glyphs", *words, called])
+        train.main(["algo=protonet", "dataset=glyphs", *arguments, called])
     assert not (tmp_path / "called").exists()

@@ -152,8 +152,9 @@ def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
         "hydra_plugins.hydra_optuna_sweeper", reason="the sweep extra is not installed"
     )
     done = metalearn(
-        "train", "-m", *SMALL, "algo=maml", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize",
-        "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "algo.inner_lr=interval(0.05,1)", "hydra.sweep.dir=sweep",
+        "train", "-m", *SMALL, "algo=maml", "hydra/sweeper=optuna",
+        "hydra.sweeper.direction=maximize", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1",
+        "algo.inner_lr=interval(0.05,1)", "hydra.sweep.dir=sweep",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     best = (tmp_path / "sweep/optimization_results.yaml").read_text()
@@ -178,7 +179,10 @@ def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
         (["train", *SMALL, "episode.query=30"], ["20 examples"]),
         (["train", "algo=protonet", "dataset=sinusoid"], ["regression"]),
         (["train", "dataset=folder"], ["no folder or zip"]),
-        (["train", *SMALL, "hydra.run.dir=/proc/nowhere/x"], ["/proc/nowhere/x", "cannot be written"]),
+        (
+            ["train", *SMALL, "hydra.run.dir=/proc/nowhere/x"],
+            ["/proc/nowhere/x", "cannot be written"],
+        ),
         (["train", "algo=maml,protonet"], ["add -m"]),
         (["train", "--cfg", "xyz"], ["--cfg xyz", "job"]),
         (["train", "train.source=batches"], ["MAML trains on episodes"]),

@@ -26,9 +26,18 @@ _QUICK = ("maml", "protonet")
 _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
+#: Fewer adaptation steps for the methods with the most.
+_FEWER_STEPS: dict[str, tuple[tuple[str, int], ...]] = {
+    "baseline": (("head_steps", 20),),
+    "baseline_pp": (("head_steps", 20),),
+    "finetune": (("test_inner_steps", 5),),
+    "imaml": (("inner_steps", 5), ("test_inner_steps", 5), ("cg_steps", 2)),
+}
+
+
 @functools.cache
 def method(name: str) -> testing.Method:
-    return testing.Method(name)
+    return testing.Method(name, _FEWER_STEPS.get(name, ()))
 
 
 @pytest.mark.parametrize(
@@ -170,4 +179,4 @@ def test_wrong_declaration_of_transduction_fails(is_declared):
 
     settings = (("distance", "squared_euclidean"), ("temperature", 1.0))
     with pytest.raises(AssertionError, match="wrong about depending on other queries"):
-        testing.transduction_is_declared(testing.Method(Peeking, settings))
+        METHOD_CHECKS["transduction_is_declared"](testing.Method(Peeking, settings))

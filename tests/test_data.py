@@ -207,11 +207,7 @@ def test_omniglot_has_the_published_classes(tmp_path):
     assert [
         split.num_classes(name) // (4 if name == "train" else 1)
         for name in ("train", "val", "test")
-    ] == [
-        1100,
-        100,
-        423,
-    ]
+    ] == [1100, 100, 423]
     alphabets = open_dataset("omniglot", _SHARED, tmp_path, split="alphabet").views
     sets = {
         name: {cls.split("/")[0] for cls in view.index.names} for name, view in alphabets.items()

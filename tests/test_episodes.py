@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalearn.data.base import ClassData
+from metalearn.data.classes import ClassData
 from metalearn.data.images import ImageDataset, Pictures
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape

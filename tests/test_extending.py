@@ -5,12 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 import reading
 
-from metalearn.config import plugins
+from metalearn.cli._arguments import take_plugins
+from metalearn.config import components, plugins
 from metalearn.system.errors import UserError
 
 _PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
@@ -37,9 +39,7 @@ def package(tmp_path_factory):
     uv = Path(sys.executable).with_name("uv")
     options = ["--quiet", "--offline", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
-        [uv, "pip", "install", *options, "--target", site, source],
-        capture_output=True,
-        text=True,
+        [uv, "pip", "install", *options, "--target", site, source], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return site
@@ -99,7 +99,7 @@ def test_run_folder_cannot_load_a_plugin(package, tmp_path, metalearn, monkeypat
     assert "add plugins=[fewshot_extras]" in error_of("evaluate", "run=run")
     config = tmp_path / "run/config.yaml"
     config.write_text(config.read_text() + "plugins: [fewshot_extras]\n")
-    assert "plugins: nothing reads this key" in error_of(
+    assert "plugins: there is no such setting" in error_of(
         "evaluate", "run=run", "plugins=[fewshot_extras]"
     )
     config.write_text(config.read_text().replace("plugins: [fewshot_extras]\n", ""))
@@ -114,6 +114,61 @@ def test_missing_plugin_is_named_in_the_error(monkeypatch):
     with pytest.raises(UserError, match=r"plugins=\[nowhere\]: cannot be imported"):
         plugins.add(["nowhere"])
     assert plugins.named() == ()
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Write an importable package that is not allowed yet; return its name."""
+    monkeypatch.setattr(plugins, "_named", [])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / f"plugin_{uuid.uuid4().hex}"
+    folder.mkdir()
+    for name, content in {
+        "__init__": "",
+        "losses": "def focal(prediction, y):\n    return prediction.mean()\n",
+        "broken": "import no_such_dependency\n",
+        "outdated": "from json import no_such_function\n",
+    }.items():
+        (folder / f"{name}.py").write_text(content)
+    return folder.name
+
+
+def test_import_error_inside_a_plugin_is_reported(plugin):
+    plugins.add([plugin])
+    for module, reason in {
+        "broken": r"cannot be imported \(No module named 'no_such_dependency'\)",
+        "outdated": r"cannot be imported \(cannot import name 'no_such_function'",
+        "nowhere": "there is no such",
+        "losses.focal": "there is no such",
+    }.items():
+        target = f"{plugin}.{module}.Class"
+        with pytest.raises(UserError, match=rf"algo\._target_={target}: {reason}"):
+            components.component({"_target_": target}, "algo")
+        with pytest.raises(UserError, match=rf"loss\.name={target}: {reason}"):
+            plugins.find(target, {}, "loss.name")
+
+
+def test_function_of_a_package_must_be_allowed(plugin):
+    name = f"{plugin}.losses.focal"
+    with pytest.raises(UserError, match=rf"not a plugin .*add plugins=\[{plugin}\]"):
+        plugins.find(name, {}, "loss.name")
+    plugins.add(plugin)  # a string is one name
+    assert callable(plugins.find(name, {}, "loss.name"))
+
+
+def test_dotted_plugin_allows_only_what_is_below_it(plugin, monkeypatch):
+    monkeypatch.setattr(plugins, "installed", lambda: (f"{plugin}.losses",))
+    assert callable(plugins.find(f"{plugin}.losses.focal", {}, "loss.name"))
+    for name in (f"{plugin}.broken.x", f"{plugin}.losses_of_others.x"):
+        with pytest.raises(UserError, match="is not a plugin"):
+            plugins.find(name, {}, "loss.name")
+
+
+@pytest.mark.parametrize("form", ["plugins=[{}]", "+plugins=[{}]", "plugins=['{}']", "plugins={}"])
+def test_plugins_on_the_command_line_have_several_forms(plugin, form):
+    for quoted in (form, form.replace("'", '"')):
+        assert take_plugins(["seed=1", quoted.format(plugin)]) == ["seed=1"]
+    assert plugins.named() == (plugin,)
 
 
 @pytest.mark.parametrize(("kind", "limit"), reading.LIMITS.items())

@@ -70,8 +70,8 @@ def test_imports_point_one_way(path):
 _HINTS = {
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
-    ("testing.py", "gaussians"),
-    ("testing.py", "protonet"),
+    ("methods.py", "gaussians"),
+    ("methods.py", "protonet"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What is known of every setting: the torch-free index, its roles, and its value in conf/."""
+"""Every setting is in the torch-free index, has a role, and has a value in conf/."""
 
 import subprocess
 import sys
@@ -15,25 +15,28 @@ from metalearn.system.errors import UserError
 _CONF = Path(components.conf_dir())
 
 
-def plain(*words):
-    content = OmegaConf.to_container(composition.composed(list(words)), resolve=True)
+def plain(*overrides):
+    content = OmegaConf.to_container(composition.composed(list(overrides)), resolve=True)
     assert isinstance(content, dict)
     return checking.complete({str(key): value for key, value in content.items()})
 
 
-def test_the_index_is_that_of_the_classes():
+def test_index_matches_the_classes():
     assert components.INDEX_FILE.read_text() == settings_index.text(), (
         "run: python scripts/settings_index.py"
     )
 
 
-def test_a_mistyped_word_is_answered_without_torch():
+def test_mistyped_name_is_reported_without_importing_torch():
     mistakes = {
         "algo.inner_lrr=1": "did you mean algo.inner_lr",
         "train.steps=x": "a whole number",
         "algo.inner_lr=-1": "greater than 0",
         "backbone.downsample=strides": "did you mean stride",
         "dataset.split=alphabets": "did you mean alphabet",
+        "loss.name=label_smothing": "did you mean label_smoothing",
+        "loss.inner=squared_eror": "did you mean squared_error",
+        "+augment.ops.random_crp.padding=1": "did you mean random_crop",
     }
     code = (
         "import sys; from metalearn.cli import _arguments, _launch\n"
@@ -50,7 +53,7 @@ def test_a_mistyped_word_is_answered_without_torch():
 
 
 @pytest.mark.slow
-def test_every_setting_has_its_value_in_yaml_and_a_role():
+def test_every_setting_has_a_role_and_a_value_in_yaml():
     for group in schema.COMPONENTS:
         for name in composition.options(group):
             node = composition.composed([f"{group}={name}"])[group]
@@ -68,7 +71,8 @@ def test_every_setting_has_its_value_in_yaml_and_a_role():
 @pytest.mark.parametrize(
     ("key", "resume", "evaluate", "reproduce", "methods"),
     [
-        # May a resumed run, a test, a reproduction have another value; are runs that differ in it different methods?
+        # May a resumed run, a test or a reproduction have a different value? Are runs with
+        # different values different methods?
         ("train.steps", False, False, False, True),
         ("train.log_every", True, False, True, False),
         ("train.nonfinite", True, True, True, False),
@@ -109,7 +113,7 @@ def test_roles_decide_what_commands_may_change(key, resume, evaluate, reproduce,
     assert roles.tells_methods_apart(key, described) is methods
 
 
-def test_a_target_is_of_the_package_or_of_a_plugin():
+def test_target_must_be_in_the_package_or_in_a_plugin():
     for target, line in {
         "os.system": "should name a class in metalearn.algorithms",
         "torch.nn.Linear": r"torch is not a plugin of this installation; .* add plugins=\[torch\]",

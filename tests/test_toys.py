@@ -88,9 +88,7 @@ def test_toy_methods_pass_the_method_checks(name):
 
 
 @pytest.mark.slow
-def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(
-    tmp_path,
-):
+def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
     overrides = [
         "algo=soft_means",
         "dataset=gaussians",
@@ -295,9 +293,9 @@ def test_plugin_loss_and_augmentation_are_chosen_by_name():
     assert torch.equal(darker.test.draw(0, 2).query.x, plain.test.draw(0, 2).query.x)
     for override, line in {
         "loss.name=qubic": "loss.name=qubic: there is no such name; .*did you mean cubic",
-        "+loss.settings.power=2": r"loss\.settings\.power: loss\.name=None has no such setting",
+        "+loss.settings.power=2": r"loss\.settings\.power: applies to loss\.name",
         "+augment.ops.darcen.least=1": "darcen: there is no such name; .*did you mean darken",
-        "+augment.ops.darken.most=1": r"augment\.ops\.darken\.most: there is no such setting",
+        "+augment.ops.darken.most=1": r"augment\.ops\.darken\.most: darken has no such setting",
         "loss.name=os.system": "there is no such name",
     }.items():
         with pytest.raises(UserError, match=line):

@@ -27,10 +27,7 @@ class BatchTraining(Algorithm):
     sources: ClassVar[tuple[str, ...]] = ("batches",)
 
     def init_classifier(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create a linear layer from `size` features to all training classes.
-
-        For regression, its outputs are those of one task.
-        """
+        """Create a linear layer from `size` features to all training classes, or to the values."""
         outputs = spec.train_classes or spec.way
         weight = prng.normal(key, (outputs, size)) * size**-0.5
         return {"global.weight": weight, "global.bias": torch.zeros(outputs, device=key.device)}

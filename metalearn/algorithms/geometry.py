@@ -13,15 +13,9 @@ def class_sums(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
 
 
 def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
-    """Compute the mean embedding of each class (Snell et al. 2017, eq. 1).
+    """Compute the mean embedding of each class (Snell et al. 2017, eq. 1): -> [N, D].
 
-    Args:
-        z_MD: Embeddings [M, D].
-        y_M: Labels, int64 [M], each class at least once. Shots may differ between classes.
-        way: Number of classes N.
-
-    Returns:
-        Class means [N, D].
+    Shapes are those of `class_sums`. Each class occurs at least once; shots may differ.
     """
     return class_sums(z_MD, y_M, way) / F.one_hot(y_M, way).sum(0).unsqueeze(-1).to(z_MD.dtype)
 

@@ -56,7 +56,7 @@ def check_arguments(
                     f"{where}.{key}={value}: should be {len(default)} numbers, like {list(default)}"
                 )
     given = [one for one in settings.values() if one.name in values or not one.default]
-    typed: Any = OmegaConf.to_container(conform(given, OmegaConf.create(values), f"{where}."))
+    typed: Any = OmegaConf.to_container(conform(given, OmegaConf.create(dict(values)), f"{where}."))
     return dict(typed)
 
 

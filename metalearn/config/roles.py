@@ -4,12 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metalearn.config.components import (
-    Setting,
-    known_settings,
-    nested,
-    settings_of,
-)
+from metalearn.config.components import Setting, known_settings, nested, settings_of
 from metalearn.config.schema import COMPONENTS, RunConfig
 
 

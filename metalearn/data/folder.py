@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from metalearn.config.fields import anything, at_least, choice
-from metalearn.data.base import ClassData
+from metalearn.data.classes import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
 from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
 from metalearn.system.download import with_network

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from metalearn.config.fields import anything, at_least
-from metalearn.data.base import ClassData, Dataset
+from metalearn.data.base import Dataset
+from metalearn.data.classes import ClassData
 from metalearn.data.images import seeded_split, shares
 from metalearn.tasks import prng
 from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView

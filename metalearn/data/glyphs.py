@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import anything, at_least, choice
-from metalearn.data.base import ClassData
+from metalearn.data.classes import ClassData
 from metalearn.data.files import cached, ink
 from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
 from metalearn.tasks import prng

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import anything, choice
-from metalearn.data.base import ClassData, Dataset
+from metalearn.data.base import Dataset
+from metalearn.data.classes import ClassData
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes

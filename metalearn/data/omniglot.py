@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalearn.config.fields import anything, at_least, choice
-from metalearn.data.base import ClassData
+from metalearn.data.classes import ClassData
 from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
 from metalearn.data.images import ImageDataset, Pictures, seeded_split
 from metalearn.system.download import fetch

@@ -35,7 +35,7 @@ def result_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def print_details(console: Console, result: Result) -> None:
-    """Print the worst episodes and classes, calibration, and the episodes a narrower interval needs."""
+    """Print the worst episodes and classes, calibration, and how many episodes ±0.10% needs."""
     metric, details = result.metric, result.details
     parts = [f"worst tenth of the episodes {shown(metric, details['worst_decile']['mean'])}"]
     if "worst_classes" in details:

@@ -79,7 +79,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Show progress during meta-training: a live line on a terminal, a line at times elsewhere."""
+        """Show progress during meta-training, with a live line on a terminal."""
         if not self._console.is_terminal:
             yield
             return

@@ -13,13 +13,7 @@ from metalearn.config.schema import RunConfig
 from metalearn.engine import Engine, process
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
-from metalearn.run.parts import (
-    algorithm_of,
-    augmentation_of,
-    cache_folder,
-    data_folder,
-    device_of,
-)
+from metalearn.run.parts import algorithm_of, augmentation_of, cache_folder, data_folder, device_of
 from metalearn.system import processes
 from metalearn.system.errors import UserError
 from metalearn.system.processes import Processes

@@ -181,7 +181,7 @@ class Tested:
 
 
 def test(run: Run, state: State, steps: int | None) -> Tested:
-    """Test on the fixed list of test episodes. steps: adaptation steps; None: as in the settings."""
+    """Test on the fixed test episodes. steps: adaptation steps; None: as in the settings."""
     episodes = run.config.test.episodes
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
     for part in _own_parts(run, episodes):

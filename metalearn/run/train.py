@@ -118,12 +118,7 @@ def train(
 
 
 def _announce(
-    run: Run,
-    name: str,
-    recipe: str,
-    stored: dict[str, Any] | None,
-    folder: Path,
-    console: Console,
+    run: Run, name: str, recipe: str, stored: dict[str, Any] | None, folder: Path, console: Console
 ) -> None:
     if recipe:
         print_line(console, recipe)

@@ -17,7 +17,8 @@ from metalearn.algorithms.linear_head import LinearHeadAlgorithm
 from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.base import Backbone
 from metalearn.config.fields import above, at_least
-from metalearn.data.base import ClassData, Dataset
+from metalearn.data.base import Dataset
+from metalearn.data.classes import ClassData
 from metalearn.tasks import prng
 from metalearn.tasks.augment import AUGMENTATIONS
 from metalearn.tasks.losses import LOSSES

@@ -136,7 +136,7 @@ def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
     (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
     (folder / "schema.yaml").write_text("\n".join([*lines, "gone: 1"]))
-    with pytest.raises(UserError, match=r"a/config\.yaml: gone: nothing reads this key"):
+    with pytest.raises(UserError, match=r"a/config\.yaml: gone: there is no such setting"):
         evaluate(folder, [], "test", None, console)
 
 
@@ -279,8 +279,8 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
         line for line in text.splitlines() if line.startswith("-   maml glyphs algo.inner_lr=0.001")
     ]
     assert (
-        f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), over seeds p = "
-        in line
+        f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), "
+        "over seeds p = " in line
     )
     assert "with one seed on a side" in text  # ProtoNet's
     lines = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))

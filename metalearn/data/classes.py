@@ -1,0 +1,73 @@
+"""An opened dataset with classes, of any kind of input."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
+from metalearn.tasks.store import Augmentation, Augmented, ClassView, Store
+
+
+class ClassData:
+    """An opened dataset with classes: an input store and a view of the classes of each split."""
+
+    outputs: int | None = None
+
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        views: dict[str, ClassView],
+        content_hash: str,
+        standardisation: dict[str, list[float]] = {},  # noqa: B006
+    ) -> None:
+        self.stores, self.views, self.content_hash = dict(stores), views, content_hash
+        self.standardisation = standardisation
+        self.inputs = stores["train"].spec
+
+    def class_names(self, split: str) -> tuple[str, ...]:
+        """Return the names of the classes of a split."""
+        return self.views[split].index.names
+
+    def num_classes(self, split: str) -> int:
+        """Return the number of classes of a classifier over a split, rotated classes included."""
+        return self.views[split].num_classes
+
+    def protocol(self, split: str) -> dict[str, object]:
+        """Return the hashes of data and classes, the number of classes, and the rotations."""
+        others = [view.index.names for name, view in self.views.items() if name != split]
+        return {
+            "data": self.content_hash,
+            "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
+            # The classes of the other splits: those available for training and validation.
+            "split": hashlib.sha256(repr(others).encode()).hexdigest()[:16],
+            "num_classes": self.num_classes(split),
+            **self.views[split].protocol,
+        }
+
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> EpisodeSampler:
+        """Return a sampler of the episodes of a split."""
+        try:
+            return EpisodeSampler(
+                self._store(split, augment), self.views[split], shape, self._key(split, seed)
+            )
+        except UserError as error:
+            raise UserError(f"{split} episodes: {error}") from None
+
+    def batches(
+        self, split: str, size: int, seed: int, augment: Augmentation | None = None
+    ) -> BatchSampler:
+        """Return a sampler of batches of a split."""
+        return BatchSampler(
+            self._store(split, augment), self.views[split], size, self._key(split, seed)
+        )
+
+    def _store(self, split: str, augment: Augmentation | None) -> Store:
+        return self.stores[split] if augment is None else Augmented(self.stores[split], augment)
+
+    def _key(self, split: str, seed: int) -> torch.Tensor:
+        return prng.key_of(seed, STREAMS[split], device=self.views[split].index.rows.device)
