@@ -63,7 +63,7 @@ class Lines:
 
     def __init__(self, seed: int) -> None:
         self._draw = random.Random(seed)
-        composed = composition.composed([])
+        composed = composition.compose_config([])
         self._keys = [
             key for key in checking.leaves(composed) if not key.startswith("reproduction")
         ]

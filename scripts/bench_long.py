@@ -65,7 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = [*_SMALL, f"cache_dir={folder / 'cache'}"]
-        run = build(checking.checked(composition.composed([*overrides, f"train.steps={steps}"])))
+        run = build(
+            checking.check_config(composition.compose_config([*overrides, f"train.steps={steps}"]))
+        )
         tracker = MemoryTracker(run, folder)
         loop.fit(run, tracker, folder)
         first, last = tracker.mean(0, steps // 10), tracker.mean(steps - steps // 10, steps)
@@ -97,9 +99,9 @@ def main() -> None:
             copy = folder / f"sweep/{number}"
             shutil.copytree(first_run, copy, ignore=shutil.ignore_patterns("checkpoints", "*.png"))
             seed, inner_lr = number % 10, 0.1 + 0.01 * (number // 10)  # ten seeds a setting
-            settings = OmegaConf.load(copy / "schema.yaml")
+            settings = OmegaConf.load(copy / "config.yaml")
             settings.seed, settings.algo.inner_lr = seed, inner_lr
-            OmegaConf.save(settings, copy / "schema.yaml")
+            OmegaConf.save(settings, copy / "config.yaml")
             result = json.loads((copy / "result.json").read_text()) | {"seed": seed}
             (copy / "result.json").write_text(json.dumps(result))
         start = time.perf_counter()

@@ -31,12 +31,12 @@ def make_room(folder: Path, overrides: list[str]) -> None:
     """
     if not RunFolder(folder).is_started:
         return
-    config = checking.checked(composition.composed(overrides))
+    config = checking.check_config(composition.compose_config(overrides))
     expected: Any = OmegaConf.create(checking.plain(config))
     content: Any = OmegaConf.to_container(expected)
     all_roles = roles.roles(content)
     try:
-        stored: Any = composition.stored(folder)
+        stored: Any = composition.load_config(folder)
     except UserError:
         shutil.rmtree(folder)
         return

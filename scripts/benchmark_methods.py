@@ -25,7 +25,7 @@ from metalearn.config import composition
 from metalearn.report import tables
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
-from metalearn.report.tables import shown_interval
+from metalearn.report.tables import format_interval
 from metalearn.system.atomic import write_json
 
 _RESULTS = ROOT / "benchmarks/methods"
@@ -101,7 +101,7 @@ def measure(table: str, method: str, definition: dict[str, Any], more: list[str]
 
 def _score(test: dict[str, Any]) -> str:
     score, estimate = next(iter(test.items()))
-    return shown_interval(score, estimate["mean"], estimate["ci95"])
+    return format_interval(score, estimate["mean"], estimate["ci95"])
 
 
 def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pages import ROOT, fill
 import metalearn
 from metalearn.report import tables
 from metalearn.report.plots import draw_fits, draw_lines
-from metalearn.report.tables import shown_interval
+from metalearn.report.tables import format_interval
 from metalearn.system.atomic import write_json
 from metalearn.tasks import prng
 
@@ -74,7 +74,7 @@ def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
 
 
 def _score(row: dict[str, float] | None) -> str:
-    return shown_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
+    return format_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
 
 
 def main() -> None:

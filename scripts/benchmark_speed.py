@@ -215,7 +215,7 @@ def build_run(overrides: list[str], device: str) -> Run:
         *([] if "algo=protonet" in overrides else stride),
         *overrides,
     ]
-    return build(checking.checked(composition.composed(overrides)))
+    return build(checking.check_config(composition.compose_config(overrides)))
 
 
 def rates(run: Run, repeats: int) -> dict[str, list[float]]:
@@ -230,7 +230,7 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
     for strategy in strategies:
         engine = dataclasses.replace(
             run.train_engine, strategy=strategy, chunk=run.config.engine.task_chunk
-        ).resolved(run.train.draw(0, 1), batch, True)
+        ).resolve(run.train.draw(0, 1), batch, True)
         steps[strategy] = functools.partial(engine.step, run.state, tasks, progress)
     for name, engine in (
         ("auto", run.train_engine),

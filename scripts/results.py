@@ -17,7 +17,7 @@ from pages import ROOT, fill, wrap
 from metalearn.config import checking, composition
 from metalearn.report import tables
 from metalearn.report.stats import Difference
-from metalearn.report.tables import shown_interval
+from metalearn.report.tables import format_interval
 
 _RESULTS = ROOT / "benchmarks/results"
 _BUDGETS = ("smoke", "quick", "paper")
@@ -51,7 +51,9 @@ def _store_reference(experiment: str, budget: str, result: dict[str, Any]) -> No
     """Write a measured accuracy to `reproduction.measured` in the experiment's file."""
     path = composition.conf_dir() / "experiment" / f"{experiment}.yaml"
     before, mark, _ = path.read_text().partition("  measured:")
-    settings = checking.checked(composition.composed([f"experiment={experiment}"])).reproduction
+    settings = checking.check_config(
+        composition.compose_config([f"experiment={experiment}"])
+    ).reproduction
     assert mark and settings is not None
     estimate = result["test"]["accuracy"]
     lines = {name: _line(name, vars(one)) for name, one in settings.measured.items()}
@@ -80,7 +82,7 @@ def _line(budget: str, values: dict[str, Any]) -> str:
 
 def _score(test: dict[str, Any]) -> str:
     score, estimate = next(iter(test["test"].items()))
-    return shown_interval(score, estimate["mean"], estimate["ci95"])
+    return format_interval(score, estimate["mean"], estimate["ci95"])
 
 
 def _shape(protocol: dict[str, Any]) -> str:
@@ -118,7 +120,7 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
                     _shape(test["protocol"]),
                     test["protocol"]["statistics"],
                     _score(test),
-                    tables.shown_difference(next(iter(test["test"])), Difference(**difference))
+                    tables.format_difference(next(iter(test["test"])), Difference(**difference))
                     if difference and is_inductive
                     else "",
                     test["protocol_id"],
@@ -159,7 +161,9 @@ def recipes(runs: list[dict[str, Any]]) -> list[str]:
     rows, hardware = [], set()
     for name, run in sorted(best.items()):
         result = run["result"]
-        settings = checking.checked(composition.composed([f"experiment={name}"])).reproduction
+        settings = checking.check_config(
+            composition.compose_config([f"experiment={name}"])
+        ).reproduction
         assert settings is not None
         published = settings.published
         interval = f" ± {100 * published.ci95:.2f}" if published.ci95 else ""

@@ -30,7 +30,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def doubled(tree: Any) -> Any:
+def to_float64(tree: Any) -> Any:
     """Convert the floating-point tensors of a tree to float64."""
     return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
@@ -43,7 +43,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compose(cache_dir: Path):
     def compose_small(*overrides: str) -> DictConfig:
-        return composition.composed([*SMALL, f"cache_dir={cache_dir}", *overrides])
+        return composition.compose_config([*SMALL, f"cache_dir={cache_dir}", *overrides])
 
     return compose_small
 
@@ -51,7 +51,7 @@ def compose(cache_dir: Path):
 @pytest.fixture
 def make_run(compose):
     def make(*overrides: str) -> Run:
-        return build(checking.checked(compose(*overrides)))
+        return build(checking.check_config(compose(*overrides)))
 
     return make
 

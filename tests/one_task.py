@@ -9,7 +9,7 @@ from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
 from metalearn.tasks import prng
 from metalearn.tasks.types import Query, Spec, Support, Task
-from tests.conftest import doubled
+from tests.conftest import to_float64
 
 IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)
@@ -39,7 +39,7 @@ def make_task(shot=2, way=3, query=4, features=4, seed=0):
 
 
 def init_state(algorithm, way=3, features=4, classes=0):
-    return doubled(algorithm.init(Spec((features,), way, classes, "class"), prng.key_of(0)))
+    return to_float64(algorithm.init(Spec((features,), way, classes, "class"), prng.key_of(0)))
 
 
 def batch_of_one(task):

@@ -28,7 +28,7 @@ from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Kernels
-from tests.conftest import doubled
+from tests.conftest import to_float64
 
 
 def conv4(**changes):
@@ -245,11 +245,11 @@ def compose_resnet18(cache_dir, *overrides):
         f"cache_dir={cache_dir}",
         "logger=none",
     ]
-    return composition.composed(["backbone=resnet18", *small, *few, *overrides])
+    return composition.compose_config(["backbone=resnet18", *small, *few, *overrides])
 
 
 def resnet18_settings(cache_dir, *overrides):
-    return checking.checked(compose_resnet18(cache_dir, *overrides))
+    return checking.check_config(compose_resnet18(cache_dir, *overrides))
 
 
 @pytest.mark.slow
@@ -387,8 +387,8 @@ def test_noise_depends_on_the_task_and_only_in_meta_training(backbone, algo, mak
     noisy += ["backbone.drop_block=true", "backbone.block_size=2"] if backbone == "resnet12" else []
     run = make_run(f"algo={algo}", f"backbone={backbone}", *noisy)
     tasks, state, half = (
-        doubled(run.train.draw(0, 3)),
-        doubled(run.state),
+        to_float64(run.train.draw(0, 3)),
+        to_float64(run.state),
         torch.tensor(0.5).double(),
     )
 
@@ -411,7 +411,7 @@ def test_noise_depends_on_the_task_and_only_in_meta_training(backbone, algo, mak
     )
     predictions = [
         dataclasses.replace(run.test_engine, algorithm=one).predictions(
-            state, doubled(run.test.draw(0, 2))
+            state, to_float64(run.test.draw(0, 2))
         )
         for one in (run.algorithm, quiet)
     ]

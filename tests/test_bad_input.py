@@ -83,8 +83,14 @@ MISTAKES = [
     (["loss.name=my_pkg.losses.focal"], ["loss.name=my_pkg.losses.focal", "add plugins=[my_pkg]"]),
     (["+augment.ops={my_pkg.blur:{}}"], ["augment.ops=my_pkg.blur", "add plugins=[my_pkg]"]),
     (["loss.name=os.system"], ["loss.name=os.system: there is no such name"]),
-    (["episode.unlabelled=1"], ["episode.unlabelled=1: MAML does not learn from unlabelled"]),
-    (["episode.train.distractors=1"], ["episode.train.distractors=1: MAML does not learn from"]),
+    (
+        ["dataset=sinusoid", "backbone=mlp_sinusoid", "episode=regression", "episode.unlabelled=1"],
+        ["episode.unlabelled=1: this dataset has no classes"],
+    ),
+    (
+        ["episode.train.distractors=1"],
+        ["episode.train.distractors=1", "set episode.train.unlabelled"],
+    ),
     (["+train.lr=1"], ["+train.lr: this setting exists; leave out the +"]),
 ]
 
@@ -93,8 +99,8 @@ MISTAKES = [
 def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
     with pytest.raises(UserError) as caught:
         check(
-            checking.checked(
-                composition.composed(overrides)
+            checking.check_config(
+                composition.compose_config(overrides)
                 if "dataset=sinusoid" in overrides
                 else compose(*overrides)
             )
@@ -123,8 +129,8 @@ def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
 def test_settings_that_the_data_cannot_satisfy_are_reported(overrides, parts, compose):
     with pytest.raises(UserError) as caught:
         build(
-            checking.checked(
-                composition.composed(overrides)
+            checking.check_config(
+                composition.compose_config(overrides)
                 if "dataset=folder" in overrides
                 else compose(*overrides)
             )
@@ -135,7 +141,7 @@ def test_settings_that_the_data_cannot_satisfy_are_reported(overrides, parts, co
 def test_missing_device_is_reported(compose, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda"):
-        check(checking.checked(compose("device=cuda")))
+        check(checking.check_config(compose("device=cuda")))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +155,7 @@ def test_missing_device_is_reported(compose, monkeypatch):
 def test_every_choice_composes_and_has_an_explanation(group):
     for name, line in composition.options(group).items():
         settings = [f"{group}={name}"]
-        check(checking.checked(composition.composed(settings)))
+        check(checking.check_config(composition.compose_config(settings)))
         assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
 
 
@@ -159,8 +165,8 @@ def test_methods_compose_with_datasets_that_they_learn_and_have_a_recipe_for():
         for dataset in ("sinusoid", "omniglot", "cifar_fs"):
             if not composition.recipe_names(algo, dataset, "conv4") and dataset != "sinusoid":
                 continue
-            settings = checking.checked(
-                composition.composed([f"algo={algo}", f"dataset={dataset}"])
+            settings = checking.check_config(
+                composition.compose_config([f"algo={algo}", f"dataset={dataset}"])
             )
             target = components.component(settings.dataset, "dataset").target
             possible = target in components.component(settings.algo, "algo").targets
@@ -180,8 +186,8 @@ def test_optimiser_settings_are_kept_with_train_optimiser():
         (["optimiser=adam", "optimiser.weight_decay=0.1"], {"weight_decay": 0.1}),
         (["optimiser=adam"], {"weight_decay": 0.0, "momentum": 0.0}),
     ):
-        config = composition.composed(["train.optimiser=sgd", *overrides])
-        settings = checking.checked(config)
+        config = composition.compose_config(["train.optimiser=sgd", *overrides])
+        settings = checking.check_config(config)
         assert settings.optimiser["_target_"] == "torch.optim.SGD"
         assert expected.items() <= settings.optimiser.items(), overrides
         assert "betas" not in settings.optimiser
@@ -201,7 +207,7 @@ def test_each_value_of_an_axis_is_checked_once():
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])
 def test_unprintable_characters_are_escaped(value):
     with pytest.raises(UserError) as caught:
-        checking.checked(composition.composed([f"train.steps={value}"]))
+        checking.check_config(composition.compose_config([f"train.steps={value}"]))
     assert str(caught.value).isprintable()
 
 

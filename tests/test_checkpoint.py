@@ -22,7 +22,7 @@ class Malice:
 def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path):
     for content in ({"meta": Malice(tmp_path / "ran"), "fixed": {}}, Malice(tmp_path / "ran")):
         torch.save(content, tmp_path / "last.pt")
-        with pytest.raises(checkpoint.Damaged, match="not a readable checkpoint"):
+        with pytest.raises(checkpoint.CorruptCheckpoint, match="not a readable checkpoint"):
             checkpoint.load(tmp_path / "last.pt", torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
 
@@ -64,6 +64,6 @@ def test_every_damaged_byte_is_detected_or_harmless(tmp_path):
         )
         try:
             loaded = checkpoint.load(path, torch.device("cpu"))
-        except checkpoint.Damaged:
+        except checkpoint.CorruptCheckpoint:
             continue
         assert torch.equal(loaded["meta"]["w"], torch.arange(5.0)) and loaded["best"] == {"step": 3}

@@ -1,4 +1,4 @@
-"""The command line as a user has it: in a process of its own, errors included."""
+"""Commands run in a separate process, as a user runs them, errors included."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.conftest import SMALL
 pytestmark = pytest.mark.slow
 
 
-def one_line(done, code: int) -> str:
+def error_line(done, code: int) -> str:
     assert done.returncode == code, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
@@ -21,11 +21,11 @@ def one_line(done, code: int) -> str:
     return lines[0]
 
 
-def nothing_left(tmp_path) -> bool:
+def is_empty(tmp_path) -> bool:
     return not [path for path in tmp_path.rglob("*") if path.name != "data"]
 
 
-def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
+def test_run_writes_all_output_files(metalearn, tmp_path):
     done = metalearn(
         "train",
         "algo=maml",
@@ -60,9 +60,9 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert result["protocol_id"] in done.stdout
     assert f"{100 * result['test']['accuracy']['mean']:.2f}%" in done.stdout
 
-    # Tested again: the same figure; under other statistics: another protocol.
-    again = metalearn("evaluate", "run=my run")
-    assert again.returncode == 0, again.stderr
+    # Tested again, the result is the same; other statistics give a different protocol.
+    evaluated = metalearn("evaluate", "run=my run")
+    assert evaluated.returncode == 0, evaluated.stderr
     stored = json.loads((folder / "evaluations" / f"{result['protocol_id']}.json").read_text())
     assert stored["test"] == result["test"]
     other = metalearn("evaluate", "run=my run", "statistics=support", "episode.query=5")
@@ -70,19 +70,19 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert (
         len(list((folder / "evaluations").glob("*.json"))) == 4
     )  # both statistics of two protocols
-    assert "episode.quer" in one_line(metalearn("evaluate", "run=my run", "episode.quer=5"), 2)
-    assert "train with statistics=population" in one_line(
+    assert "episode.quer" in error_line(metalearn("evaluate", "run=my run", "episode.quer=5"), 2)
+    assert "train with statistics=population" in error_line(
         metalearn("evaluate", "run=my run", "statistics=population"), 2
     )
-    split = one_line(metalearn("evaluate", "run=my run", "dataset.split_seed=5"), 2)
+    split = error_line(metalearn("evaluate", "run=my run", "dataset.split_seed=5"), 2)
     assert "were trained or validated on" in split
-    assert "holds a finished run; resume=auto" in one_line(
+    assert "holds a finished run; resume=auto" in error_line(
         metalearn("train", *SMALL, "hydra.run.dir=my run"), 2
     )
     assert metalearn("evaluate", "run=my run", "algo.test_inner_steps=9").returncode == 0
     steps = folder / f"evaluations/{result['protocol_id']}-test_inner_steps=9.json"
     assert json.loads(steps.read_text())["overrides"] == ["algo.test_inner_steps=9"]
-    assert "cannot change how the run was trained" in one_line(
+    assert "cannot change how the run was trained" in error_line(
         metalearn("evaluate", "run=my run", "backbone.filters=9"), 2
     )
     compared = metalearn("compare", "my run")
@@ -91,14 +91,14 @@ def test_a_run_leaves_its_whole_story(metalearn, tmp_path):
     assert result["protocol_id"] in compared.stdout
 
 
-def test_steps_zero_tests_the_initialisation(metalearn, tmp_path):
+def test_zero_steps_test_the_initialisation(metalearn, tmp_path):
     done = metalearn("train", "algo=protonet", *SMALL, "train.steps=0", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["best_step"] == 0
 
 
-def test_regression(metalearn, tmp_path):
-    words = [
+def test_regression_reports_the_squared_error(metalearn, tmp_path):
+    arguments = [
         "train",
         "algo=maml",
         "dataset=sinusoid",
@@ -107,17 +107,17 @@ def test_regression(metalearn, tmp_path):
         "test.episodes=6",
         "logger=none",
     ]
-    done = metalearn(*words, "hydra.run.dir=out")
+    done = metalearn(*arguments, "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/result.json").read_text())["test"]["mse"]["episodes"] == 6
 
 
-def test_wandb_without_a_key_goes_offline_and_never_asks(metalearn, tmp_path):
-    small = [word for word in SMALL if word != "logger=none"]
+def test_wandb_without_a_key_is_offline_and_never_prompts(metalearn, tmp_path):
+    overrides = [override for override in SMALL if override != "logger=none"]
     done = metalearn(
         "train",
         "algo=protonet",
-        *small,
+        *overrides,
         "hydra.run.dir=out",
         WANDB_MODE=None,
         WANDB_API_KEY=None,
@@ -147,7 +147,7 @@ def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_pa
     assert any("episode.way=5" in line and "%" in line for line in table)
 
 
-def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
+def test_sweeper_receives_the_validation_score(metalearn, tmp_path):
     pytest.importorskip(
         "hydra_plugins.hydra_optuna_sweeper", reason="the sweep extra is not installed"
     )
@@ -167,7 +167,7 @@ def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (["trian"], ["trian", "did you mean train"]),
         (["train", "algo=mamll"], ["did you mean maml"]),
@@ -194,21 +194,21 @@ def test_sweeper_gets_the_validation_score(metalearn, tmp_path):
     ],
     ids=lambda value: " ".join(value)[-40:],
 )  # fmt: skip
-def test_mistakes_give_one_line_and_leave_nothing(words, expected, metalearn, tmp_path):
-    line = one_line(metalearn(*words), 2)
-    assert all(word in line for word in expected), line
-    assert nothing_left(tmp_path)
+def test_mistake_gives_one_line_and_no_files(arguments, expected, metalearn, tmp_path):
+    line = error_line(metalearn(*arguments), 2)
+    assert all(part in line for part in expected), line
+    assert is_empty(tmp_path)
 
 
-def test_no_data_and_no_network(metalearn, tmp_path):
-    line = one_line(
+def test_missing_data_without_network_is_one_line(metalearn, tmp_path):
+    line = error_line(
         metalearn("train", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30), 2
     )
     assert all(
-        word in line
-        for word in ["http://127.0.0.1:9", str(tmp_path / "data/omniglot"), "dataset=glyphs"]
+        part in line
+        for part in ["http://127.0.0.1:9", str(tmp_path / "data/omniglot"), "dataset=glyphs"]
     ), line
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
 def test_debug_shows_the_traceback(metalearn):
@@ -217,22 +217,24 @@ def test_debug_shows_the_traceback(metalearn):
     assert "Traceback" in done.stderr
 
 
-def test_help_list_and_config(metalearn, tmp_path):
+def test_help_list_config_and_completion_print(metalearn, tmp_path):
     assert "train" in metalearn("--help").stdout
     assert "episode.train.way" in metalearn("train", "--help").stdout
     listed = metalearn("list").stdout
-    for word in ("maml", "protonet", "omniglot", "conv4", "Finn et al. 2017"):
-        assert word in listed
-    shown = metalearn("train", "algo=anil", "--cfg", "job")
-    assert shown.returncode == 0, shown.stderr
-    assert "adapted_part: head" in shown.stdout
-    assert "hydra:" not in shown.stdout
-    completed = metalearn("-sc", "query=bash", COMP_LINE="metalearn train algo=re", COMP_POINT="23")
-    assert "algo=reptile" in completed.stdout
-    assert nothing_left(tmp_path)
+    for text in ("maml", "protonet", "omniglot", "conv4", "Finn et al. 2017"):
+        assert text in listed
+    config = metalearn("train", "algo=anil", "--cfg", "job")
+    assert config.returncode == 0, config.stderr
+    assert "adapted_part: head" in config.stdout
+    assert "hydra:" not in config.stdout
+    completion = metalearn(
+        "-sc", "query=bash", COMP_LINE="metalearn train algo=re", COMP_POINT="23"
+    )
+    assert "algo=reptile" in completion.stdout
+    assert is_empty(tmp_path)
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
+def test_closed_pipe_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -246,8 +248,10 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("words", [["-sc"], ["-sc", "install=basch"], ["train", "-sc", "seed=1"]])
-def test_a_mistaken_completion_is_one_line(metalearn, words):
-    done = metalearn(*words)
+@pytest.mark.parametrize(
+    "arguments", [["-sc"], ["-sc", "install=basch"], ["train", "-sc", "seed=1"]]
+)
+def test_wrong_completion_option_is_one_line(metalearn, arguments):
+    done = metalearn(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("metalearn: -sc") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What evaluate, compare and reproduce do with finished runs."""
+"""The commands evaluate, compare and reproduce on finished runs."""
 
 import csv
 import json
@@ -27,24 +27,28 @@ def console():
 
 @pytest.fixture
 def run(compose, console, tmp_path):
-    """Makes a finished run in a folder of this name."""
+    """Train a run in a folder of this name."""
 
-    def made(name, *overrides):
+    def make(name, *overrides):
         composed = compose(*overrides)
-        algorithm = checking.checked(composed).algo["_target_"].rpartition(".")[2].lower()
+        algorithm = checking.check_config(composed).algo["_target_"].rpartition(".")[2].lower()
         train(composed, tmp_path / name, f"{algorithm} glyphs", list(overrides), console)
         return tmp_path / name
 
-    return made
+    return make
 
 
-def only(folder, **wanted):
-    """The evaluation whose protocol is this."""
-    found = [
+def only_evaluation(folder, **protocol):
+    """Return the only evaluation with these values in its protocol."""
+    evaluations = [
         json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
     ]
-    (one,) = [x for x in found if all(x["protocol"][key] == value for key, value in wanted.items())]
-    return one
+    (match,) = [
+        one
+        for one in evaluations
+        if all(one["protocol"][key] == value for key, value in protocol.items())
+    ]
+    return match
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,8 @@ def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, i
     folder = run("a", f"algo={name}", "test.episodes=20")
     result = json.loads((folder / "result.json").read_text())
     evaluate(folder, [], "test", None, console)
-    query, other = only(folder, statistics="query"), only(folder, statistics=inductive)
+    query = only_evaluation(folder, statistics="query")
+    other = only_evaluation(folder, statistics=inductive)
     assert result["test"] in (query["test"], other["test"])
     scores = [
         read_scores(folder / "evaluations" / f"{one['protocol_id']}_scores.csv")
@@ -68,7 +73,7 @@ def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, i
         assert stored["ci95"] == pytest.approx(difference.ci95, abs=1e-5)
         assert stored["p_value"] == pytest.approx(difference.p_value, rel=1e-2)
     assert "transductive minus inductive" in console.export_text()
-    # The difference is that of the means, since the episodes are the same.
+    # The episodes are the same, so the mean difference is the difference of the means.
     assert difference.mean == pytest.approx(
         query["test"]["accuracy"]["mean"] - other["test"]["accuracy"]["mean"], abs=1e-5
     )
@@ -78,11 +83,11 @@ def test_evaluate_gives_both_statistics_on_shared_episodes(run, console, name, i
 def test_evaluate_without_normalisation_has_one_measurement(run, console):
     folder = run("a", "algo=maml", "backbone.normalisation=none")
     evaluate(folder, [], "test", None, console)
-    assert "transductive_minus_inductive" not in only(folder, statistics="none")
+    assert "transductive_minus_inductive" not in only_evaluation(folder, statistics="none")
 
 
 @pytest.mark.slow
-def test_evaluate_changes_the_protocol_alone(run, console):
+def test_evaluate_changes_only_the_protocol(run, console):
     folder = run("a", "algo=protonet")
     evaluate(
         folder,
@@ -91,9 +96,9 @@ def test_evaluate_changes_the_protocol_alone(run, console):
         None,
         console,
     )
-    found = only(folder, statistics="population")
-    assert [found["protocol"][key] for key in ("way", "shot", "query")] == [7, 2, 4]
-    assert found["test"]["accuracy"]["episodes"] == 9
+    evaluation = only_evaluation(folder, statistics="population")
+    assert [evaluation["protocol"][key] for key in ("way", "shot", "query")] == [7, 2, 4]
+    assert evaluation["test"]["accuracy"]["episodes"] == 9
     evaluate(
         folder,
         ["dataset=glyphs", "dataset.num_classes=50", "dataset.jitter=1", "dataset.image_size=16"],
@@ -102,18 +107,18 @@ def test_evaluate_changes_the_protocol_alone(run, console):
         console,
     )
     evaluate(folder, [], "train", None, console)
-    known = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
-    assert {one["split"] for one in known} == {"train", "test"}
-    assert len({one["protocol_id"] for one in known}) == 6
+    evaluations = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
+    assert {one["split"] for one in evaluations} == {"train", "test"}
+    assert len({one["protocol_id"] for one in evaluations}) == 6
 
-    for words, told in [
+    for overrides, message in [
         (["train.steps=5"], "cannot change how the run was trained"),
         (["episode.train.way=3"], "cannot change how the run was trained"),
         (["episode.qery=5"], "there is no such key; did you mean episode.query"),
         (["statistics=median"], "should be one of query"),
     ]:
-        with pytest.raises(UserError, match=told):
-            evaluate(folder, words, "test", None, console)
+        with pytest.raises(UserError, match=message):
+            evaluate(folder, overrides, "test", None, console)
     with pytest.raises(UserError, match="split=dev: should be one of"):
         evaluate(folder, [], "dev", None, console)
     with pytest.raises(UserError, match="curve=steps: ProtoNet does not adapt in steps"):
@@ -121,34 +126,34 @@ def test_evaluate_changes_the_protocol_alone(run, console):
 
 
 @pytest.mark.slow
-def test_evaluate_reads_a_run_that_is_older_than_a_setting(run, console):
+def test_evaluate_reads_a_run_older_than_a_setting(run, console):
     folder = run("a", "algo=maml")
-    lines = (folder / "schema.yaml").read_text().splitlines()
+    lines = (folder / "config.yaml").read_text().splitlines()
     newer = (
         "reproduction:",
         "  pull:",
         "  halvings:",
         "  cuda_graph:",
-    )  # of every run, its method, backbone and engine
-    kept = [line for line in lines if not line.startswith(newer)]
-    assert len(kept) == len(lines) - len(newer)
-    (folder / "schema.yaml").write_text("\n".join(kept))
+    )  # settings of the run, its method, its backbone and its engine
+    older = [line for line in lines if not line.startswith(newer)]
+    assert len(older) == len(lines) - len(newer)
+    (folder / "config.yaml").write_text("\n".join(older))
     (folder / "engine.json").unlink()
     evaluate(folder, [], "test", None, console)
-    (folder / "schema.yaml").write_text("\n".join([*lines, "gone: 1"]))
+    (folder / "config.yaml").write_text("\n".join([*lines, "gone: 1"]))
     with pytest.raises(UserError, match=r"a/config\.yaml: gone: there is no such setting"):
         evaluate(folder, [], "test", None, console)
 
 
 @pytest.mark.slow
-def test_evaluate_tells_another_precision_from_the_plain_one(run, console):
+def test_evaluation_file_names_a_different_precision(run, console):
     folder = run("a", "algo=protonet")
     evaluate(folder, ["engine.precision=bf16"], "test", None, console)
     assert all("-precision=bf16" in path.name for path in (folder / "evaluations").glob("*.json"))
 
 
 @pytest.mark.slow
-def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
+def test_different_adaptation_never_replaces_the_plain_evaluation(run, console):
     folder = run("a", "algo=maml")
     evaluate(folder, [], "test", None, console)
     before = {path.name: path.read_text() for path in (folder / "evaluations").glob("*.json")}
@@ -161,7 +166,7 @@ def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
     ] * 2
     evaluate(
         folder, ["algo.test_inner_steps=3"], "test", None, console
-    )  # as the run's own: no other adaptation
+    )  # the run's own value, so the same adaptation
     assert len(list((folder / "evaluations").glob("*.json"))) == 4
     with pytest.raises(
         UserError, match=r"only training reads this; did you mean algo\.test_inner_steps"
@@ -172,25 +177,27 @@ def test_other_adaptation_never_replaces_the_plain_evaluation(run, console):
 
 
 @pytest.mark.slow
-def test_evaluate_refuses_classes_the_run_has_seen_however_they_are_drawn(run, console):
+def test_evaluate_refuses_training_classes_under_other_dataset_settings(run, console):
     folder = run("a", "algo=protonet")
-    for words in (["dataset.split_seed=5"], ["dataset.split_seed=5", "dataset.jitter=1.01"]):
+    for overrides in (["dataset.split_seed=5"], ["dataset.split_seed=5", "dataset.jitter=1.01"]):
         with pytest.raises(UserError, match="were trained or validated on"):
-            evaluate(folder, words, "test", None, console)
-    evaluate(folder, ["dataset.rotations=classes"], "train", None, console)  # asked for by its name
+            evaluate(folder, overrides, "test", None, console)
+    evaluate(
+        folder, ["dataset.rotations=classes"], "train", None, console
+    )  # selected by name, so allowed
     assert "train accuracy" in console.export_text()
 
 
 @pytest.mark.slow
-def test_evaluate_tells_that_the_way_is_part_of_the_weights(run, console):
+def test_evaluate_refuses_another_way_if_it_is_part_of_the_weights(run, console):
     folder = run("a", "algo=maml")
-    with pytest.raises(UserError, match=r"episode\.way=7: the run tells 5 classes apart"):
+    with pytest.raises(UserError, match=r"episode\.way=7: the run distinguishes 5 classes"):
         evaluate(folder, ["episode.way=7"], "test", None, console)
 
 
 @pytest.mark.slow
-def test_a_curve_over_steps_ends_where_predictions_are_no_longer_finite(console, tmp_path):
-    words = [
+def test_curve_over_steps_ends_at_non_finite_predictions(console, tmp_path):
+    overrides = [
         "algo=maml",
         "dataset=sinusoid",
         "algo.inner_lr=1e3",
@@ -198,17 +205,23 @@ def test_a_curve_over_steps_ends_where_predictions_are_no_longer_finite(console,
         "train.steps=0",
     ]
     small = ["val.episodes=4", "test.episodes=4", "logger=none"]
-    train(composition.composed([*words, *small]), tmp_path / "wild", "wild", words, console)
+    train(
+        composition.compose_config([*overrides, *small]),
+        tmp_path / "wild",
+        "wild",
+        overrides,
+        console,
+    )
     evaluate(tmp_path / "wild", [], "test", "steps", console)
     rows = (
         next((tmp_path / "wild/evaluations").glob("*_steps_curve.csv")).read_text().splitlines()[1:]
     )
     assert 1 <= len(rows) < 11
-    assert "no longer finite" in console.export_text()
+    assert "are not finite; the curve ends here" in console.export_text()
 
 
 @pytest.mark.slow
-def test_curves(run, console):
+def test_curves_contain_the_result_of_the_run(run, console):
     folder = run("a", "algo=maml")
     result = json.loads((folder / "result.json").read_text())
     for curve in ("steps", "shot"):
@@ -216,12 +229,12 @@ def test_curves(run, console):
         stem = folder / "evaluations" / f"{result['protocol_id']}_{curve}_curve"
         assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         rows = list(csv.DictReader(stem.with_suffix(".csv").open()))
-        at = [int(row[curve]) for row in rows]
-        # 20 drawings a class, 3 of them queries.
-        assert at == (list(range(11)) if curve == "steps" else [1, 2, 3, 4, 5, 7, 10, 15])
+        values = [int(row[curve]) for row in rows]
+        # Of the 20 images per class, 3 are queries.
+        assert values == (list(range(11)) if curve == "steps" else [1, 2, 3, 4, 5, 7, 10, 15])
         own = rows[
-            at.index(3 if curve == "steps" else 1)
-        ]  # three inner steps, one shot: as the run itself was tested
+            values.index(3 if curve == "steps" else 1)
+        ]  # three inner steps, one shot: as in the test of the run
         assert float(own["mean"]) == pytest.approx(result["test"]["accuracy"]["mean"], abs=1e-5)
         assert own["protocol_id"] == result["protocol_id"]
 
@@ -247,9 +260,9 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
         if line.startswith("|")
     ]
     head, rows = table[0], table[2:]
-    assert len(rows) == 3  # two seeds are one line
+    assert len(rows) == 3  # two seeds share a row
     assert head[:5] == ["algorithm", "setting", "seeds", "minutes", "hardware"]
-    assert len(head[5:]) == 2  # query, and population for ProtoNet alone
+    assert len(head[5:]) == 2  # query, and population for ProtoNet only
     by_name = {(row[0], row[1]): row for row in rows}
     fast, slow = (by_name["maml glyphs", f"algo.inner_lr={rate}"] for rate in ("0.4", "0.001"))
     assert fast[2] == slow[2] == "2"
@@ -264,7 +277,7 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     assert fast[column].startswith(f"{100 * sum(means) / 2:.2f}%")
     assert "seeds ±" in fast[column]
     assert "seeds ±" not in by_name["protonet glyphs", ""][column]
-    # Significance, of the scores averaged over seeds, adjusted for the three pairs.
+    # Significance tests use scores averaged over seeds, adjusted for three pairs.
     scores = [
         torch.stack(
             [read_scores(tmp_path / f"runs/{name}-{seed}/test_scores.csv") for seed in (0, 1)]
@@ -282,7 +295,7 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
         f"{100 * difference.mean:+.2f} ± {100 * difference.ci95:.2f} points (p < 0.001), "
         "over seeds p = " in line
     )
-    assert "with one seed on a side" in text  # ProtoNet's
+    assert "with one seed, a significant difference" in text  # ProtoNet has one seed
     lines = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))
     assert len(lines) == 6
     assert (tmp_path / "runs/comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -292,7 +305,9 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, console, tmp_path):
+def test_compare_separates_different_trainings_and_counts_a_repeated_seed_once(
+    run, console, tmp_path
+):
     for name, statistics in (("a", "query"), ("b", "query"), ("c", "support")):
         folder = run(f"runs/{name}", "algo=maml", f"statistics={statistics}", "test.episodes=20")
         evaluate(folder, [], "test", None, console)
@@ -311,21 +326,21 @@ def test_compare_keeps_trainings_apart_and_counts_a_repeated_seed_once(run, cons
 
 
 @pytest.mark.slow
-def test_compare_leaves_out_what_it_cannot_read_and_says_so(run, console, tmp_path):
+def test_compare_lists_runs_that_it_cannot_read(run, console, tmp_path):
     run("runs/good", "algo=maml", "test.episodes=20")
-    for name in ("torn", "empty", "list", "foreign"):
+    for name in ("truncated", "empty", "list", "foreign"):
         run(f"runs/{name}", "algo=maml", "test.episodes=20")
-    (tmp_path / "runs/torn/test_scores.csv").write_text("episode,accuracy\n0,0.5\n")
+    (tmp_path / "runs/truncated/test_scores.csv").write_text("episode,accuracy\n0,0.5\n")
     (tmp_path / "runs/foreign/test_scores.csv").write_text("episode,accuracy\n" + "0,0.01\n" * 20)
-    (tmp_path / "runs/empty/schema.yaml").write_text("")
+    (tmp_path / "runs/empty/config.yaml").write_text("")
     (tmp_path / "runs/list/result.json").write_text("[1]")
     (tmp_path / "runs/unfinished").mkdir()
-    (tmp_path / "runs/unfinished/schema.yaml").write_text("seed: 0")
+    (tmp_path / "runs/unfinished/config.yaml").write_text("seed: 0")
     compare([tmp_path / "runs"], None, console)
     text = console.export_text()
-    for name in ("torn", "empty", "list", "foreign", "unfinished"):
+    for name in ("truncated", "empty", "list", "foreign", "unfinished"):
         assert f"left out: {tmp_path}/runs/{name}" in text, name
-    for name in ("torn", "empty", "list"):
+    for name in ("truncated", "empty", "list"):
         with pytest.raises(UserError, match=name):
             compare([tmp_path / "runs" / name], None, console)
 
@@ -347,8 +362,8 @@ def test_recipes_compose_at_every_budget(name):
     from metalearn.run import pairings
 
     for budget in ("smoke", "quick", "paper"):
-        settings = checking.checked(
-            composition.composed(reproduce.Recipe(name, budget).overrides([])[:-1])
+        settings = checking.check_config(
+            composition.compose_config(reproduce.Recipe(name, budget).overrides([])[:-1])
         )
         pairings.check(settings)
         assert settings.reproduction is not None
@@ -365,27 +380,19 @@ def test_recipes_compose_at_every_budget(name):
 @pytest.mark.parametrize(
     ("budget", "mean", "ci95", "sampler", "code"),
     [
-        (
-            "paper",
-            0.9829,
-            0.0001,
-            SAMPLER_VERSION,
-            0,
-        ),  # published 98.7 ± 0.4: 98.3 is what must be reached
+        # The published result is 98.7 ± 0.4, so the target is 98.3.
+        ("paper", 0.9829, 0.0001, SAMPLER_VERSION, 0),
         ("paper", 0.9828, 0.0001, SAMPLER_VERSION, 1),
-        (
-            "quick",
-            0.899,
-            0.001,
-            SAMPLER_VERSION,
-            0,
-        ),  # measured 90 ± 0: reached by the upper end of the interval
+        # The measured result is 90 ± 0; the upper end of the interval reaches it.
+        ("quick", 0.899, 0.001, SAMPLER_VERSION, 0),
         ("quick", 0.898, 0.001, SAMPLER_VERSION, 1),
-        ("quick", 0.899, 0.001, 1, 3),  # on other episodes
-        ("smoke", 0.99, 0.01, None, 3),  # nothing to hold against
+        ("quick", 0.899, 0.001, 1, 3),  # measured with a different sampler
+        ("smoke", 0.99, 0.01, None, 3),  # no target
     ],
 )
-def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
+def test_verdict_compares_the_upper_end_with_the_target(
+    budget, mean, ci95, sampler, code, tmp_path, console
+):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", budget)
     recipe.measured = None
     if budget == "quick":
@@ -418,15 +425,15 @@ def test_verdict(budget, mean, ci95, sampler, code, tmp_path, console):
     assert verdict["outcome"] == {0: "PASS", 1: "FAIL", 3: "NOT MEASURED"}[code]
     if code == 3:
         assert "not measured with this sampler" in console.export_text()
-    if (budget, code) == ("quick", 0):  # another protocol is no confirmation
+    if (budget, code) == ("quick", 0):  # a different protocol cannot pass
         result.protocol_id = "other"
         result.write(tmp_path / "result.json")
         assert recipe.verdict(tmp_path, console) == 1
 
 
-def test_reproduce_refuses_what_makes_another_experiment(capsys):
+def test_reproduce_refuses_settings_that_change_the_experiment(capsys):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", "smoke")
-    for word in (
+    for override in (
         "seed=3",
         "logger=none",
         "logger.name=none",
@@ -434,10 +441,10 @@ def test_reproduce_refuses_what_makes_another_experiment(capsys):
         "resume=auto",
         "train.log_every=7",
     ):
-        assert word in recipe.overrides([word])
+        assert override in recipe.overrides([override])
     with pytest.raises(UserError, match="there is no such key; did you mean seed"):
         recipe.overrides(["sed=1"])
-    for word in (
+    for override in (
         "train.steps=5",
         "algo=protonet",
         "test.episodes=10",
@@ -445,7 +452,7 @@ def test_reproduce_refuses_what_makes_another_experiment(capsys):
         "episode=5w5s",
     ):
         with pytest.raises(UserError, match="changes the experiment"):
-            recipe.overrides([word])
+            recipe.overrides([override])
     with pytest.raises(UserError, match="did you mean maml_omniglot_5w1s"):
         reproduce.Recipe("maml_omniglot_5w1", "smoke")
     with pytest.raises(UserError, match="should be one of smoke, quick, paper"):

@@ -17,7 +17,7 @@ from metalearn.run.train import train
 from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
-from tests.conftest import ALGORITHMS, doubled
+from tests.conftest import ALGORITHMS, to_float64
 
 _HALF = torch.tensor(0.5)
 #: Methods of each kind; `make check` runs all their checks.
@@ -69,7 +69,7 @@ def test_strategies_agree_on_images(name, statistics, make_run):
         "backbone.filters=4",
     ]
     run = make_run(f"algo={name}", *overrides, *maps)
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     strategies = (
         ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
     )
@@ -80,7 +80,7 @@ def test_strategies_agree_on_images(name, statistics, make_run):
     for other in steps[1:]:
         torch.testing.assert_close(other.gradients, steps[0].gradients, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(other.statistics, steps[0].statistics, rtol=1e-7, atol=1e-9)
-    tasks = doubled(run.test.draw(0, 3))
+    tasks = to_float64(run.test.draw(0, 3))
     predictions = [
         Engine(run.algorithm, s, 2).predictions(state, tasks) for s in ("vmap", "loop", "mixed")
     ]
@@ -105,7 +105,7 @@ def test_method_runs_in_every_command(name, cache_dir, tmp_path):
         "train.meta_batch=2",
         "episode.query=3",
     ]
-    composed = composition.composed([*overrides, *small, f"cache_dir={cache_dir}"])
+    composed = composition.compose_config([*overrides, *small, f"cache_dir={cache_dir}"])
     console = Console(file=io.StringIO(), width=200)
     train(composed, tmp_path / "run", f"{name} gaussians", overrides, console)
     evaluate(tmp_path / "run", [], "test", None, console)
@@ -128,7 +128,9 @@ _DATASETS = {
 
 @functools.cache
 def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
-    settings = checking.checked(composition.composed([f"dataset={name}", *_DATASETS[name]])).dataset
+    settings = checking.check_config(
+        composition.compose_config([f"dataset={name}", *_DATASETS[name]])
+    ).dataset
     shape = Shape(1, 3, 5) if name == "sinusoid" else Shape(5, 2, 3)
     return testing.DatasetCase(
         components.make(settings, "dataset"), cache_dir / "none", cache_dir, shape
@@ -159,7 +161,9 @@ _BACKBONES = {
 )
 def test_backbone(name, check):
     overrides, inputs = _BACKBONES[name]
-    settings = checking.checked(composition.composed([f"backbone={name}", *overrides])).backbone
+    settings = checking.check_config(
+        composition.compose_config([f"backbone={name}", *overrides])
+    ).backbone
     BACKBONE_CHECKS[check](testing.BackboneCase(components.make(settings, "backbone"), inputs))
 
 

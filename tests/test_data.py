@@ -32,8 +32,10 @@ needs_omniglot = pytest.mark.skipif(
 
 
 def open_dataset(name: str, data_dir: Path, cache_dir: Path, **changes):
-    settings = checking.checked(
-        composition.composed([f"dataset={name}", *(f"dataset.{k}={v}" for k, v in changes.items())])
+    settings = checking.check_config(
+        composition.compose_config(
+            [f"dataset={name}", *(f"dataset.{k}={v}" for k, v in changes.items())]
+        )
     ).dataset
     return components.make(settings, "dataset").open(data_dir, cache_dir, _CPU)
 
@@ -170,7 +172,7 @@ def test_standardised_training_images_have_mean_0_and_standard_deviation_1(image
 
 @pytest.mark.slow
 def test_glyphs_are_deterministic_and_classes_differ(tmp_path):
-    settings = checking.checked(composition.composed(["dataset=glyphs"])).dataset
+    settings = checking.check_config(composition.compose_config(["dataset=glyphs"])).dataset
     assert settings["num_classes"] >= 1000
     small = {key: value for key, value in settings.items() if key != "_target_"} | {
         "num_classes": 60
@@ -337,7 +339,7 @@ def test_partly_extracted_cifar100_is_downloaded_again(tmp_path, monkeypatch):
     (tmp_path / "cifar100/cifar-100-python").mkdir(parents=True)
     (tmp_path / "cifar100/cifar-100-python/train").write_bytes(b"")
     urls = []
-    monkeypatch.setattr("metalearn.data.folder.with_network", lambda url, *rest: urls.append(url))
+    monkeypatch.setattr("metalearn.data.folder.run_download", lambda url, *rest: urls.append(url))
     with pytest.raises(UserError):  # the stub downloads nothing
         open_dataset("cifar_fs", tmp_path, tmp_path / "cache")
     assert len(urls) == 1

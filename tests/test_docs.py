@@ -48,7 +48,7 @@ def test_commands_of_the_table_of_methods_are_valid(table, name):
         *content["methods"][name]["settings"],
         "device=cpu",
     ]
-    check(checking.checked(composition.composed(overrides)))
+    check(checking.check_config(composition.compose_config(overrides)))
 
 
 def test_every_recipe_is_used_by_some_method():

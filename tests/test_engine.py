@@ -16,7 +16,7 @@ from metalearn.run.build import build
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
 from tests import command
-from tests.conftest import SMALL, doubled
+from tests.conftest import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
@@ -68,7 +68,7 @@ def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
 def test_unfold_convolution_equals_plain_convolution(downsample, normalisation, make_run):
     backbone = [f"backbone.downsample={downsample}", f"backbone.normalisation={normalisation}"]
     run = make_run("algo=maml", "algo.inner_steps=2", *backbone)
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     plain = Engine(run.algorithm, "vmap", 3).step(state, tasks, _HALF.double())
     unfolded = Engine(run.algorithm, "vmap", 3, convolution="unfold").step(
         state, tasks, _HALF.double()
@@ -85,7 +85,7 @@ def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
     )
     assert checkpointed.algorithm.rematerialise
     assert not run.algorithm.rematerialise
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     expected, gradients = (
         Engine(algorithm, strategy, 3).step(state, tasks, _HALF.double()).gradients
         for algorithm in (run.algorithm, checkpointed.algorithm)
@@ -100,7 +100,7 @@ def peak():
 
 def peak_memory(overrides, queue):
     """Put the growth of this process's peak memory by one meta-step into a queue, in KiB."""
-    run = build(checking.checked(composition.composed(overrides)))
+    run = build(checking.check_config(composition.compose_config(overrides)))
     tasks = run.train.draw(0, 4)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak()
@@ -113,8 +113,8 @@ def test_rematerialisation_saves_memory_in_long_inner_loops(cache_dir):
     context = command.CONTEXT
     # Fill the image cache first: the step would reuse memory freed after generating images.
     build(
-        checking.checked(
-            composition.composed(
+        checking.check_config(
+            composition.compose_config(
                 ["dataset=glyphs", "dataset.num_classes=60", f"cache_dir={cache_dir}"]
             )
         )
@@ -213,7 +213,7 @@ def test_out_of_memory_error_names_a_chunk_that_fits(make_run):
 
     with (
         pytest.raises(RunFailed, match=r"12 tasks per chunk; engine\.task_chunk=3 fits"),
-        memory.explained(attempt, tasks, 30),
+        memory.suggest_chunk(attempt, tasks, 30),
     ):
         attempt(30, tasks)
 
@@ -224,14 +224,14 @@ def test_out_of_memory_error_names_a_chunk_that_fits(make_run):
         pytest.raises(
             RunFailed, match="out of memory with 4 tasks per chunk, then with a single task"
         ),
-        memory.explained(hopeless, tasks, 4),
+        memory.suggest_chunk(hopeless, tasks, 4),
     ):
         hopeless(4, tasks)
 
     def broken(size, few):
         raise RuntimeError("shapes differ")
 
-    with pytest.raises(RuntimeError, match="shapes differ"), memory.explained(broken, tasks, 4):
+    with pytest.raises(RuntimeError, match="shapes differ"), memory.suggest_chunk(broken, tasks, 4):
         broken(4, tasks)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalearn.data.classes import ClassData
-from metalearn.data.images import ImageDataset, Pictures
+from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape
 
@@ -39,7 +39,7 @@ def numbered_data(
     settings = ImageDataset(
         rotations=rotations, rotations_may_meet=may_meet, rotations_share_drawings=share_drawings
     )
-    return settings.class_data(Pictures(images, sizes, names), splits, _CPU)
+    return settings.class_data(ClassImages(images, sizes, names), splits, _CPU)
 
 
 def class_and_image(x: torch.Tensor) -> torch.Tensor:

@@ -50,8 +50,10 @@ def test_best_validation_is_saved_and_patience_stops_training(make_run, tmp_path
 
 def test_lower_error_is_better(make_run, tmp_path, monkeypatch):
     run = build(
-        checking.checked(
-            composition.composed(["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"])
+        checking.check_config(
+            composition.compose_config(
+                ["algo=maml", "dataset=sinusoid", "train.steps=6", "val.every=2"]
+            )
         )
     )
     with_val_scores(monkeypatch, [3.0, 1.0, 2.0])
@@ -103,7 +105,7 @@ def test_learning_rate_follows_its_schedule(schedule, expected, make_run, tmp_pa
 
 def test_gradients_are_clipped_by_value_and_norm():
     def settings(clip_value=None, clip_norm=None):
-        train = checking.checked(composition.composed([])).train
+        train = checking.check_config(composition.compose_config([])).train
         return dataclasses.replace(train, clip_value=clip_value, clip_norm=clip_norm)
 
     gradients = {"a": torch.tensor([3.0, -4.0])}
@@ -190,7 +192,7 @@ def test_nonfinite_step_changes_nothing(optimiser, reads_host, make_run, monkeyp
 )
 def test_invalid_optimisers_are_refused(overrides, line, compose):
     with pytest.raises(UserError, match=line):
-        check(checking.checked(compose("algo=protonet", *overrides)))
+        check(checking.check_config(compose("algo=protonet", *overrides)))
 
 
 def test_optimisers_have_their_torch_defaults(make_run):
@@ -250,7 +252,7 @@ def test_nonfinite_validation_ends_the_run(tmp_path):
         "algo.inner_lr=1e30",
         "val.episodes=4",
     ]
-    run = build(checking.checked(composition.composed(overrides)))
+    run = build(checking.check_config(composition.compose_config(overrides)))
     with pytest.raises(RunFailed, match=r"val\.mse"):
         loop.fit(run, Rows(), tmp_path)
 

@@ -14,7 +14,7 @@ from metalearn.engine import Engine
 from metalearn.tasks import prng
 from metalearn.tasks.family import REGRESSION
 from metalearn.tasks.types import InputSpec, Query, Spec, State, Support, Task
-from tests.conftest import doubled
+from tests.conftest import to_float64
 
 _PROGRESS = torch.zeros(())
 _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
@@ -116,7 +116,7 @@ def test_reptile_direction_is_theta_minus_phi_with_adam_state_carried_across_tas
         inner_beta2=0.99,
         inner_eps=1e-8,
     )
-    state = doubled(algorithm.init(Spec((3,), 3, 0, "class"), prng.key_of(0)))
+    state = to_float64(algorithm.init(Spec((3,), 3, 0, "class"), prng.key_of(0)))
     weight, bias = (
         state.params[name].clone().requires_grad_() for name in ("head.weight", "head.bias")
     )

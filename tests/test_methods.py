@@ -26,7 +26,7 @@ from metalearn.tasks import prng
 from metalearn.tasks.family import supervised
 from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.types import Spec, State, Task
-from tests.conftest import doubled
+from tests.conftest import to_float64
 from tests.one_task import (
     COMMON,
     IDENTITY,
@@ -43,7 +43,7 @@ from tests.one_task import (
 
 def test_lstm_cell_equals_torch():
     torch.manual_seed(0)
-    weights = doubled(init_lstm(prng.key_of(1), 3, 3))
+    weights = to_float64(init_lstm(prng.key_of(1), 3, 3))
     assert weights["bias"].tolist() == [0.0] * 3 + [1.0] * 3 + [0.0] * 6
     x, hidden, cell = (torch.randn(2, 3).double() for _ in range(3))
     reference = torch.nn.LSTMCell(3, 3).double()
@@ -85,7 +85,7 @@ def test_full_context_is_a_bidirectional_lstm_and_attention():
         parameters[f"bias_hh_l0{suffix}"] = torch.zeros(20).double()
     output = functional_call(reference, parameters, (z[:, None],))[0][:, 0]
     torch.testing.assert_close(
-        algorithm.in_context(state.params, z), output[:, :5] + output[:, 5:] + z
+        algorithm.embed_in_context(state.params, z), output[:, :5] + output[:, 5:] + z
     )
     for row, actual in zip(z, algorithm.attending(state.params, z, z), strict=True):
         hidden, memory = row, torch.zeros(5).double()
@@ -124,7 +124,7 @@ def test_relation_network_equals_explicit_loops(maps):
             for part in (task.support, task.query)
         ]
         task = Task(parts[0], parts[1], KEY)
-    state = doubled(algorithm.init(Spec(task.query.x.shape[1:], 3, 0, "class"), prng.key_of(0)))
+    state = to_float64(algorithm.init(Spec(task.query.x.shape[1:], 3, 0, "class"), prng.key_of(0)))
     meta, total = (
         {name: value + 0.1 for name, value in state.params.items()},
         torch.zeros(1).double(),
@@ -341,7 +341,7 @@ def test_fine_tuning_matches_torch_sgd_from_the_trained_weights(target):
     else:
         values = dataclasses.replace(task.support, y=task.support.x[:, :2].sin())
         task = dataclasses.replace(task, support=values)
-        state = doubled(algorithm.init(Spec((4,), 2, 0, "value"), prng.key_of(0)))
+        state = to_float64(algorithm.init(Spec((4,), 2, 0, "value"), prng.key_of(0)))
         head = {f"head.{name}": state.params[f"global.{name}"] for name in ("weight", "bias")}
     params = {name: value for name, value in state.params.items() if name.startswith("net.")} | head
     params = {name: value.clone().requires_grad_() for name, value in params.items()}

@@ -79,7 +79,7 @@ def test_unfinished_old_run_is_refused_with_one_line(old, cache_dir):
 
 
 def test_newer_settings_default_to_the_old_behaviour():
-    stored = composition.stored(_STORED / "reptile")
+    stored = composition.load_config(_STORED / "reptile")
     assert stored.optimiser._target_ == "torch.optim.SGD"
     assert (stored.train.optimiser, stored.loss.name, dict(stored.augment.ops)) == (None, None, {})
     assert (stored.episode.unlabelled, stored.episode.train.distractors) == (0, 0)

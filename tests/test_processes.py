@@ -32,7 +32,7 @@ def test_nonfinite_loss_of_any_process_is_detected():
         for first, number in (Processes(rank, 2).share(5) for rank in (0, 1))
     ]
     gathered = torch.stack(
-        [Processes(rank, 2).placed(part, 5) for rank, part in enumerate(parts)]
+        [Processes(rank, 2).scatter(part, 5) for rank, part in enumerate(parts)]
     ).sum(0)
     meter = Meter(torch.device("cpu"))
     meter.add({}, torch.tensor(False), torch.tensor(7), gathered)
@@ -117,7 +117,7 @@ def test_two_processes_equal_one_and_resume_like_an_uninterrupted_run(
 @pytest.mark.slow
 def test_sweep_in_several_processes_is_refused(ranks):
     assert (
-        end(ranks("train", "-m", *SMALL, "seed=0,1")).stderr.count("start torchrun without it") == 1
+        end(ranks("train", "-m", *SMALL, "seed=0,1")).stderr.count("start it without torchrun") == 1
     )
 
 

@@ -62,7 +62,7 @@ def interrupt(run, monkeypatch):
                 raise Halted
             return signal.SIGTERM
 
-        monkeypatch.setattr(signals, "asked", asked)
+        monkeypatch.setattr(signals, "received_signal", asked)
         with pytest.raises((signals.Stopped, Halted)):
             run(name, *overrides)
         monkeypatch.undo()
@@ -316,8 +316,8 @@ def test_resume_with_a_different_number_of_processes_is_refused(run, interrupt, 
 @pytest.mark.slow
 def test_resume_with_different_data_is_refused(run, interrupt, monkeypatch):
     interrupt(5, "killed", "x", "algo=protonet")
-    monkeypatch.setattr("metalearn.data.images.Pictures.content_hash", lambda pictures: "other")
-    with pytest.raises(UserError, match="data, or their split, are others"):
+    monkeypatch.setattr("metalearn.data.images.ClassImages.content_hash", lambda pictures: "other")
+    with pytest.raises(UserError, match="data or their split have changed"):
         run("x", "algo=protonet", "resume=auto")
 
 

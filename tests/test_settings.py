@@ -16,7 +16,7 @@ _CONF = Path(components.conf_dir())
 
 
 def plain(*overrides):
-    content = OmegaConf.to_container(composition.composed(list(overrides)), resolve=True)
+    content = OmegaConf.to_container(composition.compose_config(list(overrides)), resolve=True)
     assert isinstance(content, dict)
     return checking.complete({str(key): value for key, value in content.items()})
 
@@ -56,7 +56,7 @@ def test_mistyped_name_is_reported_without_importing_torch():
 def test_every_setting_has_a_role_and_a_value_in_yaml():
     for group in schema.COMPONENTS:
         for name in composition.options(group):
-            node = composition.composed([f"{group}={name}"])[group]
+            node = composition.compose_config([f"{group}={name}"])[group]
             declared = {setting.name for setting in components.component_settings(node, group)}
             assert declared <= set(node) - {"_target_"}, f"conf/{group}/{name}.yaml"
     complete = plain("experiment=maml_omniglot_5w1s")
@@ -110,7 +110,7 @@ def test_roles_decide_what_commands_may_change(key, resume, evaluate, reproduce,
     assert roles.may_resume_with(key, described) is resume
     assert roles.may_evaluate_with(key, described) is evaluate
     assert roles.may_reproduce_with(key, described) is reproduce
-    assert roles.tells_methods_apart(key, described) is methods
+    assert roles.distinguishes_methods(key, described) is methods
 
 
 def test_target_must_be_in_the_package_or_in_a_plugin():

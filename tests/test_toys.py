@@ -19,7 +19,7 @@ from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import InputSpec, Support
-from tests.conftest import doubled
+from tests.conftest import to_float64
 from tests.toys import Bag
 
 _TOYS = ["transfer", "multi_step", "sequence", "ridge", "soft_means"]
@@ -40,7 +40,7 @@ def toy_plugin(monkeypatch):
 
 
 def settings_of(*overrides):
-    return checking.checked(composition.composed([*_SMALL, *overrides]))
+    return checking.check_config(composition.compose_config([*_SMALL, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_toy_methods_run_in_the_engine_and_the_loop(name, tmp_path):
         before
     )
     assert loop.test(run, fitted.state, None).scores.shape == (20,)
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     progress = torch.zeros((), dtype=torch.float64)
     steps = [
         Engine(run.algorithm, one, 3).step(state, tasks, progress).gradients
@@ -131,7 +131,7 @@ def test_unlabelled_examples_work_from_python(tmp_path):
         "episode.unlabelled=4",
     ]
     train(
-        composition.composed([*_SMALL, *overrides]),
+        composition.compose_config([*_SMALL, *overrides]),
         tmp_path / "run",
         "toy",
         overrides,
@@ -155,7 +155,7 @@ def test_unlabelled_examples_work_from_python(tmp_path):
     ]
     assert {(one["unlabelled"], one["distractors"]) for one in protocols} == {(2, 1)}
     train(
-        composition.composed([*_SMALL, *overrides[1:4], "algo=protonet"]),
+        composition.compose_config([*_SMALL, *overrides[1:4], "algo=protonet"]),
         tmp_path / "plain",
         "p",
         [],
@@ -180,7 +180,7 @@ def test_gradient_methods_adapt_a_policy(name):
     overrides = [f"algo={name}", "dataset=goals", "train.steps=2", "val.every=2"]
     run = build(settings_of(*overrides))
     assert "head.log_std" in run.state.params and run.metric.name == "return"
-    tasks, state = doubled(run.train.draw(0, 3)), doubled(run.state)
+    tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     progress = torch.zeros((), dtype=torch.float64)
     strategies = (
         ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]
@@ -214,7 +214,7 @@ def test_adaptation_raises_the_return_of_a_policy(tmp_path):
         "train.lr=0.003",
     ]
     train(
-        composition.composed([*_SMALL, *overrides]),
+        composition.compose_config([*_SMALL, *overrides]),
         tmp_path / "run",
         "maml goals",
         overrides,
@@ -239,7 +239,7 @@ def test_text_works_as_tokens(tmp_path):
         "episode.query=5",
     ]
     train(
-        composition.composed([*_SMALL, *overrides]),
+        composition.compose_config([*_SMALL, *overrides]),
         tmp_path / "run",
         "protonet sentences",
         overrides,

@@ -25,7 +25,7 @@ class Examples(NamedTuple):
     y: Tensor
 
 
-class Learned(NamedTuple):
+class EmbeddingLearner(NamedTuple):
     """A learner: the result of `learn`, and what normalisation needs at prediction."""
 
     head: Any
@@ -74,7 +74,7 @@ class EmbeddingAlgorithm(BatchTraining):
     ) -> Loss:
         """Compute the loss for query embeddings z [Q, D] and add the statistics to it."""
         prediction = self.compare(weights, learned, z)
-        return self.supervised.judge(
+        return self.supervised.make_loss(
             self.supervised.loss(prediction, query.y), prediction, query.y, statistics
         )
 
@@ -95,13 +95,15 @@ class EmbeddingAlgorithm(BatchTraining):
 
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
-    ) -> Learned:
+    ) -> EmbeddingLearner:
         """Embed the support set and learn from its embeddings."""
         z, reference = self.normalisation.embed_support(state, self._support_inputs(support))
-        return Learned(self.learn(state.params | state.buffers, z, support, key), reference)
+        return EmbeddingLearner(
+            self.learn(state.params | state.buffers, z, support, key), reference
+        )
 
     def forward(
-        self, state: State, learner: Learned, x: Tensor, key: Tensor | None
+        self, state: State, learner: EmbeddingLearner, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
         """Embed the queries and compare them with the support set."""
         net = select(state.params, "net")

@@ -57,9 +57,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         """Store the support embeddings, in full context if set, with one-hot labels."""
         y = F.one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.in_context(weights, z) if self.full_context else z, y)
+        return Examples(self.embed_in_context(weights, z) if self.full_context else z, y)
 
-    def in_context(self, weights: Params, z: Tensor) -> Tensor:
+    def embed_in_context(self, weights: Params, z: Tensor) -> Tensor:
         """Embed the support set in context: [M, D] -> [M, D].
 
         g(x_i, S) = h_i forward + h_i backward + z_i (Vinyals et al. 2016, A.2).

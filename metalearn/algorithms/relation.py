@@ -106,7 +106,7 @@ class RelationNetwork(EmbeddingAlgorithm):
         """Compute the mean squared error between r and the one-hot labels."""
         logits = self.compare(weights, learned, z)
         target = F.one_hot(query.y, logits.shape[-1]).to(logits.dtype)
-        return self.supervised.judge(
+        return self.supervised.make_loss(
             (logits.sigmoid() - target).square().mean(), logits, query.y, statistics
         )
 

@@ -56,4 +56,6 @@ class Siamese(EmbeddingAlgorithm):
         pairs = self.pairs(weights, learned, z)
         same = F.one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)
-        return self.supervised.judge(value, self.compare(weights, learned, z), query.y, statistics)
+        return self.supervised.make_loss(
+            value, self.compare(weights, learned, z), query.y, statistics
+        )

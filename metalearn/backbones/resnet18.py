@@ -12,7 +12,7 @@ from torch import Tensor
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import conv_norm, init_conv_norm
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.system.download import with_network
+from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
@@ -160,7 +160,7 @@ def _imagenet() -> dict[str, Any]:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         checksum = path.stem.rsplit("-", 1)[-1]  # the name contains the start of its SHA-256
-        with_network(
+        run_download(
             url,
             path.parent,
             lambda: torch.hub.download_url_to_file(url, str(path), checksum, progress=False),

@@ -24,7 +24,7 @@ def check(arguments: Arguments) -> None:
     if arguments.is_multirun:
         _check_multirun(arguments.settings)
     else:
-        _check(composition.composed(arguments.settings))
+        _check(composition.compose_config(arguments.settings))
 
 
 def start(arguments: Arguments) -> Path:
@@ -49,7 +49,7 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
 
     from metalearn.config import composition
 
-    config = composition.composed(arguments.settings, with_hydra=True)
+    config = composition.compose_config(arguments.settings, with_hydra=True)
     hydra = config.hydra
     _check_callbacks(hydra)
     if hydra.mode == RunMode.MULTIRUN:
@@ -76,7 +76,7 @@ def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
     if "RANK" in os.environ:
         raise UserError("--multirun: a sweep uses one process; start it without torchrun")
     single = [word for word in arguments.settings if not composition.is_sweep(word)]
-    hydra = composition.composed(single, with_hydra=True).hydra
+    hydra = composition.compose_config(single, with_hydra=True).hydra
     _check_callbacks(hydra)
     folder = Path(hydra.sweep.dir)
     with _folder(folder):
@@ -89,7 +89,7 @@ def print_config(arguments: Arguments) -> None:
     """Let Hydra print a configuration."""
     from metalearn.config import composition
 
-    _check_callbacks(composition.composed(arguments.settings, with_hydra=True).hydra)
+    _check_callbacks(composition.compose_config(arguments.settings, with_hydra=True).hydra)
     hydra_main(_must_not_run, [*arguments.options, *arguments.settings])
 
 
@@ -119,9 +119,11 @@ def _follow(config: Any, folder: Path) -> NoReturn:
 
 
 def _check(config: Any) -> None:
-    from metalearn.config.checking import checked
+    from metalearn.config.checking import check_config
 
-    settings = checked(config)  # does not import torch, so that a mistyped word is answered fast
+    settings = check_config(
+        config
+    )  # does not import torch, so that a mistyped word is answered fast
     from metalearn.run import pairings
 
     pairings.check(settings)
@@ -140,7 +142,7 @@ def _check_multirun(overrides: list[str]) -> None:
     errors: list[UserError] = []
     runs = composition.one_run_per_value(overrides)
     for run in runs:
-        config = composition.composed(run)
+        config = composition.compose_config(run)
         try:
             _check(config)
         except UserError as error:
@@ -214,11 +216,11 @@ def _save_error(error: Exception, files: Any) -> str:
 
 
 def _worst_score(config: Any) -> float:
-    from metalearn.config.checking import checked
+    from metalearn.config.checking import check_config
     from metalearn.run.parts import family_of
 
     try:
-        metric = family_of(checked(config)).metric
+        metric = family_of(check_config(config)).metric
     except UserError:
         return float("-inf")
     return float("-inf") if metric.higher_is_better else float("inf")

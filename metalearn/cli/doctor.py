@@ -49,12 +49,12 @@ def doctor(overrides: list[str], console: Any) -> bool:
     Returns:
         Whether the self-test passed.
     """
-    from metalearn.config.checking import checked
-    from metalearn.config.composition import composed
+    from metalearn.config.checking import check_config
+    from metalearn.config.composition import compose_config
     from metalearn.report.console import print_line
     from metalearn.report.tracker import wandb_state
 
-    settings = checked(composed([*_SMALL, *overrides]))
+    settings = check_config(compose_config([*_SMALL, *overrides]))
     for title, lines in (
         ("versions", _versions()),
         ("device", _device(settings)),
@@ -122,12 +122,14 @@ def _folders(settings: Any) -> Iterator[str]:
 
 def _datasets(settings: Any) -> Iterator[str]:
     from metalearn.config import composition
-    from metalearn.config.checking import checked
+    from metalearn.config.checking import check_config
     from metalearn.config.components import make
     from metalearn.run.parts import data_folder
 
     for name in composition.options("dataset"):
-        dataset = make(checked(composition.composed([f"dataset={name}"])).dataset, "dataset")
+        dataset = make(
+            check_config(composition.compose_config([f"dataset={name}"])).dataset, "dataset"
+        )
         files = dataset.files(data_folder(settings))
         missing = [path for path in files if not path.exists()]
         if not files:
@@ -141,8 +143,8 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
     """Test data, batching of tasks, a short training, a checkpoint and the lock."""
     import torch
 
-    from metalearn.config.checking import checked
-    from metalearn.config.composition import composed
+    from metalearn.config.checking import check_config
+    from metalearn.config.composition import compose_config
     from metalearn.engine import Engine
     from metalearn.report.folder import RunFolder
     from metalearn.run import checkpoint, loop
@@ -152,7 +154,7 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         files = RunFolder(Path(name))
         device = [word for word in overrides if word.startswith("device=")]
-        run = build(checked(composed([*_SMALL, *device, f"cache_dir={name}"])))
+        run = build(check_config(compose_config([*_SMALL, *device, f"cache_dir={name}"])))
         tasks, half = run.train.draw(0, 4), torch.tensor(0.5, device=run.device)
         batched, single = (
             Engine(run.algorithm, strategy, 4).step(run.state, tasks, half).gradients

@@ -53,8 +53,8 @@ class Recipe:
     """
 
     def __init__(self, name: str, budget: str) -> None:
-        from metalearn.config.checking import checked
-        from metalearn.config.composition import composed, reproductions
+        from metalearn.config.checking import check_config
+        from metalearn.config.composition import compose_config, reproductions
 
         known = reproductions()
         if name not in known:
@@ -62,7 +62,7 @@ class Recipe:
                 f"{name}: there is no such experiment to reproduce; there are "
                 f"{', '.join(known)}{nearest(name, known)}"
             )
-        self._composed = checked(composed([f"experiment={name}"]))
+        self._composed = check_config(compose_config([f"experiment={name}"]))
         settings = self._composed.reproduction
         assert settings is not None
         if budget not in settings.budgets:
@@ -176,6 +176,8 @@ class Recipe:
 
 
 def _shown(mean: float, ci95: float | None) -> str:
-    from metalearn.report.tables import shown, shown_interval
+    from metalearn.report.tables import format_interval, format_value
 
-    return shown("accuracy", mean) if ci95 is None else shown_interval("accuracy", mean, ci95)
+    return (
+        format_value("accuracy", mean) if ci95 is None else format_interval("accuracy", mean, ci95)
+    )

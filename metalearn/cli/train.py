@@ -27,7 +27,8 @@ choices (metalearn list explains them)
   experiment= {experiment}
 
 settings that are often changed
-  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.*: training
+  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.way|shot|query:
+                                                  training
   statistics=query|support|support_plus_one|population    normalisation at prediction;
                                                           query is transductive
   train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10

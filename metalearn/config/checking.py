@@ -94,7 +94,7 @@ def _with_defaults(settings: list[Setting], node: Mapping[str, Any]) -> dict[str
     return values
 
 
-def checked(config: DictConfig) -> RunConfig:
+def check_config(config: DictConfig) -> RunConfig:
     """Check a configuration and return it as dataclasses; components keep their settings as dicts.
 
     Raises:

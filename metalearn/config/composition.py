@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config import plugins
-from metalearn.config.checking import checked, leaves, plain
+from metalearn.config.checking import check_config, leaves, plain
 from metalearn.config.components import conf_dir
 from metalearn.system.errors import UserError, first_line, nearest
 
@@ -140,7 +140,7 @@ def with_optimiser(overrides: list[str]) -> list[str]:
     return [*overrides, f"optimiser={name}"] if is_needed else overrides
 
 
-def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
+def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """Compose the configuration.
 
     Args:
@@ -159,7 +159,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
-def stored(folder: Path) -> DictConfig:
+def load_config(folder: Path) -> DictConfig:
     """Load the configuration of a run folder, with defaults for settings newer than the run.
 
     Raises:
@@ -173,12 +173,12 @@ def stored(folder: Path) -> DictConfig:
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} is not a configuration")
     try:
-        return OmegaConf.create(plain(checked(content)))
+        return OmegaConf.create(plain(check_config(content)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
+def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
     """Apply overrides to a stored configuration.
 
     Args:
@@ -197,9 +197,9 @@ def changed(stored: DictConfig, overrides: list[str]) -> DictConfig:
     for override in parsed:
         key, value = override.key_or_group, override.value()
         if key == "dataset":
-            result.dataset = composed([f"dataset={value}"]).dataset
+            result.dataset = compose_config([f"dataset={value}"]).dataset
         elif key == "episode":  # changes the test episodes only
-            shape = composed([f"episode={value}"]).episode
+            shape = compose_config([f"episode={value}"]).episode
             result.episode = OmegaConf.merge(
                 result.episode, {name: shape[name] for name in ("way", "shot", "query")}
             )

@@ -18,7 +18,7 @@ ROLES = ("identity", "protocol", "seed", "machine", "presentation")
 _MISSING = dataclasses.MISSING
 
 
-def anything(
+def setting(
     *,
     default: Any = _MISSING,
     role: str = "",
@@ -43,22 +43,22 @@ def anything(
 
 def choice(*allowed: str, **options: Any) -> Any:
     """Declare a setting with one of the given values; `options` as for `anything`."""
-    return anything(choices=allowed, **options)
+    return setting(choices=allowed, **options)
 
 
 def at_least(minimum: float, **options: Any) -> Any:
     """Declare a number, or a list of numbers, of at least `minimum`."""
-    return anything(minimum=minimum, **options)
+    return setting(minimum=minimum, **options)
 
 
 def above(bound: float, **options: Any) -> Any:
     """Declare a number, or a list of numbers, greater than `bound`."""
-    return anything(above=bound, **options)
+    return setting(above=bound, **options)
 
 
 def between(low: float, high: float, **options: Any) -> Any:
     """Declare a number in [low, high]."""
-    return anything(minimum=low, maximum=high, **options)
+    return setting(minimum=low, maximum=high, **options)
 
 
 def given_by_run(default: Any = _MISSING) -> Any:

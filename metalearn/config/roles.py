@@ -84,6 +84,6 @@ def names_of(
     return list(names)
 
 
-def tells_methods_apart(key: str, described: Mapping[str, Setting]) -> bool:
+def distinguishes_methods(key: str, described: Mapping[str, Setting]) -> bool:
     """Return True if runs with different values of this setting are different methods."""
     return "identity" in role_of(key, described)[0]

@@ -6,7 +6,7 @@ Nothing here imports torch, so that a mistyped name is reported at once.
 import dataclasses
 from typing import Any
 
-from metalearn.config.fields import above, anything, at_least, between, choice
+from metalearn.config.fields import above, at_least, between, choice, setting
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,7 +24,7 @@ class EpisodeShape:
 class EpisodeConfig(EpisodeShape):
     """Episodes of validation and test; `train`: of training."""
 
-    train: EpisodeShape = anything(role="identity")
+    train: EpisodeShape = setting(role="identity")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -81,10 +81,10 @@ class EngineConfig:
     threads: int = at_least(0, rounds=True)
     precision: str = choice("fp32", "tf32", "bf16", rounds=True)
     convolution: str = choice("auto", "plain", "unfold", rounds=True)
-    cuda_graph: bool = anything(default=True)
-    rematerialise: bool = anything(rounds=True)
-    profile: bool = anything()
-    choices: str | None = anything(rounds=True)
+    cuda_graph: bool = setting(default=True)
+    rematerialise: bool = setting(rounds=True)
+    profile: bool = setting()
+    choices: str | None = setting(rounds=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -92,8 +92,8 @@ class LoggerConfig:
     """Where metrics go in addition to the run folder."""
 
     name: str = choice("wandb", "none")
-    project: str | None = anything()
-    entity: str | None = anything()
+    project: str | None = setting()
+    entity: str | None = setting()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -106,16 +106,16 @@ class LossConfig:
         settings: Settings of `name`.
     """
 
-    name: str | None = anything(default=None)
-    inner: str | None = anything(default=None)
-    settings: dict[str, Any] = anything(default={})
+    name: str | None = setting(default=None)
+    inner: str | None = setting(default=None)
+    settings: dict[str, Any] = setting(default={})
 
 
 @dataclasses.dataclass(kw_only=True)
 class AugmentConfig:
     """Augmentations of training inputs in order; each name maps to its settings."""
 
-    ops: dict[str, Any] = anything(default={})
+    ops: dict[str, Any] = setting(default={})
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -128,61 +128,61 @@ class PublishedConfig:
         source: Publication, with table or section.
     """
 
-    mean: float = anything()
-    ci95: float | None = anything()
-    source: str = anything()
+    mean: float = setting()
+    ci95: float | None = setting()
+    source: str = setting()
 
 
 @dataclasses.dataclass(kw_only=True)
 class MeasuredConfig:
     """A measured result of a recipe at one budget; `sampler`: version of the episode sampler."""
 
-    mean: float = anything()
-    ci95: float = anything()
-    minutes: float = anything()
-    hardware: str = anything()
-    commit: str | None = anything()
-    seed: int = anything()
-    protocol_id: str = anything()
-    sampler: int = anything(default=1)
+    mean: float = setting()
+    ci95: float = setting()
+    minutes: float = setting()
+    hardware: str = setting()
+    commit: str | None = setting()
+    seed: int = setting()
+    protocol_id: str = setting()
+    sampler: int = setting(default=1)
 
 
 @dataclasses.dataclass(kw_only=True)
 class ReproductionConfig:
     """Settings of `metalearn reproduce`: overrides of each budget, measured results by budget."""
 
-    published: PublishedConfig = anything()
-    budgets: dict[str, list[str]] = anything()
-    measured: dict[str, MeasuredConfig] = anything()
+    published: PublishedConfig = setting()
+    budgets: dict[str, list[str]] = setting()
+    measured: dict[str, MeasuredConfig] = setting()
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig:
     """Settings of a run; algo, dataset and backbone are checked against their `_target_`."""
 
-    algo: Any = anything(role="identity protocol")
-    dataset: Any = anything(role="identity protocol")
-    backbone: Any = anything(role="identity")
-    optimiser: dict[str, Any] = anything(role="identity")
-    loss: LossConfig = anything(role="identity")
-    augment: AugmentConfig = anything(role="identity")
-    episode: EpisodeConfig = anything(role="identity protocol")
-    logger: LoggerConfig = anything(role="presentation")
-    train: TrainConfig = anything(role="identity")
-    val: ValConfig = anything(role="identity")
-    test: TestConfig = anything(role="protocol")
-    checkpoint: CheckpointConfig = anything(role="machine")
-    engine: EngineConfig = anything(role="machine")
-    seed: int = anything(role="seed")
-    episode_seed: int = anything(role="identity protocol")
+    algo: Any = setting(role="identity protocol")
+    dataset: Any = setting(role="identity protocol")
+    backbone: Any = setting(role="identity")
+    optimiser: dict[str, Any] = setting(role="identity")
+    loss: LossConfig = setting(role="identity")
+    augment: AugmentConfig = setting(role="identity")
+    episode: EpisodeConfig = setting(role="identity protocol")
+    logger: LoggerConfig = setting(role="presentation")
+    train: TrainConfig = setting(role="identity")
+    val: ValConfig = setting(role="identity")
+    test: TestConfig = setting(role="protocol")
+    checkpoint: CheckpointConfig = setting(role="machine")
+    engine: EngineConfig = setting(role="machine")
+    seed: int = setting(role="seed")
+    episode_seed: int = setting(role="identity protocol")
     statistics: str = choice(
         "query", "support", "support_plus_one", "population", role="identity protocol"
     )
     device: str = choice("auto", "cpu", "cuda", role="machine", rounds=True)
-    data_dir: str | None = anything(role="machine")
-    cache_dir: str | None = anything(role="machine")
+    data_dir: str | None = setting(role="machine")
+    cache_dir: str | None = setting(role="machine")
     resume: str = choice("never", "auto", role="presentation")
-    reproduction: ReproductionConfig | None = anything(default=None, role="presentation")
+    reproduction: ReproductionConfig | None = setting(default=None, role="presentation")
 
 
 COMPONENTS = ("algo", "dataset", "backbone")

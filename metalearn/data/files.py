@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.data.images import Pictures
-from metalearn.system.atomic import remove_abandoned, replacing
-from metalearn.system.errors import UserError, first_line, ran_out
+from metalearn.data.images import ClassImages
+from metalearn.system.atomic import atomic_writer, remove_abandoned
+from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
 SUFFIXES = frozenset(extension.lower() for extension in Image.registered_extensions())
 
 
-class PictureFile(NamedTuple):
+class ImageFile(NamedTuple):
     """An image file in a folder or zip; `name` is its path inside, with '/'."""
 
     container: Path
@@ -31,7 +31,7 @@ class PictureFile(NamedTuple):
         return str(self.container / self.name)
 
 
-def list_pictures(container: Path) -> list[PictureFile]:
+def list_images(container: Path) -> list[ImageFile]:
     """List all images in a folder or zip, sorted by name; raise UserError for a corrupt zip."""
     if container.is_dir():
         names = [
@@ -48,7 +48,7 @@ def list_pictures(container: Path) -> list[PictureFile]:
                 f"{container} is not a readable zip archive ({error}); replace it"
             ) from None
     return [
-        PictureFile(container, name)
+        ImageFile(container, name)
         for name in sorted(names)
         if Path(name).suffix.lower() in SUFFIXES
         and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
@@ -66,7 +66,7 @@ def files_hash(containers: list[Path]) -> str:
         digest.update(container.name.encode())
         try:
             if container.is_dir():
-                for file in list_pictures(container):
+                for file in list_images(container):
                     stat = (container / file.name).stat()
                     digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
             else:
@@ -76,7 +76,7 @@ def files_hash(containers: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarray]) -> Tensor:
+def decode(files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray]) -> Tensor:
     """Decode images in parallel.
 
     Args:
@@ -93,7 +93,7 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
         raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
-    def decode_chunk(chunk: list[PictureFile]) -> np.ndarray:
+    def decode_chunk(chunk: list[ImageFile]) -> np.ndarray:
         archives: dict[Path, zipfile.ZipFile] = {}
         arrays = []
         try:
@@ -103,7 +103,7 @@ def decode(files: list[PictureFile], to_array: Callable[[Image.Image], np.ndarra
                         arrays.append(to_array(image))
                 # A corrupt file can raise any exception in Pillow and zipfile.
                 except Exception as error:
-                    if ran_out(error):
+                    if is_out_of_memory(error):
                         raise
                     raise UserError(
                         f"{file} is not a readable image ({first_line(error)}); "
@@ -131,7 +131,7 @@ def ink(
     return 255 - np.asarray(image.convert("L").resize((size, size), resample))[None]
 
 
-def _open(file: PictureFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
+def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
     if file.container.is_dir():
         return (file.container / file.name).open("rb")
     if file.container not in archives:
@@ -139,7 +139,9 @@ def _open(file: PictureFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]
     return archives[file.container].open(file.name)
 
 
-def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Pictures]) -> Pictures:
+def cached(
+    cache_dir: Path, name: str, settings: Any, make: Callable[[], ClassImages]
+) -> ClassImages:
     """Load images from the cache, or make and cache them.
 
     The cache's key is a hash of `settings`, which includes the hash of the files.
@@ -147,18 +149,18 @@ def cached(cache_dir: Path, name: str, settings: Any, make: Callable[[], Picture
     path = cache_dir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pt"
     if path.exists():
         try:
-            return Pictures(**torch.load(path, weights_only=True))
+            return ClassImages(**torch.load(path, weights_only=True))
         except PermissionError:
             raise UserError(f"{path} cannot be read; choose another cache_dir") from None
         except Exception as error:  # a corrupt file can raise any exception
-            if ran_out(error):
+            if is_out_of_memory(error):
                 raise
             print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache_dir, older_than=3600)
-        with replacing(path) as stream:
+        with atomic_writer(path) as stream:
             torch.save(
                 {"images": pictures.images, "counts": pictures.counts, "names": pictures.names},
                 stream,

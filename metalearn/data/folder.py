@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from metalearn.config.fields import anything, at_least, choice
+from metalearn.config.fields import at_least, choice, setting
 from metalearn.data.classes import ClassData
-from metalearn.data.files import PictureFile, cached, decode, files_hash, list_pictures
-from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
-from metalearn.system.download import with_network
+from metalearn.data.files import ImageFile, cached, decode, files_hash, list_images
+from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
+from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
 
 _CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"  # torchvision's
@@ -38,14 +38,14 @@ class Folder(ImageDataset):
         download: "none", or "cifar100" to let torchvision download it if `path` has no images.
     """
 
-    name: str = anything()
-    path: str = anything()
+    name: str = setting()
+    path: str = setting()
     image_size: int = at_least(8)
     colour: str = choice("rgb", "grey")
-    split: str = anything()
-    split_seed: int = anything()
+    split: str = setting()
+    split_seed: int = setting()
     fractions: list[float] = at_least(0)
-    standardise: bool = anything()
+    standardise: bool = setting()
     download: str = choice("none", "cifar100")
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
@@ -74,7 +74,7 @@ class Folder(ImageDataset):
             and not _zips(root)
             and not _has_pictures(root)
         ):
-            with_network(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
+            run_download(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
         if is_complete():
             return official
         if not root.exists():
@@ -84,13 +84,13 @@ class Folder(ImageDataset):
             )
         return [root] if root.is_file() else [*_zips(root), root]
 
-    def _read(self, root: Path, containers: list[Path]) -> Pictures:
+    def _read(self, root: Path, containers: list[Path]) -> ClassImages:
         if self.download == "cifar100" and containers[0].parent.name == "cifar-100-python":
             return self._official_cifar100(root)
-        classes: dict[str, list[PictureFile]] = defaultdict(list)
+        classes: dict[str, list[ImageFile]] = defaultdict(list)
         folders: dict[str, set[str]] = defaultdict(set)
         for container in containers:
-            for file in list_pictures(container):
+            for file in list_images(container):
                 parent = PurePosixPath(file.name).parent
                 if parent.name:
                     classes[parent.name].append(file)
@@ -109,7 +109,7 @@ class Folder(ImageDataset):
             )
         names = sorted(classes)
         images = decode([file for name in names for file in classes[name]], self.to_array)
-        return Pictures(images, [len(classes[name]) for name in names], names)
+        return ClassImages(images, [len(classes[name]) for name in names], names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image of any format and size to uint8 [C, H, W]."""
@@ -128,7 +128,7 @@ class Folder(ImageDataset):
         array = np.asarray(image)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
-    def _official_cifar100(self, root: Path) -> Pictures:
+    def _official_cifar100(self, root: Path) -> ClassImages:
         """Read all 60,000 images of CIFAR-100, ordered by class; torchvision verifies checksums."""
         try:
             halves = [_cifar100(root, train=train) for train in (True, False)]
@@ -140,7 +140,7 @@ class Folder(ImageDataset):
         labels = np.concatenate([half.targets for half in halves])
         pixels = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
         images = np.stack([self.to_array(Image.fromarray(array)) for array in pixels])
-        return Pictures(
+        return ClassImages(
             torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes)
         )
 
@@ -198,4 +198,4 @@ def _zips(root: Path) -> list[Path]:
 
 
 def _has_pictures(root: Path) -> bool:
-    return root.is_dir() and bool(list_pictures(root))
+    return root.is_dir() and bool(list_images(root))

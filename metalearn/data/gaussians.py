@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from metalearn.config.fields import anything, at_least
+from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData
 from metalearn.data.images import seeded_split, shares
@@ -29,8 +29,8 @@ class Gaussians(Dataset):
     informative: int = at_least(1)
     noise_std: float = at_least(0)
     nuisance_std: float = at_least(0)
-    data_seed: int = anything()
-    split_seed: int = anything()
+    data_seed: int = setting()
+    split_seed: int = setting()
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.config.fields import anything, at_least, choice
+from metalearn.config.fields import at_least, choice, setting
 from metalearn.data.classes import ClassData
 from metalearn.data.files import cached, ink
-from metalearn.data.images import ImageDataset, Pictures, seeded_split, shares
+from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
 from metalearn.tasks import prng
 
 _POINTS = 28  # of the pen path, per stroke
@@ -42,9 +42,9 @@ class Glyphs(ImageDataset):
     drawings: int = at_least(2)
     image_size: int = at_least(8)
     jitter: float = at_least(0)
-    glyph_seed: int = anything()
+    glyph_seed: int = setting()
     split: str = choice("random")
-    split_seed: int = anything()
+    split_seed: int = setting()
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
@@ -67,12 +67,12 @@ class Glyphs(ImageDataset):
         """Convert your own image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size)
 
-    def _render(self) -> Pictures:
+    def _render(self) -> ClassImages:
         keys = prng.fold_in(prng.key_of(self.glyph_seed), torch.arange(self.num_classes))
         num_together = max(1, min(50, _MAX_PIXELS // (self.drawings * self.image_size**2)))
         images = torch.cat([self._draw(chunk) for chunk in keys.split(num_together)])
         names = [f"glyph{index:05d}" for index in range(self.num_classes)]
-        return Pictures(images, [self.drawings] * self.num_classes, names)
+        return ClassImages(images, [self.drawings] * self.num_classes, names)
 
     def _draw(self, key_C: Tensor) -> Tensor:
         """Render the classes of these keys: uint8 [C * drawings, 1, H, W]."""

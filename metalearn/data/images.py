@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.config.fields import anything, choice
+from metalearn.config.fields import choice, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData
 from metalearn.system.errors import UserError
@@ -21,7 +21,7 @@ ROTATIONS = ("none", "train_classes", "classes", "episode")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ClassImages:
     """Decoded images before any split.
 
     Args:
@@ -79,8 +79,8 @@ class ImageDataset(Dataset):
     reads_image_files: ClassVar[bool] = True
 
     rotations: str = choice(*ROTATIONS)
-    rotations_may_meet: bool = anything()
-    rotations_share_drawings: bool = anything(default=True)
+    rotations_may_meet: bool = setting()
+    rotations_share_drawings: bool = setting(default=True)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image to the dataset's channels and size, uint8 [C, H, W]."""
@@ -88,7 +88,7 @@ class ImageDataset(Dataset):
 
     def class_data(
         self,
-        pictures: Pictures,
+        pictures: ClassImages,
         splits: dict[str, list[str]],
         device: torch.device,
         standardise: bool = False,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metalearn.config.fields import anything, at_least, choice
+from metalearn.config.fields import at_least, choice, setting
 from metalearn.data.classes import ClassData
-from metalearn.data.files import PictureFile, cached, decode, files_hash, ink, list_pictures
-from metalearn.data.images import ImageDataset, Pictures, seeded_split
+from metalearn.data.files import ImageFile, cached, decode, files_hash, ink, list_images
+from metalearn.data.images import ClassImages, ImageDataset, seeded_split
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError
 
@@ -54,9 +54,9 @@ class Omniglot(ImageDataset):
     image_size: int = at_least(8)
     resample: str = choice(*_RESAMPLING)
     split: str = choice("vinyals", "random", "alphabet")
-    split_seed: int = anything()
-    url: str = anything()
-    md5: dict[str, str] = anything()
+    split_seed: int = setting()
+    url: str = setting()
+    md5: dict[str, str] = setting()
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Read or download the two archives (or folders), cache the images, split the classes."""
@@ -80,10 +80,10 @@ class Omniglot(ImageDataset):
             )
         return paths
 
-    def _read(self, parts: list[Path]) -> Pictures:
-        images_of: dict[str, list[PictureFile]] = defaultdict(list)
+    def _read(self, parts: list[Path]) -> ClassImages:
+        images_of: dict[str, list[ImageFile]] = defaultdict(list)
         for part in parts:
-            for file in list_pictures(part):
+            for file in list_images(part):
                 images_of["/".join(PurePosixPath(file.name).parts[-3:-1])].append(file)
         expected = {name for names in vinyals_split().values() for name in names}
         where = " and ".join(str(part) for part in parts)
@@ -104,7 +104,7 @@ class Omniglot(ImageDataset):
             [file for name in names for file in sorted(images_of[name], key=_file_name)],
             self.to_array,
         )
-        return Pictures(images, [_NUM_IMAGES] * len(names), names)
+        return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image to uint8 [1, H, W], ink 255, paper 0."""
@@ -130,5 +130,5 @@ def _alphabet(name: str) -> str:
     return name.split("/")[0]
 
 
-def _file_name(file: PictureFile) -> str:
+def _file_name(file: ImageFile) -> str:
     return PurePosixPath(file.name).name

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from metalearn.config.fields import anything, at_least
+from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -33,9 +33,9 @@ class Sinusoid(Dataset):
 
     target: ClassVar[str] = "value"
 
-    amplitude: list[float] = anything()
-    phase: list[float] = anything()
-    x: list[float] = anything()
+    amplitude: list[float] = setting()
+    phase: list[float] = setting()
+    x: list[float] = setting()
     noise: float = at_least(0)
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class Engine:
         """
         return isinstance(tasks, Batch) or type(self.algorithm).loss is not Algorithm.loss
 
-    def resolved(self, tasks: Task | Batch, count: int, training: bool) -> "Engine":
+    def resolve(self, tasks: Task | Batch, count: int, training: bool) -> "Engine":
         """Return the engine with strategy and chunk chosen by a static rule.
 
         Args:
@@ -99,7 +99,7 @@ class Engine:
         """Return the engine for a given progress of meta-training, in [0, 1]."""
         return dataclasses.replace(self, algorithm=self.algorithm.stage(progress))
 
-    def timed(self, state: State, tasks: Task | Batch) -> "Engine":
+    def time_convolutions(self, state: State, tasks: Task | Batch) -> "Engine":
         """Return the engine with the convolution that is faster for per-task weights. GPU only."""
         progress = torch.zeros((), device=tasks.key.device)
         seconds: dict[str, float] = {}
@@ -147,7 +147,7 @@ class Engine:
         def with_chunk(size: int, few: Task | Batch = tasks) -> Step:
             return dataclasses.replace(self, chunk=size)._step(state, few, progress, count)
 
-        with memory.explained(with_chunk, tasks, self.chunk):
+        with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
     def _step(self, state: State, tasks: Task | Batch, progress: Tensor, count: int) -> Step:
@@ -248,7 +248,7 @@ class Engine:
                     parts.append(self._chunk_outputs(output, state, chunk, steps))
             return torch.cat(parts)
 
-        with memory.explained(with_chunk, tasks, self.chunk):
+        with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
     def _chunk_outputs(

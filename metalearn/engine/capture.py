@@ -18,8 +18,8 @@ class Captured:
             device.
         stage: Returns an object that the step depends on; a different object causes a new capture.
         device: Device of the tensors; only CUDA steps are captured.
-        why_not: A known reason not to capture, or None.
-        report: Called once with `why_not`, or with the reason why the capture failed.
+        reason_not_captured: A known reason not to capture, or None.
+        report: Called once with `reason_not_captured`, or with the reason why the capture failed.
     """
 
     def __init__(
@@ -27,16 +27,16 @@ class Captured:
         step: Callable[[], None],
         stage: Callable[[], object],
         device: torch.device,
-        why_not: str | None,
+        reason_not_captured: str | None,
         report: Callable[[str], None],
     ):
         self._step, self._stage, self._report = step, stage, report
         self._graph_stage: object = None
-        self._capturing = device.type == "cuda" and why_not is None
+        self._capturing = device.type == "cuda" and reason_not_captured is None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._plain_calls = 0
-        if device.type == "cuda" and why_not is not None:
-            report(f"no CUDA graph: {why_not}")
+        if device.type == "cuda" and reason_not_captured is not None:
+            report(f"no CUDA graph: {reason_not_captured}")
 
     @property
     def captured(self) -> bool:

@@ -9,12 +9,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metalearn.engine.process import release_memory
-from metalearn.system.errors import RunFailed, ran_out
+from metalearn.system.errors import RunFailed, is_out_of_memory
 from metalearn.tasks.types import Batch, Task
 
 
 @contextlib.contextmanager
-def explained(
+def suggest_chunk(
     attempt: Callable[[int, Any], Any], tasks: Task | Batch, chunk: int
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a `RunFailed` that names an `engine.task_chunk` that fits.
@@ -31,7 +31,7 @@ def explained(
         yield
     except Exception as error:
         # A capture cannot try again. The warm-up has shown that the step fits without a graph.
-        if not ran_out(error) or (
+        if not is_out_of_memory(error) or (
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ):
             raise
@@ -50,7 +50,7 @@ def _advice(attempt: Callable[[int, Any], Any], tasks: Task | Batch, tried: int)
             attempt(size, pytree.tree_map(lambda leaf, size=size: leaf[:size], tasks))
             return f"out of memory with {tried} tasks per chunk; engine.task_chunk={size} fits"
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
         release_memory()

@@ -8,7 +8,7 @@ from typing import Any
 
 from metalearn.report import stats
 from metalearn.report.measurements import Cell, Measurement
-from metalearn.report.tables import shown, shown_difference, shown_interval
+from metalearn.report.tables import format_difference, format_interval, format_value
 
 #: Number of settings that distinguish methods of the same name in a label.
 _LABEL_SETTINGS = 4
@@ -102,9 +102,9 @@ class Comparison:
         return rows
 
     def _cell_text(self, cell: Cell, seeds: int, separator: str) -> str:
-        parts = [shown_interval(self.metric, cell.mean, cell.ci95)]
+        parts = [format_interval(self.metric, cell.mean, cell.ci95)]
         if cell.seeds_ci95 is not None:
-            parts.append(f"seeds ± {shown(self.metric, cell.seeds_ci95)}")
+            parts.append(f"seeds ± {format_value(self.metric, cell.seeds_ci95)}")
         if len(cell.by_seed) < seeds:
             parts.append(f"{len(cell.by_seed)} of {seeds} seeds")
         return separator.join(parts)
@@ -157,7 +157,7 @@ class Comparison:
             other = pair[1] if pair[0] == best else pair[0]
             mean = differences[pair].mean * (-1 if other == pair[1] else 1)
             difference = dataclasses.replace(differences[pair], mean=mean, p_value=adjusted[pair])
-            text = f"  {self.title(other)}: {shown_difference(self.metric, difference)}"
+            text = f"  {self.title(other)}: {format_difference(self.metric, difference)}"
             if pair in by_seeds:
                 text += f", over seeds p = {by_seeds[pair]:.3f}"
             has_single_seeds = has_single_seeds or pair not in by_seeds

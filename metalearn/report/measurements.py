@@ -157,7 +157,9 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that distinguish a method from others, by dotted name."""
     complete = checking.complete(config, is_strict=False)
     known = roles.roles(complete, is_strict=False)
-    return {key: value for key, value in _leaves(complete) if roles.tells_methods_apart(key, known)}
+    return {
+        key: value for key, value in _leaves(complete) if roles.distinguishes_methods(key, known)
+    }
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,14 +12,14 @@ from metalearn.report.result import Result
 from metalearn.report.stats import Difference
 
 
-def shown(metric: str, value: float) -> str:
+def format_value(metric: str, value: float) -> str:
     """Return a value of a metric as text: an accuracy in percent, an error as it is."""
     return f"{100 * value:.2f}%" if metric == "accuracy" else f"{value:.4f}"
 
 
-def shown_interval(metric: str, mean: float, ci95: float) -> str:
+def format_interval(metric: str, mean: float, ci95: float) -> str:
     """Return a mean with the half-width of its interval as text."""
-    return f"{shown(metric, mean)} ± {shown(metric, ci95)}"
+    return f"{format_value(metric, mean)} ± {format_value(metric, ci95)}"
 
 
 def result_table(rows: list[dict[str, Any]]) -> Table:
@@ -37,16 +37,18 @@ def result_table(rows: list[dict[str, Any]]) -> Table:
 def print_details(console: Console, result: Result) -> None:
     """Print the worst episodes and classes, calibration, and how many episodes ±0.10% needs."""
     metric, details = result.metric, result.details
-    parts = [f"worst tenth of the episodes {shown(metric, details['worst_decile']['mean'])}"]
+    parts = [f"worst tenth of the episodes {format_value(metric, details['worst_decile']['mean'])}"]
     if "worst_classes" in details:
         for name, share in list(details["worst_classes"].items())[:1]:
-            parts.append(f"worst class {name} {shown(metric, share)}")
-        parts.append(f"calibration error {shown(metric, details['expected_calibration_error'])}")
+            parts.append(f"worst class {name} {format_value(metric, share)}")
+        parts.append(
+            f"calibration error {format_value(metric, details['expected_calibration_error'])}"
+        )
         parts.append(f"±0.10% needs {details['episodes_needed']['0.001']:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
 
 
-def shown_difference(metric: str, difference: Difference) -> str:
+def format_difference(metric: str, difference: Difference) -> str:
     """Return a paired difference as text, in percentage points for an accuracy."""
     factor, digits, unit = (100, 2, " points") if metric == "accuracy" else (1, 4, "")
     mean = round(factor * difference.mean, digits) + 0.0  # no minus before a zero
@@ -66,7 +68,7 @@ def result_row(name: str, result: Result) -> dict[str, Any]:
         "run": name,
         "episode": result.shape,
         "statistics": result.protocol["statistics"],
-        f"{result.split} {result.metric}": shown_interval(
+        f"{result.split} {result.metric}": format_interval(
             result.metric, result.test.mean, result.test.ci95
         ),
         "protocol": result.protocol_id,

@@ -20,8 +20,8 @@ from metalearn.config.schema import RunConfig
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_learning_curve
 from metalearn.report.result import Result
-from metalearn.report.tables import shown
-from metalearn.system.atomic import replacing
+from metalearn.report.tables import format_interval, format_value
+from metalearn.system.atomic import atomic_writer
 from metalearn.system.errors import first_line
 from metalearn.tasks.metrics import Metric
 
@@ -62,7 +62,7 @@ class Tracker:
         self._files = files
         self._console = console
         self._printed = 0.0
-        with replacing(file) as stream:
+        with atomic_writer(file) as stream:
             stream.writelines(_as_line(row).encode() for row in self.rows)
         self._stream = file.open("a", buffering=1)
         self._wandb: Any = None
@@ -144,12 +144,10 @@ class Tracker:
         if "train.loss" in row:
             parts.append(f"loss {row['train.loss']:.4f}")
             if self.score == "accuracy":
-                parts.append(f"train {shown(self.score, row['train.accuracy'])}")
+                parts.append(f"train {format_value(self.score, row['train.accuracy'])}")
         if (value := row.get(f"val.{self.score}")) is not None:
-            interval = row[f"val.{self.score}_ci95"]
-            parts.append(
-                f"[green]val {shown(self.score, value)} ± {shown(self.score, interval)}[/green]"
-            )
+            text = format_interval(self.score, value, row[f"val.{self.score}_ci95"])
+            parts.append(f"[green]val {text}[/green]")
         return "  ".join(parts)
 
     def finish(self, result: Result, table: Table) -> None:

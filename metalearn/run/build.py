@@ -110,7 +110,7 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
     process.prepare(device, threads, settings.engine.precision)
-    group = processes.joined(device)
+    group = processes.join_processes(device)
     for name, count in (
         ("train.meta_batch", settings.train.meta_batch),
         ("val.episodes", settings.val.episodes),
@@ -164,7 +164,9 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
         and train_engine.strategy != "loop"
         and group.size == 1
     ):
-        train_engine = train_engine.timed(state, train.draw(0, settings.train.meta_batch))
+        train_engine = train_engine.time_convolutions(
+            state, train.draw(0, settings.train.meta_batch)
+        )
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
         content_hash=data.content_hash,

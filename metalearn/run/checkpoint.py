@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from metalearn.report.folder import RunFolder
-from metalearn.system.atomic import replacing
-from metalearn.system.errors import UserError, ran_out
+from metalearn.system.atomic import atomic_writer
+from metalearn.system.errors import UserError, is_out_of_memory
 from metalearn.tasks.types import State
 
 
-class Damaged(UserError):
+class CorruptCheckpoint(UserError):
     """A checkpoint that is corrupt, foreign, or does not match its checksum."""
 
 
@@ -29,7 +29,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         previous: Where to move the checkpoint that `path` holds now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, previous) as stream:
+    with atomic_writer(path, previous) as stream:
         torch.save(content | {"checksum": _checksum(content)}, stream)
 
 
@@ -46,16 +46,18 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception as error:  # a corrupt file can raise anything
-        if ran_out(error):
+        if is_out_of_memory(error):
             raise
-        raise Damaged(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+        raise CorruptCheckpoint(
+            f"{path} is not a readable checkpoint ({type(error).__name__})"
+        ) from None
     if not isinstance(content, dict) or not all(
         isinstance(content.get(part), dict) for part in ("meta", "fixed")
     ):
-        raise Damaged(f"{path} is not a checkpoint of metalearn")
+        raise CorruptCheckpoint(f"{path} is not a checkpoint of metalearn")
     checksum = content.pop("checksum", None)  # runs of early versions have none
     if checksum is not None and checksum != _checksum(content):
-        raise Damaged(f"{path} is corrupt: its content does not match its checksum")
+        raise CorruptCheckpoint(f"{path} is corrupt: its content does not match its checksum")
     return content
 
 
@@ -73,7 +75,7 @@ def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | No
             continue
         try:
             content = load(path, torch.device("cpu"))
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             damaged.append(path)
             tell(f"{error}; using the previous checkpoint")
             continue

@@ -57,7 +57,7 @@ def make_engines(
     engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, convolution)
     # The largest share, so that all processes make the same choice.
     share = -(-settings.train.meta_batch // num_processes)
-    return engine.resolved(train, share, True), engine.resolved(test, EVALUATION_BATCH, False)
+    return engine.resolve(train, share, True), engine.resolve(test, EVALUATION_BATCH, False)
 
 
 def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:

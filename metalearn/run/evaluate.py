@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn.config import components, composition, roles
-from metalearn.config.checking import checked
+from metalearn.config.checking import check_config
 from metalearn.config.schema import RunConfig
 from metalearn.report import stats, tables
 from metalearn.report.console import print_line
@@ -21,7 +21,7 @@ from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv
-from metalearn.report.tables import shown_interval
+from metalearn.report.tables import format_interval
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES
 from metalearn.run.measure import measure, trained_state
@@ -103,12 +103,12 @@ class _Request:
                 f"run={folder}: no {files.result.name} of a run there; name the folder of a "
                 "finished training run"
             ) from None
-        stored = composition.stored(folder)
+        stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone
         for word in overrides:
             _check_may_change(stored, word)
-        changed = composition.changed(stored, overrides)
-        before, after = checked(stored), checked(changed)
+        changed = composition.apply_overrides(stored, overrides)
+        before, after = check_config(stored), check_config(changed)
         old, new = (
             components.component(settings.dataset, "dataset").target for settings in (before, after)
         )
@@ -135,7 +135,7 @@ class _Request:
     @property
     def statistics(self) -> list[str]:
         """The requested statistics, then their counterpart if the backbone normalises."""
-        after = checked(self.changed)
+        after = check_config(self.changed)
         if not algorithm_of(after, is_restored=True).backbone.normalises:
             return [after.statistics]
         return [after.statistics, inductive_counterpart(self.before, after.statistics)]
@@ -151,7 +151,7 @@ class _Request:
         )
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._engine_of_run())
-        after, before = checked(settings), self.before
+        after, before = check_config(settings), self.before
         check_population(before, after.statistics)
         run = build(after, self.split, is_restored=True)
         same_source = all(
@@ -207,7 +207,7 @@ def _check_may_change(stored: DictConfig, word: str) -> None:
         raise UserError(f"{word}: a run is tested with what it was trained with; train another one")
     plain: Any = OmegaConf.to_container(stored)
     known = roles.roles(plain)
-    composition.changed(stored, [word])  # a mistyped key is reported as such
+    composition.apply_overrides(stored, [word])  # a mistyped key is reported as such
     if key in ("dataset", "episode") or roles.may_evaluate_with(key, known):
         return
     if key in known and (other := known[key].rule.get("in_testing")):
@@ -243,7 +243,7 @@ def _both(request: _Request, console: Console) -> None:
         difference = stats.paired_difference(scores[transductive], scores[inductive])
         for result in results:
             result.transductive_minus_inductive = difference
-        text = tables.shown_difference(results[0].metric, difference)
+        text = tables.format_difference(results[0].metric, difference)
         lines.append(f"  transductive minus inductive, on the same episodes: {text}")
     for result in results:
         file = request.file(result.protocol_id, ".json")
@@ -289,7 +289,7 @@ def _curve(request: _Request, curve: str, console: Console) -> None:
             results[shot] = request.measure(run, state)[0]
     label, heading = _CURVES[curve], f"{request.split} {metric}"
     rows = [
-        {label: x, heading: shown_interval(metric, result.test.mean, result.test.ci95)}
+        {label: x, heading: format_interval(metric, result.test.mean, result.test.ci95)}
         for x, result in results.items()
     ]
     write_csv(

@@ -47,13 +47,13 @@ def load(
     """
     registry.add(plugins)
     folder = Path(run_folder)
-    composed = composition.stored(folder)
-    settings = checking.checked(composed)
+    composed = composition.load_config(folder)
+    settings = checking.check_config(composed)
     if statistics is None:
         statistics = inductive_statistics(settings)
     check_population(settings, statistics)
     changed: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
-    settings = checking.checked(changed)
+    settings = checking.check_config(changed)
     content = checkpoint.load(RunFolder(folder).best, device_of(settings.device))
     if "spec" not in content:
         raise UserError(

@@ -81,7 +81,7 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
         training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note
     )
     profile = None
-    if run.config.engine.profile and run.processes.leading:
+    if run.config.engine.profile and run.processes.is_leader:
         header = (
             f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks per step on "
             f"{run.device}, {run.choices}"
@@ -91,11 +91,11 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
     def save_last() -> None:
         if settings.nonfinite == "stop":
             nonfinite.check_steps(run, training.meter, folder, tracker.note)
-        if run.processes.leading:
+        if run.processes.is_leader:
             checkpoint.save(files.last, training.state_dict(), files.previous)
 
     def save_best() -> None:
-        if run.processes.leading:
+        if run.processes.is_leader:
             checkpoint.save(files.best, training.best_state_dict())
 
     def validate() -> dict[str, float]:
@@ -113,10 +113,11 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
         # Several processes must stop at the same step; they agree when they synchronise anyway.
         if run.processes.size > 1 and training.step % settings.log_every and not last:
             return
-        if run.processes.any(signals.asked() is not None):
+        if run.processes.any(signals.received_signal() is not None):
             save_last()
             raise signals.Stopped(
-                signals.asked() or signal.SIGTERM, f"stopped at step {training.step}, saved"
+                signals.received_signal() or signal.SIGTERM,
+                f"stopped at step {training.step}, saved",
             )
 
     if stored is not None and training.best is not None:
@@ -226,7 +227,7 @@ def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> 
     if run.processes.size == 1:
         return values
     wide = values.double()  # exact for every integer here
-    return run.processes.summed(run.processes.placed(wide, episodes)).to(values.dtype)
+    return run.processes.all_reduce_sum(run.processes.scatter(wide, episodes)).to(values.dtype)
 
 
 def _why_no_graph(run: Run) -> str | None:

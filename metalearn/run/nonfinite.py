@@ -10,7 +10,7 @@ from torch import Tensor
 from metalearn.report.folder import RunFolder
 from metalearn.run.build import Run
 from metalearn.run.meter import Meter
-from metalearn.system.atomic import replacing
+from metalearn.system.atomic import atomic_writer
 from metalearn.system.errors import RunFailed
 from metalearn.tasks.types import Batch, Task
 
@@ -42,7 +42,7 @@ def check_steps(run: Run, meter: Meter, folder: Path, note: Callable[[str], None
     if task is not None:
         where += f", task {task} of {settings.meta_batch}"
         file = RunFolder(folder).nonfinite / f"step{step + 1}-task{task}.pt"
-        if run.processes.leading and _save_task(
+        if run.processes.is_leader and _save_task(
             run.train.draw(step * settings.meta_batch + task, 1), file
         ):
             where += f", saved in {file}"
@@ -82,6 +82,6 @@ def _save_task(task: Task | Batch, file: Path) -> bool:
         else {"support": task.support, "query": task.query}
     )
     parts = {name: {"x": examples.x[0], "y": examples.y[0]} for name, examples in sets.items()}
-    with replacing(file) as stream:
+    with atomic_writer(file) as stream:
         torch.save({**parts, "key": task.key[0]}, stream)
     return True

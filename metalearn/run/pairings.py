@@ -49,14 +49,17 @@ def check(settings: RunConfig) -> None:
         )
     if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
         raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
-    if not algorithm.uses_unlabelled:
-        for where, shape in (("episode", episode), ("episode.train", episode.train)):
-            for key in ("unlabelled", "distractors"):
-                if value := getattr(shape, key):
-                    raise UserError(
-                        f"{where}.{key}={value}: {name} does not learn from unlabelled examples; "
-                        "leave it out"
-                    )
+    for where, shape in (("episode", episode), ("episode.train", episode.train)):
+        if shape.unlabelled and target != "class":
+            raise UserError(
+                f"{where}.unlabelled={shape.unlabelled}: this dataset has no classes and so no "
+                "unlabelled examples; leave it out"
+            )
+        if shape.distractors and not shape.unlabelled:
+            raise UserError(
+                f"{where}.distractors={shape.distractors}: distractors are classes with unlabelled "
+                f"examples only; set {where}.unlabelled"
+            )
     for key, value, is_used in (
         ("loss.name", settings.loss.name, algorithm.uses_loss),
         ("loss.inner", settings.loss.inner, algorithm.uses_inner_loss),
@@ -115,5 +118,5 @@ def is_transductive(algorithm: Algorithm) -> bool:
 
 
 def target_name(target: str) -> str:
-    """Return the plural name of a kind of target, for messages."""
+    """Return the plural name of a target, for messages."""
     return {"class": "classes", "value": "values (regression)"}.get(target, target)

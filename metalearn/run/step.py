@@ -85,8 +85,8 @@ class Training:
             )
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
-            losses = run.processes.placed(step.losses, settings.meta_batch)
-            gradients, logs, statistics, new_buffers, losses = run.processes.summed(
+            losses = run.processes.scatter(step.losses, settings.meta_batch)
+            gradients, logs, statistics, new_buffers, losses = run.processes.all_reduce_sum(
                 (*step[:4], losses)
             )
         with record_function("optimiser"):

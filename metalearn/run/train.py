@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metalearn.config import checking, composition, roles
-from metalearn.config.checking import checked
+from metalearn.config.checking import check_config
 from metalearn.config.schema import COMPONENTS, RunConfig
 from metalearn.report import tables
 from metalearn.report.console import print_line
@@ -28,8 +28,8 @@ from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES
 from metalearn.run.measure import measure
-from metalearn.system.atomic import remove_abandoned, replacing, write_json
-from metalearn.system.errors import RunFailed, UserError, of_system
+from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
+from metalearn.system.errors import RunFailed, UserError, describe_os_error
 from metalearn.system.lock import alone_in
 from metalearn.system.signals import Stopped
 
@@ -64,7 +64,7 @@ def train(
         RunFailed: If the run cannot continue.
         Stopped: On a signal, after everything is saved.
     """
-    settings, files = checked(config), RunFolder(folder)
+    settings, files = check_config(config), RunFolder(folder)
     is_resumed = _is_resumed(files, settings)
     if is_resumed and files.is_finished:
         return _show_again(files, name, console)
@@ -128,6 +128,11 @@ def _announce(
         f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on "
         f"{run.device}, engine {run.train_engine.strategy}, statistics {settings.statistics}",
     )
+    if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
+        line = (
+            f"{type(run.algorithm).__name__} does not use the unlabelled examples of its episodes"
+        )
+        print_line(console, line)
     if stored:
         print_line(console, f"resuming from step {stored['step']} of {folder}")
 
@@ -149,7 +154,7 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
             f"{folder} holds a {state} run; resume=auto {effect}, another hydra.run.dir keeps it"
         )
     current = checking.plain(settings)
-    stored = composition.stored(folder)
+    stored = composition.load_config(folder)
     before, now = (dict(_leaves(node)) for node in (stored, OmegaConf.create(current)))
     described = roles.roles(current)
     keys = sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS)
@@ -174,7 +179,7 @@ def _with_stored_choices(settings: RunConfig, files: RunFolder) -> RunConfig:
     A different `engine.task_chunk` in the command replaces them.
     """
     engine = settings.engine
-    is_same = composition.stored(files.path).engine.task_chunk == engine.task_chunk
+    is_same = composition.load_config(files.path).engine.task_chunk == engine.task_chunk
     if files.engine.exists() and is_same:
         engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(files.engine))
     return dataclasses.replace(settings, engine=engine)
@@ -196,7 +201,7 @@ def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
 
 def _save_chunk(files: RunFolder, settings: RunConfig, choices: dict[str, Any]) -> None:
     """Save the number of tasks in flight if this command has changed it."""
-    stored = composition.stored(files.path)
+    stored = composition.load_config(files.path)
     if stored.engine.task_chunk == settings.engine.task_chunk:
         return
     stored.engine.task_chunk = settings.engine.task_chunk
@@ -205,7 +210,7 @@ def _save_chunk(files: RunFolder, settings: RunConfig, choices: dict[str, Any]) 
 
 
 def _save_config(files: RunFolder, config: Any) -> None:
-    with replacing(files.config) as stream:
+    with atomic_writer(files.config) as stream:
         stream.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
@@ -245,7 +250,7 @@ def resume(folder: Path, console: Console) -> None:
     folder = folder.absolute()
     with contextlib.suppress(OSError):  # the directory may be gone, or on another machine
         os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
-    config: Any = OmegaConf.merge(composition.stored(folder), {"resume": "auto"})
+    config: Any = OmegaConf.merge(composition.load_config(folder), {"resume": "auto"})
     train(config, folder, command["name"], command["overrides"], console)
 
 
@@ -264,8 +269,8 @@ def _explain_interruptions(folder: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         raise RunFailed(
-            f"{of_system(error)}; earlier checkpoints are intact; fix the problem, then run: "
-            f"metalearn resume {folder}"
+            f"{describe_os_error(error)}; earlier checkpoints are intact; fix the problem, then "
+            f"run: metalearn resume {folder}"
         ) from None
 
 
@@ -287,11 +292,11 @@ def _show(files: RunFolder, result: Result, table: Table, console: Console) -> N
 
 def follow(config: DictConfig, folder: Path) -> None:
     """Compute a non-leading process's share of the tasks and test episodes; write nothing."""
-    settings, files = checked(config), RunFolder(folder)
+    settings, files = check_config(config), RunFolder(folder)
     if settings.resume == "auto" and files.is_finished:
         return
     if settings.resume == "auto" and files.is_started:
         settings = _with_stored_choices(settings, files)
     run = build(settings, is_restored=files.last.exists())
-    assert not run.processes.leading
+    assert not run.processes.is_leader
     loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)

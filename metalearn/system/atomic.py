@@ -10,7 +10,7 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def replacing(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a stream whose content replaces `path` once it is complete and on disk.
 
     On failure, `path` is unchanged and no temporary file remains.
@@ -59,5 +59,5 @@ def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as stream:
+    with atomic_writer(path) as stream:
         stream.write(text.encode())

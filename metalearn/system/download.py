@@ -40,11 +40,11 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
         finally:
             part.unlink(missing_ok=True)
 
-    with_network(url, folder, download)
+    run_download(url, folder, download)
     return target
 
 
-def with_network(
+def run_download(
     url: str, folder: Path, download: Callable[[], object], way_out: str | None = None
 ) -> None:
     """Run a torchvision download after checking that its address answers.

@@ -17,12 +17,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def of_system(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """Return the file name and the reason of an operating-system error, in one line."""
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return True if memory did not suffice, on any device.
 
     torch has many messages for this, and most are a RuntimeError.
@@ -67,13 +67,13 @@ class UserError(_OneLine):
 
 def as_failure(error: Exception) -> Exception:
     """Return the error, as RunFailed if memory, the disk or a file was the cause."""
-    if ran_out(error):
+    if is_out_of_memory(error):
         return RunFailed(
             "out of memory outside of a step; try smaller images (dataset.image_size), fewer "
             "filters or episodes"
         )
     if isinstance(error, OSError) and error.errno is not None:
-        return RunFailed(of_system(error))
+        return RunFailed(describe_os_error(error))
     return error
 
 

@@ -23,7 +23,7 @@ class Processes:
     size: int = 1
 
     @property
-    def leading(self) -> bool:
+    def is_leader(self) -> bool:
         """Return True in the process that writes."""
         return self.rank == 0
 
@@ -36,7 +36,7 @@ class Processes:
         first, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         return first, end - first
 
-    def summed(self, tree: Any) -> Any:
+    def all_reduce_sum(self, tree: Any) -> Any:
         """Sum a tree of floating-point tensors over all processes, in one message per dtype."""
         if self.size == 1:
             return tree
@@ -51,7 +51,7 @@ class Processes:
                 sums[index] = part.view(leaves[index].shape)
         return pytree.tree_unflatten(sums, spec)
 
-    def placed(self, own: torch.Tensor, count: int) -> torch.Tensor:
+    def scatter(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """Place this process's values in a tensor of all tasks; `summed` then gives all values.
 
         Args:
@@ -87,12 +87,12 @@ class Processes:
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
         """Run the block in the leading process first, so that the others find its files."""
-        if self.size > 1 and not self.leading:
+        if self.size > 1 and not self.is_leader:
             dist.barrier()
         try:
             yield
         finally:
-            if self.size > 1 and self.leading:
+            if self.size > 1 and self.is_leader:
                 dist.barrier()
 
 
@@ -101,7 +101,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def joined(device: torch.device) -> Processes:
+def join_processes(device: torch.device) -> Processes:
     """Join the processes that torchrun started (NCCL on CUDA, gloo on CPU), if any."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()

@@ -39,7 +39,7 @@ def listen() -> None:
         signal.signal(number, _on_signal)
 
 
-def asked() -> int | None:
+def received_signal() -> int | None:
     """Return the signal received since `deferred` began, or None."""
     return _first_signal
 

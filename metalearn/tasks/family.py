@@ -87,9 +87,9 @@ class Supervised:
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
         """Compute `loss` on the queries or on a batch."""
         prediction, statistics = net(params, query.x)
-        return self.judge(self.loss(prediction, query.y), prediction, query.y, statistics)
+        return self.make_loss(self.loss(prediction, query.y), prediction, query.y, statistics)
 
-    def judge(self, value: Tensor, prediction: Tensor, y: Tensor, statistics: Params) -> Loss:
+    def make_loss(self, value: Tensor, prediction: Tensor, y: Tensor, statistics: Params) -> Loss:
         """Return a `Loss` that logs its value and the score of the prediction."""
         logs = {"loss": value.detach(), self.metric.name: self.metric.of(prediction.detach(), y)}
         return Loss(value, logs, statistics)

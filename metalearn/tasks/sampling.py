@@ -120,7 +120,7 @@ class EpisodeSampler:
 
         # The inputs with the smallest random numbers are drawn; padding never is.
         key_TN = prng.fold_in(
-            prng.fold_in(key_T, 2).unsqueeze(-1), self.view.drawing_ids(classes_TN, rotations_TN)
+            prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
         )
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
         picks = prng.smallest(key_TN, padding, shape.shot + shape.query + shape.unlabelled)

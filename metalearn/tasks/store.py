@@ -212,7 +212,7 @@ class ClassView:
         """
         return prng.choice(prng.fold_in(key, 0), len(self.index.rows), count), None
 
-    def drawing_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
+    def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
         """Return the ids that seed the draw of inputs; equal ids draw the same images."""
         return classes
 
@@ -273,7 +273,7 @@ class RotatedClasses(ClassView):
         classes = prng.choice(prng.fold_in(key, 0), size, count)
         return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
 
-    def drawing_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
+    def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
         """Return one id per class, or one per class and rotation."""
         if self.share_drawings or rotations is None:
             return classes

@@ -62,7 +62,7 @@ class Method:
             else:
                 source = "batches" if "episodes" not in self.cls.sources else "episodes"
                 overrides = ["algo=protonet", *_SMALL, f"train.source={source}", *words]
-            config = checking.checked(composition.composed(overrides))
+            config = checking.check_config(composition.compose_config(overrides))
             if not config.optimiser["_target_"].endswith("SGD"):
                 config.train.lr = 0.01
             self._configs[words] = config
