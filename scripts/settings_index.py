@@ -11,6 +11,7 @@ import importlib
 import json
 import pkgutil
 import sys
+from typing import Any
 
 from metalearn.config import components
 from metalearn.tasks.augment import AUGMENTATIONS
@@ -36,9 +37,13 @@ def index() -> dict[str, list[dict[str, object]]]:
 
 
 def names() -> dict[str, list[str]]:
-    """Return the names of losses and augmentations."""
-    losses = [name for by_kind in LOSSES.values() for name in by_kind]
-    return {"loss": losses, "augment": list(AUGMENTATIONS)}
+    """Return the names of the package's own losses and augmentations."""
+    losses = {name: loss for by_kind in LOSSES.values() for name, loss in by_kind.items()}
+    groups: dict[str, dict[str, Any]] = {"loss": losses, "augment": dict(AUGMENTATIONS)}
+    return {
+        group: [name for name, one in own.items() if one.__module__.startswith("metalearn.")]
+        for group, own in groups.items()
+    }
 
 
 def text() -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from metalearn.tasks import augment, prng
@@ -59,6 +60,7 @@ def test_store_augments_before_it_normalises():
     assert torch.equal(cropped.gather(rows, key)[1:], cropped.gather(rows[1:], key[1:]))
 
 
+@pytest.mark.slow
 def test_only_training_is_augmented(make_run):
     overrides = ["algo=protonet", "dataset.image_size=12", "backbone.blocks=2"]
     plain, changed = make_run(*overrides), make_run(*overrides, "augment=crop_flip")

@@ -214,6 +214,7 @@ def torchvision_weights(tmp_path):
     return net, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, pytest.param(84, marks=pytest.mark.slow)])
 def test_resnet18_equals_torchvision(torchvision_weights, size):
     theirs, path = torchvision_weights
@@ -235,7 +236,8 @@ def compose_resnet18(cache_dir, *overrides):
         "dataset=glyphs",
         "dataset.num_classes=60",
         "dataset.image_size=32",
-        "episode.query=2",
+        "episode.query=1",
+        "train.batch_size=4",
         "train.steps=2",
     ]
     few = [

@@ -95,7 +95,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=lambda value: " ".join(value)[:40])
+#: Every fourth mistake is part of `make check`.
+_MISTAKES = [
+    pytest.param(*mistake, marks=pytest.mark.slow if number % 4 else ())
+    for number, mistake in enumerate(MISTAKES)
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), _MISTAKES, ids=lambda value: " ".join(value)[:40])
 def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
     with pytest.raises(UserError) as caught:
         check(
@@ -110,6 +117,7 @@ def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
     assert all(part in line for part in parts), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -144,6 +152,7 @@ def test_missing_device_is_reported(compose, monkeypatch):
         check(checking.check_config(compose("device=cuda")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "group",
     [
@@ -178,6 +187,7 @@ def test_methods_compose_with_datasets_that_they_learn_and_have_a_recipe_for():
                 check(settings)
 
 
+@pytest.mark.slow
 def test_optimiser_settings_are_kept_with_train_optimiser():
     for overrides, expected in (
         (["optimiser.momentum=0.9"], {"momentum": 0.9}),

@@ -51,6 +51,7 @@ def only_evaluation(folder, **protocol):
     return match
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "inductive"),
     [pytest.param("maml", "support", marks=pytest.mark.slow), ("protonet", "population")],
@@ -182,9 +183,8 @@ def test_evaluate_refuses_training_classes_under_other_dataset_settings(run, con
     for overrides in (["dataset.split_seed=5"], ["dataset.split_seed=5", "dataset.jitter=1.01"]):
         with pytest.raises(UserError, match="were trained or validated on"):
             evaluate(folder, overrides, "test", None, console)
-    evaluate(
-        folder, ["dataset.rotations=classes"], "train", None, console
-    )  # selected by name, so allowed
+    # Allowed, because `split` selects these classes.
+    evaluate(folder, ["dataset.rotations=classes"], "train", None, console)
     assert "train accuracy" in console.export_text()
 
 
@@ -361,10 +361,10 @@ def test_recipes_compose_at_every_budget(name):
     from metalearn.config import composition
     from metalearn.run import pairings
 
+    recipe = reproduce.Recipe(name, "paper")
     for budget in ("smoke", "quick", "paper"):
-        settings = checking.check_config(
-            composition.compose_config(reproduce.Recipe(name, budget).overrides([])[:-1])
-        )
+        recipe.budget = budget
+        settings = checking.check_config(composition.compose_config(recipe.overrides([])[:-1]))
         pairings.check(settings)
         assert settings.reproduction is not None
         assert 0.5 < settings.reproduction.published.mean < 1
@@ -431,6 +431,7 @@ def test_verdict_compares_the_upper_end_with_the_target(
         assert recipe.verdict(tmp_path, console) == 1
 
 
+@pytest.mark.slow
 def test_reproduce_refuses_settings_that_change_the_experiment(capsys):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", "smoke")
     for override in (

@@ -63,6 +63,7 @@ def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsample", ["pool", "stride"])
 @pytest.mark.parametrize("normalisation", ["batch", "none"])
 def test_unfold_convolution_equals_plain_convolution(downsample, normalisation, make_run):
@@ -76,6 +77,7 @@ def test_unfold_convolution_equals_plain_convolution(downsample, normalisation, 
     torch.testing.assert_close(unfolded.gradients, plain.gradients, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["vmap", "loop", "mixed"])
 @pytest.mark.parametrize("part", ["all", "head"])
 def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
@@ -151,6 +153,7 @@ def test_rematerialisation_without_inner_steps_is_refused(make_run):
         make_run("algo=protonet", "engine.rematerialise=true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["maml", "protonet", pytest.param("reptile", marks=pytest.mark.slow)]
 )
@@ -171,6 +174,7 @@ def test_bf16_agrees_in_gradient_direction_and_accuracy(name, make_run):
     assert abs(accuracies[0] - accuracies[1]) < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
 @pytest.mark.parametrize("name", ["relation", "r2d2"])
 def test_bf16_gradients_agree_for_learned_heads(name, strategy, make_run):
@@ -319,6 +323,7 @@ def test_mixed_choices_are_refused_for_a_method_with_its_own_loss(make_run, tmp_
         make_run("algo=reptile", "train.meta_batch=4", f"engine.choices={tmp_path}/engine.json")
 
 
+@pytest.mark.slow
 def test_rematerialisation_recomputes_in_the_same_precision(make_run):
     overrides = [
         "algo=maml",
@@ -333,6 +338,7 @@ def test_rematerialisation_recomputes_in_the_same_precision(make_run):
     assert cosine(*gradients) > 0.9999
 
 
+@pytest.mark.slow
 def test_zero_threads_restores_all_threads(make_run, monkeypatch):
     monkeypatch.setattr(process, "_ALL_THREADS", 2)
     before = torch.get_num_threads()

@@ -69,6 +69,7 @@ def test_population_statistics_follow_a_moving_average(make_run, tmp_path):
         torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * seen[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -165,6 +166,7 @@ def test_nonfinite_step_changes_nothing(optimiser, reads_host, make_run, monkeyp
     assert training.meter.skipped()[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -195,6 +197,7 @@ def test_invalid_optimisers_are_refused(overrides, line, compose):
         check(checking.check_config(compose("algo=protonet", *overrides)))
 
 
+@pytest.mark.slow
 def test_optimisers_have_their_torch_defaults(make_run):
     for overrides, kind, expected in (
         (["train.optimiser=sgd"], torch.optim.SGD, {"momentum": 0.0}),
@@ -268,6 +271,7 @@ def test_invalid_checkpoints_are_refused(tmp_path):
         checkpoint.load(path, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_method_enters_its_next_stage_on_time(make_run, monkeypatch):
     run = make_run("algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4")
     calls: list[int] = []

@@ -36,6 +36,7 @@ def trained(compose, tmp_path):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_predictions_equal_those_of_the_test(trained, name):
     folder, run = trained(f"algo={name}", "statistics=query")
@@ -69,6 +70,7 @@ def test_missing_weight_of_another_version_is_named(trained):
         metalearn.load(folder)
 
 
+@pytest.mark.slow
 def test_default_predictions_do_not_depend_on_each_other(trained):
     folder, run = trained("algo=maml")
     task = run.test.draw(0, 1)
@@ -90,6 +92,7 @@ def test_adapts_from_the_same_state_each_time(trained):
     assert torch.equal(before, again)
 
 
+@pytest.mark.slow
 def test_image_files_are_read_as_the_dataset_reads_its_own(trained, tmp_path):
     folder, _ = trained("algo=protonet", "dataset.image_size=16")
     paper = np.full((64, 64), 255, np.uint8)

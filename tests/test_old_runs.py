@@ -40,6 +40,7 @@ def test_predictions_equal_those_of_the_old_version(name):
         torch.testing.assert_close(new, probabilities, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _NAMES)
 def test_evaluate_uses_the_current_sampler(name, old, cache_dir):
     folder, console = old(name), Console(width=160, record=True)
@@ -57,6 +58,7 @@ def test_evaluate_uses_the_current_sampler(name, old, cache_dir):
     assert abs(same[0]["test"]["accuracy"]["mean"] - result["test"]["accuracy"]["mean"]) < 0.25
 
 
+@pytest.mark.slow
 def test_compare_reports_different_samplers(old, cache_dir, tmp_path):
     folder, console = old("protonet"), Console(width=160, record=True)
     compare([folder], tmp_path / "alone", console)

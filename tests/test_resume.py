@@ -345,6 +345,7 @@ def test_restored_meter_does_not_count_earlier_tasks():
     assert restored.steps == 1 and restored.read()["tasks_per_second"] == 0
 
 
+@pytest.mark.slow
 def test_resumed_untrained_run_does_not_repeat_its_row(run, tmp_path):
     run("x", "algo=protonet", "train.steps=0")
     rows = (tmp_path / "x/metrics.jsonl").read_text()

@@ -68,6 +68,7 @@ def test_every_setting_has_a_role_and_a_value_in_yaml():
         assert own and set(own) <= set(fields.ROLES), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "resume", "evaluate", "reproduce", "methods"),
     [

@@ -122,6 +122,7 @@ def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
     assert estimate(loop.test(with_distractors, state, None).scores).mean < scores.mean()
 
 
+@pytest.mark.slow
 def test_unlabelled_examples_work_from_python(tmp_path):
     overrides = [
         "algo=soft_means",
@@ -165,6 +166,7 @@ def test_unlabelled_examples_work_from_python(tmp_path):
         metalearn.load(tmp_path / "plain").adapt(x, list("aabbcc"), unlabelled=more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -265,6 +267,7 @@ def test_plugin_backbone_passes_the_backbone_checks(check):
     testing.BACKBONE_CHECKS[check](testing.BackboneCase(Bag(width=4), InputSpec((6,), 20)))
 
 
+@pytest.mark.slow
 def test_plugin_loss_and_augmentation_are_chosen_by_name():
     overrides = [
         "dataset=glyphs",
