@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup  ## train and test MAML on embedded data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
 
-check: setup  ## quick checks: format, lint, types, fast tests (one to two minutes)
+check: setup  ## quick checks: format, lint, types, fast tests (under a minute)
 	ruff format --check .
 	ruff check .
 	mypy

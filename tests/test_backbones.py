@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from rich.console import Console
 from torch import nn
 from torch.func import grad, vmap
@@ -202,6 +201,8 @@ def test_resnet12_is_four_residual_blocks():
 def torchvision_weights(tmp_path):
     """Return torchvision's network with random weights and statistics, and a file of them."""
     torch.manual_seed(0)
+    import torchvision  # slow to import
+
     net = torchvision.models.resnet18()
     net.fc = nn.Identity()
     for name, value in net.state_dict().items():
