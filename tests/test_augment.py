@@ -61,6 +61,7 @@ def test_store_augments_before_it_normalises():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_only_training_is_augmented(make_run):
     overrides = ["algo=protonet", "dataset.image_size=12", "backbone.blocks=2"]
     plain, changed = make_run(*overrides), make_run(*overrides, "augment=crop_flip")

@@ -64,6 +64,7 @@ def image_data(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
 def test_folder_of_mixed_images(image_data, tmp_path, colour):
     data = open_dataset(
@@ -148,6 +149,7 @@ def test_16_bit_images_keep_their_levels(image_data, tmp_path):
     torch.testing.assert_close(x, torch.full_like(x, 100 / 255))
 
 
+@pytest.mark.slow
 def test_cache_is_reused_and_rebuilt_if_corrupt_or_stale(image_data, tmp_path):
     cache = tmp_path / "c"
     first = open_dataset("folder", image_data, cache)

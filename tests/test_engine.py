@@ -29,6 +29,7 @@ def cosine(first, second):
     return float(first @ second / first.norm() / second.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -295,6 +296,7 @@ def test_engine_choices_are_saved_and_reused(compose, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_invalid_engine_choices_are_refused(make_run, tmp_path):
     right = {"strategy": "vmap", "chunk": 2, "precision": "fp32", "convolution": "plain"}

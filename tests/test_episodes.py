@@ -103,6 +103,7 @@ def test_support_and_query_share_no_image(rotations, sizes, way, shot, query, se
         assert torch.equal(task.query.y[t].bincount(minlength=way), torch.full((way,), query))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     way=st.integers(2, 4), shot=st.integers(1, 2), query=st.integers(1, 2),

@@ -70,6 +70,7 @@ def test_population_statistics_follow_a_moving_average(make_run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -197,6 +198,7 @@ def test_invalid_optimisers_are_refused(overrides, line, compose):
         check(checking.check_config(compose("algo=protonet", *overrides)))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_optimisers_have_their_torch_defaults(make_run):
     for overrides, kind, expected in (

@@ -37,6 +37,7 @@ def trained(compose, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maml", "protonet"])
 def test_predictions_equal_those_of_the_test(trained, name):
     folder, run = trained(f"algo={name}", "statistics=query")
@@ -70,6 +71,7 @@ def test_missing_weight_of_another_version_is_named(trained):
         metalearn.load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_default_predictions_do_not_depend_on_each_other(trained):
     folder, run = trained("algo=maml")
@@ -119,6 +121,7 @@ def test_regression_predicts_values(trained):
         model.probabilities(x)
 
 
+@pytest.mark.slow
 def test_mistakes_are_explained(trained, tmp_path):
     folder, run = trained("algo=maml", "train.steps=1")
     model = metalearn.load(folder)

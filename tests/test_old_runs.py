@@ -59,6 +59,7 @@ def test_evaluate_uses_the_current_sampler(name, old, cache_dir):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_compare_reports_different_samplers(old, cache_dir, tmp_path):
     folder, console = old("protonet"), Console(width=160, record=True)
     compare([folder], tmp_path / "alone", console)

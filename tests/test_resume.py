@@ -77,7 +77,11 @@ def interrupt(run, monkeypatch):
         pytest.param(["algo=reptile"], "signal", marks=pytest.mark.slow),
         pytest.param(["algo=baseline"], "killed", marks=pytest.mark.slow),
         pytest.param(["algo=protonet"], "killed", marks=pytest.mark.slow),
-        (["algo=protonet", "train.patience=2", "train.schedule=cosine"], "signal"),
+        pytest.param(
+            ["algo=protonet", "train.patience=2", "train.schedule=cosine"],
+            "signal",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -187,6 +191,7 @@ def test_folder_is_locked_by_one_process_until_it_dies(run, interrupt, tmp_path)
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_multirun_skips_finished_runs_and_resumes_the_rest(metalearn, tmp_path):
     arguments = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]

@@ -43,6 +43,7 @@ def settings_of(*overrides):
     return checking.check_config(composition.compose_config([*_SMALL, *overrides]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
