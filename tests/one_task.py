@@ -9,7 +9,7 @@ from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
 from metalearn.tasks import prng
 from metalearn.tasks.types import Query, Spec, Support, Task
-from tests.conftest import to_float64
+from tests.fixtures import to_float64
 
 IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)
 NET = MLP(hidden=[5], normalisation="none", activation="tanh", eps=1e-5)

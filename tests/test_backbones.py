@@ -27,7 +27,7 @@ from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Kernels
-from tests.conftest import to_float64
+from tests.fixtures import to_float64
 
 
 def conv4(**changes):

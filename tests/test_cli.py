@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import SMALL
+from tests.fixtures import SMALL
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from metalearn.run.train import train
 from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
-from tests.conftest import ALGORITHMS, to_float64
+from tests.fixtures import ALGORITHMS, to_float64
 
 _HALF = torch.tensor(0.5)
 #: Methods of each kind that `make check` checks.

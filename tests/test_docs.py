@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from metalearn.config import checking, composition
 from metalearn.run.pairings import check
-from tests.conftest import ALGORITHMS
+from tests.fixtures import ALGORITHMS
 
 _ROOT = Path(__file__).parent.parent
 _TABLES = yaml.safe_load((_ROOT / "benchmarks/methods.yaml").read_text())

@@ -16,7 +16,7 @@ from metalearn.run.build import build
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
 from tests import command
-from tests.conftest import SMALL, to_float64
+from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")

@@ -14,7 +14,7 @@ from metalearn.engine import Engine
 from metalearn.tasks import prng
 from metalearn.tasks.family import REGRESSION
 from metalearn.tasks.types import InputSpec, Query, Spec, State, Support, Task
-from tests.conftest import to_float64
+from tests.fixtures import to_float64
 
 _PROGRESS = torch.zeros(())
 _IDENTITY = MLP(hidden=[], normalisation="none", activation="relu", eps=1e-5)

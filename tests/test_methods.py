@@ -26,7 +26,7 @@ from metalearn.tasks import prng
 from metalearn.tasks.family import supervised
 from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.types import Spec, State, Task
-from tests.conftest import to_float64
+from tests.fixtures import to_float64
 from tests.one_task import (
     COMMON,
     IDENTITY,

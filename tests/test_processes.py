@@ -12,7 +12,7 @@ from same_run import difference, left
 
 from metalearn.run.step import Meter
 from metalearn.system.processes import Processes
-from tests.conftest import SMALL
+from tests.fixtures import SMALL
 
 
 def test_shares_are_disjoint_complete_and_even():

@@ -5,7 +5,7 @@ from rich.console import Console
 from same_run import difference, left
 
 from metalearn.run.train import train
-from tests.conftest import SMALL
+from tests.fixtures import SMALL
 
 
 def check_repeated(cold, warm, other):

@@ -18,7 +18,7 @@ from metalearn.run import checkpoint, train
 from metalearn.run.step import Meter, Training
 from metalearn.system import lock, signals
 from metalearn.system.errors import RunFailed, UserError, as_failure
-from tests.conftest import SMALL
+from tests.fixtures import SMALL
 
 _SHORT = [
     "train.steps=9",

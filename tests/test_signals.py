@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metalearn.run import checkpoint
-from tests.conftest import SMALL
+from tests.fixtures import SMALL
 
 pytestmark = pytest.mark.slow
 _LONG = [

@@ -19,7 +19,7 @@ from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import InputSpec, Support
-from tests.conftest import to_float64
+from tests.fixtures import to_float64
 from tests.toys import Bag
 
 _TOYS = ["transfer", "multi_step", "sequence", "ridge", "soft_means"]

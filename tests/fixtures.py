@@ -1,0 +1,119 @@
+"""Shared fixtures: small datasets, small runs, and commands in separate processes."""
+
+import functools
+import http.server
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch.utils import _pytree as pytree
+
+from metalearn.config import checking, composition
+from metalearn.engine import process
+from metalearn.run.build import Run, build
+from tests import command
+from tests.command import Command
+
+torch.set_num_threads(1)
+process._ALL_THREADS = 1  # tests run in parallel
+
+ALGORITHMS = sorted(composition.options("algo"))
+
+#: Overrides that make any run small: an easy dataset, a narrow network, few episodes.
+SMALL = [
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.jitter=0.5", "dataset.image_size=16",
+    "backbone.filters=8", "episode.query=3", "train.steps=2", "val.episodes=4", "test.episodes=6",
+    "logger=none",
+]  # fmt: skip
+
+
+def to_float64(tree: Any) -> Any:
+    """Convert the floating-point tensors of a tree to float64."""
+    return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compose(cache_dir: Path):
+    def compose_small(*overrides: str) -> DictConfig:
+        return composition.compose_config([*SMALL, f"cache_dir={cache_dir}", *overrides])
+
+    return compose_small
+
+
+@pytest.fixture
+def make_run(compose):
+    def make(*overrides: str) -> Run:
+        return build(checking.check_config(compose(*overrides)))
+
+    return make
+
+
+@pytest.fixture
+def start(cache_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Start the command in an empty folder, as a user would, in a separate process."""
+    output = tmp_path_factory.mktemp("output")
+    commands: list[Command] = []
+
+    def run(
+        *arguments: str,
+        cwd: Path = tmp_path,
+        memory: int | None = None,
+        path: str | None = None,
+        **environment: str | None,
+    ) -> Command:
+        folders = {"METALEARN_CACHE": str(cache_dir), "METALEARN_DATA": str(tmp_path / "data")}
+        variables = {**folders, **environment}
+        commands.append(command.start(arguments, cwd, output, variables, memory, path))
+        return commands[-1]
+
+    yield run
+    for one in commands:
+        if one.is_running:
+            one.process.kill()
+        one.process.join()
+
+
+@pytest.fixture
+def metalearn(start):
+    """Run the command like `start`, and wait until it ends."""
+
+    def run(*arguments: str, timeout: float = 120, **options: Any) -> Command:
+        return start(*arguments, **options).wait(timeout)
+
+    return run
+
+
+@pytest.fixture
+def ranks(start):
+    """Start the command in two processes that share the work, as torchrun would."""
+
+    def run(*arguments: str) -> list[Command]:
+        return [start(*arguments, **environment) for environment in command.ranks(2)]
+
+    return run
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve a folder over HTTP on this machine: (address, folder)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    ) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_address[1]}", folder
+        http_server.shutdown()
