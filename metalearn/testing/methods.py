@@ -114,9 +114,11 @@ def strategies_agree(method: Method, *words: str) -> None:
     for statistics in STATISTICS:
         run = method.run(*words, statistics=statistics)
         tasks, state = as_double(run.train.draw(0, 4)), as_double(run.state)
+        # An uneven last chunk is independent of the statistics.
+        uneven = [("vmap", 3)] if statistics == "query" else []
         steps = [
             Engine(run.algorithm, strategy, chunk).at(0.5).step(state, tasks, _HALF)
-            for strategy, chunk in (("vmap", 4), ("vmap", 3), ("loop", 1), ("mixed", 2))
+            for strategy, chunk in (("vmap", 4), *uneven, ("loop", 1), ("mixed", 2))
             if _has_loss(run, strategy)
         ]
         for other in steps[1:]:
