@@ -237,10 +237,10 @@ def test_nonfinite_loss_ends_the_run(make_run, tmp_path):
         loop.fit(run, Rows(), tmp_path)
 
 
-def test_evaluation_does_not_depend_on_its_batch_size_and_builds_no_graph(make_run, monkeypatch):
+def test_evaluation_does_not_depend_on_its_batch_size_and_builds_no_graph(make_run):
     run = make_run("algo=maml", "test.episodes=10")
     scores = loop.test(run, run.state, None).scores
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 3)
+    run.config.engine.evaluation_batch = 3
     torch.testing.assert_close(loop.test(run, run.state, None).scores, scores)
     learning = State(
         {name: value.requires_grad_() for name, value in run.state.params.items()},

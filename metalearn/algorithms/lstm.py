@@ -7,18 +7,16 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import Params
 
 
-def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None) -> Params:
-    """Create the weights of an LSTM cell, uniform in +-1 / sqrt(outputs).
+def init_lstm(key: Tensor, size: int, hidden: int) -> Params:
+    """Create the weights of an LSTM cell, uniform in +-1 / sqrt(size).
 
     The forget gates start open (bias 1; Jozefowicz et al. 2015).
 
     Args:
         key: int64 [].
-        inputs: Size of the inputs [B, inputs].
+        size: Size of inputs, cells and outputs.
         hidden: Size of the recurrent input [B, hidden].
-        outputs: Size of cells and outputs; None for that of the inputs.
     """
-    size = outputs or inputs
     bound = size**-0.5
 
     def uniform(number: int, columns: int) -> Tensor:
@@ -26,7 +24,7 @@ def init_lstm(key: Tensor, inputs: int, hidden: int, outputs: int | None = None)
 
     bias = torch.zeros(4 * size, device=key.device)
     bias[size : 2 * size] = 1
-    return {"input": uniform(0, inputs), "recurrent": uniform(1, hidden), "bias": bias}
+    return {"input": uniform(0, size), "recurrent": uniform(1, hidden), "bias": bias}
 
 
 def lstm_cell(weights: Params, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,9 @@ def files_hash(containers: list[Path]) -> str:
                     stat = (container / file.name).stat()
                     digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
             else:
-                digest.update(container.read_bytes())
+                with container.open("rb") as stream:
+                    while chunk := stream.read(1 << 20):
+                        digest.update(chunk)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
     return digest.hexdigest()

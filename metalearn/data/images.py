@@ -36,7 +36,7 @@ class ClassImages:
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""
-        digest = hashlib.sha256(self.images.numpy().tobytes())
+        digest = hashlib.sha256(self.images.contiguous().numpy())  # type: ignore[arg-type]
         digest.update(repr((tuple(self.images.shape), self.counts, self.names)).encode())
         return digest.hexdigest()[:16]
 

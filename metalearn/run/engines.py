@@ -11,9 +11,6 @@ from metalearn.engine import Engine
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import Batch, Task
 
-#: Validation and test episodes per call; memory does not depend on their number.
-EVALUATION_BATCH = 32
-
 #: Engine settings that leave every choice to the engine, or to `engine.choices`.
 FREE_CHOICES: dict[str, Any] = {
     "strategy": "auto",
@@ -57,7 +54,7 @@ def make_engines(
     engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, convolution)
     # The largest share, so that all processes make the same choice.
     share = -(-settings.train.meta_batch // num_processes)
-    return engine.resolve(train, share, True), engine.resolve(test, EVALUATION_BATCH, False)
+    return engine.resolve(train, share, True), engine.resolve(test, own.evaluation_batch, False)
 
 
 def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from metalearn.report.folder import RunFolder
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, nonfinite, optimisers
 from metalearn.run.build import Run
-from metalearn.run.engines import EVALUATION_BATCH
 from metalearn.run.step import Training
 from metalearn.system import signals
 from metalearn.system.errors import RunFailed
@@ -215,10 +214,8 @@ def test(run: Run, state: State, steps: int | None) -> Tested:
 def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
     """Return (first, count) of each chunk of this process's share of the episodes."""
     first, count = run.processes.share(episodes)
-    return [
-        (at, min(EVALUATION_BATCH, first + count - at))
-        for at in range(first, first + count, EVALUATION_BATCH)
-    ]
+    batch = run.config.engine.evaluation_batch
+    return [(at, min(batch, first + count - at)) for at in range(first, first + count, batch)]
 
 
 def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> Tensor:

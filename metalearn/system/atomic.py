@@ -35,6 +35,8 @@ def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
 
 def _sync_folder(folder: Path) -> None:
     """Flush the folder's entries to disk; otherwise a power cut may undo a rename."""
+    if os.name == "nt":  # Windows cannot open folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some file systems support fsync for files only
