@@ -18,8 +18,7 @@ To resume a multirun, repeat its command with the same hydra.sweep.dir.
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
     if len(args) != 1 or args[0].startswith("-"):
-        word = args[-1] if args else ""
-        raise UserError(f"resume {word}: takes one folder, that of a run; see metalearn resume -h")
+        raise UserError("resume: takes one folder, that of a run; see metalearn resume --help")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "resume: with torchrun, repeat the run's command with hydra.run.dir=… and resume=auto"
