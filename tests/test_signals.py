@@ -65,6 +65,7 @@ def test_second_signal_exits_at_once(start, tmp_path):
     ]
     process = start(*arguments, "hydra.run.dir=x")
     process.wait_until(has_logged(tmp_path))
+    time.sleep(1)  # the first step is logged; after the second one the validation starts
     process.send(signal.SIGTERM)
     time.sleep(1)
     assert process.is_running
