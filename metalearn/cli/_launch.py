@@ -80,9 +80,19 @@ def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
     _check_callbacks(hydra)
     folder = Path(hydra.sweep.dir)
     with _folder(folder):
-        where = f"hydra.sweep.dir={composition.quoted(str(folder))}"
-        hydra_main(job, [*arguments.options, *arguments.settings, where])
+        more = [f"hydra.sweep.dir={composition.quoted(str(folder))}"]
+        if _runs_one_by_one(hydra):
+            # Hydra's sweeper composes a whole batch before its first run: minutes for 1,000 runs.
+            more.append("hydra.sweeper.max_batch_size=1")
+        hydra_main(job, [*arguments.options, *arguments.settings, *more])
     return folder
+
+
+def _runs_one_by_one(hydra: Any) -> bool:
+    """Return True for Hydra's own sweeper and launcher without a batch size."""
+    targets = (hydra.sweeper._target_, hydra.launcher._target_)
+    is_basic = all(target.rpartition(".")[2].startswith("Basic") for target in targets)
+    return is_basic and hydra.sweeper.max_batch_size is None
 
 
 def print_config(arguments: Arguments) -> None:
@@ -140,14 +150,14 @@ def _check_multirun(overrides: list[str]) -> None:
     from metalearn.config import composition
 
     errors: list[UserError] = []
-    runs = composition.one_run_per_value(overrides)
-    for run in runs:
-        config = composition.compose_config(run)
+    count = 0
+    for config in composition.one_config_per_value(overrides):
+        count += 1
         try:
             _check(config)
         except UserError as error:
             errors.append(error)
-    if len(errors) == len(runs):
+    if len(errors) == count:
         raise errors[0]
 
 

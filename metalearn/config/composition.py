@@ -1,6 +1,7 @@
 """Compose `conf/` and a command line with Hydra, and report its errors in one line."""
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +245,26 @@ def one_run_per_value(overrides: list[str]) -> list[list[str]]:
         for value in axis[1:]
     ]
     return [first, *others]
+
+
+def one_config_per_value(overrides: list[str]) -> Iterator[DictConfig]:
+    """Yield the configurations of `one_run_per_value`.
+
+    Hydra composes the first one, and those that choose another group; others are the first one with
+    a changed value, which takes a fraction of the time.
+    """
+    runs = one_run_per_value(overrides)
+    first = compose_config(runs[0])
+    yield first
+    for run in runs[1:]:
+        (word,) = set(run) - set(runs[0])
+        key, _, value = word.partition("=")
+        if key in groups() or OmegaConf.select(first, key) is None:
+            yield compose_config(run)
+            continue
+        changed = copy.deepcopy(first)
+        OmegaConf.update(changed, key, yaml.safe_load(value))
+        yield changed
 
 
 def groups() -> list[str]:
