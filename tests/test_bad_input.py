@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from metalearn.cli import train
-from metalearn.config import checking, components, composition
+from metalearn.config import checking, components, composition, sweeps
 from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.system.errors import UserError
@@ -198,14 +198,27 @@ def test_optimiser_settings_are_kept_with_train_optimiser():
 
 
 def test_each_value_of_an_axis_is_checked_once():
-    runs = composition.one_run_per_value(["algo=maml,protonet,anil", "seed=0,1", "val.every=3"])
+    runs = sweeps.one_run_per_value(["algo=maml,protonet,anil", "seed=0,1", "val.every=3"])
     assert runs == [
         [f"algo={algo}", f"seed={seed}", "val.every=3"]
         for algo, seed in (("maml", 0), ("protonet", 0), ("anil", 0), ("maml", 1))
     ]
-    assert composition.one_run_per_value(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [
-        ["seed=1"]
+    assert sweeps.one_run_per_value(["algo.inner_lr=interval(0.1,0.5)", "seed=1"]) == [["seed=1"]]
+
+
+def test_configurations_of_an_axis_equal_composed_ones():
+    overrides = [
+        "algo=protonet,maml",
+        "seed=0,0,3",
+        "train.lr=1e-3,0.1",
+        "statistics=query,support",
     ]
+    for run, config in zip(
+        sweeps.one_run_per_value(overrides), sweeps.one_config_per_value(overrides), strict=True
+    ):
+        assert checking.check_config(config) == checking.check_config(
+            composition.compose_config(run)
+        )
 
 
 @pytest.mark.parametrize("value", ["a\nb", "\u202eabc", "\x1b[31m"])

@@ -70,12 +70,12 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
 
 def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
     """Check each value of each axis, then let Hydra's sweeper run. Return the multirun folder."""
-    from metalearn.config import composition
+    from metalearn.config import composition, sweeps
 
     _check_multirun(arguments.settings)
     if "RANK" in os.environ:
         raise UserError("--multirun: a sweep uses one process; start it without torchrun")
-    single = [word for word in arguments.settings if not composition.is_sweep(word)]
+    single = [word for word in arguments.settings if not sweeps.is_sweep(word)]
     hydra = composition.compose_config(single, with_hydra=True).hydra
     _check_callbacks(hydra)
     folder = Path(hydra.sweep.dir)
@@ -147,11 +147,11 @@ def _check_multirun(overrides: list[str]) -> None:
     Raises:
         UserError: For an unknown name, or if none of the checked runs is possible.
     """
-    from metalearn.config import composition
+    from metalearn.config import sweeps
 
     errors: list[UserError] = []
     count = 0
-    for config in composition.one_config_per_value(overrides):
+    for config in sweeps.one_config_per_value(overrides):
         count += 1
         try:
             _check(config)
@@ -245,25 +245,6 @@ def hydra_main(job: Any, words: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["metalearn", *words]
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-
-
-def complete(words: list[str]) -> None:
-    """Print Hydra's shell completion.
-
-    Raises:
-        UserError: For a shell that is not supported.
-    """
-    import re
-
-    words = [word for word in words if word != "train"]  # our command; Hydra does not know it
-    action = next((word for word in words if not word.startswith("-")), "")
-    if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", action):
-        raise UserError(
-            f"-sc {action}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)"
-        )
-    line = os.environ.get("COMP_LINE", "")
-    os.environ["COMP_LINE"] = line.replace("metalearn train", "metalearn", 1)
-    hydra_main(lambda config: None, words)
 
 
 def _relative(folder: Path) -> Path:

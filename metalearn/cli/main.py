@@ -80,7 +80,9 @@ def _print_error(error: BaseException) -> None:
 def _dispatch(words: list[str]) -> int:
     words = take_plugins(words)
     if any(word in ("-sc", "--shell-completion") for word in words):
-        _launch.complete(words)
+        from metalearn.cli._completion import complete
+
+        complete(words)
         return 0
     if not words or words[0] in ("-h", "--help", "help"):
         lines = (f"  {name:<12}{_summary(_command(name))}\n" for name in commands())

@@ -1,7 +1,6 @@
 """Compose `conf/` and a command line with Hydra, and report its errors in one line."""
 
 import contextlib
-import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +74,8 @@ def recipe_line(choices: Any) -> str:
 
 
 @contextlib.contextmanager
-def _hydra_errors(overrides: list[str]) -> Iterator[None]:
+def hydra_errors(overrides: list[str]) -> Iterator[None]:
+    """Turn an error of Hydra or OmegaConf into a UserError of one line."""
     try:
         yield
     # Hydra raises its own errors, OmegaConf's and ValueErrors for a command line that it rejects.
@@ -151,7 +151,7 @@ def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig
     Raises:
         UserError: For a wrong override; names it and the nearest right one.
     """
-    with _hydra_errors(overrides), initialised() as compose:
+    with hydra_errors(overrides), initialised() as compose:
         return compose(overrides, return_hydra_config=with_hydra)
 
 
@@ -192,8 +192,7 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     result: Any = OmegaConf.create(OmegaConf.to_container(stored))
-    known = list(leaves(stored))
-    with _hydra_errors(overrides):
+    with hydra_errors(overrides):
         parsed = OverridesParser.create().parse_overrides(overrides)
     for override in parsed:
         key, value = override.key_or_group, override.value()
@@ -207,64 +206,11 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
         elif override.is_sweep_override():
             raise UserError(f"{override.input_line}: a test has one value for each setting")
         elif OmegaConf.select(stored, key, default=key) == key:
-            raise UserError(f"{override.input_line}: there is no such key{nearest(key, known)}")
+            hint = nearest(key, leaves(stored))
+            raise UserError(f"{override.input_line}: there is no such key{hint}")
         else:
             OmegaConf.update(result, key, value)
     return result
-
-
-def is_sweep(override: str) -> bool:
-    """Return True if an override gives several values."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_override(override).is_sweep_override()
-
-
-def one_run_per_value(overrides: list[str]) -> list[list[str]]:
-    """Return runs of a multirun, as plain overrides, that contain each value of each axis.
-
-    The first run has the first value of each axis; each other run differs in one value. Search
-    ranges (of sweepers with a strategy) are left out.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import Glob
-
-    with _hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        axes: list[list[str]] = []
-        for override in parsed:
-            if not override.is_sweep_override():
-                axes.append([str(override.input_line)])
-            elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
-                key = override.get_key_element()
-                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-    first = [axis[0] for axis in axes]
-    others = [
-        [*first[:number], value, *first[number + 1 :]]
-        for number, axis in enumerate(axes)
-        for value in axis[1:]
-    ]
-    return [first, *others]
-
-
-def one_config_per_value(overrides: list[str]) -> Iterator[DictConfig]:
-    """Yield the configurations of `one_run_per_value`.
-
-    Hydra composes the first one, and those that choose another group; others are the first one with
-    a changed value, which takes a fraction of the time.
-    """
-    runs = one_run_per_value(overrides)
-    first = compose_config(runs[0])
-    yield first
-    for run in runs[1:]:
-        (word,) = set(run) - set(runs[0])
-        key, _, value = word.partition("=")
-        if key in groups() or OmegaConf.select(first, key) is None:
-            yield compose_config(run)
-            continue
-        changed = copy.deepcopy(first)
-        OmegaConf.update(changed, key, yaml.safe_load(value))
-        yield changed
 
 
 def groups() -> list[str]:
