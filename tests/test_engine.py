@@ -2,20 +2,17 @@
 
 import gzip
 import json
-from pathlib import Path
+from itertools import accumulate
 
 import pytest
 import torch
 from rich.console import Console
 
-from metalearn.config import checking, composition
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
 from metalearn.run import loop
-from metalearn.run.build import build
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
-from tests import command
 from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
@@ -96,57 +93,35 @@ def test_rematerialisation_changes_no_gradient(strategy, part, make_run):
     torch.testing.assert_close(gradients, expected, rtol=1e-7, atol=1e-9)
 
 
-def peak():
-    """Return the peak resident memory of this process, in KiB."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-
-
-def peak_memory(overrides, queue):
-    """Put the growth of this process's peak memory by one meta-step into a queue, in KiB."""
-    run = build(checking.check_config(composition.compose_config(overrides)))
+def peak_memory(run):
+    """Return the most memory that the tensors of one meta-step take at a time, in bytes."""
     tasks = run.train.draw(0, 4)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = peak()
-    run.train_engine.step(run.state, tasks, torch.zeros(()))
-    queue.put(peak() - before)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profile:
+        run.train_engine.step(run.state, tasks, torch.zeros(()))
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.slow
-def test_rematerialisation_saves_memory_in_long_inner_loops(cache_dir):
-    context = command.CONTEXT
-    # Fill the image cache first: the step would reuse memory freed after generating images.
-    build(
-        checking.check_config(
-            composition.compose_config(
-                ["dataset=glyphs", "dataset.num_classes=60", f"cache_dir={cache_dir}"]
+def test_rematerialisation_saves_memory_in_long_inner_loops(make_run):
+    def growth(*more):
+        short, long = (
+            make_run(
+                "algo=maml",
+                f"algo.inner_steps={steps}",
+                "train.meta_batch=4",
+                "engine.strategy=vmap",
+                *more,
             )
+            for steps in (3, 8)
         )
-    )
+        return peak_memory(long) - peak_memory(short)
 
-    def kib(steps, more):
-        overrides = [
-            "algo=maml",
-            "dataset=glyphs",
-            "dataset.num_classes=60",
-            f"algo.inner_steps={steps}",
-            *more,
-        ]
-        overrides += [
-            "train.meta_batch=4",
-            "engine.strategy=vmap",
-            "device=cpu",
-            f"cache_dir={cache_dir}",
-        ]
-        queue = context.Queue()
-        process = context.Process(target=peak_memory, args=(overrides, queue))
-        process.start()
-        process.join()
-        return queue.get(timeout=1)
-
-    default, rematerialised = (
-        kib(20, more) - kib(5, more) for more in ([], ["engine.rematerialise=true"])
-    )
-    assert rematerialised < default / 3
+    assert growth("engine.rematerialise=true") < growth() / 10
 
 
 def test_rematerialisation_without_inner_steps_is_refused(make_run):
