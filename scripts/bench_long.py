@@ -42,7 +42,7 @@ class MemoryTracker(Tracker):
 
     def __init__(self, run: Run, folder: Path) -> None:
         files = RunFolder(folder)
-        super().__init__(run.config, run.metric, files, Console(file=io.StringIO()), "long", -1)
+        super().__init__(run.config, run.metric, files, Console(file=io.StringIO()), "long", -1, [])
         self.memory: list[tuple[int, float]] = []
 
     def log(self, row: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from metalearn.backbones.r2d2_conv import R2D2Conv
 from metalearn.backbones.resnet12 import ResNet12
 from metalearn.backbones.resnet18 import ResNet18
 from metalearn.config import checking, composition
+from metalearn.report.progress import SILENT
 from metalearn.run import loop
 from metalearn.run.build import build
 from metalearn.run.evaluate import evaluate
@@ -285,7 +286,7 @@ def test_frozen_weights_and_their_statistics_never_change(
     for frozen in ("true", "false"):
         run = build(resnet18_settings(cache_dir, *overrides, f"backbone.frozen={frozen}"))
         before = {name: value.clone() for part in run.state for name, value in part.items()}
-        state = loop.fit(run, loop.Silent(), tmp_path / frozen).state
+        state = loop.fit(run, SILENT, tmp_path / frozen).state
         task = run.test.draw(0, 1)
         learner = run.algorithm.adapt(
             state,

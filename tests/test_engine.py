@@ -10,6 +10,7 @@ from rich.console import Console
 
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
+from metalearn.report.progress import SILENT, Listener
 from metalearn.run import loop
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
@@ -370,7 +371,7 @@ def on_cuda(make_run, *overrides):
 @needs_cuda
 @pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "maml_pp"])
 def test_cuda_graph_run_equals_plain_run(name, make_run, tmp_path):
-    class Notes(loop.Silent):
+    class Notes(Listener):
         def note(self, line):
             notes.append(line)
 
@@ -403,7 +404,7 @@ def test_no_step_waits_for_the_device(name, graph, make_run, tmp_path, monkeypat
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Captured, "__call__", call_without_sync)
-    loop.fit(run, loop.Silent(), tmp_path)
+    loop.fit(run, SILENT, tmp_path)
 
 
 @needs_cuda

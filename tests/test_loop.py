@@ -9,6 +9,7 @@ from same_run import difference
 from torch.utils import _pytree as pytree
 
 from metalearn.config import checking, composition
+from metalearn.report.progress import Listener
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import build
 from metalearn.run.pairings import check
@@ -17,7 +18,7 @@ from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.types import Estimate, State
 
 
-class Rows:
+class Rows(Listener):
     def __init__(self):
         self.rows = []
 

@@ -14,6 +14,7 @@ from PIL import Image
 import metalearn
 from metalearn.config import composition
 from metalearn.config.checking import check_config
+from metalearn.report.progress import SILENT
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import build
 from metalearn.system.errors import UserError
@@ -29,7 +30,7 @@ def trained(compose, tmp_path):
         has_images = "dataset=sinusoid" not in overrides
         config = compose(*overrides) if has_images else composition.compose_config(list(overrides))
         run = build(check_config(config))
-        loop.fit(run, loop.Silent(), tmp_path)
+        loop.fit(run, SILENT, tmp_path)
         OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
         return tmp_path, run
 

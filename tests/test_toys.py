@@ -12,6 +12,7 @@ import metalearn
 from metalearn import testing
 from metalearn.config import checking, composition, plugins
 from metalearn.engine import Engine
+from metalearn.report.progress import SILENT, Listener
 from metalearn.report.stats import estimate, paired_difference
 from metalearn.run import loop
 from metalearn.run.build import build
@@ -62,7 +63,7 @@ def test_toy_methods_run_in_the_engine_and_the_loop(name, tmp_path):
         )
     )
 
-    class Positive(loop.Silent):
+    class Positive(Listener):
         def log(self, row):
             assert row["train.loss"] > 0
 
@@ -104,7 +105,7 @@ def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
         "train.meta_batch=2",
     ]
     run = build(settings_of(*overrides))
-    state = loop.fit(run, loop.Silent(), tmp_path).state
+    state = loop.fit(run, SILENT, tmp_path).state
     scores = loop.test(run, state, None).scores
 
     @dataclasses.dataclass

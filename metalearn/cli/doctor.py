@@ -147,6 +147,7 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
     from metalearn.config.composition import compose_config
     from metalearn.engine import Engine
     from metalearn.report.folder import RunFolder
+    from metalearn.report.progress import SILENT
     from metalearn.run import checkpoint, loop
     from metalearn.run.build import build
     from metalearn.system.lock import alone_in
@@ -166,7 +167,7 @@ def _self_test(overrides: list[str]) -> Iterator[str]:
         yield f"gradients of batched and single tasks agree to {worst:.0e}"
         with alone_in(files.path):
             start = time.perf_counter()
-            fitted = loop.fit(run, loop.Silent(), files.path)
+            fitted = loop.fit(run, SILENT, files.path)
             rate = run.config.train.steps / (time.perf_counter() - start)
         content = checkpoint.load(files.best, run.device)
         for key, value in fitted.state.params.items():

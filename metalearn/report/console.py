@@ -23,5 +23,8 @@ def open_console() -> Console:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print a line without wrapping and without markup, as paths require."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Print a line without markup, wrapped between words on a terminal; a path is never broken."""
+    if console.is_terminal:
+        console.print(line, highlight=False, markup=False, overflow="ignore", crop=False)
+    else:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

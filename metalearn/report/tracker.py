@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from metalearn.config.schema import RunConfig
+from metalearn.report.console import print_line
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_learning_curve
+from metalearn.report.progress import Listener, Progress
 from metalearn.report.result import Result
-from metalearn.report.tables import format_interval, format_value
 from metalearn.system.atomic import atomic_writer
 from metalearn.system.errors import first_line
 from metalearn.tasks.metrics import Metric
 
-#: Without a terminal, seconds between printed training rows; every validation is printed.
-_QUIET_SECONDS = 15.0
 
-
-class Tracker:
+class Tracker(Listener):
     """Send each row of metrics to the console, to metrics.jsonl and to W&B.
 
     Args:
@@ -39,9 +36,11 @@ class Tracker:
         console: Where to print.
         identifier: Identifier of the run at W&B.
         step: The step to resume from, later rows are removed; -1: a new run.
+        first_lines: Lines to print with the time that the run will take, once it is known.
 
     Attributes:
         rows: All rows so far.
+        progress: The progress display.
         seconds_before: Seconds that the run had taken before it was interrupted.
     """
 
@@ -53,6 +52,7 @@ class Tracker:
         console: Console,
         identifier: str,
         step: int,
+        first_lines: list[str],
     ) -> None:
         file = files.metrics
         self.rows = [row for row in _read_rows(file) if row["step"] <= step]
@@ -61,7 +61,12 @@ class Tracker:
         self.score = metric.name
         self._files = files
         self._console = console
-        self._printed = 0.0
+        self.progress = Progress(
+            settings, metric.name, console, first_lines, max(0, step), self.seconds_before
+        )
+        self.begin, self.step, self.episodes = (  # type: ignore[method-assign]
+            self.progress.begin, self.progress.step, self.progress.episodes,
+        )  # fmt: skip
         with atomic_writer(file) as stream:
             stream.writelines(_as_line(row).encode() for row in self.rows)
         self._stream = file.open("a", buffering=1)
@@ -74,27 +79,6 @@ class Tracker:
                 self._wandb = self._start_wandb()
             except Exception as error:
                 self.note(f"W&B: failed ({first_line(error)}); continuing without it")
-        self._steps = settings.train.steps
-        self._progress: Progress | None = None
-
-    @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Show progress during meta-training, with a live line on a terminal."""
-        if not self._console.is_terminal:
-            yield
-            return
-        columns = (
-            TextColumn("[bold]train"),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            self._progress = progress
-            self._bar = progress.add_task("train", total=self._steps, metrics="")
-            yield
-        self._progress = None
 
     def log(self, row: dict[str, Any]) -> None:
         """Log one row of metrics."""
@@ -105,14 +89,7 @@ class Tracker:
         self._to_wandb(
             lambda run: run.log({key: row[key] for key in row if key != "step"}, step=row["step"])
         )
-        line = self._line(row)
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=row["step"], metrics=line)
-        validated = f"val.{self.score}" in row
-        due = self._progress is None and time.monotonic() - self._printed > _QUIET_SECONDS
-        if validated or due:
-            self._console.print(f"step {row['step']:>6}/{self._steps}  {line}", highlight=False)
-            self._printed = time.monotonic()
+        self.progress.row(row)
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
         """Send something to W&B; after a failure continue offline, after another without W&B."""
@@ -135,20 +112,7 @@ class Tracker:
 
     def note(self, line: str) -> None:
         """Print a line for the user."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-    def _line(self, row: dict[str, Any]) -> str:
-        parts = []
-        if "tasks_per_second" in row:
-            parts.append(f"{row['tasks_per_second']:.0f} tasks/s")
-        if "train.loss" in row:
-            parts.append(f"loss {row['train.loss']:.4f}")
-            if self.score == "accuracy":
-                parts.append(f"train {format_value(self.score, row['train.accuracy'])}")
-        if (value := row.get(f"val.{self.score}")) is not None:
-            text = format_interval(self.score, value, row[f"val.{self.score}_ci95"])
-            parts.append(f"[green]val {text}[/green]")
-        return "  ".join(parts)
+        print_line(self._console, line)
 
     def finish(self, result: Result, table: Table) -> None:
         """Draw the learning curve, and send the final result, table and curve to W&B."""
@@ -182,6 +146,7 @@ class Tracker:
 
     def close(self, failed: bool = False) -> None:
         """Close the file and the W&B run."""
+        self.progress.announce()
         self._stream.close()
         if self._wandb is not None:
             try:
@@ -237,7 +202,7 @@ def _start_wandb(
         run = start(wanted)
     except Exception as error:  # W&B raises errors of many kinds
         reason = first_line(error)
-        console.print(f"W&B: offline, because going online failed ({reason})", highlight=False)
+        print_line(console, f"W&B: offline, because going online failed ({reason})")
         return start("offline")
     if wanted == "online":
         console.print(f"W&B: online, {run.url}", highlight=False)

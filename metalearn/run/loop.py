@@ -1,9 +1,12 @@
 """Meta-train, meta-validate and meta-test: one loop for every method and dataset."""
 
+import contextlib
 import dataclasses
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch import Tensor
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
+from metalearn.report.progress import SILENT, Listener
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, nonfinite, optimisers
 from metalearn.run.build import Run
@@ -21,24 +25,30 @@ from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, State
 
 
-class Tracker(Protocol):
-    """Receives the progress of the loop."""
+class Probe:
+    """What a tracker may ask the loop between two steps.
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Log a row: `step` and its metrics."""
+    Args:
+        run: The run.
+        training: Its state.
+    """
 
-    def note(self, line: str) -> None:
-        """Tell the user something once."""
+    def __init__(self, run: Run, training: Training) -> None:
+        self._run, self._training = run, training
+        self.metrics = training.meter.peek
 
+    def wait(self) -> None:
+        """Wait until the device has computed all steps."""
+        if self._run.device.type == "cuda":
+            torch.cuda.synchronize(self._run.device)
 
-class Silent:
-    """A tracker that discards everything."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Discard the row."""
-
-    def note(self, line: str) -> None:
-        """Discard the line."""
+    def seconds_per_episode(self) -> float:
+        """Evaluate a few episodes and return the seconds that each took."""
+        assert self._run.val is not None
+        for count in (1, 4):  # the first call is slower than the others
+            start = time.perf_counter()
+            self._run.test_engine.scores(self._training.state, self._run.val.draw(0, count)).cpu()
+        return (time.perf_counter() - start) / count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Fitted:
     steps: int
 
 
-def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None = None) -> Fitted:
+def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None = None) -> Fitted:
     """Meta-train, validate every `val.every` steps, and save checkpoints.
 
     With `train.steps=0` the initialisation is validated and saved. With several processes, only
@@ -67,8 +77,10 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
         The best state by validation.
 
     Raises:
-        RunFailed: If a loss or a validation score is not finite.
-        Stopped: On a signal, after everything is saved.
+        RunFailed: If a validation score is not finite, or a loss or gradient is not finite and
+            `train.nonfinite=stop` (with `skip`: after many such steps in a row).
+        Stopped: On a signal, after everything is saved. A validation is stopped at once, and
+            repeated when the run is resumed.
     """
     settings, val, files = run.config.train, run.val, RunFolder(folder)
     assert val is not None
@@ -98,7 +110,16 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
             checkpoint.save(files.best, training.best_state_dict())
 
     def validate() -> dict[str, float]:
-        scores = evaluate(run, training.state, val, run.config.val.episodes)
+        try:
+            # Several processes would wait for each other's scores.
+            at_once = run.processes.size == 1
+            with signals.raised_at_once() if at_once else contextlib.nullcontext():
+                scores = evaluate(run, training.state, val, run.config.val.episodes, tracker)
+        except signals.Stopped as stopped:
+            save_last()
+            raise signals.Stopped(
+                stopped.number, f"stopped in the validation of step {training.step}, saved"
+            ) from None
         nonfinite.check_scores(run, scores, training.step)
         estimate_now = estimate(scores)
         if training.record_validation(estimate_now):
@@ -108,8 +129,22 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
             f"val.{run.metric.name}_ci95": estimate_now.ci95,
         }
 
+    def is_validated(step: int) -> bool:
+        return step == settings.steps or step % run.config.val.every == 0
+
+    def log_row() -> None:
+        """Complete the row of this step by a validation if one is due, and log it."""
+        assert training.row is not None
+        row = training.row
+        if is_validated(row["step"]):
+            row = row | validate()
+            training.meter.restart_clock()
+        training.row = None
+        tracker.log(row)
+
     def stop_if_asked(last: bool = False) -> None:
-        # Several processes must stop at the same step; they agree when they synchronise anyway.
+        # Several processes must stop at the same step, and agree on it only where they wait for
+        # each other anyway.
         if run.processes.size > 1 and training.step % settings.log_every and not last:
             return
         if run.processes.any(signals.received_signal() is not None):
@@ -122,8 +157,11 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
     if stored is not None and training.best is not None:
         save_best()  # the file may be of a later step, or corrupt
     with signals.deferred():
+        tracker.begin(Probe(run, training))
         if settings.steps == 0 and training.best is None:
-            tracker.log({"step": 0, **validate()})
+            training.row = {"step": 0}
+        if training.row is not None:
+            log_row()
         while training.step < settings.steps and not _patience_is_over(training, settings):
             if profile:
                 profile.before(training.step)
@@ -132,14 +170,11 @@ def fit(run: Run, tracker: Tracker, folder: Path, stored: dict[str, Any] | None 
                 profile.after(training.step)
             training.count()
             step = training.step
-            validating = step == settings.steps or step % run.config.val.every == 0
-            if validating or step % settings.log_every == 0:
+            tracker.step(step)
+            if is_validated(step) or step % settings.log_every == 0:
                 nonfinite.check_steps(run, training.meter, folder, tracker.note)
-                row = {"step": step, **training.meter.read()}
-                if validating:
-                    row |= validate()
-                    training.meter.restart_clock()
-                tracker.log(row)
+                training.row = {"step": step, **training.meter.read()}
+                log_row()
             if step % run.config.checkpoint.every == 0:
                 save_last()
             stop_if_asked()
@@ -154,13 +189,43 @@ def _patience_is_over(training: Training, settings: Any) -> bool:
     return bool(settings.patience and training.best and training.best.since >= settings.patience)
 
 
-def evaluate(run: Run, state: State, source: TaskSource, episodes: int) -> Tensor:
-    """Return one score per episode, float32 [E] on the host."""
+def evaluate(
+    run: Run,
+    state: State,
+    source: TaskSource,
+    episodes: int,
+    listener: Listener = SILENT,
+) -> Tensor:
+    """Return the score of each episode.
+
+    Args:
+        run: The run.
+        state: Parameters and buffers.
+        source: Where the episodes come from.
+        episodes: Their number E.
+        listener: Receives the number of episodes done.
+
+    Returns:
+        float32 [E] on the host.
+    """
     parts = {
         part: run.test_engine.scores(state, source.draw(*part))
-        for part in _own_parts(run, episodes)
+        for part in _counted(_own_parts(run, episodes), "val", listener)
     }
     return _gathered(run, parts, episodes).cpu()
+
+
+def _counted(
+    parts: list[tuple[int, int]], phase: str, listener: Listener
+) -> Iterator[tuple[int, int]]:
+    """Yield the parts, and count their episodes before the first and after each."""
+    total = sum(size for _, size in parts)
+    done = 0
+    listener.episodes(phase, done, total)
+    for part in parts:
+        yield part
+        done += part[1]
+        listener.episodes(phase, done, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +234,7 @@ class Tested:
 
     Attributes:
         scores: Score of each episode, float32 [E].
-        classes: Class of each query in the split, int64 [E, Q]; None for regression.
+        classes: Index within the split of each query's class, int64 [E, Q]; None for regression.
         correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
         confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
     """
@@ -180,19 +245,34 @@ class Tested:
     confidence: Tensor | None = None
 
 
-def test(run: Run, state: State, steps: int | None) -> Tested:
-    """Test on the fixed test episodes. steps: adaptation steps; None: as in the settings."""
+def test(
+    run: Run,
+    state: State,
+    steps: int | None,
+    listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
+) -> Tested:
+    """Test on the fixed test episodes.
+
+    Args:
+        run: The run.
+        state: Parameters and buffers.
+        steps: Number of adaptation steps; None: the method's number for testing.
+        listener: Receives the number of episodes done.
+
+    Raises:
+        RunFailed: If a prediction is not finite.
+    """
     episodes = run.config.test.episodes
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for part in _own_parts(run, episodes):
+    for part in _counted(_own_parts(run, episodes), "test", listener):
         tasks = run.test.draw(*part)
         answers = (run.test_engine.predictions if run.family.predicts else run.test_engine.scores)(
             state, tasks, steps
         )
         if not answers.isfinite().all():
             raise RunFailed(
-                f"predictions of test episodes {part[0]} to {sum(part) - 1} are not finite; "
-                "lower the inner learning rate"
+                f"outputs for test episodes {part[0]} to {sum(part) - 1} are not finite; lower "
+                "train.lr, or algo.inner_lr if the method has one"
             )
         prediction, y = answers, tasks.query.y
         outcome = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}

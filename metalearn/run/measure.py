@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metalearn.report import stats
 from metalearn.report.folder import RunFolder
+from metalearn.report.progress import SILENT, Listener
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv, write_scores
 from metalearn.run import checkpoint, loop
@@ -27,6 +28,7 @@ def measure(
     environment: dict[str, Any],
     prefix: Path | None = None,
     steps: int | None = None,
+    listener: Listener = SILENT,
 ) -> tuple[Result, Tensor]:
     """Test a state once.
 
@@ -37,6 +39,7 @@ def measure(
         environment: Commit, versions and hardware.
         prefix: Write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
         steps: Adaptation steps; None: as in the settings.
+        listener: Receives the number of episodes done.
 
     Returns:
         The result, and the score of each episode, [E].
@@ -45,7 +48,7 @@ def measure(
         RunFailed: If a prediction is not finite.
     """
     start = time.perf_counter()
-    tested = loop.test(run, state, steps)
+    tested = loop.test(run, state, steps, listener)
     scores = tested.scores
     if prefix:
         write_scores(prefix.with_name(f"{prefix.name}scores.csv"), run.metric.name, scores)

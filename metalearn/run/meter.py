@@ -25,6 +25,7 @@ class Meter:
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         # Step and task, from 0; -1 for none.
         self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)
+        self._copy: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
@@ -90,6 +91,29 @@ class Meter:
         row["tasks_per_second"] = self._tasks / (now - self._clock)
         self._clock, self.steps, self._tasks = now, 0, 0
         return row
+
+    def peek(self) -> dict[str, float]:
+        """Return the metrics since the last `read` without waiting for the device.
+
+        On a GPU, they are as of an earlier call and were copied since; {} while they are copied.
+        """
+        if self._copy is None and self._sums:
+            values = [*self._sums.values(), self._skipped]
+            stacked = torch.stack([value.float() for value in values])
+            event = torch.cuda.Event() if stacked.is_cuda else None
+            self._copy = self.steps, stacked.to("cpu", non_blocking=True), event
+            if event is not None:
+                event.record()
+        if self._copy is None:
+            return {}
+        steps, copied, event = self._copy
+        if event is not None and not event.query():
+            return {}
+        self._copy = None
+        *means, skipped = copied.tolist()
+        counted = steps - skipped
+        named = zip(self._sums, means, strict=True)
+        return {f"train.{name}": value / counted for name, value in named} if counted else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and counts for a checkpoint."""

@@ -49,6 +49,7 @@ class Training:
         engine: The engine of the next step; a different object when the method enters a new stage.
         best: The best state by validation so far.
         meter: Metrics since the last row.
+        row: The row of this step while its validation is under way; None otherwise.
         reads_host: Whether values may be read on the host, which is free on a CPU.
         has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
@@ -71,6 +72,7 @@ class Training:
         self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
+        self.row: dict[str, Any] | None = None
 
     def meta_step(self) -> None:
         """Take one step on the device without reading a value on the host.
@@ -174,6 +176,7 @@ class Training:
             "format": FORMAT,
             "optimiser": self.optimiser.state_dict()["state"],
             "meter": self.meter.state_dict(),
+            "row": self.row,
             "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
         }
@@ -241,6 +244,7 @@ class Training:
                 )
                 self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
             self.step = content["step"]
+            self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0
             self._set_learning_rate()
         except (KeyError, TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from metalearn.report import tables
 from metalearn.report.console import print_line
 from metalearn.report.environment import describe_environment
 from metalearn.report.folder import RunFolder
+from metalearn.report.progress import SILENT
 from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
@@ -90,13 +91,20 @@ def train(
             write_json(files.engine, run.choices)
             _save_config(files, checking.plain(settings))  # last: it marks the run as started
         step = stored["step"] if stored else -1
-        tracker = Tracker(settings, run.metric, files, console, command["id"], step)
+        lines = _first_lines(run, name, recipe, stored, folder)
+        tracker = Tracker(settings, run.metric, files, console, command["id"], step, lines)
         has_failed = True
         try:
-            _announce(run, name, recipe, stored, folder, console)
-            with tracker.training():
+            with tracker.progress.live():
                 fitted = loop.fit(run, tracker, folder, stored)
-            result, _ = measure(run, fitted.state, name, environment, folder / "test_")
+                result, _ = measure(
+                    run,
+                    fitted.state,
+                    name,
+                    environment,
+                    folder / "test_",
+                    listener=tracker,
+                )
             result.seconds = time.perf_counter() - start + tracker.seconds_before
             result.training = {
                 "command": shlex.join(["metalearn", "train", *overrides]),
@@ -117,24 +125,26 @@ def train(
     return fitted.best_val.mean
 
 
-def _announce(
-    run: Run, name: str, recipe: str, stored: dict[str, Any] | None, folder: Path, console: Console
-) -> None:
-    if recipe:
-        print_line(console, recipe)
+def _first_lines(
+    run: Run, name: str, recipe: str, stored: dict[str, Any] | None, folder: Path
+) -> list[str]:
+    """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
-    print_line(
-        console,
-        f"{name}: {settings.train.steps} steps of {settings.train.meta_batch} tasks on "
-        f"{run.device}, engine {run.train_engine.strategy}, statistics {settings.statistics}",
-    )
+    steps, every = settings.train.steps, settings.val.every
+    lines = [
+        f"{name} on {run.device}: {steps:,} steps of {settings.train.meta_batch} tasks, "
+        f"{max(1, -(-steps // every)):,} validations of {settings.val.episodes:,} episodes, "
+        f"a test of {settings.test.episodes:,}",
+        f"engine {run.train_engine.strategy}, statistics {settings.statistics}",
+    ]
+    if recipe:
+        lines[1] = f"{recipe}; {lines[1]}"
     if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
-        line = (
-            f"{type(run.algorithm).__name__} does not use the unlabelled examples of its episodes"
-        )
-        print_line(console, line)
+        method = type(run.algorithm).__name__
+        lines.append(f"{method} does not use the unlabelled examples of its episodes")
     if stored:
-        print_line(console, f"resuming from step {stored['step']} of {folder}")
+        lines.append(f"resuming from step {stored['step']} of {folder}")
+    return lines
 
 
 def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
@@ -299,4 +309,4 @@ def follow(config: DictConfig, folder: Path) -> None:
         settings = _with_stored_choices(settings, files)
     run = build(settings, is_restored=files.last.exists())
     assert not run.processes.is_leader
-    loop.test(run, loop.fit(run, loop.Silent(), Path()).state, None)
+    loop.test(run, loop.fit(run, SILENT, Path()).state, None)

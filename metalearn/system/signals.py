@@ -6,9 +6,8 @@ The first signal ends a run where it can next be saved, the second ends it at on
 import contextlib
 import os
 import signal
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -18,6 +17,15 @@ _SAME_SECONDS = 0.5
 _first_signal: int | None = None
 _first_time = 0.0
 _is_deferred = False
+
+
+def _print_line(line: str) -> None:
+    # The reader, such as `tee`, may have ended by the same signal.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+_announce: Callable[[str], None] = _print_line
 
 
 class Stopped(BaseException):
@@ -46,7 +54,7 @@ def received_signal() -> int | None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Record the first signal instead of raising; the code inside polls `asked` where it can stop.
+    """Record the first signal instead of raising; the code inside polls `received_signal`.
 
     Raises:
         Stopped: At the end, if a signal was received.
@@ -61,6 +69,34 @@ def deferred() -> Iterator[None]:
         raise Stopped(_first_signal)
 
 
+@contextlib.contextmanager
+def raised_at_once() -> Iterator[None]:
+    """Inside `deferred`: raise Stopped as soon as a signal is received, or was received before."""
+    global _is_deferred
+    before, _is_deferred = _is_deferred, False
+    try:
+        if _first_signal is not None:
+            raise Stopped(_first_signal)
+        yield
+    finally:
+        _is_deferred = before
+
+
+@contextlib.contextmanager
+def announced_by(announce: Callable[[str], None]) -> Iterator[None]:
+    """Give the line about a deferred signal to a function instead of printing it.
+
+    Args:
+        announce: Called inside the signal handler, so it must only store the line.
+    """
+    global _announce
+    before, _announce = _announce, announce
+    try:
+        yield
+    finally:
+        _announce = before
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _first_signal, _first_time
     if _first_signal is not None:
@@ -70,11 +106,6 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _first_signal, _first_time = number, time.monotonic()
     if not _is_deferred:
         raise Stopped(number)
-    line = (
-        f"{signal.Signals(number).name}: saving after the current step or validation; "
-        "send it again to stop at once\n"
+    _announce(
+        f"{signal.Signals(number).name}: saving after this step; send it again to stop at once"
     )
-    with contextlib.suppress(
-        OSError
-    ):  # the reader, such as `tee`, may have ended by the same signal
-        os.write(sys.stderr.fileno(), line.encode())

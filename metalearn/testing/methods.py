@@ -18,6 +18,7 @@ from metalearn.config import checking, composition
 from metalearn.config import plugins as registry
 from metalearn.config.schema import RunConfig
 from metalearn.engine import Engine
+from metalearn.report.progress import SILENT
 from metalearn.report.stats import estimate
 from metalearn.run import loop
 from metalearn.run.build import Run, build
@@ -99,7 +100,7 @@ class Method:
         assert run.val is not None
         before = loop.evaluate(run, run.state, run.val, 100)
         with tempfile.TemporaryDirectory() as folder:
-            fitted = loop.fit(run, loop.Silent(), Path(folder))
+            fitted = loop.fit(run, SILENT, Path(folder))
         sign = 1 if run.metric.higher_is_better else -1
         first = estimate(sign * before)
         return run, first.mean + first.ci95, sign * fitted.best_val.mean, fitted.state
