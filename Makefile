@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some need other Pythons
 	touch $@
 
-demo: setup  ## train and test MAML on embedded data, in under 3 minutes
+demo: setup  ## train and test MAML on built-in data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
 
 check: setup  ## quick checks: format, lint, types, fast tests (under a minute)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from benchmark import make_room
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 
 from metalearn.config import composition
 from metalearn.report import tables
@@ -32,6 +32,14 @@ _RESULTS = ROOT / "benchmarks/methods"
 _RUNS = Path("outputs/benchmark/methods")
 #: A smaller difference from the published accuracy is not shown in "points short".
 _TOLERANCE = 0.01
+#: What the columns of the tables mean.
+_LEGEND = (
+    "`make benchmark-methods` runs the methods and writes these tables. *Test* is the accuracy "
+    "with its 95% interval; *with 1 query*, that of the same weights with 1 query per class, if "
+    "the published result was measured so; *published* is in percent; *points short*, how far "
+    "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights. "
+    "A blank means that there is no such number. `+` after a commit: with uncommitted changes."
+)
 
 
 def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def write_tables(definition: dict[str, Any]) -> None:
     """Write the tables to README and the pages of the methods, and plot the validation curves."""
     families = composition.families()
     order = [method for family in families.values() for method in family]
-    lines: list[str] = []
+    lines = [*wrap([_LEGEND]), ""]
     pages: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
     for table, content in definition.items():
         title = content["title"]
@@ -171,12 +179,14 @@ def write_tables(definition: dict[str, Any]) -> None:
 def _heading(title: str, results: list[dict[str, Any]]) -> str:
     """Return the heading of a table: what all its rows have in common."""
     protocol = results[0]["protocol"]
+    samplers = sorted({one["protocol"].get("sampler", 1) for one in results})
     machines = {
         f"{one['environment']['hardware']}, torch {one['environment']['versions']['torch']}"
         for one in results
     }
     return (
-        f"{title} ({protocol['episodes']} test episodes, {protocol['query']} queries a class, "
+        f"{title} ({protocol['episodes']} test episodes of sampler "
+        f"{' and '.join(map(str, samplers))}, {protocol['query']} queries per class, "
         f"seed {results[0]['seed']}; {'; '.join(sorted(machines))}):"
     )
 

@@ -121,12 +121,12 @@ def test_mistake_is_reported_before_any_data_is_read(overrides, parts, compose):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["episode.way=200"], ["way=200", "classes of the split"]),
-        (["algo=protonet", "episode.train.way=400"], ["train episodes", "way=400"]),
+        (["episode.way=200"], ["way=200, but the split has only", "lower episode.way"]),
+        (["algo=protonet", "episode.train.way=400"], ["way=400", "lower episode.train.way"]),
         (["dataset.fractions=[0.6,0.2]"], ["dataset.fractions=[0.6, 0.2]", "three fractions"]),
         (["dataset.fractions=[0.1,0.34,0.34]"], ["sum to 1"]),
         (["episode.way=1"], ["way=1", "2 or more"]),
-        (["episode.query=20"], ["1 + 20", "20 examples"]),
+        (["episode.query=20"], ["shot + query = 21", "20 examples", "lower episode.query"]),
         (
             ["dataset=folder", "data_dir=/nowhere"],
             ["dataset.path=pictures", "/nowhere/pictures", "glyphs"],

@@ -64,7 +64,7 @@ def test_every_command_of_the_page_runs(package, metalearn, tmp_path):
     assert evaluation.returncode == 0, evaluation.stderr
     (check,) = [shlex.split(line)[2] for line in commands if line.startswith("python")]
     code = f"{check}; import metalearn, sys; metalearn.load('run0'); "
-    code += "print('fewshot_extras.momentum' in sys.modules)"
+    code += "print('fewshot_extras.extrapolation' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Print versions, device, data and a self-test: paste it into a bug report."""
+"""Print versions, device, data and the result of a self-test, for bug reports."""
 
 import os
 import platform
@@ -15,9 +15,9 @@ from metalearn.system.errors import UserError, first_line
 
 HELP = """metalearn doctor [data_dir=…] [cache_dir=…] [device=auto|cpu|cuda]
 
-Prints versions, device, free disk space, available datasets, what Weights & Biases would do, and
-the outcome of a self-test of about ten seconds (exit code 1 if it fails). Paste it into a bug
-report.
+Prints versions, device, free disk space, available datasets, whether Weights & Biases would be
+online, and the result of a self-test of about ten seconds (exit code 1 if it fails). Include the
+output in a bug report.
 """
 
 _LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb", "numpy", "pillow", "rich")

@@ -1,4 +1,4 @@
-"""Test a trained run again, under its own or another protocol."""
+"""Test a trained run again, under the same or a different protocol."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate run=… episode.shot=5 episode.query=1 test.episodes=600
   metalearn evaluate run=… statistics=support_plus_one       one query at a time
   metalearn evaluate run=… algo.test_inner_steps=10          more adaptation
-  metalearn evaluate run=… dataset=glyphs                    another dataset
+  metalearn evaluate run=… dataset=glyphs                    a different dataset
   metalearn evaluate run=… split=train                       accuracy on the training classes
   metalearn evaluate run=… curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate run=… curve=steps                       accuracy over inner steps 0 to 10

@@ -28,7 +28,7 @@ examples
   metalearn train algo=maml dataset=omniglot          meta-train, validate and test
   metalearn evaluate run=<folder> episode.shot=5      test a trained run again
   metalearn compare <folder> <folder>                 one table, with significance
-  metalearn reproduce maml_omniglot_5w1s budget=quick
+  metalearn reproduce maml_omniglot_5w1s budget=smoke
 """
 
 

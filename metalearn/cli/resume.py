@@ -7,9 +7,9 @@ from metalearn.system.errors import UserError
 
 HELP = """metalearn resume <folder>
 
-Resumes an interrupted run from its last intact checkpoint. On a CPU, the result is bit-for-bit that
-of an uninterrupted run. A finished run is shown again. The same as the run's command with
-hydra.run.dir=<folder> resume=auto.
+Resumes an interrupted run from its last intact checkpoint. On a CPU, the result is bit-for-bit
+identical to that of an uninterrupted run. A finished run is shown again. Equivalent to repeating
+the run's command with hydra.run.dir=<folder> resume=auto.
 
 To resume a multirun, repeat its command with the same hydra.sweep.dir.
 """

@@ -7,8 +7,8 @@ from metalearn.cli import _arguments, _launch
 
 HELP = """metalearn train [key=value …] [-m] [--cfg job]
 
-Meta-trains, keeps the best checkpoint by validation, tests it once, and writes everything to a run
-folder.
+Meta-trains, selects the best checkpoint by validation, tests it once, and writes everything to a
+run folder.
 
   metalearn train algo=maml dataset=omniglot             with the recipe of this pair
   metalearn train algo=protonet dataset=glyphs           built-in data, no download
@@ -27,8 +27,8 @@ choices (metalearn list explains them)
   experiment= {experiment}
 
 settings that are often changed
-  episode.way=5 episode.shot=1 episode.query=15   validation and test; episode.train.way|shot|query:
-                                                  training
+  episode.way=5 episode.shot=1 episode.query=15   validation and test, and training unless
+  episode.train.way=20                            episode.train.* or the recipe sets its own
   statistics=query|support|support_plus_one|population    normalisation at prediction;
                                                           query is transductive
   train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10

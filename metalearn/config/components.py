@@ -1,6 +1,7 @@
-"""Read the settings of methods, datasets and backbones, from a generated index or their classes.
+"""Look up the settings of methods, datasets and backbones, and create these components.
 
-The index has those of the package, so that a mistyped name is reported without importing torch.
+A generated index has the settings of metalearn's own classes, so that a mistyped name is reported
+without importing torch. Settings of plugins are read from their classes.
 """
 
 import dataclasses
@@ -176,12 +177,15 @@ def component_settings(node: Any, where: str) -> list[Setting]:
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
-    """Return the component that checked settings describe.
+    """Create the method, dataset or backbone that checked settings describe.
 
     Args:
         settings: Settings with `_target_`.
         where: Name of the group.
-        runtime: Objects that are not settings; a class takes those that it declares.
+        runtime: Values for fields declared with `given_by_run`; others are ignored.
+
+    Raises:
+        UserError: If `_target_` names no such class.
     """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)

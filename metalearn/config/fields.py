@@ -42,7 +42,7 @@ def setting(
 
 
 def choice(*allowed: str, **options: Any) -> Any:
-    """Declare a setting with one of the given values; `options` as for `anything`."""
+    """Declare a setting with one of the given values; `options` as for `setting`."""
     return setting(choices=allowed, **options)
 
 

@@ -126,9 +126,11 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
     algorithm = algorithm_of(settings, is_restored)
     episode = settings.episode
     test_shape, train_shape = (
-        Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors)
-        for shape in (episode, episode.train)
+        Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)
+        for where, shape in (("episode", episode), ("episode.train", episode.train))
     )
+    if train_shape == test_shape:  # it usually follows the test's, so errors name that one
+        train_shape = test_shape
     check_inputs(settings, algorithm, data.inputs)
     augmentation = augmentation_of(settings)
     train: BatchSource = (

@@ -52,7 +52,7 @@ class Processes:
         return pytree.tree_unflatten(sums, spec)
 
     def scatter(self, own: torch.Tensor, count: int) -> torch.Tensor:
-        """Place this process's values in a tensor of all tasks; `summed` then gives all values.
+        """Place this process's values in a tensor of all tasks; `all_reduce_sum` then gives all.
 
         Args:
             own: Values of this process's share [own, …].

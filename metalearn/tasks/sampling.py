@@ -1,7 +1,7 @@
 """Sample episodes and batches on the device, each a function of (seed, split, number).
 
-Legend: T tasks, N ways, K shots, Q queries per class, C classes, M inputs of the largest class,
-B inputs per batch.
+Legend: T tasks, N classes of a task (in `draw`, its distractors follow), K examples per class in
+one of its sets, C classes of the split, M inputs of the largest class.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ class Shape:
         query: Query examples per class.
         unlabelled: Unlabelled examples per class.
         distractors: Number of additional classes with unlabelled examples only.
+        where: The settings that give the shape, for error messages.
     """
 
     way: int
@@ -38,6 +39,7 @@ class Shape:
     query: int
     unlabelled: int = 0
     distractors: int = 0
+    where: str = dataclasses.field(default="episode", compare=False)
 
 
 class BatchSource(Protocol):
@@ -59,7 +61,12 @@ class TaskSource(BatchSource, Protocol):
         """Draw tasks as in `BatchSource`."""
 
     def classes(self, first: int, count: int) -> Tensor | None:
-        """Return the class index in the split of each label, int64 [T, N]; None for regression."""
+        """Return the index in the split of each label's class, int64 [T, N]; None without classes.
+
+        Args:
+            first: Number of the first task.
+            count: T.
+        """
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
@@ -74,7 +81,7 @@ class EpisodeSampler:
     Support, query and unlabelled examples share no input.
 
     Raises:
-        UserError: The split has too few classes or examples for this shape.
+        UserError: The shape is impossible, or the split has too few classes or examples for it.
     """
 
     store: Store
@@ -89,26 +96,22 @@ class EpisodeSampler:
         if shape.distractors and not shape.unlabelled:
             raise UserError(
                 f"distractors={shape.distractors}: requires unlabelled examples; "
-                "set episode.unlabelled"
+                f"set {shape.where}.unlabelled"
             )
-        needed, more = (
-            shape.way + shape.distractors,
-            f" + distractors = {shape.way} + {shape.distractors}",
-        )
-        if needed > self.view.max_way:
-            setting = f"way{more if shape.distractors else f'={shape.way}'}"
+        self._check(("way", "distractors"), self.view.max_way, "the split", "classes")
+        smallest = int(index.counts.argmin())
+        owner, available = f"class '{index.names[smallest]}'", int(index.counts[smallest])
+        self._check(("shot", "query", "unlabelled"), available, owner, "examples")
+
+    def _check(self, names: tuple[str, ...], available: int, owner: str, what: str) -> None:
+        """Raise UserError if the shape needs more of something than its owner has."""
+        used = {name: value for name in names if (value := getattr(self.shape, name))}
+        total = sum(used.values())
+        if total > available:
+            lower = " or ".join(f"{self.shape.where}.{name}" for name in reversed(used))
             raise UserError(
-                f"{setting} is larger than the {self.view.max_way} classes of the split"
-            )
-        smallest = int(index.counts.min())
-        parts = {"shot": shape.shot, "query": shape.query} | (
-            {"unlabelled": shape.unlabelled} if shape.unlabelled else {}
-        )
-        if sum(parts.values()) > smallest:
-            name = index.names[int(index.counts.argmin())]
-            raise UserError(
-                f"{' + '.join(parts)} = {' + '.join(map(str, parts.values()))} "
-                f"is larger than class '{name}' with {smallest} examples"
+                f"{' + '.join(used)}{'=' if len(used) == 1 else ' = '}{total}, "
+                f"but {owner} has only {available} {what}; lower {lower}"
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
@@ -135,7 +138,7 @@ class EpisodeSampler:
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
 
     def classes(self, first: int, count: int) -> Tensor:
-        """Return the class index in the split of each label, int64 [T, N]."""
+        """Return the index in the split of each label's class, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
@@ -159,7 +162,8 @@ class BatchSampler:
     key: Tensor
 
     def __post_init__(self) -> None:
-        _ = self.view.index.num_inputs  # read once, so that drawing reads nothing on the host
+        # Read on the host and cached here, because `draw` must not read from the device.
+        _ = self.view.index.num_inputs
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
         """Draw batches first .. first + count - 1."""
