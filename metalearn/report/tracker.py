@@ -14,7 +14,7 @@ from metalearn.config.schema import RunConfig
 from metalearn.report.console import print_line
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_learning_curve
-from metalearn.report.progress import Listener, Progress
+from metalearn.report.progress import Listener, Probe, Progress
 from metalearn.report.result import Result
 from metalearn.report.wandb_run import WandbRun
 from metalearn.system.atomic import atomic_writer
@@ -59,9 +59,6 @@ class Tracker(Listener):
         self.progress = Progress(
             settings, metric.name, console, first_lines, max(0, step), self.seconds_before
         )
-        self.begin, self.step, self.episodes = (  # type: ignore[method-assign]
-            self.progress.begin, self.progress.step, self.progress.episodes,
-        )  # fmt: skip
         with atomic_writer(file) as stream:
             stream.writelines(_as_line(row).encode() for row in self.rows)
         self._stream = file.open("a", buffering=1)
@@ -70,6 +67,18 @@ class Tracker(Listener):
             if settings.logger.name == "wandb"
             else None
         )
+
+    def begin(self, probe: Probe) -> None:
+        """Training begins."""
+        self.progress.begin(probe)
+
+    def step(self, step: int) -> None:
+        """Count a step."""
+        self.progress.step(step)
+
+    def episodes(self, phase: str, done: int, total: int) -> None:
+        """Count evaluated episodes."""
+        self.progress.episodes(phase, done, total)
 
     def log(self, row: dict[str, Any]) -> None:
         """Log one row of metrics."""
