@@ -111,8 +111,9 @@ class Model:
             UserError: If there are none.
         """
         folder = Path(folder).expanduser()
-        if not (files := [folder / image.name for image in list_images(folder)]):
-            raise UserError(f"{folder} has no images")
+        files = [folder / image.name for image in list_images(folder)] if folder.is_dir() else []
+        if not files:
+            raise UserError(f"{folder} is not a folder with images")
         return files
 
     def inputs(self, x: Any) -> Tensor:
