@@ -17,6 +17,7 @@ from typing import Any
 import results
 from omegaconf import OmegaConf
 
+from metalearn.cli._arguments import take_plugins
 from metalearn.cli.reproduce import Recipe
 from metalearn.config import checking, composition, roles
 from metalearn.report.folder import RunFolder
@@ -31,7 +32,7 @@ def make_room(folder: Path, overrides: list[str]) -> None:
     """
     if not RunFolder(folder).is_started:
         return
-    config = checking.check_config(composition.compose_config(overrides))
+    config = checking.check_config(composition.compose_config(take_plugins(overrides)))
     expected: Any = OmegaConf.create(checking.plain(config))
     content: Any = OmegaConf.to_container(expected)
     all_roles = roles.roles(content)

@@ -13,6 +13,12 @@ from metalearn.algorithms.geometry import class_means, cosine, squared_distance
 from metalearn.config.fields import above, choice
 from metalearn.tasks.types import Params, Support
 
+#: Temperature of cosines, which do not grow with the number of features.
+_COSINE_TEMPERATURE = 0.1
+#: Temperature of squared distances per feature: the best on validation classes
+#: (scripts/benchmark_scales.py).
+_FEATURES_PER_UNIT = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProtoNet(EmbeddingAlgorithm):
@@ -20,13 +26,14 @@ class ProtoNet(EmbeddingAlgorithm):
 
     Attributes:
         distance: "squared_euclidean", or "cosine" for logits that are cosine similarities.
-        temperature: Divides the logits.
+        temperature: Divides the logits. None: a quarter of the number of features for squared
+            distances, which grow with it; 0.1 for cosines.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")
 
     distance: str = choice("squared_euclidean", "cosine")
-    temperature: float = above(0)
+    temperature: float | None = above(0)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Compute the class means [N, D]."""
@@ -34,7 +41,7 @@ class ProtoNet(EmbeddingAlgorithm):
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
         """Compute the similarity of each query to each class mean, divided by the temperature."""
-        similarity = (
-            cosine(z, learned) if self.distance == "cosine" else -squared_distance(z, learned)
-        )
-        return similarity / self.temperature
+        if self.distance == "cosine":
+            return cosine(z, learned) / (self.temperature or _COSINE_TEMPERATURE)
+        temperature = self.temperature or z.shape[-1] / _FEATURES_PER_UNIT
+        return -squared_distance(z, learned) / temperature

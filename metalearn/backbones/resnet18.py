@@ -1,6 +1,7 @@
 """ResNet-18 of torchvision, optionally with its weights (He et al. 2016)."""
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from metalearn.tasks.types import InputSpec, Params
 _FILTERS = (64, 128, 256, 512)
 _BLOCKS = 2
 _COLOURS = 3
+#: Ends one name of a state dict of this network only; what precedes it there precedes all names.
+_UNIQUE = "layer1.0.conv1.weight"
 
 
 class _Layer(NamedTuple):
@@ -170,13 +173,24 @@ def _imagenet() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a state dict, also inside "state_dict" or "model", or with a prefix before all names."""
+    what = "should be a state dict of ResNet-18, saved with torch.save(model.state_dict(), …)"
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"backbone.weights={path}: contains other objects than tensors, such as a module, or "
+            f"is corrupt; {what}"
+        ) from None
     except Exception as error:  # a corrupt file can raise any exception in torch.load
         raise UserError(
-            f"backbone.weights={path}: not a readable weights file ({first_line(error)}); "
-            "should be a state dict of ResNet-18"
+            f"backbone.weights={path}: not a readable weights file ({first_line(error)}); {what}"
         ) from None
-    if not isinstance(state_dict, dict):
-        raise UserError(f"backbone.weights={path}: should be a state dict of ResNet-18")
-    return state_dict
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"backbone.weights={path}: {what}")
+    names = [name for name in map(str, content) if f".{name}".endswith(f".{_UNIQUE}")]
+    prefix = min(names, key=len, default=_UNIQUE).removesuffix(_UNIQUE)
+    return {str(name).removeprefix(prefix): value for name, value in content.items()}

@@ -1,8 +1,10 @@
 """Decode images from folders and zips: in parallel, cached, with errors that name the file."""
 
+import functools
 import hashlib
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,21 @@ from metalearn.data.images import ClassImages
 from metalearn.system.atomic import atomic_writer, remove_abandoned
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
-SUFFIXES = frozenset(extension.lower() for extension in Image.registered_extensions())
+#: Raster formats that Pillow decodes itself; vector formats would need another program. The first
+#: that fits a file is used, so the one without a signature is last.
+FORMATS = (
+    "PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS",
+    "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
+)  # fmt: skip
+SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".bw", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k",
+    ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx",
+    ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".rgb", ".rgba", ".sgi",
+    ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
+})  # fmt: skip
+
+#: Number of unreadable files that a message names.
+_NAMED = 10
 
 
 class ImageFile(NamedTuple):
@@ -78,58 +94,127 @@ def files_hash(containers: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def decode(files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray]) -> Tensor:
+class Decoded(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        images: uint8 [I, C, H, W], in the order of their files.
+        unreadable: The files that were left out, each with the reason.
+        transparent: Number of images with transparent pixels.
+    """
+
+    images: Tensor
+    unreadable: dict[ImageFile, str]
+    transparent: int
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Open an image in one of `FORMATS`, whatever its suffix."""
+    return Image.open(file, formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions lack some
+
+
+def decode(
+    files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray], unreadable: str = ""
+) -> Decoded:
     """Decode images in parallel.
 
     Args:
         files: At least one file.
         to_array: Converts an image to uint8 [C, H, W], the same shape for all.
-
-    Returns:
-        Images, uint8 [I, C, H, W], in the order of `files`.
+        unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
+            does not, "" means that there is no such setting.
 
     Raises:
-        UserError: For the first file that cannot be read, with its name.
+        UserError: If files cannot be read; it names the first ten.
     """
     if not files:
         raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
-    def decode_chunk(chunk: list[ImageFile]) -> np.ndarray:
+    def decode_chunk(chunk: list[ImageFile]) -> tuple[list[np.ndarray], dict[ImageFile, str], int]:
         archives: dict[Path, zipfile.ZipFile] = {}
-        arrays = []
+        arrays: list[np.ndarray] = []
+        failures: dict[ImageFile, str] = {}
+        transparent = 0
         try:
             for file in chunk:
                 try:
-                    with _open(file, archives) as stream, Image.open(stream) as image:
+                    with _open(file, archives) as stream, open_image(stream) as image:
                         arrays.append(to_array(image))
+                        transparent += is_transparent(image)
                 # A corrupt file can raise any exception in Pillow and zipfile.
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
-                    raise UserError(
-                        f"{file} is not a readable image ({first_line(error)}); "
-                        "replace or remove it"
-                    ) from None
+                    failures[file] = first_line(error)
         finally:
             for archive in archives.values():
                 archive.close()
-        return np.stack(arrays)
+        return ([np.stack(arrays)] if arrays else []), failures, transparent
 
     size = -(-len(files) // (4 * workers))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
-    with ThreadPoolExecutor(workers) as pool:  # Pillow releases the GIL to decode and resize
-        parts = list(pool.map(decode_chunk, chunks))
-    return torch.from_numpy(np.concatenate(parts))
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # about metadata, with paths of Pillow
+        # Pillow releases the GIL to decode and resize.
+        parts, failures, transparent = zip(*pool.map(decode_chunk, chunks), strict=True)
+    failed = {file: reason for some in failures for file, reason in some.items()}
+    if failed and (unreadable != "skip" or len(failed) == len(files)):
+        (first, reason), *others = failed.items()
+        more = f", nor are {len(others)} others: {named([f.name for f, _ in others])}"
+        hint = ", or leave them out with dataset.unreadable=skip" if unreadable == "error" else ""
+        raise UserError(
+            f"{first} is not a readable image ({reason}){more if others else ''}; "
+            f"replace or remove {'them' if others else 'it'}{hint}"
+        )
+    images = np.concatenate([array for arrays in parts for array in arrays])
+    return Decoded(torch.from_numpy(images), failed, sum(transparent))
+
+
+def named(names: list[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Return True if any pixel is transparent."""
+    return _has_alpha(image) and bool((np.asarray(image.convert("RGBA"))[..., 3] < 255).any())
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "RGBa", "LA", "PA") or (
+        "transparency" in image.info and image.mode in ("1", "L", "P", "RGB")
+    )
+
+
+def opaque(image: Image.Image, background: str) -> Image.Image:
+    """Return an image without transparency.
+
+    Args:
+        image: Of any mode.
+        background: Colour behind transparent pixels, as `PIL.ImageColor` reads it; "none" for the
+            colours that the file has there.
+    """
+    if not _has_alpha(image):
+        return image
+    image = image.convert("RGBA")
+    if background != "none":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("RGB")
 
 
 def ink(
     image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> np.ndarray:
     """Convert dark ink on light or transparent paper to uint8 [1, size, size], ink 255, paper 0."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = opaque(image, "white")
     return 255 - np.asarray(image.convert("L").resize((size, size), resample))[None]
 
 
@@ -163,10 +248,7 @@ def cached(
         cache_dir.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache_dir, older_than=3600)
         with atomic_writer(path) as stream:
-            torch.save(
-                {"images": pictures.images, "counts": pictures.counts, "names": pictures.names},
-                stream,
-            )
+            torch.save(vars(pictures), stream)
     except OSError as error:
         raise UserError(
             f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another folder"

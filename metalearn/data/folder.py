@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -9,11 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from metalearn.config.fields import at_least, choice, setting
 from metalearn.data.classes import ClassData
-from metalearn.data.files import ImageFile, cached, decode, files_hash, list_images
+from metalearn.data.files import (
+    ImageFile,
+    cached,
+    decode,
+    files_hash,
+    list_images,
+    named,
+    opaque,
+)
 from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
 from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
@@ -35,6 +44,9 @@ class Folder(ImageDataset):
         split_seed: Seed of a random split.
         fractions: Fractions of the classes for train, val and test in a random split.
         standardise: Whether to standardise each channel with statistics of the training images.
+        background: Colour behind transparent pixels: a name such as "white", or "#rrggbb"; "none"
+            for the colours that the file has there, as in runs older than this setting.
+        unreadable: What to do about files that cannot be read: "error" or "skip" (leave them out).
         download: "none", or "cifar100" to let torchvision download it if `path` has no images.
     """
 
@@ -46,14 +58,27 @@ class Folder(ImageDataset):
     split_seed: int = setting()
     fractions: list[float] = at_least(0)
     standardise: bool = setting()
+    background: str = setting(default="none")
+    unreadable: str = choice("error", "skip", default="error")
     download: str = choice("none", "cifar100")
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         """Read and cache the images, and split their classes."""
+        if self.background != "none":
+            try:
+                ImageColor.getrgb(self.background)
+            except ValueError:
+                raise UserError(
+                    f"dataset.background={self.background}: should be a colour such as white, "
+                    "black or '#808080', or none"
+                ) from None
         root = self.files(data_dir)[0]
         containers = self._containers(root)
-        settings = ("1", self.image_size, self.colour, files_hash(containers))
+        reading = (self.image_size, self.colour, self.background, self.unreadable)
+        settings = ("2", *reading, files_hash(containers))
         pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
+        for line in pictures.notes:
+            logging.getLogger(__name__).warning(line)
         return self.class_data(
             pictures, self._splits(pictures.names, root), device, self.standardise
         )
@@ -108,12 +133,27 @@ class Folder(ImageDataset):
                 "should be at least 3, one each for train, val and test"
             )
         names = sorted(classes)
-        images = decode([file for name in names for file in classes[name]], self.to_array)
-        return ClassImages(images, [len(classes[name]) for name in names], names)
+        files = [file for name in names for file in classes[name]]
+        images, failed, transparent = decode(files, self.to_array, self.unreadable)
+        notes = []
+        if failed:
+            notes.append(
+                f"{root}: {len(failed)} of {len(files)} images cannot be read and are left out: "
+                + named([file.name for file in failed])
+            )
+        if transparent:
+            where = "their hidden colours" if self.background == "none" else self.background
+            notes.append(
+                f"{root}: {transparent} of {len(files)} images have transparent parts, which "
+                f"become {where} (dataset.background)"
+            )
+        counts = {name: sum(file not in failed for file in classes[name]) for name in names}
+        names = [name for name in names if counts[name]]
+        return ClassImages(images, [counts[name] for name in names], names, notes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image of any format and size to uint8 [C, H, W]."""
-        image = ImageOps.exif_transpose(image)
+        image = opaque(ImageOps.exif_transpose(image), self.background)
         if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB" if self.colour == "rgb" else "L")

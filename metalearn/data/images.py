@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.config.fields import choice, setting
+from metalearn.config.fields import choice, given_by_run, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData
 from metalearn.system.errors import UserError
@@ -28,17 +28,31 @@ class ClassImages:
         images: uint8 [I, C, H, W], ordered by class.
         counts: Number of images of each class.
         names: Name of each class.
+        notes: Lines for the user about how the images were read.
     """
 
     images: Tensor
     counts: list[int]
     names: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""
         digest = hashlib.sha256(self.images.contiguous().numpy())  # type: ignore[arg-type]
         digest.update(repr((tuple(self.images.shape), self.counts, self.names)).encode())
         return digest.hexdigest()[:16]
+
+
+def with_channels(x: Tensor, channels: int) -> Tensor:
+    """Convert images [*, C, H, W] from grey to colours or the reverse; return others unchanged."""
+    if {x.shape[-3], channels} != {1, 3}:
+        return x
+    if channels == 3:
+        return x.expand(*x.shape[:-3], 3, *x.shape[-2:])
+    # Luma, as Pillow computes it.
+    red, green, blue = (x[..., channel : channel + 1, :, :].float() for channel in range(3))
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    return grey if x.is_floating_point() else grey.round().to(x.dtype)
 
 
 def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
@@ -74,6 +88,7 @@ class ImageDataset(Dataset):
             random in each episode).
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
+        channels: 1 or 3, to convert the images for a network; None for those of the dataset.
     """
 
     reads_image_files: ClassVar[bool] = True
@@ -81,6 +96,7 @@ class ImageDataset(Dataset):
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
+    channels: int | None = given_by_run(None)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image to the dataset's channels and size, uint8 [C, H, W]."""
@@ -128,12 +144,14 @@ class ImageDataset(Dataset):
                 views[split] = (
                     RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
                 )
-        channels = pictures.images.shape[1]
-        shift, scale = torch.zeros(channels), torch.ones(channels)
+        images = pictures.images
+        if self.channels is not None:
+            images = with_channels(images, self.channels)
+        shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise:
-            shift, scale = _moments(pictures.images, views["train"].index.rows.cpu().unique())
+            shift, scale = _moments(images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
-            pictures.images.to(device),
+            images.to(device),
             shift.view(-1, 1, 1).to(device),
             1 / scale.view(-1, 1, 1).to(device),
         )

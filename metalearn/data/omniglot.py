@@ -103,7 +103,7 @@ class Omniglot(ImageDataset):
         images = decode(
             [file for name in names for file in sorted(images_of[name], key=_file_name)],
             self.to_array,
-        )
+        ).images
         return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:

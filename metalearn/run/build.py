@@ -94,13 +94,20 @@ class Run:
         }
 
 
-def build(settings: RunConfig, only_test: str | None = None, is_restored: bool = False) -> Run:
+def build(
+    settings: RunConfig,
+    only_test: str | None = None,
+    is_restored: bool = False,
+    channels: int | None = None,
+) -> Run:
     """Read the data and build the run.
 
     Args:
         settings: The run's settings.
         only_test: The split to test on, for a run that is not trained again.
         is_restored: Whether a checkpoint has the weights; see `algorithm_of`.
+        channels: Number of channels of the images that the network was trained on, if other images
+            should be converted to it.
 
     Raises:
         UserError: If the settings do not fit together or do not fit the data.
@@ -120,7 +127,7 @@ def build(settings: RunConfig, only_test: str | None = None, is_restored: bool =
             raise UserError(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
-    dataset = components.make(settings.dataset, "dataset")
+    dataset = components.make(settings.dataset, "dataset", channels=channels)
     with group.leader_first():
         data = dataset.open(data_folder(settings), cache_folder(settings), device)
     algorithm = algorithm_of(settings, is_restored)

@@ -61,6 +61,12 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return content
 
 
+def channels(path: Path) -> int | None:
+    """Return the number of channels of the images that a run was trained on; None if unknown."""
+    shape = load(path, torch.device("cpu")).get("spec", {}).get("input_shape", ())
+    return shape[0] if len(shape) == 3 else None
+
+
 def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """Return the last intact checkpoint of a run, on the CPU, or None if there is none.
 

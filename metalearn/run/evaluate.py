@@ -22,6 +22,7 @@ from metalearn.report.plots import draw_lines
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv
 from metalearn.report.tables import format_interval
+from metalearn.run import checkpoint
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES
 from metalearn.run.measure import measure, trained_state
@@ -153,7 +154,8 @@ class _Request:
             settings.engine = OmegaConf.merge(settings.engine, self._engine_of_run())
         after, before = check_config(settings), self.before
         check_population(before, after.statistics)
-        run = build(after, self.split, is_restored=True)
+        channels = checkpoint.channels(self.files.best)
+        run = build(after, self.split, is_restored=True, channels=channels)
         same_source = all(
             before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path")
         )

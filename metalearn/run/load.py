@@ -3,7 +3,8 @@
 This requires the run folder, but not the run's data.
 """
 
-from collections.abc import Hashable, Iterable
+import math
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from metalearn.algorithms.params import select
 from metalearn.config import checking, components, composition, schema
 from metalearn.config import plugins as registry
+from metalearn.data.files import list_images, open_image
+from metalearn.data.images import with_channels
 from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint
-from metalearn.run.pairings import check_population, inductive_statistics
+from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
 from metalearn.run.parts import algorithm_of, device_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
-from metalearn.tasks.types import Spec, Support
+from metalearn.tasks.types import Params, Spec, Support
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
+#: Number of input values that go through the network at once.
+_CHUNK = 2**19
+_NOT_ADAPTED = "the model is not adapted yet; call adapt(x, y) first"
 
 
 def load(
@@ -94,35 +101,63 @@ class Model:
         self._standardisation = content["standardisation"]
         self._device = next(iter(self._state.params.values())).device
         self._learner: Any = None
+        self._support: Tensor | None = None
+
+    @staticmethod
+    def files(folder: str | Path) -> list[Path]:
+        """Return the images in a folder and its subfolders, sorted: the order of predictions.
+
+        Raises:
+            UserError: If there are none.
+        """
+        folder = Path(folder).expanduser()
+        files = [folder / image.name for image in list_images(folder)] if folder.is_dir() else []
+        if not files:
+            raise UserError(f"{folder} is not a folder with images")
+        return files
 
     def inputs(self, x: Any) -> Tensor:
         """Convert inputs to the network's, [M, *X].
 
         Args:
-            x: Image files, which are read as the run's dataset reads its own; or an array, tensor
-                or nested list: images [M, C, H, W], uint8 or floats in [0, 1] (for handwriting, ink
-                is 1); feature vectors [M, D]; or tokens [M, L].
+            x: Image files, a folder of them (see `files`) or PIL images, which are read as the
+                run's dataset reads its own; or an array, tensor or nested list: images
+                [M, C, H, W], uint8 or floats in [0, 1] (for handwriting, ink is 1), grey or with
+                three colours whatever the run was trained on; feature vectors [M, D]; or tokens
+                [M, L].
 
         Raises:
             UserError: For inputs that the run does not accept, or a file that is not an image.
         """
+        return self._inputs(self._items(x))
+
+    def _items(self, x: Any) -> Any:
+        """Return inputs as something with a length that can be sliced."""
+        if isinstance(x, str | Path) and Path(x).expanduser().is_dir():
+            return self.files(x)
+        if isinstance(x, str | Path | Image.Image):
+            return [x]
+        return x if hasattr(x, "__len__") else list(x)  # a generator, e.g. of Path.glob
+
+    def _inputs(self, items: Any) -> Tensor:
         kind, vocabulary = self.spec.inputs.kind, self.spec.vocabulary or 0
-        items = [x] if isinstance(x, str | Path) else x
-        if not hasattr(items, "__len__"):
-            items = list(items)  # a generator, e.g. of Path.glob
-        if len(items) and all(isinstance(item, str | Path) for item in items):
-            items = torch.stack([self._read_image(Path(item)) for item in items])
+        if len(items) == 0:
+            items = torch.zeros(0, *self.spec.input_shape)
+        elif all(isinstance(item, str | Path | Image.Image) for item in items):
+            items = torch.stack([self._read_image(item) for item in items])
         try:
             inputs = torch.as_tensor(items)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"x is neither an array of numbers nor a list of image files ({first_line(error)})"
+                f"x is neither an array of numbers nor a list of images ({first_line(error)})"
             ) from None
+        if kind == "images" and inputs.dtype == torch.uint8:
+            inputs = inputs / 255
+        if kind == "images" and inputs.ndim == 4:
+            inputs = with_channels(inputs, self.spec.input_shape[0])
         if inputs.shape[1:] != self.spec.input_shape:
             shape = ", ".join(map(str, self.spec.input_shape))
             raise UserError(f"x has shape {tuple(inputs.shape)}; this run requires [M, {shape}]")
-        if kind == "images" and inputs.dtype == torch.uint8:
-            inputs = inputs / 255
         inputs = inputs.to(self._device, torch.int64 if kind == "tokens" else torch.float32)
         if kind == "tokens" and len(inputs) and not 0 <= inputs.min() <= inputs.max() < vocabulary:
             raise UserError(f"x has tokens outside 0 to {vocabulary - 1}, the run's vocabulary")
@@ -140,14 +175,16 @@ class Model:
             inputs = (inputs - shift) * scale
         return inputs
 
-    def _read_image(self, path: Path) -> Tensor:
+    def _read_image(self, image: str | Path | Image.Image) -> Tensor:
         if not self._dataset.reads_image_files:
-            raise UserError(f"{path}: this run's dataset does not read image files")
+            raise UserError(f"{image}: this run's dataset does not read images")
         try:
-            with Image.open(path) as image:
-                return torch.from_numpy(self._dataset.to_array(image).copy())
+            if not isinstance(image, Image.Image):
+                with open_image(Path(image).expanduser()) as opened:
+                    return torch.from_numpy(self._dataset.to_array(opened).copy())
+            return torch.from_numpy(self._dataset.to_array(image).copy())
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} is not a readable image ({error})") from None
+            raise UserError(f"{image} is not a readable image ({first_line(error)})") from None
 
     @torch.no_grad()
     def adapt(self, x: Any, y: Any, steps: int | None = None, unlabelled: Any = None) -> "Model":
@@ -205,17 +242,62 @@ class Model:
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
-        self.classes = classes
+        self.classes, self._support = classes, x
         return self
+
+    def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Any, size: int) -> Tensor:
+        """Apply a function of inputs [Q, *X] that returns [Q, size]: to all at once if it must."""
+        items = self._items(x)
+        chunk = max(1, _CHUNK // math.prod(self.spec.input_shape))
+        if is_transductive(self._algorithm):
+            chunk = max(1, len(items))
+        starts = range(0, max(1, len(items)), chunk)
+        parts = [self._inputs(items[start : start + chunk]) for start in starts]
+        return torch.cat(
+            [function(part) if len(part) else part.new_zeros(0, size) for part in parts]
+        )
+
+    @torch.no_grad()
+    def embed(self, x: Any) -> Tensor:
+        """Compute the features [M, D] of inputs by the meta-trained backbone.
+
+        Adaptation does not change them, except that a run without population statistics
+        normalises by the examples of the last `adapt`, or with statistics="query" by `x` itself.
+
+        Raises:
+            UserError: As in `inputs`; or if `adapt` is needed first.
+        """
+        normalisation, backbone = self._algorithm.normalisation, self._algorithm.backbone
+        net = select(self._state.params, "net")
+        reference: Params = {}
+        if backbone.normalises and not (
+            normalisation.is_transductive or normalisation.has_population
+        ):
+            if self._support is None:
+                raise UserError(_NOT_ADAPTED)
+            reference = normalisation.reference(net, self._support)
+        return self._in_chunks(
+            lambda x: normalisation.embed_queries(self._state, net, reference, x, None)[0],
+            x,
+            math.prod(backbone.shape(self.spec.inputs)),
+        )
 
     @torch.no_grad()
     def _outputs(self, x: Any) -> Tensor:
         if self._learner is None:
-            raise UserError("the model is not adapted yet; call adapt(x, y) first")
-        return self._algorithm.predict(self._state, self._learner, self.inputs(x))
+            raise UserError(_NOT_ADAPTED)
+        return self._in_chunks(
+            lambda x: self._algorithm.predict(self._state, self._learner, x),
+            x,
+            len(self.classes) or self.spec.way,
+        )
 
     def predict(self, x: Any) -> Any:
-        """Predict the label of each input, a list [Q]; for regression, values [Q, D]."""
+        """Predict the label of each input, a list [Q]; for regression, values [Q, D].
+
+        Inputs are computed in chunks, so any number fits in memory, unless predictions depend on
+        each other (statistics="query", or a transductive method).
+        """
         outputs = self._outputs(x)
         if self.spec.target != "class":
             return outputs
