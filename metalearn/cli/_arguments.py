@@ -72,7 +72,10 @@ def parse(words: list[str]) -> Arguments:
             )
         else:
             arguments.overrides.append(word)
-    return arguments
+    from metalearn.config import paths
+
+    overrides = [paths.literal(word, arguments.is_multirun) for word in arguments.overrides]
+    return dataclasses.replace(arguments, overrides=overrides)
 
 
 def parse_settings(command: str, words: list[str]) -> list[str]:

@@ -58,7 +58,7 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
     _check(own)
     folder = Path(hydra.run.dir)
     if rank() > 0:
-        _follow(own, folder)
+        _follow(own, folder, arguments.settings)
     with open_dict(config):
         hydra.mode = RunMode.RUN
         hydra.run.dir = str(folder)  # resolved once, because its name contains the time
@@ -119,10 +119,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _follow(config: Any, folder: Path) -> NoReturn:
+def _follow(config: Any, folder: Path, overrides: list[str]) -> NoReturn:
     """Compute a non-leading process's share, and exit."""
+    from metalearn.config import paths
+    from metalearn.run.parts import data_folder
     from metalearn.run.train import follow
 
+    paths.make_absolute(config, overrides, data_folder(config))
     follow(config, folder)
     exit_siblings(0)
     sys.exit(0)
@@ -177,9 +180,10 @@ class _Job:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf
 
-        from metalearn.config import composition, plugins
+        from metalearn.config import composition, paths, plugins
         from metalearn.report.console import open_console, print_line
         from metalearn.report.folder import RunFolder
+        from metalearn.run.parts import data_folder
         from metalearn.run.train import save_command, train
 
         plugins.add(self.plugins)
@@ -192,6 +196,7 @@ class _Job:
         named = [f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []
         overrides = [*named, *settings.overrides.task]
         try:
+            paths.make_absolute(config, overrides, data_folder(config))
             if self.is_multirun:
                 print_line(console, f"{settings.job.num}: {' '.join(overrides)}")
                 files.error.unlink(missing_ok=True)

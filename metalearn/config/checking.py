@@ -31,6 +31,8 @@ _TYPE_NAMES = {
     "Integer": "a whole number", "Float": "a number", "Boolean": "true or false",
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
 }  # fmt: skip
+#: Types of whole numbers.
+_WHOLE = (int, int | None)
 #: What to report for OmegaConf's other error messages, by a part of their text.
 _REASONS = {
     "not a valid bool": "should be true or false",
@@ -147,18 +149,17 @@ def _schema(settings: list[Setting]) -> DictConfig:
     return OmegaConf.structured(dataclasses.make_dataclass("Settings", fields))
 
 
-def _names(settings: list[Setting], where: str = "") -> list[str]:
-    """Return the dotted names of all settings."""
-    names = []
+def _kinds(settings: list[Setting], where: str = "") -> dict[str, Any]:
+    """Return the type of each setting by its dotted name."""
+    kinds: dict[str, Any] = {}
     for setting in settings:
         kind = nested(setting.kind)
         name = f"{where}{setting.name}"
-        names += (
-            _names(settings_of(kind), f"{name}.")
-            if kind is setting.kind and kind is not None
-            else [name]
-        )
-    return names
+        if kind is setting.kind and kind is not None:
+            kinds |= _kinds(settings_of(kind), f"{name}.")
+        else:
+            kinds[name] = setting.kind
+    return kinds
 
 
 def conform(settings: list[Setting], values: DictConfig, where: str) -> DictConfig:
@@ -172,8 +173,11 @@ def conform(settings: list[Setting], values: DictConfig, where: str) -> DictConf
     Raises:
         UserError: For an unknown key, a wrong type, a missing value or one out of bounds.
     """
-    known = _names(settings)
-    for key in leaves(values):
+    known = _kinds(settings)
+    for key in list(leaves(values)):
+        value = OmegaConf.select(values, key)
+        if isinstance(value, float) and known.get(key) in _WHOLE and value.is_integer():
+            OmegaConf.update(values, key, int(value))  # written like 1e3
         if inside := [name for name in known if name.startswith(f"{key}.")]:
             raise UserError(f"{where}{key}: should hold settings, like {where}{inside[0]}")
         if not any(key == name or key.startswith(f"{name}.") for name in known):

@@ -30,7 +30,8 @@ def search_path(folders: list[Path]) -> list[str]:
 
 def quoted(text: str) -> str:
     """Quote a value for Hydra's override grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # only backslashes before a quote are escapes
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
 
 
 def _file(group: str, name: str) -> Path | None:
@@ -106,7 +107,22 @@ def _translated(error: Exception, overrides: list[str]) -> str:
         except Exception:  # a group is mistyped too: no suggestion
             known = []
         return f"{key}: there is no such key{nearest(key, [*known, *groups()])}"
+    for word in overrides:
+        if not _is_readable(word):
+            key, _, value = word.partition("=")
+            return f"{word}: cannot be read; quote such a value twice: '{key}=\"{value}\"'"
     return f"{first_line(error)} (in: {' '.join(overrides)})"
+
+
+def _is_readable(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
 
 
 def _no_such_choice(group: str, name: str) -> str:

@@ -79,12 +79,13 @@ def files_hash(containers: list[Path]) -> str:
     """
     digest = hashlib.sha256()
     for container in containers:
-        digest.update(container.name.encode())
+        digest.update(os.fsencode(container.name))
         try:
             if container.is_dir():
                 for file in list_images(container):
                     stat = (container / file.name).stat()
-                    digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                    line = f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"
+                    digest.update(os.fsencode(line))
             else:
                 with container.open("rb") as stream:
                     while chunk := stream.read(1 << 20):

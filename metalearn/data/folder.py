@@ -104,8 +104,10 @@ class Folder(ImageDataset):
             return official
         if not root.exists():
             raise UserError(
-                f"dataset.path={self.path}: no folder or zip at {root}; it should contain one "
-                "subfolder per class (or use dataset=glyphs, which needs no files)"
+                f"dataset.path={self.path}: no folder or zip at "
+                f"{' or '.join(dict.fromkeys((str(Path(self.path).absolute()), str(root))))}; it "
+                "should contain one subfolder per class (or use dataset=glyphs, which needs no "
+                "files)"
             )
         return [root] if root.is_file() else [*_zips(root), root]
 

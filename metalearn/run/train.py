@@ -131,10 +131,11 @@ def _first_lines(
     """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
     steps, every = settings.train.steps, settings.val.every
+    validations = max(1, -(-steps // every))
     lines = [
-        f"{name} on {run.device}: {steps:,} steps of {settings.train.meta_batch} tasks, "
-        f"{max(1, -(-steps // every)):,} validations of {settings.val.episodes:,} episodes, "
-        f"a test of {settings.test.episodes:,}",
+        f"{name} on {run.device}: {_count(steps, 'step')} of "
+        f"{_count(settings.train.meta_batch, 'task')}, {_count(validations, 'validation')} of "
+        f"{_count(settings.val.episodes, 'episode')}, a test of {settings.test.episodes:,}",
         f"engine {run.train_engine.strategy}, statistics {settings.statistics}",
     ]
     if recipe:
@@ -145,6 +146,10 @@ def _first_lines(
     if stored:
         lines.append(f"resuming from step {stored['step']} of {folder}")
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
