@@ -227,10 +227,6 @@ def test_help_list_config_and_completion_print(metalearn, tmp_path):
     assert config.returncode == 0, config.stderr
     assert "adapted_part: head" in config.stdout
     assert "hydra:" not in config.stdout
-    completion = metalearn(
-        "-sc", "query=bash", COMP_LINE="metalearn train algo=re", COMP_POINT="23"
-    )
-    assert "algo=reptile" in completion.stdout
     assert is_empty(tmp_path)
 
 

@@ -18,6 +18,8 @@ folder if only one is given, else into outputs/compare/<time>.
   metalearn compare outputs/multirun/<time>
   metalearn compare outputs/maml-omniglot/<time> outputs/protonet-omniglot/<time>
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ("{folder}", "out={folder}")
 
 #: Console columns for one protocol, and for everything left of the first one.
 _COLUMN_WIDTH, _LEFT_WIDTH = 20, 84

@@ -19,6 +19,8 @@ Prints versions, device, free disk space, available datasets, whether Weights & 
 online, and the result of a self-test of about ten seconds (exit code 1 if it fails). Include the
 output in a bug report.
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ()
 
 _LIBRARIES = ("torch", "torchvision", "hydra-core", "omegaconf", "wandb", "numpy", "pillow", "rich")
 #: A run that takes a few seconds.

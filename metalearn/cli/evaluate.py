@@ -19,6 +19,14 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate run=… curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate run=… curve=steps                       accuracy over inner steps 0 to 10
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = (
+    "{folder}",
+    "run={folder}",
+    "split=train|val|test|all",
+    "curve=shot|way|steps",
+    "{settings}",
+)
 
 
 def main(args: list[str]) -> int:

@@ -7,6 +7,8 @@ HELP = """metalearn list
 Lists algorithms, datasets, backbones, episodes, optimisers, losses, augmentations and experiments,
 with one line each.
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ()
 
 #: Headings of the families of algorithms.
 _FAMILIES = {

@@ -82,7 +82,7 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-sc", "--shell-completion") for word in words):
         from metalearn.cli._completion import complete
 
-        complete(words)
+        complete(words, {name: _command(name).TAKES for name in commands()})
         return 0
     if not words or words[0] in ("-h", "--help", "help"):
         lines = (f"  {name:<12}{_summary(_command(name))}\n" for name in commands())

@@ -16,6 +16,8 @@ sampler ends with NOT MEASURED (exit code 3).
 experiments (metalearn list explains them)
   {reproductions}
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ("{experiment}", "budget=smoke|quick|paper", "{settings}")
 
 #: Exit code if there is no target to compare with.
 NOT_MEASURED = 3

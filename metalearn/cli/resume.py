@@ -13,6 +13,8 @@ the run's command with hydra.run.dir=<folder> resume=auto.
 
 To resume a multirun, repeat its command with the same hydra.sweep.dir.
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ("{folder}",)
 
 
 def main(args: list[str]) -> int:

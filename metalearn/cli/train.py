@@ -48,6 +48,8 @@ options
   -sc install=bash     shell completion: eval "$(metalearn -sc install=bash)"
   --debug              show the traceback of an error
 """
+#: What shell completion offers.
+TAKES: tuple[str, ...] = ("{settings}",)
 
 
 def main(args: list[str]) -> int:
