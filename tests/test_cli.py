@@ -1,5 +1,6 @@
 """Commands run in a separate process, as a user runs them, errors included."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from metalearn.cli import _launch
 from tests.fixtures import SMALL
 
 pytestmark = pytest.mark.slow
@@ -202,7 +204,10 @@ def test_mistake_gives_one_line_and_no_files(arguments, expected, metalearn, tmp
 
 def test_missing_data_without_network_is_one_line(metalearn, tmp_path):
     line = error_line(
-        metalearn("train", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30), 2
+        metalearn(
+            "train", "algo=maml", "dataset.url=http://127.0.0.1:9", "logger=none", timeout=30
+        ),
+        2,
     )
     assert all(
         part in line
@@ -228,6 +233,25 @@ def test_help_list_config_and_completion_print(metalearn, tmp_path):
     assert "adapted_part: head" in config.stdout
     assert "hydra:" not in config.stdout
     assert is_empty(tmp_path)
+
+
+@pytest.mark.parametrize("more", [[], ["seed=3", "train.steps=10"], ["-m", "seed=0,1"]])
+def test_train_without_a_choice_starts_nothing(metalearn, tmp_path, more):
+    done = metalearn("train", *more)
+    assert (done.returncode, done.stdout) == (2, "")
+    steps = "10 steps" if "train.steps=10" in more else "30,000 steps"
+    assert f"this would train maml on omniglot: {steps} of 8 tasks" in done.stderr
+    assert "metalearn train experiment=demo" in done.stderr
+    assert is_empty(tmp_path)
+
+
+def test_python_3_14_checks_the_help_of_hydras_parser(monkeypatch, capsys):
+    def check(self, action):
+        raise ValueError("badly formed help string")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    _launch.hydra_main(lambda config: None, ["--cfg", "job"])
+    assert "algo:" in capsys.readouterr().out
 
 
 def test_closed_pipe_is_no_error(tmp_path):

@@ -182,8 +182,9 @@ def test_folder_is_locked_by_one_process_until_it_dies(run, interrupt, tmp_path)
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    with pytest.raises(UserError, match="another process"):
-        run("x", "algo=protonet", "resume=auto")
+    for more in ([], ["resume=auto"]):
+        with pytest.raises(UserError, match="another process is training this run"):
+            run("x", "algo=protonet", *more)
     holder.kill()
     holder.wait()
     run("x", "algo=protonet", "resume=auto")
@@ -191,7 +192,6 @@ def test_folder_is_locked_by_one_process_until_it_dies(run, interrupt, tmp_path)
         pass
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_multirun_skips_finished_runs_and_resumes_the_rest(metalearn, tmp_path):
     arguments = ["train", "-m", "algo=protonet", *SMALL, "seed=0,1,2", "hydra.sweep.dir=sweep"]

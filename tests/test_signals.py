@@ -53,22 +53,28 @@ def test_signal_saves_and_exits_and_the_run_resumes_from_any_folder(number, code
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_second_signal_exits_at_once(start, tmp_path):
-    # A validation of several minutes, because the first signal takes effect after it.
-    arguments = [
-        "train",
-        "algo=maml",
-        *SMALL,
-        "train.steps=2",
-        "train.log_every=1",
-        "val.episodes=100000",
-    ]
-    process = start(*arguments, "hydra.run.dir=x")
+def test_signal_stops_a_validation_within_a_second(start, tmp_path):
+    long = ["train.steps=2", "train.log_every=1", "val.episodes=100000"]
+    process = start("train", "algo=maml", *SMALL, *long, "hydra.run.dir=x")
     process.wait_until(has_logged(tmp_path))
     time.sleep(1)  # the first step is logged; after the second one the validation starts
+    process.send(signal.SIGINT)
+    assert process.wait(3).returncode == 130  # a second, and the exit of the interpreter
+    assert "stopped in the validation of step 2, saved" in process.stderr
+    checkpoint = torch.load(tmp_path / "x/checkpoints/last.pt", weights_only=True)
+    assert (checkpoint["step"], checkpoint["row"]["step"]) == (2, 2)
+
+
+def test_second_signal_exits_at_once(start, tmp_path):
+    # A step of minutes, because the first signal takes effect after it.
+    long = ["train.meta_batch=100000", "engine.strategy=loop", "train.steps=1"]
+    process = start("train", "algo=maml", *SMALL, *long, "hydra.run.dir=x")
+    process.wait_until((tmp_path / "x/config.yaml").exists)
+    time.sleep(1)
     process.send(signal.SIGTERM)
     time.sleep(1)
     assert process.is_running
+    assert "SIGTERM: saving after this step" in process.stderr
     process.send(signal.SIGTERM)
     assert process.wait(5).returncode == 143
 

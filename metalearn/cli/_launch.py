@@ -1,5 +1,6 @@
 """Start runs under Hydra: compose, check before any data are read, run."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -249,6 +250,9 @@ def hydra_main(job: Any, words: list[str]) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["metalearn", *words]
+    if hasattr(argparse.ArgumentParser, "_check_help"):
+        # Python 3.14 fails on the help of Hydra's parser (hydra issue 3121); it is never shown.
+        argparse.ArgumentParser._check_help = lambda self, action: None
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
 
 

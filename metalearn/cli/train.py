@@ -1,5 +1,6 @@
 """Meta-train, validate and test a run."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,38 @@ def main(args: list[str]) -> int:
     if arguments.only_prints:
         _launch.print_config(arguments)
         return 0
+    from metalearn.config import sweeps
+
+    keys = {word.partition("=")[0] for word in arguments.overrides}
+    if not keys & {"algo", "dataset", "experiment"}:
+        _launch.check(arguments)
+        return _explain([word for word in arguments.settings if not sweeps.is_sweep(word)])
     folder = _launch.start(arguments)
     if not arguments.is_multirun:
         return 0
     from metalearn.report.console import open_console
 
     return 1 if summarise(folder, open_console()) else 0
+
+
+def _explain(overrides: list[str]) -> int:
+    """Print what a command that chooses nothing would train, and how to begin. Return 2."""
+    from metalearn.config import checking, composition
+
+    config = composition.compose_config(overrides, with_hydra=True)
+    choices = config.hydra.runtime.choices
+    settings = checking.check_config(composition.without_hydra(config))
+    print(
+        f"Name a method and a dataset. Without them this would train {choices.algo} on "
+        f"{choices.dataset}: {settings.train.steps:,} steps of {settings.train.meta_batch} tasks.\n"
+        "\n"
+        "  metalearn train experiment=demo                 about 2 minutes, built-in data\n"
+        f"  metalearn train algo={choices.algo} dataset={choices.dataset}      the full run\n"
+        "  metalearn list                                  all methods, datasets and backbones\n"
+        "  metalearn train --help                          all settings",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def summarise(sweep: Path, console: Any) -> int:

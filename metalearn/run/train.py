@@ -31,7 +31,7 @@ from metalearn.run.engines import FREE_CHOICES
 from metalearn.run.measure import measure
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
-from metalearn.system.lock import alone_in
+from metalearn.system.lock import alone_in, is_in_use
 from metalearn.system.signals import Stopped
 
 
@@ -161,6 +161,11 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
     if not files.is_started:
         return False
     folder = files.path
+    if is_in_use(folder):
+        raise UserError(
+            f"{folder}: another process is training this run; wait for it, or choose another "
+            "hydra.run.dir"
+        )
     if settings.resume != "auto":
         state, effect = (
             ("finished", "shows it again") if files.is_finished else ("stopped", "resumes it")
@@ -258,7 +263,7 @@ def resume(folder: Path, console: Console) -> None:
     except UserError:
         several = any(folder.glob(f"*/{files.command.name}"))
         raise UserError(
-            f"{folder}: this is a multirun folder; repeat its command with resume=auto"
+            f"{folder}: this is a multirun folder; repeat its command with hydra.sweep.dir={folder}"
             if several
             else f"{folder}: no run to resume; name the folder of a training run"
         ) from None

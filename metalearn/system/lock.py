@@ -28,3 +28,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder}: another process is writing there; wait for it, or choose another folder"
         ) from None
+
+
+def is_in_use(folder: Path) -> bool:
+    """Return True if another process holds the lock of a folder."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with alone_in(folder):
+            return False
+    except UserError:
+        return True
