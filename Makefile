@@ -17,7 +17,11 @@ setup: $(VENV)/.ready  ## build .venv with all dependencies (quick if nothing ch
 
 # uv picks matching versions of torch and torchvision. Bytecode is compiled here, as pip does, so
 # that commands start fast.
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 10))'
 $(VENV)/.ready: pyproject.toml
+	@$(BIN)/python $(IS_NEW_ENOUGH) 2>/dev/null || rm -rf $(VENV)
+	@test -x $(BIN)/python || $(PYTHON) $(IS_NEW_ENOUGH) || \
+	  { echo "$(PYTHON) is no Python 3.10 or newer; name one: make setup PYTHON=python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
