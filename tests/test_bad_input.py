@@ -234,3 +234,9 @@ def test_hydra_callbacks_are_refused_and_not_called(arguments, tmp_path):
     with pytest.raises(UserError, match=r"hydra\.callbacks\.x"):
         train.main(["algo=protonet", "dataset=glyphs", *arguments, called])
     assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("word", ["hydra.launcher._target_=os.system", "hydra.sweeper=os"])
+def test_only_hydras_plugins_launch_and_sweep(word):
+    with pytest.raises(UserError, match=r"should be one of Hydra's plugins"):
+        train.main(["-m", "algo=maml,protonet", "dataset=glyphs", word])

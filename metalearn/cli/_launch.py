@@ -52,7 +52,7 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
 
     config = composition.compose_config(arguments.settings, with_hydra=True)
     hydra = config.hydra
-    _check_callbacks(hydra)
+    _check_hydra(hydra)
     if hydra.mode == RunMode.MULTIRUN:
         raise UserError("hydra.mode=MULTIRUN: start a multirun with -m")
     own = composition.without_hydra(config)
@@ -78,7 +78,7 @@ def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
         raise UserError("--multirun: a sweep uses one process; start it without torchrun")
     single = [word for word in arguments.settings if not sweeps.is_sweep(word)]
     hydra = composition.compose_config(single, with_hydra=True).hydra
-    _check_callbacks(hydra)
+    _check_hydra(hydra)
     folder = Path(hydra.sweep.dir)
     with _folder(folder):
         more = [f"hydra.sweep.dir={composition.quoted(str(folder))}"]
@@ -100,7 +100,7 @@ def print_config(arguments: Arguments) -> None:
     """Let Hydra print a configuration."""
     from metalearn.config import composition
 
-    _check_callbacks(composition.compose_config(arguments.settings, with_hydra=True).hydra)
+    _check_hydra(composition.compose_config(arguments.settings, with_hydra=True).hydra)
     hydra_main(_must_not_run, [*arguments.options, *arguments.settings])
 
 
@@ -108,11 +108,19 @@ def _must_not_run(config: Any) -> None:
     raise AssertionError("Hydra should print, not run")
 
 
-def _check_callbacks(hydra: Any) -> None:
-    """Raise UserError for Hydra's callbacks: they would call anything a configuration names."""
+def _check_hydra(hydra: Any) -> None:
+    """Raise UserError for settings with which Hydra would call anything a configuration names."""
+    from omegaconf import OmegaConf
+
     if hydra.callbacks:
         name = next(iter(hydra.callbacks))
         raise UserError(f"hydra.callbacks.{name}: callbacks are not supported")
+    for part in ("launcher", "sweeper"):
+        target = str(OmegaConf.select(hydra, f"{part}._target_", default=""))
+        if not target.startswith(("hydra._internal.", "hydra_plugins.")):
+            raise UserError(
+                f"hydra.{part}: should be one of Hydra's plugins, chosen by hydra/{part}=<name>"
+            )
 
 
 def rank() -> int:

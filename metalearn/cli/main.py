@@ -89,7 +89,7 @@ def _dispatch(words: list[str]) -> int:
         print(_HELP.format(version=__version__, commands="".join(lines)), end="")
         return 0
     name, arguments = words[0], words[1:]
-    if name == "--version":
+    if name in ("--version", "version"):
         print(f"metalearn {__version__}")
         return 0
     if name not in commands():

@@ -1,5 +1,6 @@
 """Open the console that commands print to."""
 
+import os
 import sys
 
 from rich.console import Console
@@ -17,9 +18,16 @@ class _Console(Console):
 
 
 def open_console() -> Console:
-    """Return the console of a command, at least 160 columns wide if it is not a terminal."""
-    console = _Console()
-    return console if console.is_terminal else _Console(width=max(console.width, 160))
+    """Return the console of a command, at least 160 columns wide if it is not a terminal.
+
+    A notebook's cell is no terminal: it shows the codes that move a cursor.
+    """
+    console = _Console(force_terminal=False if "JPY_PARENT_PID" in os.environ else None)
+    return (
+        console
+        if console.is_terminal
+        else _Console(width=max(console.width, 160), force_terminal=False)
+    )
 
 
 def print_line(console: Console, line: str) -> None:
