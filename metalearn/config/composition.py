@@ -106,6 +106,8 @@ def _translated(error: Exception, overrides: list[str]) -> str:
                 known = list(leaves(compose(chosen)))
         except Exception:  # a group is mistyped too: no suggestion
             known = []
+        if key in known:
+            return f"{key}: this sets keys that do not exist; write +{key}={{...}} to add them"
         return f"{key}: there is no such key{nearest(key, [*known, *groups()])}"
     for word in overrides:
         if not _is_readable(word):
