@@ -79,7 +79,7 @@ def test_transparent_parts_get_the_background(pictures, caplog, recwarn, mode, b
     assert (image[:, 0, 0] == level).all() and (image[:, 8, 8] == 0).all()
     (line,) = caplog.messages
     assert "1 of 24 images have transparent parts" in line
-    assert ("hidden colours" if background == "none" else background.strip("'")) in line
+    assert ("colours hidden there" if background == "none" else background.strip("'")) in line
     assert not recwarn.list
     caplog.clear()
     open_folder(pictures, background=background)  # from the cache

@@ -1,12 +1,11 @@
 """Decode images from folders and zips: in parallel, cached, with errors that name the file."""
 
-import functools
 import hashlib
 import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,11 +19,16 @@ from metalearn.data.images import ClassImages
 from metalearn.system.atomic import atomic_writer, remove_abandoned
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
+Image.init()  # registers all formats
 #: Raster formats that Pillow decodes itself; vector formats would need another program. The first
-#: that fits a file is used, so the one without a signature is last.
-FORMATS = (
-    "PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS",
-    "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
+#: that fits a file is used, so the one without a signature is last. Older versions lack some.
+_FORMATS = tuple(
+    name
+    for name in (
+        "PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO",
+        "ICNS", "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
+    )
+    if name in Image.OPEN
 )  # fmt: skip
 SUFFIXES = frozenset({
     ".apng", ".avif", ".bmp", ".bw", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k",
@@ -32,9 +36,6 @@ SUFFIXES = frozenset({
     ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".rgb", ".rgba", ".sgi",
     ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
 })  # fmt: skip
-
-#: Number of unreadable files that a message names.
-_NAMED = 10
 
 
 class ImageFile(NamedTuple):
@@ -95,28 +96,16 @@ def files_hash(containers: list[Path]) -> str:
 
 
 class Decoded(NamedTuple):
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [I, C, H, W], in the order of their files.
-        unreadable: The files that were left out, each with the reason.
-        transparent: Number of images with transparent pixels.
-    """
+    """Images [I, C, H, W], the files that were left out, and how many have transparent pixels."""
 
     images: Tensor
-    unreadable: dict[ImageFile, str]
+    unreadable: list[ImageFile]
     transparent: int
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Open an image in one of `FORMATS`, whatever its suffix."""
-    return Image.open(file, formats=_formats())
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions lack some
+    """Open a raster image, whatever its suffix."""
+    return Image.open(file, formats=_FORMATS)
 
 
 def decode(
@@ -139,9 +128,7 @@ def decode(
 
     def decode_chunk(chunk: list[ImageFile]) -> tuple[list[np.ndarray], dict[ImageFile, str], int]:
         archives: dict[Path, zipfile.ZipFile] = {}
-        arrays: list[np.ndarray] = []
-        failures: dict[ImageFile, str] = {}
-        transparent = 0
+        arrays, failures, transparent = [], {}, 0
         try:
             for file in chunk:
                 try:
@@ -167,20 +154,20 @@ def decode(
     failed = {file: reason for some in failures for file, reason in some.items()}
     if failed and (unreadable != "skip" or len(failed) == len(files)):
         (first, reason), *others = failed.items()
-        more = f", nor are {len(others)} others: {named([f.name for f, _ in others])}"
+        more = f", nor are {len(others)} others: {named(file for file, _ in others)}"
         hint = ", or leave them out with dataset.unreadable=skip" if unreadable == "error" else ""
         raise UserError(
             f"{first} is not a readable image ({reason}){more if others else ''}; "
             f"replace or remove {'them' if others else 'it'}{hint}"
         )
     images = np.concatenate([array for arrays in parts for array in arrays])
-    return Decoded(torch.from_numpy(images), failed, sum(transparent))
+    return Decoded(torch.from_numpy(images), list(failed), sum(transparent))
 
 
-def named(names: list[str]) -> str:
-    """Return the first names of a list, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def named(files: Iterable[ImageFile]) -> str:
+    """Return the names of the first ten files, and how many more there are."""
+    names = [file.name for file in files]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -195,13 +182,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def opaque(image: Image.Image, background: str) -> Image.Image:
-    """Return an image without transparency.
-
-    Args:
-        image: Of any mode.
-        background: Colour behind transparent pixels, as `PIL.ImageColor` reads it; "none" for the
-            colours that the file has there.
-    """
+    """Return an image without transparency, on a colour or with its own hidden colours ("none")."""
     if not _has_alpha(image):
         return image
     image = image.convert("RGBA")
