@@ -19,23 +19,15 @@ from metalearn.data.images import ClassImages
 from metalearn.system.atomic import atomic_writer, remove_abandoned
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
-Image.init()  # registers all formats
 #: Raster formats that Pillow decodes itself; vector formats would need another program. The first
-#: that fits a file is used, so the one without a signature is last. Older versions lack some.
-_FORMATS = tuple(
-    name
-    for name in (
-        "PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO",
-        "ICNS", "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
-    )
-    if name in Image.OPEN
+#: that fits a file is used, so the one without a signature is last.
+_FORMATS = (
+    "PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO",
+    "ICNS", "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
 )  # fmt: skip
-SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".bw", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k",
-    ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx",
-    ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".rgb", ".rgba", ".sgi",
-    ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
-})  # fmt: skip
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS
+)
 
 
 class ImageFile(NamedTuple):
@@ -95,22 +87,14 @@ def files_hash(containers: list[Path]) -> str:
     return digest.hexdigest()
 
 
-class Decoded(NamedTuple):
-    """Images [I, C, H, W], the files that were left out, and how many have transparent pixels."""
-
-    images: Tensor
-    unreadable: list[ImageFile]
-    transparent: int
-
-
 def open_image(file: Path | IO[bytes]) -> Image.Image:
     """Open a raster image, whatever its suffix."""
-    return Image.open(file, formats=_FORMATS)
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
 def decode(
     files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray], unreadable: str = ""
-) -> Decoded:
+) -> tuple[Tensor, list[ImageFile], int]:
     """Decode images in parallel.
 
     Args:
@@ -118,6 +102,10 @@ def decode(
         to_array: Converts an image to uint8 [C, H, W], the same shape for all.
         unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
             does not, "" means that there is no such setting.
+
+    Returns:
+        Images, uint8 [I, C, H, W], in the order of `files`; the files that were left out; and the
+        number of images with transparent pixels.
 
     Raises:
         UserError: If files cannot be read; it names the first ten.
@@ -161,7 +149,7 @@ def decode(
             f"replace or remove {'them' if others else 'it'}{hint}"
         )
     images = np.concatenate([array for arrays in parts for array in arrays])
-    return Decoded(torch.from_numpy(images), list(failed), sum(transparent))
+    return torch.from_numpy(images), list(failed), sum(transparent)
 
 
 def named(files: Iterable[ImageFile]) -> str:
