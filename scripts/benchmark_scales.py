@@ -47,8 +47,8 @@ _PROTONET = [
     "algo=protonet", "train.steps=300", "val.every=300", "val.episodes=200", "test.episodes=400",
 ]  # fmt: skip
 _PROTO_MAML = [
-    "algo=proto_maml", "train.steps=40", "train.meta_batch=4", "episode.train.query=5",
-    "val.every=40", "val.episodes=100", "test.episodes=200",
+    "algo=proto_maml", "train.steps=30", "train.meta_batch=4", "episode.train.query=5",
+    "val.every=30", "val.episodes=50", "test.episodes=200",
 ]  # fmt: skip
 #: Numbers are those for the 256 features that all three datasets have here.
 _CANDIDATES = {
