@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from metalearn.data.images import ClassImages
@@ -127,7 +127,8 @@ def decode(
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
-                    failures[file] = first_line(error)
+                    is_unknown = isinstance(error, UnidentifiedImageError)
+                    failures[file] = "unknown format" if is_unknown else first_line(error)
         finally:
             for archive in archives.values():
                 archive.close()
@@ -143,10 +144,11 @@ def decode(
     if failed and (unreadable != "skip" or len(failed) == len(files)):
         (first, reason), *others = failed.items()
         more = f", nor are {len(others)} others: {named(file for file, _ in others)}"
-        hint = ", or leave them out with dataset.unreadable=skip" if unreadable == "error" else ""
+        them = "them" if others else "it"
+        hint = f", or set dataset.unreadable=skip to leave {them} out"
         raise UserError(
             f"{first} is not a readable image ({reason}){more if others else ''}; "
-            f"replace or remove {'them' if others else 'it'}{hint}"
+            f"replace or remove {them}{hint if unreadable == 'error' else ''}"
         )
     images = np.concatenate([array for arrays in parts for array in arrays])
     return torch.from_numpy(images), list(failed), sum(transparent)
