@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
+.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -61,6 +61,10 @@ benchmark-sinusoid: setup  ## train four methods on sinusoids: error over inner 
 
 benchmark-intervals: setup  ## simulate the coverage of the 95% interval; writes benchmarks/
 	python scripts/benchmark_intervals.py
+
+DATA ?= $(METALEARN_DATA)
+benchmark-scales: setup  ## train ProtoNet and ProtoMAML with different scales of their logits (an hour)
+	python scripts/benchmark_scales.py caltech101=$(DATA)/images/caltech101/images.zip cifar100=$(DATA)/cifar100
 
 benchmark-speed: setup  ## compare training speed with a plain loop over tasks; writes benchmarks/
 	python scripts/benchmark_speed.py

@@ -204,9 +204,10 @@ def test_boil_adapts_only_the_body():
     )
 
 
-def test_proto_maml_without_steps_is_protonet():
-    algorithm = ProtoMAML(**COMMON, **GRADIENT)
-    metric = ProtoNet(**COMMON, distance="squared_euclidean", temperature=1.0)
+@pytest.mark.parametrize("temperature", [1.0, 7.0, None])
+def test_proto_maml_without_steps_is_protonet(temperature):
+    algorithm = ProtoMAML(**COMMON, **GRADIENT, temperature=temperature)
+    metric = ProtoNet(**COMMON, distance="squared_euclidean", temperature=temperature)
     task, state = make_task(), init_state(algorithm)
     assert not any(name.startswith("head.") for name in state.params)
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
 """Check methods against closed forms and independent slow computations, in float64."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -147,6 +148,19 @@ def test_class_means_with_unequal_shots_and_squared_distances():
     torch.testing.assert_close(squared_distance(z, means), torch.cdist(z, means).square())
     with pytest.raises(ValueError, match="feature sizes differ: 2 and 3"):
         squared_distance(z, torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("distance", ["squared_euclidean", "cosine"])
+def test_protonet_without_a_temperature_does_not_depend_on_the_number_of_features(distance):
+    algorithm = ProtoNet(
+        backbone=_IDENTITY, statistics="query", distance=distance, temperature=None
+    )
+    torch.manual_seed(0)
+    z, means = torch.randn(6, 8), torch.randn(3, 8)
+    logits = algorithm.compare({}, means, z)
+    torch.testing.assert_close(algorithm.compare({}, means.repeat(1, 9), z.repeat(1, 9)), logits)
+    fixed = dataclasses.replace(algorithm, temperature=2.0 if distance != "cosine" else 0.1)
+    torch.testing.assert_close(fixed.compare({}, means, z), logits)  # D / 4 for D = 8, and 0.1
 
 
 def test_protonet_loss_is_cross_entropy_over_negative_squared_distances():

@@ -79,7 +79,7 @@ def test_transparent_parts_get_the_background(pictures, caplog, recwarn, mode, b
     assert (image[:, 0, 0] == level).all() and (image[:, 8, 8] == 0).all()
     (line,) = caplog.messages
     assert "1 of 24 images have transparent parts" in line
-    assert ("hidden colours" if background == "none" else background.strip("'")) in line
+    assert ("colours hidden there" if background == "none" else background.strip("'")) in line
     assert not recwarn.list
     caplog.clear()
     open_folder(pictures, background=background)  # from the cache
@@ -94,11 +94,13 @@ def test_opaque_images_with_an_alpha_channel_are_unchanged_and_not_reported(pict
     assert not caplog.messages
 
 
-def test_runs_older_than_the_background_keep_the_hidden_colours(pictures):
-    stored = composition.compose_config([*_FOLDER, f"dataset.path={pictures}"])
-    del stored.dataset.background, stored.dataset.unreadable
-    settings = checking.check_config(stored).dataset
-    assert (settings["background"], settings["unreadable"]) == ("none", "error")
+def test_older_runs_keep_their_background_and_scale(pictures):
+    stored = composition.compose_config([*_FOLDER, "algo=proto_maml", f"dataset.path={pictures}"])
+    assert (stored.dataset.background, stored.algo.temperature) == ("white", None)
+    del stored.dataset.background, stored.dataset.unreadable, stored.algo.temperature
+    settings = checking.check_config(stored)
+    assert (settings.dataset["background"], settings.dataset["unreadable"]) == ("none", "error")
+    assert settings.algo["temperature"] == 1.0
 
 
 def test_handwriting_on_transparent_paper_is_ink():

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from metalearn.algorithms.geometry import class_means
+from metalearn.algorithms.geometry import class_means, distance_scale
 from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.config.fields import above
 from metalearn.tasks.types import Params, Spec, State, Support
 
 
@@ -20,11 +21,17 @@ class ProtoMAML(GradientAdaptation):
 
     The head starts at W_n = 2 c_n, b_n = -|c_n|^2 for class means c. Meta-gradients flow through c
     (Triantafillou et al. 2020, 3.2).
+
+    Attributes:
+        temperature: Divides squared distances: the head sees z / sqrt(temperature). None: by the
+            number of features, as in ProtoNet.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class",)
     fixed_way: ClassVar[bool] = False
     class_equivariant: ClassVar[bool] = True
+
+    temperature: float | None = above(0, default=1.0)
 
     def init(self, spec: Spec, key: Tensor) -> State:
         """Create MAML's state without a head."""
@@ -34,10 +41,17 @@ class ProtoMAML(GradientAdaptation):
         }
         return State(params, state.buffers)
 
+    def head(self, params: Params, z: Tensor) -> Tensor:
+        """Compute logits [M, N] for embeddings z [M, D]."""
+        return super().head(params, self.scaled(z))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Divide embeddings by the root of the temperature."""
+        return z * (self.temperature or distance_scale(z)) ** -0.5
+
     def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
         """Compute MAML's trajectory from the head given by the class means."""
-        c = class_means(
-            self.embed(state.params, support.x, self.given(state)), support.y, support.way
-        )
+        z = self.embed(state.params, support.x, self.given(state))
+        c = class_means(self.scaled(z), support.y, support.way)
         head = {"head.weight": 2 * c, "head.bias": -c.square().sum(-1)}
         return super().trajectory(State(state.params | head, state.buffers), support, key, steps)

@@ -9,15 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
-from metalearn.algorithms.geometry import class_means, cosine, squared_distance
+from metalearn.algorithms.geometry import class_means, cosine, distance_scale, squared_distance
 from metalearn.config.fields import above, choice
 from metalearn.tasks.types import Params, Support
 
 #: Temperature of cosines, which do not grow with the number of features.
 _COSINE_TEMPERATURE = 0.1
-#: Temperature of squared distances per feature: the best on validation classes
-#: (scripts/benchmark_scales.py).
-_FEATURES_PER_UNIT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,5 +40,4 @@ class ProtoNet(EmbeddingAlgorithm):
         """Compute the similarity of each query to each class mean, divided by the temperature."""
         if self.distance == "cosine":
             return cosine(z, learned) / (self.temperature or _COSINE_TEMPERATURE)
-        temperature = self.temperature or z.shape[-1] / _FEATURES_PER_UNIT
-        return -squared_distance(z, learned) / temperature
+        return -squared_distance(z, learned) / (self.temperature or distance_scale(z))

@@ -64,7 +64,8 @@ class ResNet18(Backbone):
 
     Args:
         weights: None (random), "imagenet" (torchvision's, downloaded once into torch's hub folder),
-            or a file with a state dict of that network, saved with torch.save.
+            or a file with a state dict of that network, saved with torch.save; also inside a
+            checkpoint's "state_dict" or "model", or with a prefix such as "module.".
         frozen: Whether meta-training and adaptation leave the weights unchanged. With
             statistics=population, the statistics loaded with the weights are used.
     """

@@ -1,19 +1,18 @@
 """Decode images from folders and zips: in parallel, cached, with errors that name the file."""
 
-import functools
 import hashlib
 import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from metalearn.data.images import ClassImages
@@ -22,19 +21,13 @@ from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
 #: Raster formats that Pillow decodes itself; vector formats would need another program. The first
 #: that fits a file is used, so the one without a signature is last.
-FORMATS = (
-    "PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO", "ICNS",
-    "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
+_FORMATS = (
+    "PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO",
+    "ICNS", "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
 )  # fmt: skip
-SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".bw", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k",
-    ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx",
-    ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".rgb", ".rgba", ".sgi",
-    ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
-})  # fmt: skip
-
-#: Number of unreadable files that a message names.
-_NAMED = 10
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS
+)
 
 
 class ImageFile(NamedTuple):
@@ -95,34 +88,14 @@ def files_hash(containers: list[Path]) -> str:
     return digest.hexdigest()
 
 
-class Decoded(NamedTuple):
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [I, C, H, W], in the order of their files.
-        unreadable: The files that were left out, each with the reason.
-        transparent: Number of images with transparent pixels.
-    """
-
-    images: Tensor
-    unreadable: dict[ImageFile, str]
-    transparent: int
-
-
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """Open an image in one of `FORMATS`, whatever its suffix."""
-    return Image.open(file, formats=_formats())
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions lack some
+    """Open a raster image, whatever its suffix."""
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
 def decode(
     files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray], unreadable: str = ""
-) -> Decoded:
+) -> tuple[Tensor, list[ImageFile], int]:
     """Decode images in parallel.
 
     Args:
@@ -130,6 +103,10 @@ def decode(
         to_array: Converts an image to uint8 [C, H, W], the same shape for all.
         unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
             does not, "" means that there is no such setting.
+
+    Returns:
+        Images, uint8 [I, C, H, W], in the order of `files`; the files that were left out; and the
+        number of images with transparent pixels.
 
     Raises:
         UserError: If files cannot be read; it names the first ten.
@@ -140,9 +117,7 @@ def decode(
 
     def decode_chunk(chunk: list[ImageFile]) -> tuple[list[np.ndarray], dict[ImageFile, str], int]:
         archives: dict[Path, zipfile.ZipFile] = {}
-        arrays: list[np.ndarray] = []
-        failures: dict[ImageFile, str] = {}
-        transparent = 0
+        arrays, failures, transparent = [], {}, 0
         try:
             for file in chunk:
                 try:
@@ -153,7 +128,8 @@ def decode(
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
-                    failures[file] = first_line(error)
+                    is_unknown = isinstance(error, UnidentifiedImageError)
+                    failures[file] = "unknown format" if is_unknown else first_line(error)
         finally:
             for archive in archives.values():
                 archive.close()
@@ -168,20 +144,21 @@ def decode(
     failed = {file: reason for some in failures for file, reason in some.items()}
     if failed and (unreadable != "skip" or len(failed) == len(files)):
         (first, reason), *others = failed.items()
-        more = f", nor are {len(others)} others: {named([f.name for f, _ in others])}"
-        hint = ", or leave them out with dataset.unreadable=skip" if unreadable == "error" else ""
+        more = f", nor are {len(others)} others: {named(file for file, _ in others)}"
+        them = "them" if others else "it"
+        hint = f", or set dataset.unreadable=skip to leave {them} out"
         raise UserError(
             f"{first} is not a readable image ({reason}){more if others else ''}; "
-            f"replace or remove {'them' if others else 'it'}{hint}"
+            f"replace or remove {them}{hint if unreadable == 'error' else ''}"
         )
     images = np.concatenate([array for arrays in parts for array in arrays])
-    return Decoded(torch.from_numpy(images), failed, sum(transparent))
+    return torch.from_numpy(images), list(failed), sum(transparent)
 
 
-def named(names: list[str]) -> str:
-    """Return the first names of a list, and how many more there are."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def named(files: Iterable[ImageFile]) -> str:
+    """Return the names of the first ten files, and how many more there are."""
+    names = [file.name for file in files]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def is_transparent(image: Image.Image) -> bool:
@@ -196,13 +173,7 @@ def _has_alpha(image: Image.Image) -> bool:
 
 
 def opaque(image: Image.Image, background: str) -> Image.Image:
-    """Return an image without transparency.
-
-    Args:
-        image: Of any mode.
-        background: Colour behind transparent pixels, as `PIL.ImageColor` reads it; "none" for the
-            colours that the file has there.
-    """
+    """Return an image without transparency, on a colour or with its own hidden colours ("none")."""
     if not _has_alpha(image):
         return image
     image = image.convert("RGBA")

@@ -13,16 +13,9 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 from metalearn.config.fields import at_least, choice, setting
+from metalearn.data import files
 from metalearn.data.classes import ClassData
-from metalearn.data.files import (
-    ImageFile,
-    cached,
-    decode,
-    files_hash,
-    list_images,
-    named,
-    opaque,
-)
+from metalearn.data.files import ImageFile, list_images
 from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
 from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
@@ -75,8 +68,8 @@ class Folder(ImageDataset):
         root = self.files(data_dir)[0]
         containers = self._containers(root)
         reading = (self.image_size, self.colour, self.background, self.unreadable)
-        settings = ("2", *reading, files_hash(containers))
-        pictures = cached(cache_dir, self.name, settings, lambda: self._read(root, containers))
+        key = ("2", *reading, files.files_hash(containers))
+        pictures = files.cached(cache_dir, self.name, key, lambda: self._read(root, containers))
         for line in pictures.notes:
             logging.getLogger(__name__).warning(line)
         return self.class_data(
@@ -135,27 +128,22 @@ class Folder(ImageDataset):
                 "should be at least 3, one each for train, val and test"
             )
         names = sorted(classes)
-        files = [file for name in names for file in classes[name]]
-        images, failed, transparent = decode(files, self.to_array, self.unreadable)
-        notes = []
-        if failed:
-            notes.append(
-                f"{root}: {len(failed)} of {len(files)} images cannot be read and are left out: "
-                + named([file.name for file in failed])
-            )
-        if transparent:
-            where = "their hidden colours" if self.background == "none" else self.background
-            notes.append(
-                f"{root}: {transparent} of {len(files)} images have transparent parts, which "
-                f"become {where} (dataset.background)"
-            )
-        counts = {name: sum(file not in failed for file in classes[name]) for name in names}
+        images = [file for name in names for file in classes[name]]
+        pixels, unreadable, transparent = files.decode(images, self.to_array, self.unreadable)
+        fill = "the colours hidden there" if self.background == "none" else self.background
+        facts = {
+            f"cannot be read and are left out: {files.named(unreadable)}": len(unreadable),
+            f"have transparent parts, which become {fill} (dataset.background)": transparent,
+        }
+        notes = [f"{root}: {n} of {len(images)} images {what}" for what, n in facts.items() if n]
+        left_out = set(unreadable)
+        counts = {name: len(set(classes[name]) - left_out) for name in names}
         names = [name for name in names if counts[name]]
-        return ClassImages(images, [counts[name] for name in names], names, notes)
+        return ClassImages(pixels, [counts[name] for name in names], names, notes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image of any format and size to uint8 [C, H, W]."""
-        image = opaque(ImageOps.exif_transpose(image), self.background)
+        image = files.opaque(ImageOps.exif_transpose(image), self.background)
         if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         image = image.convert("RGB" if self.colour == "rgb" else "L")

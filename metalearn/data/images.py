@@ -43,8 +43,8 @@ class ClassImages:
         return digest.hexdigest()[:16]
 
 
-def with_channels(x: Tensor, channels: int) -> Tensor:
-    """Convert images [*, C, H, W] from grey to colours or the reverse; return others unchanged."""
+def with_channels(x: Tensor, channels: int | None) -> Tensor:
+    """Convert images [*, C, H, W] from grey to colour or the reverse; return others unchanged."""
     if {x.shape[-3], channels} != {1, 3}:
         return x
     if channels == 3:
@@ -144,9 +144,7 @@ class ImageDataset(Dataset):
                 views[split] = (
                     RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
                 )
-        images = pictures.images
-        if self.channels is not None:
-            images = with_channels(images, self.channels)
+        images = with_channels(pictures.images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise:
             shift, scale = _moments(images, views["train"].index.rows.cpu().unique())

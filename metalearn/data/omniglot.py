@@ -100,10 +100,10 @@ class Omniglot(ImageDataset):
                     f"not {_NUM_IMAGES}; use the official archives"
                 )
 
-        images = decode(
+        images, _, _ = decode(
             [file for name in names for file in sorted(images_of[name], key=_file_name)],
             self.to_array,
-        ).images
+        )
         return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:

@@ -63,8 +63,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
 def channels(path: Path) -> int | None:
     """Return the number of channels of the images that a run was trained on; None if unknown."""
-    shape = load(path, torch.device("cpu")).get("spec", {}).get("input_shape", ())
-    return shape[0] if len(shape) == 3 else None
+    spec = load(path, torch.device("cpu")).get("spec")
+    shape = spec.get("input_shape") if isinstance(spec, dict) else None
+    return shape[0] if isinstance(shape, list | tuple) and len(shape) == 3 else None
 
 
 def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | None:

@@ -24,12 +24,12 @@ from metalearn.run.pairings import check_population, inductive_statistics, is_tr
 from metalearn.run.parts import algorithm_of, device_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
-from metalearn.tasks.types import Params, Spec, Support
+from metalearn.tasks.types import Spec, Support
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
 #: Number of input values that go through the network at once.
-_CHUNK = 2**19
+_CHUNK = 2**18
 _NOT_ADAPTED = "the model is not adapted yet; call adapt(x, y) first"
 
 
@@ -105,11 +105,7 @@ class Model:
 
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
-        """Return the images in a folder and its subfolders, sorted: the order of predictions.
-
-        Raises:
-            UserError: If there are none.
-        """
+        """Return the images in a folder and its subfolders, in the order of their predictions."""
         folder = Path(folder).expanduser()
         files = [folder / image.name for image in list_images(folder)] if folder.is_dir() else []
         if not files:
@@ -120,26 +116,15 @@ class Model:
         """Convert inputs to the network's, [M, *X].
 
         Args:
-            x: Image files, a folder of them (see `files`) or PIL images, which are read as the
-                run's dataset reads its own; or an array, tensor or nested list: images
-                [M, C, H, W], uint8 or floats in [0, 1] (for handwriting, ink is 1), grey or with
-                three colours whatever the run was trained on; feature vectors [M, D]; or tokens
-                [M, L].
+            x: Image files, a folder (see `files`) or PIL images, which are read as the run's
+                dataset reads its own; or an array, tensor or nested list: images [M, C, H, W], grey
+                or in colour, uint8 or floats in [0, 1] (for handwriting, ink is 1); feature vectors
+                [M, D]; or tokens [M, L].
 
         Raises:
             UserError: For inputs that the run does not accept, or a file that is not an image.
         """
-        return self._inputs(self._items(x))
-
-    def _items(self, x: Any) -> Any:
-        """Return inputs as something with a length that can be sliced."""
-        if isinstance(x, str | Path) and Path(x).expanduser().is_dir():
-            return self.files(x)
-        if isinstance(x, str | Path | Image.Image):
-            return [x]
-        return x if hasattr(x, "__len__") else list(x)  # a generator, e.g. of Path.glob
-
-    def _inputs(self, items: Any) -> Tensor:
+        items = self._items(x)
         kind, vocabulary = self.spec.inputs.kind, self.spec.vocabulary or 0
         if len(items) == 0:
             items = torch.zeros(0, *self.spec.input_shape)
@@ -175,13 +160,21 @@ class Model:
             inputs = (inputs - shift) * scale
         return inputs
 
+    def _items(self, x: Any) -> Any:
+        """Return inputs as something with a length that can be sliced."""
+        if isinstance(x, str | Path) and Path(x).expanduser().is_dir():
+            return self.files(x)
+        if isinstance(x, str | Path | Image.Image):
+            return [x]
+        return x if hasattr(x, "__len__") else list(x)  # a generator, e.g. of Path.glob
+
     def _read_image(self, image: str | Path | Image.Image) -> Tensor:
         if not self._dataset.reads_image_files:
             raise UserError(f"{image}: this run's dataset does not read images")
         try:
-            if not isinstance(image, Image.Image):
+            if isinstance(image, str | Path):
                 with open_image(Path(image).expanduser()) as opened:
-                    return torch.from_numpy(self._dataset.to_array(opened).copy())
+                    return self._read_image(opened)
             return torch.from_numpy(self._dataset.to_array(image).copy())
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{image} is not a readable image ({first_line(error)})") from None
@@ -251,11 +244,11 @@ class Model:
         chunk = max(1, _CHUNK // math.prod(self.spec.input_shape))
         if is_transductive(self._algorithm):
             chunk = max(1, len(items))
-        starts = range(0, max(1, len(items)), chunk)
-        parts = [self._inputs(items[start : start + chunk]) for start in starts]
-        return torch.cat(
-            [function(part) if len(part) else part.new_zeros(0, size) for part in parts]
-        )
+        parts = [
+            function(self.inputs(items[start : start + chunk]))
+            for start in range(0, len(items), chunk)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, size, device=self._device)
 
     @torch.no_grad()
     def embed(self, x: Any) -> Tensor:
@@ -268,28 +261,24 @@ class Model:
             UserError: As in `inputs`; or if `adapt` is needed first.
         """
         normalisation, backbone = self._algorithm.normalisation, self._algorithm.backbone
-        net = select(self._state.params, "net")
-        reference: Params = {}
-        if backbone.normalises and not (
-            normalisation.is_transductive or normalisation.has_population
-        ):
+        net, reference = select(self._state.params, "net"), {}
+        is_alone = normalisation.is_transductive or normalisation.has_population
+        if backbone.normalises and not is_alone:
             if self._support is None:
                 raise UserError(_NOT_ADAPTED)
             reference = normalisation.reference(net, self._support)
+        width = math.prod(backbone.shape(self.spec.inputs))
         return self._in_chunks(
-            lambda x: normalisation.embed_queries(self._state, net, reference, x, None)[0],
-            x,
-            math.prod(backbone.shape(self.spec.inputs)),
+            lambda x: normalisation.embed_queries(self._state, net, reference, x, None)[0], x, width
         )
 
     @torch.no_grad()
     def _outputs(self, x: Any) -> Tensor:
         if self._learner is None:
             raise UserError(_NOT_ADAPTED)
+        width = len(self.classes) or self.spec.way
         return self._in_chunks(
-            lambda x: self._algorithm.predict(self._state, self._learner, x),
-            x,
-            len(self.classes) or self.spec.way,
+            lambda x: self._algorithm.predict(self._state, self._learner, x), x, width
         )
 
     def predict(self, x: Any) -> Any:
