@@ -90,14 +90,15 @@ class Forecast:
     def remaining(self, phase: str) -> float | None:
         """Return the seconds until the end of the test, or None if they are not known yet."""
         settings = self._settings
-        if self.per_step is None or self.per_episode is None:
+        steps = settings.train.steps - self.step
+        if self.per_episode is None or (steps and self.per_step is None):
             return None
         episodes = settings.test.episodes - self.episodes
         if phase != "test":
             episodes += self.validations() * settings.val.episodes
         if phase == "val":
             episodes += settings.val.episodes
-        return (settings.train.steps - self.step) * self.per_step + episodes * self.per_episode
+        return steps * (self.per_step or 0.0) + episodes * self.per_episode
 
     def add_steps(self, count: int, seconds: float) -> None:
         """Count steps that took some seconds."""
@@ -105,7 +106,7 @@ class Forecast:
         self.per_step = (1 - share) * (self.per_step or 0.0) + share * seconds / count
 
 
-class Progress:
+class Progress(Listener):
     """Steps, speed, metrics, elapsed and remaining time of a run.
 
     Args:
@@ -113,7 +114,7 @@ class Progress:
         score: Name of the metric.
         console: Where to print.
         announcement: Lines to print with the expected duration, as soon as it is known.
-        step: The step to resume from, or 0.
+        step: The step to resume from, or 0; the number of steps for a test alone.
         seconds_before: Seconds that the run took before it was interrupted.
     """
 
@@ -170,13 +171,7 @@ class Progress:
         """Count a step; must be cheap."""
         now = time.monotonic()
         self._done = self._forecast.step = step
-        if not self._announcement:
-            if now - self._updated >= _UPDATE_SECONDS:
-                self._measure(now)
-                if self._probe is not None:
-                    self._metrics |= self._probe.metrics()
-                self._print_if_due()
-        elif not self._first_step:
+        if not self._first_step:
             self._first_step = now - self._since[1]
             self._since = step, now
         if self._announcement:
@@ -184,6 +179,9 @@ class Progress:
             waited = now - self._since[1] + self._first_step
             if waited > _PATIENCE_SECONDS or (timed >= 2 and waited > _UPDATE_SECONDS):
                 self.announce()
+        elif now - self._updated >= _UPDATE_SECONDS:
+            self._measure(now)
+            self._print_if_due()
 
     def announce(self) -> None:
         """Print the first lines of the run, with the time that it will take if it is known."""
@@ -223,6 +221,8 @@ class Progress:
             return
         if self._phase == "train":
             self._forecast.add_steps(count, seconds)
+            if self._probe is not None:
+                self._metrics |= self._probe.metrics()
             count *= self._settings.train.meta_batch
         else:
             self._forecast.per_episode = seconds / count
@@ -231,7 +231,7 @@ class Progress:
         self._since = self._done, now
         self._updated = now
 
-    def row(self, row: dict[str, Any]) -> None:
+    def log(self, row: dict[str, Any]) -> None:
         """Show the metrics of a row; print it if it has a validation."""
         self._metrics = {key: row[key] for key in row if key.startswith("train.")}
         value = row.get(f"val.{self._score}")

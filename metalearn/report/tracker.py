@@ -88,7 +88,7 @@ class Tracker(Listener):
         os.fsync(self._stream.fileno())  # a checkpoint must not outlive the rows before it
         if self._wandb:
             self._wandb.log(row)
-        self.progress.row(row)
+        self.progress.log(row)
 
     def note(self, line: str) -> None:
         """Print a line for the user."""
