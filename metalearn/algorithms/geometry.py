@@ -38,15 +38,6 @@ def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:
     return a_MD.square().sum(-1, keepdim=True) - 2 * a_MD @ b_ND.T + b_ND.square().sum(-1)
 
 
-def distance_scale(z_MD: Tensor) -> float:
-    """Return what squared distances of embeddings are divided by, so that any D gives soft logits.
-
-    D / 4 was the best on validation classes of D, D / 4, sqrt(D), 1 and a learned scale that starts
-    at D (scripts/benchmark_scales.py).
-    """
-    return z_MD.shape[-1] / 4
-
-
 def cosine(a_MD: Tensor, b_ND: Tensor) -> Tensor:
     """Compute cosine similarities between two sets of embeddings: [M, D], [N, D] -> [M, N]."""
     return F.normalize(a_MD, dim=-1) @ F.normalize(b_ND, dim=-1).T

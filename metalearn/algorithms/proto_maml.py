@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from metalearn.algorithms.geometry import class_means, distance_scale
+from metalearn.algorithms.geometry import class_means
 from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.algorithms.protonet import distance_scale
 from metalearn.config.fields import above
 from metalearn.tasks.types import Params, Spec, State, Support
 

@@ -9,12 +9,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
-from metalearn.algorithms.geometry import class_means, cosine, distance_scale, squared_distance
+from metalearn.algorithms.geometry import class_means, cosine, squared_distance
 from metalearn.config.fields import above, choice
 from metalearn.tasks.types import Params, Support
 
 #: Temperature of cosines, which do not grow with the number of features.
 _COSINE_TEMPERATURE = 0.1
+
+
+def distance_scale(z_MD: Tensor) -> float:
+    """Return what squared distances of embeddings are divided by, so that any D gives soft logits.
+
+    D / 4 was the best on validation classes of D, D / 4, sqrt(D), 1 and a learned scale that starts
+    at D (scripts/benchmark_scales.py).
+    """
+    return z_MD.shape[-1] / 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
