@@ -52,7 +52,7 @@ def doctor(overrides: list[str], console: Any) -> bool:
     from metalearn.config.checking import check_config
     from metalearn.config.composition import compose_config
     from metalearn.report.console import print_line
-    from metalearn.report.tracker import wandb_state
+    from metalearn.report.wandb_run import wandb_state
 
     settings = check_config(compose_config([*_SMALL, *overrides]))
     for title, lines in (

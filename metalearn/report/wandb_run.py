@@ -1,0 +1,154 @@
+"""Send a run to Weights & Biases; a failure of W&B never ends the run."""
+
+import contextlib
+import dataclasses
+import netrc
+import os
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from metalearn.config.schema import RunConfig
+from metalearn.report.result import Result
+from metalearn.system.errors import first_line
+
+
+class WandbRun:
+    """A run at W&B: after a failure it continues offline, after another one not at all.
+
+    Args:
+        settings: The configuration.
+        folder: The run folder.
+        identifier: Identifier of the run at W&B.
+        note: Prints a line for the user.
+    """
+
+    def __init__(
+        self, settings: RunConfig, folder: Path, identifier: str, note: Callable[[str], None]
+    ) -> None:
+        self._settings, self._folder, self._identifier = settings, folder, identifier
+        self._note = note
+        self._run: Any = None
+        try:
+            self._run = self._start()
+        except Exception as error:
+            note(f"W&B: failed ({first_line(error)}); continuing without it")
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Send one row of metrics."""
+        values = {key: row[key] for key in row if key != "step"}
+        self._send(lambda run: run.log(values, step=row["step"]))
+
+    def log_result(self, result: Result, table: Table, curve: Path) -> None:
+        """Send the final result, its table and the learning curve."""
+        if self._run is None:
+            return
+        import wandb
+
+        summary = {
+            f"test.{result.metric}": result.test.mean,
+            f"test.{result.metric}_ci95": result.test.ci95,
+            "protocol_id": result.protocol_id,
+        }
+        cells = [
+            [str(cell) for cell in row]
+            for row in zip(*(column.cells for column in table.columns), strict=True)
+        ]
+        columns: list[str | int] = [str(column.header) for column in table.columns]
+
+        def send(run: Any) -> None:
+            run.summary.update(summary)
+            run.log(
+                {
+                    "result": wandb.Table(columns=columns, data=cells),
+                    "learning_curve": wandb.Image(str(curve)),
+                }
+            )
+
+        self._send(send)
+
+    def close(self, failed: bool) -> None:
+        """Close the run."""
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=int(failed))
+            except Exception as error:
+                self._note(f"W&B: failed at the end ({first_line(error)})")
+
+    def _send(self, send: Callable[[Any], object]) -> None:
+        """Send something to W&B; after a failure continue offline, after another without W&B."""
+        if self._run is None:
+            return
+        try:
+            send(self._run)
+        except Exception as error:  # an error of W&B must not end the run
+            self._note(f"W&B: failed ({first_line(error)}); continuing offline")
+            try:
+                import wandb
+
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # else it reports its dead service at exit
+                self._run = self._start("offline")
+                send(self._run)
+            except Exception as again:
+                self._note(f"W&B: offline failed too ({first_line(again)}); continuing without it")
+                self._run = None
+
+    def _start(self, mode: str | None = None) -> Any:
+        """Start a W&B run: online if a key is configured, else offline; never prompt.
+
+        Args:
+            mode: The mode to use after a failure; None: choose.
+        """
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        wanted = mode or os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=self._settings.logger.project,
+                entity=self._settings.logger.entity,
+                name="-".join(self._folder.parts[-2:]),
+                id=self._identifier,
+                resume="allow",
+                dir=self._folder,
+                mode=mode,  # type: ignore[arg-type]
+                config=dataclasses.asdict(self._settings),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+
+        try:
+            run = start(wanted)
+        except Exception as error:  # W&B raises errors of many kinds
+            self._note(f"W&B: offline, because going online failed ({first_line(error)})")
+            return start("offline")
+        if wanted == "online":
+            self._note(f"W&B: online, {run.url}")
+        elif wanted == "offline" and mode is None:
+            self._note(
+                "W&B: offline (no key is configured); later: wandb sync "
+                f"{self._folder}/wandb/offline-run-*"
+            )
+        return run
+
+
+def wandb_state() -> str:
+    """Return in one line what a run with `logger=wandb` would do."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return f"WANDB_MODE={mode}"
+    return "a key is configured: online" if _has_key() else "no key is configured: offline"
+
+
+def _has_key() -> bool:
+    """Whether a key is configured where W&B looks for one: the environment, or the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
