@@ -1,27 +1,32 @@
 """Open the console that commands print to."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from metalearn.system.errors import leave_unread
+from metalearn.system.errors import visible
+from metalearn.system.output import Unfailing
 
 
 class _Console(Console):
-    """A console that becomes silent if its reader closes the pipe, so that the run continues."""
+    """A console on which foreign text has no effect, and whose failing output ends no run."""
 
-    def on_broken_pipe(self) -> None:
-        """Discard all further output."""
-        self.quiet = True
-        leave_unread(sys.stdout)
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape non-printable characters, such as those of a terminal's commands."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
 
 
 def open_console() -> Console:
     """Return the console of a command, at least 160 columns wide if it is not a terminal."""
-    console = _Console()
-    return console if console.is_terminal else _Console(width=max(console.width, 160))
+    stream: Any = Unfailing(sys.stdout)
+    console = _Console(file=stream, emoji=False)
+    if console.is_terminal:
+        return console
+    return _Console(file=stream, emoji=False, width=max(console.width, 160))
 
 
 def print_line(console: Console, line: str) -> None:
     """Print a line without wrapping and without markup, as paths require."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(visible(line), highlight=False, soft_wrap=True, markup=False)
