@@ -171,6 +171,8 @@ def _imagenet() -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # to read a pipe or a device may never end
+            raise ValueError("not a file")
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a corrupt file can raise any exception in torch.load
         raise UserError(
