@@ -127,7 +127,7 @@ def test_wandb_without_a_key_is_offline_and_never_prompts(metalearn, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sum("W&B" in line for line in done.stdout.splitlines()) == 1
-    assert list((tmp_path / "out/wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "out/wandb").glob("offline-run-*/*.wandb")), done.stdout
 
 
 def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_path):

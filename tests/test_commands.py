@@ -410,13 +410,14 @@ def test_verdict_compares_the_upper_end_with_the_target(
         metric="accuracy",
         higher_is_better=True,
         test=Estimate(mean, ci95, 600),
-        details={},
-        protocol={},
+        details={"worst_decile": {"mean": 0.5, "episodes": []}},
+        protocol={"way": 5, "shot": 1, "query": 15, "statistics": "query"},
         protocol_id="p",
         name="a run",
         seed=0,
-        environment={},
+        environment={"hardware": ""},
         seconds=1.0,
+        training={"val": {"accuracy": {"mean": 0.5, "ci95": 0.1, "episodes": 300}}},
     )
     result.write(tmp_path / "result.json")
     assert recipe.verdict(tmp_path, console) == code

@@ -154,7 +154,7 @@ def test_mistakes_are_explained(trained, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
         model.inputs([tmp_path / "broken.png"])
-    with pytest.raises(UserError, match="not a readable configuration"):
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
         metalearn.load(tmp_path / "nowhere")
 
 

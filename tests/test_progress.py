@@ -129,6 +129,9 @@ def test_metrics_are_read_between_rows(make_run, tmp_path):
 
 def test_validation_stops_at_once_and_is_repeated(make_run, tmp_path, monkeypatch):
     overrides = ("algo=maml", "train.steps=4", "val.every=2", "val.episodes=6")
+    folder = tmp_path / "stopped"
+    for path in (tmp_path / "whole", folder):
+        path.mkdir()
     whole = loop.fit(make_run(*overrides), loop.SILENT, tmp_path / "whole")
 
     class Interrupting(progress.Listener):
@@ -145,7 +148,6 @@ def test_validation_stops_at_once_and_is_repeated(make_run, tmp_path, monkeypatc
 
     monkeypatch.setattr(Training, "__init__", remember)
     monkeypatch.setattr(signals, "_first_signal", None)
-    folder = tmp_path / "stopped"
     with pytest.raises(signals.Stopped, match="stopped in the validation of step 2, saved"):
         loop.fit(make_run(*overrides), Interrupting(), folder)
     monkeypatch.setattr(signals, "_first_signal", None)

@@ -266,7 +266,7 @@ class FlakyWandb:
 
 
 @pytest.mark.slow
-def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch):
+def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch, server):
     runs = []
 
     def init(mode, **settings):
@@ -275,6 +275,7 @@ def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch
 
     monkeypatch.setattr("wandb.init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", server[0])
     output = run("x", "algo=protonet", "logger=wandb")
     assert "W&B: failed (the service has died); continuing offline" in output
     assert [mode for mode, _ in runs] == ["online", "offline"]

@@ -177,6 +177,8 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a state dict, also inside "state_dict" or "model", or with a prefix before all names."""
     what = "should be a state dict of ResNet-18, saved with torch.save(model.state_dict(), …)"
     try:
+        if path.exists() and not path.is_file():  # to read a pipe or a device may never end
+            raise ValueError("not a file")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(

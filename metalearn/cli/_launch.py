@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -227,6 +228,8 @@ class _Job:
 
 def _save_error(error: Exception, files: Any) -> str:
     """Save why a run of a multirun failed, with a traceback for a bug. Return the line."""
+    from metalearn.system.atomic import write_text
+
     error = as_failure(error)
     line = first_line(error)
     with contextlib.suppress(OSError):  # a full disk must not end the other runs
@@ -234,8 +237,8 @@ def _save_error(error: Exception, files: Any) -> str:
             import traceback
 
             line = f"{type(error).__name__}: {line}"
-            files.traceback.write_text(traceback.format_exc())
-        files.error.write_text(line + "\n")
+            write_text(files.traceback, traceback.format_exc())
+        write_text(files.error, line + "\n")
     return line
 
 
@@ -276,9 +279,7 @@ def _folder(folder: Path) -> Iterator[None]:
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(
                 f"output folder {folder} cannot be written ({error.strerror}); choose another "

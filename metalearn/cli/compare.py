@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.cli import _arguments
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, visible
 
 HELP = """metalearn compare <folder> … [out=<folder>]
 
@@ -59,9 +59,9 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> None:
     """
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder
-    from metalearn.report.measurements import finished_runs, measurements_of, unfinished_runs
+    from metalearn.report.measurements import measurements_of, runs_in
 
-    runs = sorted({path for folder in folders for path in finished_runs(folder)})
+    runs, others = runs_in(folders)
     if not runs:
         name = RunFolder(Path()).result.name
         raise UserError(f"{folders[0]}: no finished run ({name}) there or below")
@@ -86,8 +86,8 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> None:
         ) from None
     for line in unreadable:
         print_line(console, f"  left out: {line}")
-    for folder in unfinished_runs(folders):
-        print_line(console, f"  left out: {folder} has no result; its run failed or is running")
+    for folder, reason in others.items():
+        print_line(console, f"  left out: {folder} {reason}")
     for file in files:
         print_line(console, f"  {file}")
 
@@ -99,6 +99,7 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
     from metalearn.report.plots import draw_comparison
     from metalearn.report.scores import write_csv
     from metalearn.report.tables import markdown_table, result_table
+    from metalearn.system.atomic import write_text
 
     table_file = out / "comparison.csv"
     write_csv(table_file, _CSV, map(_csv_row, measurements))
@@ -122,7 +123,7 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
         print_line(console, f"  {line}")
         text += [f"- {line}", ""]
     page = out / "comparison.md"
-    page.write_text("\n".join(text))
+    write_text(page, "\n".join(map(visible, text)))
     return [page, table_file, *plots]
 
 
@@ -145,8 +146,9 @@ def _sampler_note(measurements: list[Any]) -> str:
 
 def _csv_row(one: Any) -> tuple[Any, ...]:
     result, protocol = one.result, one.result.protocol
-    return (
+    row = (
         one.folder, one.name, one.variant, result.seed, result.protocol_id, protocol["way"],
         protocol["shot"], protocol["query"], protocol["statistics"], result.metric,
         result.test.mean, result.test.ci95, f"{one.minutes:.2f}", one.hardware,
     )  # fmt: skip
+    return tuple(visible(str(value)) for value in row)

@@ -10,7 +10,7 @@ from typing import Any
 from metalearn import __version__
 from metalearn.cli import _launch
 from metalearn.cli._arguments import take_plugins
-from metalearn.system import signals
+from metalearn.system import output, signals
 from metalearn.system.errors import UserError, as_failure, exit_code, leave_unread, nearest
 
 # Nothing heavy is imported here: `metalearn --help` must answer at once.
@@ -34,6 +34,7 @@ examples
 
 def main() -> None:
     """Run the `metalearn` command."""
+    output.prepare_streams()
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -70,11 +71,9 @@ def _command(name: str) -> ModuleType:
 
 def _print_error(error: BaseException) -> None:
     """Print why the command ends, in the leading process only."""
+    output.Unfailing(sys.stdout).flush()  # else what it holds fails again at exit
     if _launch.rank() == 0:
-        try:
-            print(f"metalearn: {error}", file=sys.stderr, flush=True)
-        except OSError:  # the reader has exited; this must not change the exit code
-            leave_unread(sys.stderr)
+        print(f"metalearn: {error}", file=sys.stderr, flush=True)
 
 
 def _dispatch(words: list[str]) -> int:

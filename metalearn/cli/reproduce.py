@@ -39,7 +39,8 @@ def main(args: list[str]) -> int:
     from metalearn.report.console import open_console, print_line
 
     console = open_console()
-    print_line(console, recipe.announcement())
+    for line in recipe.announcement().splitlines():
+        print_line(console, line)
     return recipe.verdict(_launch.start(arguments), console)
 
 

@@ -102,6 +102,7 @@ def summarise(sweep: Path, console: Any) -> int:
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder
     from metalearn.report.tables import result_row, result_table
+    from metalearn.system.reading import read_text
 
     rows, failures = [], []
     started = [
@@ -120,7 +121,7 @@ def summarise(sweep: Path, console: Any) -> int:
     for files, words in overrides.items():
         name = f"{files.path.name}: {' '.join(word for word in words if word not in common)}"
         if files.error.exists():
-            failures.append(f"{name} failed: {files.error.read_text().strip()}")
+            failures.append(f"{name} failed: {read_text(files.error).strip()}")
         elif not files.is_finished:
             failures.append(f"{name} has not finished")
         if files.is_finished:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config import plugins
 from metalearn.config.checking import check_config, leaves, plain
 from metalearn.config.components import conf_dir
 from metalearn.system.errors import UserError, first_line, nearest
+from metalearn.system.reading import read_yaml
 
 
 def conf_dirs() -> list[Path]:
@@ -185,14 +185,9 @@ def load_config(folder: Path) -> DictConfig:
         UserError: If there is no configuration, or one that this version cannot read.
     """
     path = folder / "config.yaml"
+    content = read_yaml(path)
     try:
-        content = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a readable configuration ({first_line(error)})") from None
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path} is not a configuration")
-    try:
-        return OmegaConf.create(plain(check_config(content)))
+        return OmegaConf.create(plain(check_config(OmegaConf.create(content))))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

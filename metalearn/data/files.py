@@ -206,7 +206,7 @@ def cached(
     The cache's key is a hash of `settings`, which includes the hash of the files.
     """
     path = cache_dir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pt"
-    if path.exists():
+    if path.is_file():
         try:
             return ClassImages(**torch.load(path, weights_only=True))
         except PermissionError:

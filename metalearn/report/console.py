@@ -2,19 +2,21 @@
 
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from metalearn.system.errors import leave_unread
+from metalearn.system.errors import visible
+from metalearn.system.output import Unfailing
 
 
 class _Console(Console):
-    """A console that becomes silent if its reader closes the pipe, so that the run continues."""
+    """A console on which foreign text has no effect, and whose failing output ends no run."""
 
-    def on_broken_pipe(self) -> None:
-        """Discard all further output."""
-        self.quiet = True
-        leave_unread(sys.stdout)
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape non-printable characters, such as those of a terminal's commands."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
 
 
 def open_console() -> Console:
@@ -22,16 +24,17 @@ def open_console() -> Console:
 
     A notebook's cell is no terminal: it shows the codes that move a cursor.
     """
-    console = _Console(force_terminal=False if "JPY_PARENT_PID" in os.environ else None)
-    return (
-        console
-        if console.is_terminal
-        else _Console(width=max(console.width, 160), force_terminal=False)
-    )
+    stream: Any = Unfailing(sys.stdout)
+    is_notebook = "JPY_PARENT_PID" in os.environ
+    console = _Console(file=stream, emoji=False, force_terminal=False if is_notebook else None)
+    if console.is_terminal:
+        return console
+    return _Console(file=stream, emoji=False, width=max(console.width, 160), force_terminal=False)
 
 
 def print_line(console: Console, line: str) -> None:
     """Print a line without markup, wrapped between words on a terminal; a path is never broken."""
+    line = visible(line)
     if console.is_terminal:
         console.print(line, highlight=False, markup=False, overflow="ignore", crop=False)
     else:

@@ -1,12 +1,12 @@
 """The files of a run folder, each named once."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metalearn.report.result import Result
 from metalearn.system.errors import UserError
+from metalearn.system.reading import check_types, read_json
 
 
 class RunFolder:
@@ -69,7 +69,10 @@ class RunFolder:
         Raises:
             UserError: If there is none, or it is not a result.
         """
-        return Result.read(self.result)
+        result = Result.read(self.result)
+        if result.metric not in result.training.get("val", {}):
+            raise UserError(f"{self.result} is not a readable result: val is missing")
+        return result
 
     def read_command(self) -> dict[str, Any]:
         """Read command.json.
@@ -77,12 +80,13 @@ class RunFolder:
         Raises:
             UserError: If it does not exist or is not readable.
         """
+        command = read_json(self.command)
+        expected = {"name": str, "overrides": [str], "directory?": str, "id?": str}
         try:
-            command = json.loads(self.command.read_text())
-            command["name"], command["overrides"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.command} is not readable ({type(error).__name__})") from None
-        return dict(command)
+            check_types(command, expected)
+        except ValueError as error:
+            raise UserError(f"{self.command} is not a readable command: {error}") from None
+        return command
 
     def evaluation_scores(self, evaluation: Path) -> Path:
         """Return the file with the episode scores of an evaluation."""

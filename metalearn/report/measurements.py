@@ -1,21 +1,22 @@
 """Read the measurements of runs: their own tests and their evaluations."""
 
 import dataclasses
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from metalearn.config import checking, roles
 from metalearn.report import stats
 from metalearn.report.folder import RunFolder
-from metalearn.report.result import Result
+from metalearn.report.result import Result, hash_of
 from metalearn.report.scores import read_scores
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, visible
+from metalearn.system.reading import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +80,31 @@ class Cell:
         return stats.over_seeds(self.by_seed).ci95 if len(self.by_seed) > 1 else None
 
 
-def finished_runs(folder: Path) -> Iterator[Path]:
-    """Yield the folders of finished runs: the folder itself, or those below it."""
-    if RunFolder(folder).is_finished:
-        yield folder
-        return
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            yield from finished_runs(path)
+def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
+    """Find runs: the folders themselves, or those below them; links below them are not followed.
 
-
-def unfinished_runs(folders: list[Path]) -> list[Path]:
-    """Return the folders of runs without a result."""
-    files = RunFolder(Path())
-    started = {
-        path.parent
-        for folder in folders
-        for file in (files.config, files.error)
-        for path in folder.rglob(file.name)
-    }
-    return sorted(folder for folder in started if not RunFolder(folder).is_finished)
+    Returns:
+        The folders of finished runs, and why each other folder is left out.
+    """
+    finished: set[Path] = set()
+    others: dict[Path, str] = {}
+    waiting = list(folders)
+    while waiting:
+        folder = waiting.pop()
+        files = RunFolder(folder)
+        try:
+            if files.is_finished:
+                finished.add(folder)
+                continue
+            if files.is_started or files.error.exists():
+                others[folder] = "has no result; its run failed or is running"
+            with os.scandir(folder) as entries:
+                waiting += [
+                    folder / one.name for one in entries if one.is_dir(follow_symlinks=False)
+                ]
+        except OSError as error:
+            others[folder] = f"cannot be read ({error.strerror})"
+    return sorted(finished), dict(sorted(others.items()))
 
 
 def measurements_of(folder: Path) -> Iterator[Measurement]:
@@ -109,16 +115,12 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
     """
     files = RunFolder(folder)
     own = files.read_result()
+    config = read_yaml(files.config)
     try:
-        with files.config.open() as stream:
-            # The C parser, because a multirun may have a thousand of these.
-            config = yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         settings = _identity(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{folder} is not a readable run ({type(error).__name__}: {error})"
-        ) from None
-    tests = [(own, files.scores, "")]
+    except (KeyError, TypeError, AttributeError):  # foreign: a number where settings should be
+        raise UserError(f"{files.config} does not hold the settings of a run") from None
+    tests = [(own, files.scores, "")]  # a result, its scores, and how its adaptation differs
     for path in sorted(files.evaluations.glob("*.json")):
         result = Result.read(path)
         variant = path.stem.partition("-")[2]
@@ -146,6 +148,9 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
 
 def _check_scores(file: Path, scores: Tensor, result: Result) -> None:
     test = result.test
+    protocol = result.protocol
+    if result.protocol_id != hash_of(protocol) or protocol.get("episodes") != test.episodes:
+        raise UserError(f"{file.parent}: protocol {result.protocol_id} is not that of its result")
     if len(scores) != test.episodes:
         raise UserError(f"{file} has {len(scores)} scores, not {test.episodes}")
     mean = scores.mean().item()
@@ -167,4 +172,4 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", visible(value) if isinstance(value, str) else value

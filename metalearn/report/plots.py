@@ -1,24 +1,38 @@
 """Plot scores as PNG files."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from metalearn.system.atomic import atomic_writer
 
-def _figure(width: float, height: float) -> Any:
-    """Return an empty figure; sizes in inches."""
+
+@contextlib.contextmanager
+def _figure(path: Path, width: float = 6.4, height: float = 4) -> Iterator[Any]:
+    """Yield an empty figure (sizes in inches); afterwards write it to a PNG file."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    # Names of runs may contain a dollar sign, and letters that the font lacks.
+    with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with atomic_writer(path) as stream:
+            # Matplotlib draws at most 65,535 pixels.
+            figure.savefig(stream, format="png", dpi=min(120.0, 65_000 / max(width, height)))
 
 
-def _axes() -> tuple[Any, Any]:
-    figure = _figure(6.4, 4)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
+@contextlib.contextmanager
+def _axes(path: Path) -> Iterator[Any]:
+    with _figure(path) as figure:
+        axes = figure.add_subplot()
+        axes.grid(alpha=0.3)
+        yield axes
 
 
 def _label(score: str) -> str:
@@ -37,22 +51,21 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
         score: Name of the score; validation points have 95% intervals.
         path: PNG file to write.
     """
-    figure, axes = _axes()
-    factor = _factor(score)
-    train_key = "train.accuracy" if score == "accuracy" else "train.loss"
-    train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
-    val = [row for row in rows if f"val.{score}" in row]
-    if train:
-        axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")
-    axes.errorbar(
-        [row["step"] for row in val],
-        [factor * row[f"val.{score}"] for row in val],
-        [factor * row[f"val.{score}_ci95"] for row in val],
-        marker="o", markersize=3, capsize=2, label="validation, 95% interval",
-    )  # fmt: skip
-    axes.set(xlabel="meta-training step", ylabel=_label(score))
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with _axes(path) as axes:
+        factor = _factor(score)
+        train_key = "train.accuracy" if score == "accuracy" else "train.loss"
+        train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
+        val = [row for row in rows if f"val.{score}" in row]
+        if train:
+            axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")
+        axes.errorbar(
+            [row["step"] for row in val],
+            [factor * row[f"val.{score}"] for row in val],
+            [factor * row[f"val.{score}_ci95"] for row in val],
+            marker="o", markersize=3, capsize=2, label="validation, 95% interval",
+        )  # fmt: skip
+        axes.set(xlabel="meta-training step", ylabel=_label(score))
+        axes.legend()
 
 
 def draw_lines(
@@ -66,17 +79,16 @@ def draw_lines(
         score: Name of the score.
         path: PNG file to write.
     """
-    figure, axes = _axes()
-    factor = _factor(score)
-    for method, points in lines.items():
-        x, mean, ci95 = ([point[column] for point in points] for column in range(3))
-        axes.errorbar(
-            x, [factor * value for value in mean], [factor * value for value in ci95],
-            marker="o", markersize=3, capsize=2, label=method,
-        )  # fmt: skip
-    axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with _axes(path) as axes:
+        factor = _factor(score)
+        for method, points in lines.items():
+            x, mean, ci95 = ([point[column] for point in points] for column in range(3))
+            axes.errorbar(
+                x, [factor * value for value in mean], [factor * value for value in ci95],
+                marker="o", markersize=3, capsize=2, label=method,
+            )  # fmt: skip
+        axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
+        axes.legend(fontsize=8)
 
 
 def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
@@ -88,19 +100,18 @@ def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
         path: PNG file to write.
     """
     titles = list(next(iter(methods.values())))
-    figure = _figure(3 * len(methods), 2.6 * len(titles))
-    panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
-    for column, (method, fits) in enumerate(methods.items()):
-        for row, title in enumerate(titles):
-            axes, fit = panels[row][column], fits[title]
-            axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
-            for label, y in fit["curves"].items():
-                axes.plot(fit["truth"][0], y, linewidth=1, label=label)
-            axes.plot(*fit["points"], "k^", markersize=5, label="support set")
-            axes.set_title(f"{method}, {title}", fontsize=9)
-            axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    with _figure(path, 3 * len(methods), 2.6 * len(titles)) as figure:
+        panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
+        for column, (method, fits) in enumerate(methods.items()):
+            for row, title in enumerate(titles):
+                axes, fit = panels[row][column], fits[title]
+                axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
+                for label, y in fit["curves"].items():
+                    axes.plot(fit["truth"][0], y, linewidth=1, label=label)
+                axes.plot(*fit["points"], "k^", markersize=5, label="support set")
+                axes.set_title(f"{method}, {title}", fontsize=9)
+                axes.grid(alpha=0.3)
+        panels[0][0].legend(fontsize=7)
 
 
 def draw_comparison(
@@ -114,18 +125,18 @@ def draw_comparison(
         path: PNG file to write.
     """
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
-    figure = _figure(7.5, sum(heights))
-    panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
-    factor = _factor(score)
-    for axes, (title, rows) in zip(panels, columns.items(), strict=True):
-        y = list(range(len(rows)))[::-1]
-        axes.errorbar(
-            [factor * mean for _, mean, _ in rows], y, xerr=[factor * ci95 for *_, ci95 in rows],
-            fmt="o", markersize=4, capsize=3,
-        )  # fmt: skip
-        axes.set_yticks(y, [name for name, *_ in rows], fontsize=8)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3, axis="x")
-    panels[-1].set_xlabel(f"test {_label(score)}, 95% interval")
-    figure.savefig(path, dpi=120)
+    with _figure(path, 7.5, sum(heights)) as figure:
+        panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
+        factor = _factor(score)
+        for axes, (title, rows) in zip(panels, columns.items(), strict=True):
+            y = list(range(len(rows)))[::-1]
+            axes.errorbar(
+                [factor * mean for _, mean, _ in rows], y,
+                xerr=[factor * ci95 for *_, ci95 in rows],
+                fmt="o", markersize=4, capsize=3,
+            )  # fmt: skip
+            axes.set_yticks(y, [name for name, *_ in rows], fontsize=8)
+            axes.set_ylim(-0.6, len(rows) - 0.4)
+            axes.set_title(title, fontsize=9)
+            axes.grid(alpha=0.3, axis="x")
+        panels[-1].set_xlabel(f"test {_label(score)}, 95% interval")

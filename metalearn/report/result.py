@@ -1,13 +1,16 @@
 """A result: one measurement of one run, as result.json and evaluations/*.json hold it."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from metalearn.report.stats import Difference
 from metalearn.system.atomic import write_json
 from metalearn.system.errors import UserError
+from metalearn.system.reading import check_types, read_json
 from metalearn.tasks.family import METRICS
 from metalearn.tasks.types import Estimate
 
@@ -93,8 +96,11 @@ class Result:
         """Return the result that a JSON file holds; results of earlier versions are understood.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: If the content is not a result.
+            ValueError: If the content is not a result.
         """
+        check_types(content, _TYPES)
+        if len(content["test"]) != 1 or not re.fullmatch(r"\w+", next(iter(content["test"]))):
+            raise ValueError("test should hold the value of one metric")
         rest = dict(content)
         ((metric, estimate),) = rest.pop("test").items()
         better = {one.name: one.higher_is_better for one in METRICS.values()}.get(metric, True)
@@ -104,11 +110,11 @@ class Result:
         return Result(
             metric=metric,
             higher_is_better=rest.pop("higher_is_better", better),
-            test=Estimate(**estimate),
+            test=_made(Estimate, estimate),
             split=rest.pop("split", "test"),
             training=rest,
             evaluation=other,
-            transductive_minus_inductive=None if difference is None else Difference(**difference),
+            transductive_minus_inductive=difference and _made(Difference, difference),
             **own,
         )
 
@@ -120,11 +126,42 @@ class Result:
             UserError: If the file does not exist or is not a result.
         """
         try:
-            return Result.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            kind = type(error).__name__
-            raise UserError(f"{path} is not a readable result ({kind}: {error})") from None
+            return Result.from_dict(read_json(path))
+        except ValueError as error:
+            raise UserError(f"{path} is not a readable result: {error}") from None
+
+
+def _made(cls: type, values: dict[str, Any]) -> Any:
+    """Return a dataclass from the values of its fields, without any others."""
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+def hash_of(protocol: dict[str, Any]) -> str:
+    """Return the identifier of a protocol; results with the same one can be compared."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:10]
 
 
 _REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
 _EVALUATION = ("overrides", "variant", "dataset")
+_ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
+#: What the rest of the program relies on, as `check_types` takes it.
+_TYPES: dict[str, Any] = {
+    "test": {"*": _ESTIMATE},
+    "val?": {"*": _ESTIMATE},
+    "higher_is_better?": bool,
+    "split?": str,
+    "details": {
+        "worst_decile": {"mean": float},
+        "worst_classes?": {"*": float},
+        "expected_calibration_error?": float,
+        "episodes_needed?": {"*": int},
+    },
+    "protocol": {"way": int, "shot": int, "query": int, "statistics": str, "sampler?": int},
+    "protocol_id": str,
+    "name": str,
+    "seed": int,
+    "environment": {"hardware": str},
+    "seconds": float,
+    "dataset?": str,
+    "transductive_minus_inductive?": {**_ESTIMATE, "p_value": float},
+}

@@ -1,6 +1,7 @@
 """CSV files: one line per test episode, and other tables for programs."""
 
 import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalearn.system.atomic import write_text
 from metalearn.system.errors import UserError
+from metalearn.system.reading import read_text
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file in UTF-8."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    """Write a CSV file in UTF-8, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_scores(path: Path, metric: str, scores: Tensor) -> None:
@@ -31,9 +35,12 @@ def read_scores(path: Path) -> Tensor:
     Raises:
         UserError: If the file is missing or foreign.
     """
+    lines = read_text(path).splitlines()[1:]
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            values = [float(row[1]) for row in list(csv.reader(stream))[1:]]
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a list of scores ({error})") from None
-    return torch.tensor(values, dtype=torch.float64)
+        scores = torch.tensor([float(line.split(",")[1]) for line in lines], dtype=torch.float64)
+        is_valid = len(scores) > 1 and bool(scores.isfinite().all())
+    except (ValueError, IndexError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{path} is not a list of scores, at least two lines of episode,score")
+    return scores

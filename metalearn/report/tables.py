@@ -41,10 +41,10 @@ def print_details(console: Console, result: Result) -> None:
     if "worst_classes" in details:
         for name, share in list(details["worst_classes"].items())[:1]:
             parts.append(f"worst class {name} {format_value(metric, share)}")
-        parts.append(
-            f"calibration error {format_value(metric, details['expected_calibration_error'])}"
-        )
-        parts.append(f"±0.10% needs {details['episodes_needed']['0.001']:,} episodes")
+    if (error := details.get("expected_calibration_error")) is not None:
+        parts.append(f"calibration error {format_value(metric, error)}")
+    if (episodes := details.get("episodes_needed", {}).get("0.001")) is not None:
+        parts.append(f"±0.10% needs {episodes:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
 
 

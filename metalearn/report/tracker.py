@@ -1,5 +1,6 @@
 """Track a run: console, metrics.jsonl, Weights & Biases, and the learning curve as PNG."""
 
+import contextlib
 import json
 import os
 import time
@@ -18,7 +19,11 @@ from metalearn.report.progress import Listener, Probe, Progress
 from metalearn.report.result import Result
 from metalearn.report.wandb_run import WandbRun
 from metalearn.system.atomic import atomic_writer
+from metalearn.system.reading import check_types, parse_json, read_text
 from metalearn.tasks.metrics import Metric
+
+#: Largest metrics.jsonl that is read, in bytes: millions of rows.
+_MAX_BYTES = 1 << 30
 
 
 class Tracker(Listener):
@@ -50,7 +55,7 @@ class Tracker(Listener):
         first_lines: list[str],
     ) -> None:
         file = files.metrics
-        self.rows = [row for row in _read_rows(file) if row["step"] <= step]
+        self.rows = [row for row in _read_rows(file) if row["step"] <= step] if step >= 0 else []
         self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
         self._start = time.perf_counter()
         self.score = metric.name
@@ -104,7 +109,8 @@ class Tracker(Listener):
     def close(self, failed: bool = False) -> None:
         """Close the file and the W&B run."""
         self.progress.announce()
-        self._stream.close()
+        with contextlib.suppress(OSError):  # the disk is full; every row was flushed when logged
+            self._stream.close()
         if self._wandb:
             self._wandb.close(failed)
 
@@ -115,8 +121,12 @@ def _as_line(row: dict[str, Any]) -> str:
 
 def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows that `Tracker.log` wrote, up to the first incomplete one."""
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in read_text(file, _MAX_BYTES).splitlines() if file.exists() else []:
         try:
-            yield json.loads(line)
+            row = parse_json(line)
+            check_types(row, {"step": int})
         except ValueError:
             return
+        if not all(isinstance(value, int | float) for value in row.values()):
+            return
+        yield row

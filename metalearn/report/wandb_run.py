@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import netrc
 import os
+import sys
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.table import Table
 
 from metalearn.config.schema import RunConfig
 from metalearn.report.result import Result
+from metalearn.system.atomic import make_folder
+from metalearn.system.download import connection_error
 from metalearn.system.errors import first_line
 
 
@@ -87,10 +90,7 @@ class WandbRun:
         except Exception as error:  # an error of W&B must not end the run
             self._note(f"W&B: failed ({first_line(error)}); continuing offline")
             try:
-                import wandb
-
-                with contextlib.suppress(Exception):
-                    wandb.teardown()  # else it reports its dead service at exit
+                _stop_service()  # else it reports its dead service at exit
                 self._run = self._start("offline")
                 send(self._run)
             except Exception as again:
@@ -104,9 +104,19 @@ class WandbRun:
             mode: The mode to use after a failure; None: choose.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the exit waits for its reports
         import wandb
 
-        wanted = mode or os.environ.get("WANDB_MODE", "online" if _has_key() else "offline")
+        with _silent_children():
+            chosen = wandb.setup().settings
+        server, wanted = str(chosen.base_url), mode or str(chosen.mode)
+        reason = "" if mode else f"WANDB_MODE={wanted}"
+        if wanted == "online" and not os.environ.get("WANDB_MODE") and not _has_key(server):
+            wanted, reason = "offline", "no key is configured"
+        elif wanted == "online" and (problem := connection_error(server, any_answer=True)):
+            # Decided before W&B starts: it would wait longer, and keep the identifier in use.
+            wanted, reason = "offline", f"{server} cannot be reached: {problem}"
+        make_folder(self._folder / "wandb")
 
         def start(mode: str) -> Any:
             return wandb.init(
@@ -124,31 +134,58 @@ class WandbRun:
         try:
             run = start(wanted)
         except Exception as error:  # W&B raises errors of many kinds
-            self._note(f"W&B: offline, because going online failed ({first_line(error)})")
-            return start("offline")
+            if wanted == "offline":
+                raise
+            _stop_service()  # in it, the identifier of the run is in use
+            wanted, reason = "offline", f"going online failed: {first_line(error)}"
+            run = start(wanted)
         if wanted == "online":
             self._note(f"W&B: online, {run.url}")
-        elif wanted == "offline" and mode is None:
-            self._note(
-                "W&B: offline (no key is configured); later: wandb sync "
-                f"{self._folder}/wandb/offline-run-*"
-            )
+        elif wanted == "offline" and reason:
+            folder = f"{self._folder}/wandb/offline-run-*"
+            self._note(f"W&B: offline ({reason}); later: wandb sync {folder}")
         return run
+
+
+def _stop_service() -> None:
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit), _silent_children():
+        wandb.teardown()
+
+
+@contextlib.contextmanager
+def _silent_children() -> Iterator[None]:
+    """Give processes that are started no output: W&B's service prints its log in some cases."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing:
+        streams = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in streams:
+                os.dup2(nothing.fileno(), number)
+            yield
+        finally:
+            for number, stream in streams.items():
+                os.dup2(stream, number)
+                os.close(stream)
 
 
 def wandb_state() -> str:
     """Return in one line what a run with `logger=wandb` would do."""
     if mode := os.environ.get("WANDB_MODE"):
         return f"WANDB_MODE={mode}"
-    return "a key is configured: online" if _has_key() else "no key is configured: offline"
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return "a key is configured: online" if _has_key(server) else "no key is configured: offline"
 
 
-def _has_key() -> bool:
+def _has_key(server: str) -> bool:
     """Whether a key is configured where W&B looks for one: the environment, or the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    # W&B's cloud has several names; a key for it is stored under the oldest one.
+    hosts = {urllib.parse.urlparse(server).hostname, "api.wandb.ai"}
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+        return bool(hosts & netrc.netrc(os.environ.get("NETRC")).hosts.keys())
     except (OSError, netrc.NetrcParseError):
         return False

@@ -1,8 +1,6 @@
 """Build a run from a checked configuration."""
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.engine import Engine, process
+from metalearn.report.result import hash_of
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
 from metalearn.run.parts import algorithm_of, augmentation_of, cache_folder, data_folder, device_of
@@ -80,7 +79,7 @@ class Run:
     @property
     def protocol_id(self) -> str:
         """Hash of the protocol; results with the same one can be compared."""
-        return hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()[:10]
+        return hash_of(self.protocol)
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,15 @@ import torch
 from torch import Tensor
 
 from metalearn.report.folder import RunFolder
-from metalearn.system.atomic import atomic_writer
+from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import UserError, is_out_of_memory
-from metalearn.tasks.types import State
+from metalearn.system.reading import check_types, read_bytes
+from metalearn.tasks.types import Spec, State
+
+#: Largest checkpoint that is read, in bytes.
+_MAX_BYTES = 16 << 30
+#: Most values in a checkpoint, and levels of nesting.
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 30
 
 
 class CorruptCheckpoint(UserError):
@@ -28,7 +35,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         content: Tensors and plain data.
         previous: Where to move the checkpoint that `path` holds now.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_writer(path, previous) as stream:
         torch.save(content | {"checksum": _checksum(content)}, stream)
 
@@ -39,12 +46,13 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, corrupt or foreign, or does not match its checksum.
     """
+    data = read_bytes(path, _MAX_BYTES)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(one.file_size for one in archive.infolist()) > len(data):
+                raise ValueError("it is compressed")  # it may expand to any size
         content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        _check_limits(content, 8 * len(data))
     except Exception as error:  # a corrupt file can raise anything
         if is_out_of_memory(error):
             raise
@@ -52,7 +60,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
             f"{path} is not a readable checkpoint ({type(error).__name__})"
         ) from None
     if not isinstance(content, dict) or not all(
-        isinstance(content.get(part), dict) for part in ("meta", "fixed")
+        isinstance(content.get(part), dict)
+        and all(isinstance(value, Tensor) for value in content[part].values())
+        for part in ("meta", "fixed")
     ):
         raise CorruptCheckpoint(f"{path} is not a checkpoint of metalearn")
     checksum = content.pop("checksum", None)  # runs of early versions have none
@@ -96,6 +106,25 @@ def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | No
     return None
 
 
+def _check_limits(content: Any, most_bytes: int) -> None:
+    """Raise ValueError for more values, bytes or levels than a checkpoint has, or other types."""
+    waiting, values, num_bytes = [(content, 0)], 0, 0
+    while waiting:
+        node, depth = waiting.pop()
+        children = list(node.values()) if isinstance(node, dict) else node
+        if isinstance(node, Tensor):
+            num_bytes += node.numel() * node.element_size()
+            is_known = node.layout == torch.strided and node.device.type != "meta"
+        elif isinstance(children, list | tuple):
+            values += len(children)
+            waiting += [(child, depth + 1) for child in children]
+            is_known = not isinstance(node, dict) or {*map(type, node)} <= {str, int}
+        else:
+            is_known = isinstance(node, str | int | float | None)
+        if not is_known or depth > _MAX_DEPTH or values > _MAX_VALUES or num_bytes > most_bytes:
+            raise ValueError("it holds what no checkpoint holds")
+
+
 def _checksum(content: Any) -> str:
     digest = hashlib.sha256()
 
@@ -116,6 +145,29 @@ def _checksum(content: Any) -> str:
 
     feed(content)
     return digest.hexdigest()
+
+
+def spec(content: dict[str, Any], folder: Path) -> Spec:
+    """Return the description of a run's inputs and outputs in a checkpoint.
+
+    Args:
+        content: The checkpoint.
+        folder: The run folder, for error messages.
+
+    Raises:
+        UserError: If there is none.
+    """
+    own: Any = content.get("spec")
+    expected = {"input_shape": [int], "way": int, "train_classes": int, "target": str}
+    try:
+        check_types(own, expected)
+        check_types(content.get("standardisation"), {"shift?": [float], "scale?": [float]})
+        return Spec(**{**own, "input_shape": tuple(own["input_shape"])})
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{folder}: its checkpoint does not describe its inputs; train it again with this "
+            "version"
+        ) from None
 
 
 def state(content: dict[str, Any], expected: State, folder: Path) -> State:

@@ -1,7 +1,6 @@
 """The engines of a run: chosen for its tasks, or repeated from the engine.json of another run."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.config.schema import EngineConfig, RunConfig
 from metalearn.engine import Engine
 from metalearn.system.errors import UserError
+from metalearn.system.reading import read_json
 from metalearn.tasks.types import Batch, Task
 
 #: Engine settings that leave every choice to the engine, or to `engine.choices`.
@@ -70,20 +70,38 @@ def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
             raise UserError(
                 f"engine.{name}={value}: engine.choices already sets this; leave one out"
             )
-    try:
-        choices = json.loads(Path(settings.choices).read_text())
-        is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
-        is_valid = is_valid and type(choices["threads"]) is int and choices["threads"] > 0
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"engine.choices={settings.choices}: is not an engine.json of a run")
+    choices = read_choices(Path(settings.choices), "engine.choices=")
     precision = choices["train"]["precision"]
     if precision != settings.precision:
         raise UserError(
             f"engine.precision={settings.precision}: the run of engine.choices used {precision}"
         )
-    return dict(choices)
+    return choices
+
+
+def read_choices(path: Path, setting: str = "") -> dict[str, Any]:
+    """Read an engine.json.
+
+    Args:
+        path: The file.
+        setting: The setting that names it, for messages.
+
+    Raises:
+        UserError: If it cannot be read or does not hold valid choices.
+    """
+    choices = read_json(path)
+    try:
+        is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
+        is_valid = is_valid and _is_count(choices["threads"], 4096)
+    except (KeyError, TypeError, AttributeError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{setting}{path}: is not an engine.json of a run")
+    return choices
+
+
+def _is_count(value: Any, maximum: int = 2**31) -> bool:
+    return type(value) is int and 0 < value < maximum
 
 
 def _is_choice(content: dict[str, Any]) -> bool:
@@ -98,6 +116,5 @@ def _is_choice(content: dict[str, Any]) -> bool:
     return (
         content.keys() == fields
         and all(content[name] in allowed for name, allowed in values.items())
-        and type(content["chunk"]) is int
-        and content["chunk"] > 0
+        and _is_count(content["chunk"])
     )

@@ -1,7 +1,6 @@
 """Test a finished run again, under its own or a different protocol, from its folder alone."""
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -24,10 +23,11 @@ from metalearn.report.scores import write_csv
 from metalearn.report.tables import format_interval
 from metalearn.run import checkpoint
 from metalearn.run.build import Run, build
-from metalearn.run.engines import FREE_CHOICES
+from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.measure import measure, trained_state
 from metalearn.run.pairings import check_population, inductive_counterpart, target_name
 from metalearn.run.parts import algorithm_of, device_of
+from metalearn.system.atomic import make_folder
 from metalearn.system.errors import RunFailed, UserError
 
 _SPLITS = ("train", "val", "test")
@@ -61,7 +61,7 @@ def evaluate(
         raise UserError(f"curve={curve}: should be one of {', '.join(_CURVES)}")
     request = _Request.of(folder, overrides, split)
     try:
-        request.files.evaluations.mkdir(exist_ok=True)
+        make_folder(request.files.evaluations)
     except OSError as error:
         raise UserError(
             f"{request.files.evaluations} cannot be written ({error.strerror})"
@@ -97,13 +97,12 @@ class _Request:
     @staticmethod
     def of(folder: Path, overrides: list[str], split: str) -> "_Request":
         files = RunFolder(folder)
-        try:
-            name = files.read_result().name
-        except UserError:
+        if not files.is_finished:
             raise UserError(
                 f"run={folder}: no {files.result.name} of a run there; name the folder of a "
                 "finished training run"
-            ) from None
+            )
+        name = files.read_result().name
         stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone
         for word in overrides:
@@ -173,14 +172,13 @@ class _Request:
     def _engine_of_run(self) -> dict[str, Any]:
         """Return engine settings that repeat the run's own test bit for bit, if possible here."""
         free = {**FREE_CHOICES, "choices": None}
-        try:
-            choices = json.loads(self.files.engine.read_text())
-            is_possible = (
-                choices["threads"] <= (os.cpu_count() or 1)
-                and choices["device"] == device_of(self.before.device).type
-            )
-        except (OSError, ValueError, KeyError, TypeError):  # a run of an earlier version
+        if not self.files.engine.exists():  # a run of an earlier version
             return {}
+        choices = read_choices(self.files.engine)
+        is_possible = (
+            choices["threads"] <= (os.cpu_count() or 1)
+            and choices.get("device") == device_of(self.before.device).type
+        )
         return {**free, "choices": str(self.files.engine)} if is_possible else free
 
     def file(self, protocol_id: str, ending: str) -> Path:

@@ -24,7 +24,7 @@ from metalearn.run.pairings import check_population, inductive_statistics, is_tr
 from metalearn.run.parts import algorithm_of, device_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
-from metalearn.tasks.types import Spec, Support
+from metalearn.tasks.types import Support
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
@@ -62,11 +62,6 @@ def load(
     changed: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
     settings = checking.check_config(changed)
     content = checkpoint.load(RunFolder(folder).best, device_of(settings.device))
-    if "spec" not in content:
-        raise UserError(
-            f"{folder}: its checkpoint does not describe its inputs; train it again with this "
-            "version"
-        )
     return Model(composed, settings, content, folder)
 
 
@@ -87,7 +82,7 @@ class Model:
         folder: Path,
     ) -> None:
         self.config = composed
-        self.spec = Spec(**content["spec"] | {"input_shape": tuple(content["spec"]["input_shape"])})
+        self.spec = checkpoint.spec(content, folder)
         self.classes: list[Hashable] = []
         self._algorithm = algorithm_of(settings, is_restored=True)
         if not self._algorithm.family.predicts:

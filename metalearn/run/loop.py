@@ -20,6 +20,7 @@ from metalearn.run import checkpoint, nonfinite, optimisers
 from metalearn.run.build import Run
 from metalearn.run.step import Training
 from metalearn.system import signals
+from metalearn.system.atomic import make_folder
 from metalearn.system.errors import RunFailed
 from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, State
@@ -93,6 +94,10 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     )
     profile = None
     if run.config.engine.profile and run.processes.is_leader:
+        make_folder(files.profile)
+        for file in files.profile.iterdir():
+            if file.is_symlink():  # the profiler would write through it
+                file.unlink()
         header = (
             f"{type(run.algorithm).__name__}, {settings.meta_batch} tasks per step on "
             f"{run.device}, {run.choices}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from metalearn.report.folder import RunFolder
 from metalearn.run.build import Run
 from metalearn.run.meter import Meter
-from metalearn.system.atomic import atomic_writer
+from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import RunFailed
 from metalearn.tasks.types import Batch, Task
 
@@ -73,7 +73,7 @@ def check_scores(run: Run, scores: Tensor, step: int) -> None:
 
 def _save_task(task: Task | Batch, file: Path) -> bool:
     """Save one task [1, …], unless the folder is full. Return True if the file exists."""
-    file.parent.mkdir(exist_ok=True)
+    make_folder(file.parent)
     if len(list(file.parent.iterdir())) >= _MAX_SAVED_TASKS:
         return file.exists()
     sets: dict[str, Any] = (

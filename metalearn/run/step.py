@@ -247,7 +247,7 @@ class Training:
             self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0
             self._set_learning_rate()
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the checkpoint cannot be resumed ({error}); another version wrote it"
             ) from None

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import errno
 import os
 import shlex
 import time
@@ -27,7 +27,7 @@ from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
-from metalearn.run.engines import FREE_CHOICES
+from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.measure import measure
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
@@ -116,6 +116,8 @@ def train(
             }
             table = tables.result_table([tables.result_row(name, result)])
             tracker.finish(result, table)
+            if not files.is_started:  # the folder was removed, and perhaps made again
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files.config))
             result.write(files.result)  # last: it marks the run as finished
             files.error.unlink(missing_ok=True)
             has_failed = False
@@ -210,7 +212,7 @@ def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
 
     Results round differently otherwise.
     """
-    before = json.loads(files.engine.read_text())
+    before = read_choices(files.engine)
     for name in ("device", "processes"):
         if name in before and before[name] != choices[name]:
             raise UserError(
@@ -240,12 +242,9 @@ def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str,
     Returns:
         The content of command.json.
     """
-    command: dict[str, Any] = (
-        json.loads(files.command.read_text())
-        if files.command.exists()
-        else {"id": uuid.uuid4().hex[:8]}
-    )
-    if "name" not in command or not files.is_started:
+    stored = files.read_command() if files.command.exists() else {}
+    command = {"id": uuid.uuid4().hex[:8], **stored}
+    if not stored or not files.is_started:
         command |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
         write_json(files.command, command)
     return command
@@ -258,17 +257,18 @@ def resume(folder: Path, console: Console) -> None:
         UserError: If the folder does not hold a run.
     """
     files = RunFolder(folder)
-    try:
-        command = files.read_command()
-    except UserError:
+    if not files.command.exists():
         several = any(folder.glob(f"*/{files.command.name}"))
         raise UserError(
             f"{folder}: this is a multirun folder; repeat its command with hydra.sweep.dir={folder}"
             if several
             else f"{folder}: no run to resume; name the folder of a training run"
-        ) from None
+        )
+    command = files.read_command()
     folder = folder.absolute()
-    with contextlib.suppress(OSError):  # the directory may be gone, or on another machine
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # the directory may be gone, or on another machine
         os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
     config: Any = OmegaConf.merge(composition.load_config(folder), {"resume": "auto"})
     train(config, folder, command["name"], command["overrides"], console)
@@ -288,6 +288,8 @@ def _explain_interruptions(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
+        if not folder.exists():
+            raise RunFailed(f"{folder} was removed while the run was writing to it") from None
         raise RunFailed(
             f"{describe_os_error(error)}; earlier checkpoints are intact; fix the problem, then "
             f"run: metalearn resume {folder}"

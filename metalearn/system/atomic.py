@@ -1,4 +1,4 @@
-"""Write files atomically: a file is complete, or it does not exist."""
+"""Write files atomically, and never through a link: a file is complete, or it does not exist."""
 
 import contextlib
 import json
@@ -8,20 +8,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from metalearn.system.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a stream whose content replaces `path` once it is complete and on disk.
 
-    On failure, `path` is unchanged and no temporary file remains.
+    On failure, `path` is unchanged and no temporary file remains. A link is replaced, not followed.
 
     Args:
         path: File to write.
         previous: Where to move the old content of `path`; None to overwrite it.
+
+    Raises:
+        OSError: If the file cannot be written, also where torch.save raises a RuntimeError for it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # of a killed process of the same number
     try:
-        with part.open("wb") as stream:
+        with part.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -29,6 +35,13 @@ def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
             os.replace(path, previous)
         os.replace(part, path)
         _sync_folder(path.parent)
+    except RuntimeError as error:
+        cause = error.__context__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -58,8 +71,23 @@ def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
                 part.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder in a folder that exists, unless it exists.
+
+    Raises:
+        UserError: If it is a link: what is written into a run folder must stay there.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a link; replace it by a folder, as nothing is written through")
+    path.mkdir(exist_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically; lone surrogates are escaped."""
+    with atomic_writer(path) as stream:
+        stream.write(text.encode("utf-8", "backslashreplace"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with atomic_writer(path) as stream:
-        stream.write(text.encode())
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -2,14 +2,16 @@
 
 import http.client
 import socket
+import ssl
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from metalearn.system.errors import UserError
 
-_CONNECT_SECONDS = 6.0
+_CONNECT_SECONDS = 5.0
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
@@ -62,7 +64,7 @@ def run_download(
         way_out
         or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
     )
-    problem = _connection_error(url)
+    problem = connection_error(url)
     if problem:
         raise UserError(f"{url} cannot be reached ({problem}), no copy in {folder}; {way_out}")
     before = socket.getdefaulttimeout()
@@ -78,8 +80,13 @@ def run_download(
         socket.setdefaulttimeout(before)
 
 
-def _connection_error(url: str) -> str | None:
-    """Return why the address does not answer, or None; in a thread, as DNS has no timeout."""
+def connection_error(url: str, any_answer: bool = False) -> str | None:
+    """Return why the address does not answer within five seconds, or None.
+
+    Args:
+        url: Address to check.
+        any_answer: Whether a refusal of this page, as by a server without one, is an answer.
+    """
     answer = [f"no answer in {_CONNECT_SECONDS:.0f} s"]
 
     def ask() -> None:
@@ -89,8 +96,11 @@ def _connection_error(url: str) -> str | None:
             ):
                 answer[0] = ""
         except (OSError, ValueError, http.client.HTTPException) as error:
-            answer[0] = str(error) or type(error).__name__
+            is_refusal = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            is_refusal = is_refusal or isinstance(getattr(error, "reason", None), ssl.SSLError)
+            answer[0] = "" if any_answer and is_refusal else str(error) or type(error).__name__
 
+    # In a thread, because the look-up of a name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_CONNECT_SECONDS)

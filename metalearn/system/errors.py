@@ -38,13 +38,21 @@ def is_out_of_memory(error: BaseException) -> bool:
                 "could not create a primitive",
                 "out of memory",
                 "ALLOC_FAILED",
+                "calculation overflowed",
             )
         )
     )
 
 
+def visible(text: str) -> str:
+    """Return text with non-printable characters escaped, so that none acts on a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def leave_unread(stream: TextIO) -> None:
-    """Discard further output to a stream that has no reader any more, without an error."""
+    """Discard further output to a stream that cannot be written any more, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -52,9 +60,7 @@ class _OneLine(Exception):
     """A message in one line: non-printable characters are escaped."""
 
     def __init__(self, line: str) -> None:
-        super().__init__(
-            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-        )
+        super().__init__(visible(line))
 
 
 class RunFailed(_OneLine):

@@ -19,10 +19,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder: The folder.
 
     Raises:
-        UserError: If another process holds it.
+        UserError: If another process holds it, or .lock is a link, which would be written through.
     """
+    lock = folder / ".lock"
+    if lock.is_symlink():
+        raise UserError(f"{lock} is a link; remove it")
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
             yield
     except Timeout:
         raise UserError(
