@@ -155,9 +155,12 @@ def test_wandb_without_a_network_is_offline_from_the_start(
     wandb_server("http://127.0.0.1:9")
     modes: list[str] = []
     notes: list[str] = []
-    monkeypatch.setattr(
-        "wandb.init", lambda mode, **settings: [modes.append(mode), StartedRun()][1]
-    )
+
+    def init(mode, **settings):
+        modes.append(mode)
+        return StartedRun()
+
+    monkeypatch.setattr("wandb.init", init)
     wandb_run.WandbRun(check_config(compose()), tmp_path, "abc", notes.append)
     assert modes == ["offline"]
     assert len(notes) == 1 and "http://127.0.0.1:9 cannot be reached" in notes[0]
