@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
 
     console = open_console()
     print_line(console, recipe.announcement())
-    return recipe.verdict(_launch.start(arguments), console)
+    return recipe.verdict(_launch.start(arguments)[0], console)
 
 
 class Recipe:

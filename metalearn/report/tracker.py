@@ -18,7 +18,6 @@ from rich.table import Table
 
 from metalearn.config.schema import RunConfig
 from metalearn.report.folder import RunFolder
-from metalearn.report.plots import draw_learning_curve
 from metalearn.report.result import Result
 from metalearn.report.tables import format_interval, format_value
 from metalearn.system.atomic import atomic_writer
@@ -151,9 +150,8 @@ class Tracker:
         return "  ".join(parts)
 
     def finish(self, result: Result, table: Table) -> None:
-        """Draw the learning curve, and send the final result, table and curve to W&B."""
+        """Send the final result, its table and the learning curve to W&B."""
         curve = self._files.curve
-        draw_learning_curve(self.rows, self.score, curve)
         if self._wandb is None:
             return
         import wandb
