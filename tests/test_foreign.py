@@ -244,7 +244,7 @@ def test_evaluate_says_why_a_result_is_unreadable(folder):
     with pytest.raises(UserError, match=r"result\.json is not UTF-8"):
         evaluate(folder, [], "test", None, Console(quiet=True))
     (folder / "result.json").unlink()
-    with pytest.raises(UserError, match="name the folder of a finished training run"):
+    with pytest.raises(UserError, match="not finished; to finish it: metalearn resume"):
         evaluate(folder, [], "test", None, Console(quiet=True))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from metalearn.cli._arguments import Arguments
+from metalearn.cli._search import sampling, trial_folder, worst_score
 from metalearn.system.errors import UserError, as_failure, exit_code, first_line
 
 # Nothing heavy is imported here, as in main.py.
@@ -29,17 +30,18 @@ def check(arguments: Arguments) -> None:
         _check(composition.compose_config(arguments.settings))
 
 
-def start(arguments: Arguments) -> Path:
+def start(arguments: Arguments) -> tuple[Path, bool]:
     """Train what the arguments describe.
 
     Returns:
-        The folder of the run or multirun.
+        The folder of the run or multirun, and whether it is a search: a multirun whose trials are
+        compared on validation.
     """
     job = _Job(arguments.is_multirun)
     folder = (_start_multirun if arguments.is_multirun else _start_run)(arguments, job)
     if job.error is not None:
         raise job.error
-    return folder
+    return folder, job.is_search
 
 
 def _start_run(arguments: Arguments, job: "_Job") -> Path:
@@ -78,23 +80,30 @@ def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
     if "RANK" in os.environ:
         raise UserError("--multirun: a sweep uses one process; start it without torchrun")
     single = [word for word in arguments.settings if not sweeps.is_sweep(word)]
-    hydra = composition.compose_config(single, with_hydra=True).hydra
+    config = composition.compose_config(single, with_hydra=True)
+    hydra, when = config.hydra, config.test.when
     _check_hydra(hydra)
+    is_sampled = not _is_basic(hydra.sweeper)
+    job.axes = [sweeps.key_of(word) for word in arguments.settings if sweeps.is_sweep(word)]
+    job.is_search = when == "best" or is_sampled or sweeps.is_grid_search(job.axes)
+    job.is_tested = when == "always" or not job.is_search
     folder = Path(hydra.sweep.dir)
     with _folder(folder):
         more = [f"hydra.sweep.dir={composition.quoted(str(folder))}"]
-        if _runs_one_by_one(hydra):
+        if is_sampled:
+            more += sampling(config, arguments.settings)
+        elif _is_basic(hydra.launcher) and hydra.sweeper.max_batch_size is None:
             # Hydra's sweeper composes a whole batch before its first run: minutes for 1,000 runs.
             more.append("hydra.sweeper.max_batch_size=1")
+        if not job.is_tested:
+            print("search: only the best trial on validation is tested (all: test.when=always)")
         hydra_main(job, [*arguments.options, *arguments.settings, *more])
     return folder
 
 
-def _runs_one_by_one(hydra: Any) -> bool:
-    """Return True for Hydra's own sweeper and launcher without a batch size."""
-    targets = (hydra.sweeper._target_, hydra.launcher._target_)
-    is_basic = all(target.rpartition(".")[2].startswith("Basic") for target in targets)
-    return is_basic and hydra.sweeper.max_batch_size is None
+def _is_basic(plugin: Any) -> bool:
+    """Return True for Hydra's own sweeper or launcher."""
+    return bool(plugin._target_.rpartition(".")[2].startswith("Basic"))
 
 
 def print_config(arguments: Arguments) -> None:
@@ -181,6 +190,8 @@ class _Job:
         from metalearn.config import plugins
 
         self.is_multirun = is_multirun
+        self.axes: list[str] = []  # the settings that a multirun varies
+        self.is_search, self.is_tested = False, True  # whether each run is tested
         self.plugins = plugins.named()
         self.error: Exception | None = None
         self.__name__ = "metalearn"
@@ -190,7 +201,7 @@ class _Job:
         from hydra.core.hydra_config import HydraConfig
         from omegaconf import OmegaConf
 
-        from metalearn.config import composition, paths, plugins
+        from metalearn.config import composition, paths, plugins, sweeps
         from metalearn.report.console import open_console, print_line
         from metalearn.report.folder import RunFolder
         from metalearn.run.parts import data_folder
@@ -205,25 +216,28 @@ class _Job:
         recipe = composition.recipe_line(choices)
         named = [f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []
         overrides = [*named, *settings.overrides.task]
+        own = [word for word in overrides if sweeps.key_of(word) in self.axes] or overrides
+        title = f"{settings.job.num}: {' '.join(own)}" if self.is_multirun else ""
         try:
             paths.make_absolute(config, overrides, data_folder(config))
+            if self.is_search:
+                files = trial_folder(files, overrides, config)
             if self.is_multirun:
-                print_line(console, f"{settings.job.num}: {' '.join(overrides)}")
                 files.error.unlink(missing_ok=True)
                 save_command(files, name, overrides)
                 # Repeated with the same hydra.sweep.dir, a multirun skips what is finished.
                 config = OmegaConf.merge(config, {"resume": "auto"})
             folder = _relative(files.path)
-            return train(config, folder, name, overrides, console, recipe)
+            return train(config, folder, name, overrides, console, recipe, title, self.is_tested)
         except Exception as error:
             # Hydra prints lines of its own about a failing job, so the error of a single run is
             # raised later. In a multirun, a failed run must not end the others: the table names
             # it, and the sweeper gets the worst score.
             if self.is_multirun:
-                print_line(console, f"failed: {_save_error(error, files)}")
+                print_line(console, f"{settings.job.num}: failed: {_save_error(error, files)}")
             else:
                 self.error = error
-            return _worst_score(config)
+            return worst_score(config)
 
 
 def _save_error(error: Exception, files: Any) -> str:
@@ -240,17 +254,6 @@ def _save_error(error: Exception, files: Any) -> str:
             write_text(files.traceback, traceback.format_exc())
         write_text(files.error, line + "\n")
     return line
-
-
-def _worst_score(config: Any) -> float:
-    from metalearn.config.checking import check_config
-    from metalearn.run.parts import family_of
-
-    try:
-        metric = family_of(check_config(config)).metric
-    except UserError:
-        return float("-inf")
-    return float("-inf") if metric.higher_is_better else float("inf")
 
 
 def hydra_main(job: Any, words: list[str]) -> None:

@@ -11,9 +11,11 @@ from metalearn.system.errors import UserError, visible
 HELP = """metalearn compare <folder> … [out=<folder>]
 
 Prints one table over runs, their evaluations, and the runs of multirun folders. Only results of
-equal protocols share a column; runs that differ only in their seed share a row. Differences are
-tested on the shared episodes. Writes comparison.md, .csv and .png into `out`; by default into the
-folder if only one is given, else into outputs/compare/<time>.
+equal protocols share a column; runs that differ only in their seed share a row. Columns are in the
+order of dataset, split, way, shot, queries and statistics. Runs that share few protocols, and
+tables that are too wide, have a row for each protocol and method instead. Differences are tested on
+the shared episodes. Writes comparison.md, .csv and .png into `out`; by default into the folder if
+only one is given, else into outputs/compare/<time>.
 
   metalearn compare outputs/multirun/<time>
   metalearn compare outputs/maml-omniglot/<time> outputs/protonet-omniglot/<time>
@@ -21,12 +23,8 @@ folder if only one is given, else into outputs/compare/<time>.
 #: What shell completion offers.
 TAKES: tuple[str, ...] = ("{folder}", "out={folder}")
 
-#: Console columns for one protocol, and for everything left of the first one.
-_COLUMN_WIDTH, _LEFT_WIDTH = 20, 84
-_CSV = (
-    "run", "algorithm", "variant", "seed", "protocol_id", "way", "shot", "query", "statistics",
-    "score", "mean", "ci95", "minutes", "hardware",
-)  # fmt: skip
+#: Characters of a line of comparison.md, beyond which it has a row for each protocol and method.
+_PAGE_WIDTH = 160
 
 
 def main(args: list[str]) -> int:
@@ -86,8 +84,13 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> None:
         ) from None
     for line in unreadable:
         print_line(console, f"  left out: {line}")
+    untested = [folder for folder in others if RunFolder(folder).is_trained]
+    if untested:
+        line = f"  left out: {len(untested)} runs that are not tested, like {untested[0]}"
+        print_line(console, f"{line}; metalearn resume tests one")
     for folder, reason in others.items():
-        print_line(console, f"  left out: {folder} {reason}")
+        if folder not in untested:
+            print_line(console, f"  left out: {folder} {reason}")
     for file in files:
         print_line(console, f"  {file}")
 
@@ -102,20 +105,21 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
     from metalearn.system.atomic import write_text
 
     table_file = out / "comparison.csv"
-    write_csv(table_file, _CSV, map(_csv_row, measurements))
+    lines = [_csv_row(one) for one in measurements]
+    write_csv(table_file, lines[0], (line.values() for line in lines))
     text: list[str] = []
     plots: list[Path] = []
     for metric in dict.fromkeys(one.result.metric for one in measurements):
         comparison = Comparison([one for one in measurements if one.result.metric == metric])
-        protocols = list(comparison.protocols)
-        fit = max(1, (console.width - _LEFT_WIDTH) // _COLUMN_WIDTH)
-        for first in range(0, len(protocols), fit):
-            rows = comparison.rows(protocols[first : first + fit], "\n")
-            console.print(result_table(rows))
+        rows = comparison.rows(console.width, "\n")
+        previous = None
+        for row in rows if "test" in rows[0] else []:  # name each protocol once
+            row["test"], previous = "" if row["test"] == previous else row["test"], row["test"]
+        console.print(result_table(rows, list(rows[0]).index("method") + 1))
         notes = comparison.notes()
         for line in notes:
             print_line(console, f"  {line}")
-        text += [*markdown_table(comparison.rows(protocols, " ")), ""]
+        text += [*markdown_table(comparison.rows(_PAGE_WIDTH, ", ")), ""]
         text += [*(f"- {line}" for line in notes), ""]
         plots.append(out / (f"comparison_{metric}.png" if plots else "comparison.png"))
         draw_comparison(comparison.panels(), metric, plots[-1])
@@ -144,11 +148,13 @@ def _sampler_note(measurements: list[Any]) -> str:
     )
 
 
-def _csv_row(one: Any) -> tuple[Any, ...]:
+def _csv_row(one: Any) -> dict[str, Any]:
     result, protocol = one.result, one.result.protocol
-    row = (
-        one.folder, one.name, one.variant, result.seed, result.protocol_id, protocol["way"],
-        protocol["shot"], protocol["query"], protocol["statistics"], result.metric,
-        result.test.mean, result.test.ci95, f"{one.minutes:.2f}", one.hardware,
-    )  # fmt: skip
-    return tuple(visible(str(value)) for value in row)
+    row = {
+        "run": one.folder, "algorithm": one.name, "variant": one.variant, "seed": result.seed,
+        "dataset": one.data, "split": result.split, "protocol_id": result.protocol_id,
+        **{name: protocol[name] for name in ("way", "shot", "query", "statistics")},
+        "score": result.metric, "mean": result.test.mean, "ci95": result.test.ci95,
+        "minutes": f"{one.minutes:.2f}", "hardware": one.hardware,
+    }  # fmt: skip
+    return {name: visible(str(value)) for name, value in row.items()}

@@ -5,19 +5,24 @@ from pathlib import Path
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
-HELP = """metalearn evaluate run=<folder> [key=value …] [split=train|val|test] [curve=shot|steps]
+HELP = """metalearn evaluate <folder> [key=value …] [split=train|val|test|all]
+                    [curve=shot|way|steps] [at=1,5,10]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
 
-  metalearn evaluate run=outputs/maml-omniglot/<time>
-  metalearn evaluate run=… episode.shot=5 episode.query=1 test.episodes=600
-  metalearn evaluate run=… statistics=support_plus_one       one query at a time
-  metalearn evaluate run=… algo.test_inner_steps=10          more adaptation
-  metalearn evaluate run=… dataset=glyphs                    a different dataset
-  metalearn evaluate run=… split=train                       accuracy on the training classes
-  metalearn evaluate run=… curve=shot                        accuracy over shots: table, CSV, PNG
-  metalearn evaluate run=… curve=steps                       accuracy over inner steps 0 to 10
+  metalearn evaluate outputs/maml-omniglot/<time>
+  metalearn evaluate … episode.shot=5 episode.query=1 test.episodes=600
+  metalearn evaluate … statistics=support_plus_one       one query at a time
+  metalearn evaluate … algo.test_inner_steps=10          more adaptation
+  metalearn evaluate … dataset=glyphs                    a different dataset: its test classes
+  metalearn evaluate … dataset=glyphs split=all          a different dataset: all its classes
+  metalearn evaluate … split=train                       accuracy on the training classes
+  metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
+  metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
+  metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
+
+The folder can also be given as run=<folder>.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
@@ -31,16 +36,22 @@ TAKES: tuple[str, ...] = (
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
-    overrides = _arguments.parse_settings("evaluate", args)
+    words = [
+        f"run={word}" if word[:1] != "-" and ("=" not in word or Path(word).is_dir()) else word
+        for word in args
+    ]
+    overrides = _arguments.parse_settings("evaluate", words)
     run = _arguments.take(overrides, "run")
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
+    points = _arguments.take(overrides, "at")
     if run is None or split is None:
         raise UserError(
-            "evaluate: takes run=<folder> and key=value settings; see metalearn evaluate --help"
+            "evaluate: takes a folder, or run=<folder>, and key=value settings; see metalearn "
+            "evaluate --help"
         )
     from metalearn.report.console import open_console
     from metalearn.run.evaluate import evaluate
 
-    evaluate(Path(run), overrides, split, curve, open_console())
+    evaluate(Path(run), overrides, split, curve, open_console(), points)
     return 0

@@ -27,12 +27,12 @@ def main(args: list[str]) -> int:
     from metalearn.config.composition import families, options
 
     lines = options("algo")
-    for family, names in families().items():
-        print(f"algo=    {_FAMILIES.get(family, family)}")
-        for name in names:
-            print(f"  {name:<16} {lines[name]}")
-    for group in _GROUPS:
-        print(f"{group}=")
-        for name, line in options(group).items():
-            print(f"  {name:<16} {line}")
+    groups = {
+        f"algo=    {_FAMILIES.get(family, family)}": {name: lines[name] for name in names}
+        for family, names in families().items()
+    }
+    groups |= {f"{group}=": options(group) for group in _GROUPS}
+    width = max(len(name) for choices in groups.values() for name in choices)
+    for heading, choices in groups.items():
+        print(heading, *(f"  {name:<{width}} {line}" for name, line in choices.items()), sep="\n")
     return 0

@@ -41,7 +41,7 @@ def main(args: list[str]) -> int:
     console = open_console()
     for line in recipe.announcement().splitlines():
         print_line(console, line)
-    return recipe.verdict(_launch.start(arguments), console)
+    return recipe.verdict(_launch.start(arguments)[0], console)
 
 
 class Recipe:

@@ -65,12 +65,12 @@ def main(args: list[str]) -> int:
     if not keys & {"algo", "dataset", "experiment"}:
         _launch.check(arguments)
         return _explain([word for word in arguments.settings if not sweeps.is_sweep(word)])
-    folder = _launch.start(arguments)
+    folder, is_search = _launch.start(arguments)
     if not arguments.is_multirun:
         return 0
     from metalearn.report.console import open_console
 
-    return 1 if summarise(folder, open_console()) else 0
+    return 1 if summarise(folder, open_console(), is_search) else 0
 
 
 def _explain(overrides: list[str]) -> int:
@@ -93,18 +93,21 @@ def _explain(overrides: list[str]) -> int:
     return 2
 
 
-def summarise(sweep: Path, console: Any) -> int:
+def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
     """Print one table over the runs of a multirun, and name the failed ones.
+
+    The table of a search has validation scores. Its best trial is tested, if it is not, and shown.
 
     Returns:
         The number of failed runs.
     """
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder
-    from metalearn.report.tables import result_row, result_table
+    from metalearn.report.tables import result_row, result_table, trial_row
+    from metalearn.run.train import resume
     from metalearn.system.reading import read_text
 
-    rows, failures = [], []
+    rows, failures, trials = [], [], []
     started = [
         files
         for path in sweep.iterdir()
@@ -122,19 +125,34 @@ def summarise(sweep: Path, console: Any) -> int:
         name = f"{files.path.name}: {' '.join(word for word in words if word not in common)}"
         if files.error.exists():
             failures.append(f"{name} failed: {read_text(files.error).strip()}")
-        elif not files.is_finished:
+        elif not files.is_trained:
             failures.append(f"{name} has not finished")
-        if files.is_finished:
+        if files.is_trained and is_search:
+            result = files.read_result()
+            rows.append(trial_row(name, result))
+            trials.append((result.validation_score * result.sign, name, files))
+        elif files.is_finished:
             rows.append(result_row(name, files.read_result()))
     for column in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(result_table([row for row in rows if column in row]))
-    if len({row["protocol"] for row in rows}) > 1:
+    if len({row.get("protocol") for row in rows}) > 1:
         print_line(console, "Results with different protocols are different measurements.")
     for line in failures:
         print_line(console, line)
+    if trials:
+        _, name, best = max(trials, key=lambda trial: trial[0])
+        print_line(console, f"best trial on validation: {name}")
+        others = [files for *_, files in trials if not files.is_finished and files is not best]
+        if others:
+            line = f"{len(others)} of {len(trials)} trials are not tested; to test one: metalearn "
+            line += f"resume {others[0].path}; to test all, repeat this with test.when=always"
+            print_line(console, line)
     print_line(console, f"  {sweep}")
+    if trials:
+        resume(best.path, console)
     return len(failures)
 
 
 def _job_number(folder: Path) -> tuple[int, str]:
-    return (int(folder.name) if folder.name.isdigit() else 1 << 30, folder.name)
+    number = folder.name.partition("-")[0]
+    return (int(number) if number.isdigit() else 1 << 30, folder.name)

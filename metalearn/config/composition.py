@@ -128,6 +128,9 @@ def _is_readable(override: str) -> bool:
 
 
 def _no_such_choice(group: str, name: str) -> str:
+    if group.startswith("hydra/"):
+        source = "metalearn-lab[sweep]" if name == "optuna" else "a plugin of Hydra"
+        return f"{group}={name}: is not installed; install {source}"
     choices = options(group)
     known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""
     return f"{group}={name}: there is no such {group}{known}"

@@ -63,6 +63,7 @@ class TestConfig:
     __test__ = False  # not a test class for pytest
 
     episodes: int = at_least(2)
+    when: str = choice("auto", "always", "best", default="auto", role="presentation")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -6,12 +6,28 @@ from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config.composition import apply_overrides, compose_config, groups, hydra_errors
 
+#: Settings that a grid search varies.
+_SEARCHED = ("algo.", "backbone.", "train.", "optimiser.", "loss.", "augment.")
+
 
 def is_sweep(override: str) -> bool:
     """Return True if an override gives several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def key_of(override: str) -> str:
+    """Return the key of an override."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def is_grid_search(axes: list[str]) -> bool:
+    """Return True if all axes of a sweep are settings of the method or of its training.
+
+    Other axes, such as `algo`, `dataset`, `episode.shot` or `seed`, make it a comparison.
+    """
+    return bool(axes) and all(axis.startswith(_SEARCHED) for axis in axes)
 
 
 def one_run_per_value(overrides: list[str]) -> list[list[str]]:

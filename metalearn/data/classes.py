@@ -1,5 +1,6 @@
 """An opened dataset with classes, of any kind of input."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import torch
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
-from metalearn.tasks.store import Augmentation, Augmented, ClassView, Store
+from metalearn.tasks.store import Augmentation, Augmented, ClassIndex, ClassView, Store
 
 
 class ClassData:
@@ -37,7 +38,9 @@ class ClassData:
 
     def protocol(self, split: str) -> dict[str, object]:
         """Return the hashes of data and classes, the number of classes, and the rotations."""
-        others = [view.index.names for name, view in self.views.items() if name != split]
+        others = [
+            view.index.names for name, view in self.views.items() if split not in (name, "all")
+        ]
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
@@ -46,6 +49,31 @@ class ClassData:
             "num_classes": self.num_classes(split),
             **self.views[split].protocol,
         }
+
+    def with_all_classes(self) -> "ClassData":
+        """Return the data with one more split, "all": the classes of all splits, by name.
+
+        Raises:
+            UserError: If the splits do not share one store of inputs.
+        """
+        parts = [view.index for view in self.views.values()]
+        last = torch.arange(max(part.rows.shape[1] for part in parts))
+        columns = [part.rows[:, last.clamp_max(part.rows.shape[1] - 1)] for part in parts]
+        rows, counts = torch.cat(columns), torch.cat([part.counts for part in parts])
+        names = [name for part in parts for name in part.names]
+        if len(rows.unique()) < counts.sum():  # each split counts its rows from 0
+            raise UserError(
+                "split=all: the splits of this dataset are stored apart; use split=test"
+            )
+        order = sorted(range(len(names)), key=names.__getitem__)
+        index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
+        view = dataclasses.replace(self.views["test"], index=index)
+        return ClassData(
+            {**self.stores, "all": self.stores["test"]},
+            {**self.views, "all": view},
+            self.content_hash,
+            self.standardisation,
+        )
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None

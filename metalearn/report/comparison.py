@@ -6,12 +6,15 @@ import json
 from collections import defaultdict
 from typing import Any
 
-from metalearn.report import stats
+from metalearn.report import stats, tables
 from metalearn.report.measurements import Cell, Measurement
 from metalearn.report.tables import format_difference, format_interval, format_value
 
 #: Number of settings that distinguish methods of the same name in a label.
 _LABEL_SETTINGS = 4
+
+#: Width of the column of methods from which a column per protocol is readable.
+_METHOD_WIDTH = 24
 
 #: A method: its name, and its settings as text.
 Method = tuple[str, str]
@@ -27,14 +30,15 @@ class Comparison:
     """
 
     def __init__(self, measurements: list[Measurement]) -> None:
-        first = measurements[0].result
-        self.metric, self._sign = first.metric, 1 if first.higher_is_better else -1
+        self.metric, self._sign = measurements[0].result.metric, measurements[0].result.sign
         self.methods: dict[Method, list[Measurement]] = defaultdict(list)
         for one in measurements:
             settings = json.dumps([one.settings, one.variant], sort_keys=True)
             self.methods[one.name, settings].append(one)
         self.labels = self._labels()
-        self.protocols = {one.result.protocol_id: one for one in measurements}
+        self.hardware = list(dict.fromkeys(one.hardware for one in measurements))
+        ordered = sorted(measurements, key=lambda one: (*_order(one), str(one.dataset)))
+        self.protocols = {one.result.protocol_id: one for one in ordered}
         self.cells = {
             (method, protocol): Cell.of(group)
             for method, own in self.methods.items()
@@ -64,54 +68,78 @@ class Comparison:
         """Return the name and label of a method."""
         return " ".join(part for part in (method[0], self.labels[method]) if part)
 
-    def heading(self, protocol_id: str, separator: str = " ") -> str:
-        """Return the heading of a protocol's column."""
+    def heading(self, protocol_id: str, separator: str = ", ") -> str:
+        """Return what a protocol measures, with what distinguishes it from similar ones."""
         one = self.protocols[protocol_id]
-        special = [one.source] if one.source else []
-        episodes = {other.result.test.episodes for other in self.protocols.values()}
-        if len(episodes) > 1:
+        same = [other for other in self.protocols.values() if _order(other) == _order(one)]
+        special = [
+            f"{key}={value}"
+            for key, value in one.dataset.items()
+            if any(str(other.dataset.get(key, value)) != str(value) for other in same)
+        ]
+        if len({other.result.test.episodes for other in same}) > 1:
             special.append(f"{one.result.test.episodes} episodes")
-        statistics = one.result.protocol["statistics"]
-        return separator.join([one.result.shape, statistics, *special, protocol_id])
+        result = one.result
+        parts = [result.shape, result.protocol["statistics"], *special, protocol_id]
+        split = [] if result.split == "test" else [f"{result.split} classes"]
+        return separator.join([one.data, *split, *parts])
 
-    def rows(self, protocols: list[str], separator: str) -> list[dict[str, Any]]:
-        """Return a row per method.
+    def rows(self, width: int, separator: str) -> list[dict[str, Any]]:
+        """Return a row per method and a column per protocol, or a row for each of both.
+
+        The latter if the methods share few protocols, or if the columns do not fit.
 
         Args:
-            protocols: Identifiers of the columns.
+            width: Number of characters of a line.
             separator: Between the parts of a heading and of a cell.
         """
-        rows = []
-        for method, group in self.methods.items():
-            seeds = {one.result.seed for one in group}
-            runs = {one.folder: one for one in group}.values()
-            row = {
-                "algorithm": method[0],
-                "setting": self.labels[method],
-                "seeds": len(seeds),
-                "minutes": f"{sum(one.minutes for one in runs) / len(runs):.1f}",
-                "hardware": ", ".join(dict.fromkeys(one.hardware for one in runs)),
+        facts = {method: self._facts(group) for method, group in self.methods.items()}
+        texts = {key: self._cell_text(*key, separator) for key in self.cells}
+        wide = [
+            {"method": self.title(method), **facts[method]}
+            | {self.heading(one, separator): texts.get((method, one), "") for one in self.protocols}
+            for method in self.methods
+        ]
+        are_shared = 2 * len(self.cells) > len(self.methods) * len(self.protocols)
+        if are_shared and tables.least_width(wide, _METHOD_WIDTH) <= width:
+            return wide
+        return [
+            {
+                "test": self.heading(one),
+                "method": self.title(method),
+                self.metric: texts[method, one],
             }
-            if not any(self.labels.values()):
-                del row["setting"]
-            for protocol in protocols:
-                cell = self.cells.get((method, protocol))
-                text = "" if cell is None else self._cell_text(cell, len(seeds), separator)
-                row[self.heading(protocol, separator)] = text
-            rows.append(row)
-        return rows
+            | facts[method]
+            for one in self.protocols
+            for method in self.methods
+            if (method, one) in texts
+        ]
 
-    def _cell_text(self, cell: Cell, seeds: int, separator: str) -> str:
+    def _facts(self, measurements: list[Measurement]) -> dict[str, Any]:
+        """Return columns about the training of a method: seeds, minutes, hardware if it differs."""
+        runs = {one.folder: one for one in measurements}.values()
+        facts = {
+            "seeds": len({one.result.seed for one in runs}),
+            "minutes": f"{sum(one.minutes for one in runs) / len(runs):.1f}",
+        }
+        if len(self.hardware) > 1:
+            facts["hardware"] = ", ".join(dict.fromkeys(one.hardware for one in runs))
+        return facts
+
+    def _cell_text(self, method: Method, protocol_id: str, separator: str) -> str:
+        cell = self.cells[method, protocol_id]
         parts = [format_interval(self.metric, cell.mean, cell.ci95)]
         if cell.seeds_ci95 is not None:
             parts.append(f"seeds ± {format_value(self.metric, cell.seeds_ci95)}")
-        if len(cell.by_seed) < seeds:
+        if len(cell.by_seed) < (seeds := len({one.result.seed for one in self.methods[method]})):
             parts.append(f"{len(cell.by_seed)} of {seeds} seeds")
         return separator.join(parts)
 
     def notes(self) -> list[str]:
         """Return lines that explain the table and test differences for significance."""
         lines = ["± is the 95% interval over the shared episodes (Student's t)"]
+        if len(self.hardware) == 1:
+            lines.append(f"trained on {self.hardware[0]}")
         if any(cell.seeds_ci95 is not None for cell in self.cells.values()):
             lines[0] += "; seeds ± is the one over seeds, each seed one value"
         has_single_seeds = False
@@ -175,3 +203,10 @@ class Comparison:
             ]
             for protocol in self.protocols
         }
+
+
+def _order(one: Measurement) -> tuple[str, ...]:
+    """Return what columns are sorted by: dataset and split, way, shot, queries, statistics."""
+    protocol = one.result.protocol
+    numbers = (f"{protocol[name]:>9}" for name in ("way", "shot", "query"))
+    return (one.data, one.result.split, *numbers, str(protocol["statistics"]))

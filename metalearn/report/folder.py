@@ -25,6 +25,8 @@ class RunFolder:
         #: The engine's choices, with which `engine.choices=<file>` repeats the computation.
         self.engine = path / "engine.json"
         self.metrics = path / "metrics.jsonl"
+        #: The validation result of a training that is not tested, as a search leaves most trials.
+        self.validation = path / "validation.json"
         #: The result of the test. It exists if and only if the run is finished.
         self.result = path / "result.json"
         self.scores = path / "test_scores.csv"
@@ -54,6 +56,11 @@ class RunFolder:
         """True if the folder holds a finished run."""
         return self.result.is_file()
 
+    @property
+    def is_trained(self) -> bool:
+        """True if the folder holds a run whose training is finished, tested or not."""
+        return self.is_finished or self.validation.is_file()
+
     def outputs(self) -> Iterator[Path]:
         """Yield the files that a finished run shows to its user."""
         for file in (
@@ -64,14 +71,16 @@ class RunFolder:
                 yield file
 
     def read_result(self) -> Result:
-        """Read the result of the run's own test.
+        """Read the result of the run's own test, or of validation if it is trained but not tested.
 
         Raises:
             UserError: If there is none, or it is not a result.
         """
-        result = Result.read(self.result)
+        is_untested = self.is_trained and not self.is_finished
+        file = self.validation if is_untested else self.result
+        result = Result.read(file)
         if result.metric not in result.training.get("val", {}):
-            raise UserError(f"{self.result} is not a readable result: val is missing")
+            raise UserError(f"{file} is not a readable result: val is missing")
         return result
 
     def read_command(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Measurement:
         settings: Settings that distinguish its method from others, by dotted name.
         result: The result of the test.
         variant: How the adaptation differs from the run's own test, or "".
-        source: What was tested, if not the run's own test split, or "".
+        dataset: Settings of the tested dataset, as far as the files of the run have them.
         minutes: Training time.
         hardware: Hardware of the training.
         scores: Score of each episode, float64 [E].
@@ -40,10 +40,15 @@ class Measurement:
     settings: dict[str, Any]
     result: Result
     variant: str
-    source: str
+    dataset: dict[str, Any]
     minutes: float
     hardware: str
     scores: Tensor
+
+    @property
+    def data(self) -> str:
+        """Return the name of the tested dataset."""
+        return dataset_name(self.dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +122,12 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
     own = files.read_result()
     config = read_yaml(files.config)
     try:
-        settings = _identity(config)
-    except (KeyError, TypeError, AttributeError):  # foreign: a number where settings should be
+        settings, dataset = _identity(config), dict(config["dataset"])
+    except (KeyError, TypeError, ValueError, AttributeError):  # foreign: not the settings of a run
         raise UserError(f"{files.config} does not hold the settings of a run") from None
+    # A run is named by method and dataset; "folder" alone would not say which.
+    short, words = own.name.rpartition(" ")[2], dataset_name(dataset)
+    name = own.name + (words.removeprefix(short) if words.startswith(f"{short} ") else "")
     tests = [(own, files.scores, "")]  # a result, its scores, and how its adaptation differs
     for path in sorted(files.evaluations.glob("*.json")):
         result = Result.read(path)
@@ -127,23 +135,38 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
         if variant or result.protocol_id != own.protocol_id:
             tests.append((result, files.evaluation_scores(path), variant))
     for result, scores_file, variant in tests:
-        parts = [] if result.split == "test" else [f"split {result.split}"]
-        other = result.evaluation.get("dataset")
-        if other and result.protocol.get("data") != own.protocol.get("data"):
-            parts.append(other)
         scores = read_scores(scores_file)
         _check_scores(scores_file, scores, result)
         yield Measurement(
             folder=folder,
-            name=own.name,
+            name=name,
             settings=settings,
             result=dataclasses.replace(result, seed=own.seed),
             variant=variant,
-            source=" ".join(parts),
+            dataset=_tested_dataset(dataset, result.evaluation),
             minutes=own.seconds / 60,
             hardware=own.hardware,
             scores=scores,
         )
+
+
+def dataset_name(settings: Mapping[str, Any]) -> str:
+    """Return the name of a dataset with these settings: "glyphs", "cifar_fs", "folder letters"."""
+    kind = str(settings.get("_target_", "")).rpartition(".")[2].lower()
+    name, path = str(settings.get("name") or kind), settings.get("path")
+    return f"{name} {Path(str(path)).name}" if path and name == kind else name
+
+
+def _tested_dataset(own: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the run's own dataset, or of the one that an evaluation chose."""
+    settings = own
+    for word in evaluation.get("overrides", []):
+        key, _, value = str(word).partition("=")
+        if key == "dataset":
+            settings = {"_target_": str(evaluation.get("dataset")), "name": value}
+        elif key.startswith("dataset."):
+            settings = {**settings, key.removeprefix("dataset."): value.strip("'\"")}
+    return settings
 
 
 def _check_scores(file: Path, scores: Tensor, result: Result) -> None:

@@ -43,13 +43,14 @@ def _factor(score: str) -> int:
     return 100 if score.endswith("accuracy") else 1
 
 
-def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> None:
+def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, title: str) -> None:
     """Plot training and validation scores over meta-training steps.
 
     Args:
         rows: Logged metrics of each step, as in metrics.jsonl.
         score: Name of the score; validation points have 95% intervals.
         path: PNG file to write.
+        title: Title of the plot.
     """
     with _axes(path) as axes:
         factor = _factor(score)
@@ -64,7 +65,7 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path) -> N
             [factor * row[f"val.{score}_ci95"] for row in val],
             marker="o", markersize=3, capsize=2, label="validation, 95% interval",
         )  # fmt: skip
-        axes.set(xlabel="meta-training step", ylabel=_label(score))
+        axes.set(xlabel="meta-training step", ylabel=_label(score), title=title)
         axes.legend()
 
 
@@ -89,29 +90,6 @@ def draw_lines(
             )  # fmt: skip
         axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
         axes.legend(fontsize=8)
-
-
-def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot fitted curves: one column per method, one row per support set.
-
-    Args:
-        methods: Maps each method and row title to {"points": (x, y), "truth": (x, y),
-            "curves": {label: y}}.
-        path: PNG file to write.
-    """
-    titles = list(next(iter(methods.values())))
-    with _figure(path, 3 * len(methods), 2.6 * len(titles)) as figure:
-        panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
-        for column, (method, fits) in enumerate(methods.items()):
-            for row, title in enumerate(titles):
-                axes, fit = panels[row][column], fits[title]
-                axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
-                for label, y in fit["curves"].items():
-                    axes.plot(fit["truth"][0], y, linewidth=1, label=label)
-                axes.plot(*fit["points"], "k^", markersize=5, label="support set")
-                axes.set_title(f"{method}, {title}", fontsize=9)
-                axes.grid(alpha=0.3)
-        panels[0][0].legend(fontsize=7)
 
 
 def draw_comparison(

@@ -62,6 +62,11 @@ class Result:
         return float(self.training["val"][self.metric]["mean"])
 
     @property
+    def sign(self) -> int:
+        """Return 1 if a higher value of the metric is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    @property
     def shape(self) -> str:
         """Return way, shot and queries of the test episodes, like 5w 1s 15q."""
         return "{way}w {shot}s {query}q".format(**self.protocol)

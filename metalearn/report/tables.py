@@ -10,6 +10,7 @@ from rich.table import Table
 from metalearn.report.console import print_line
 from metalearn.report.result import Result
 from metalearn.report.stats import Difference
+from metalearn.tasks.types import Estimate
 
 
 def format_value(metric: str, value: float) -> str:
@@ -22,16 +23,33 @@ def format_interval(metric: str, mean: float, ci95: float) -> str:
     return f"{format_value(metric, mean)} ± {format_value(metric, ci95)}"
 
 
-def result_table(rows: list[dict[str, Any]]) -> Table:
-    """Return a console table. rows: column heading -> value."""
+def format_score(metric: str, score: Estimate | None) -> str:
+    """Return a score with the half-width of its interval as text; "" for None."""
+    return format_interval(metric, score.mean, score.ci95) if score else ""
+
+
+def result_table(rows: list[dict[str, Any]], wrapping: int = 1) -> Table:
+    """Return a console table.
+
+    Args:
+        rows: Column heading -> value.
+        wrapping: Number of leading columns that may wrap; numbers are never cut.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(rows[0]):
-        # Only the first column may wrap: numbers are never cut.
-        width = min(16, len(column)) if number else 12
-        table.add_column(column, no_wrap=number > 0, overflow="fold", min_width=width)
+        may_wrap = number < wrapping
+        width = 12 if may_wrap else min(16, len(column))
+        table.add_column(column, no_wrap=not may_wrap, overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     return table
+
+
+def least_width(rows: list[dict[str, Any]], first: int) -> int:
+    """Return the width of a `result_table` whose first column has `first` characters."""
+    columns = [[heading, *(str(row[heading]) for row in rows)] for heading in list(rows[0])[1:]]
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    return sum(width + 3 for width in widths) + first + 2
 
 
 def print_details(console: Console, result: Result) -> None:
@@ -70,15 +88,30 @@ def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
     return ["| " + " | ".join(str(cell) for cell in row) + " |" for row in cells]
 
 
+def result_line(result: Result) -> str:
+    """Return the score of a result in words."""
+    return f"{result.split} {result.metric} {format_score(result.metric, result.test)}"
+
+
+def trial_row(name: str, result: Result) -> dict[str, Any]:
+    """Return a row for `result_table`: a trial of a search, with its validation score."""
+    metric, training = result.metric, result.training
+    return {
+        "trial": name,
+        f"val {metric}": format_score(metric, Estimate(**training["val"][metric])),
+        "best step": training["best_step"],
+        f"test {metric}": format_score(metric, result.test if result.split == "test" else None),
+        "minutes": f"{result.seconds / 60:.1f}",
+    }
+
+
 def result_row(name: str, result: Result) -> dict[str, Any]:
     """Return a row for `result_table`."""
     return {
         "run": name,
         "episode": result.shape,
         "statistics": result.protocol["statistics"],
-        f"{result.split} {result.metric}": format_interval(
-            result.metric, result.test.mean, result.test.ci95
-        ),
+        f"{result.split} {result.metric}": format_score(result.metric, result.test),
         "protocol": result.protocol_id,
         "minutes": f"{result.seconds / 60:.1f}",
     }

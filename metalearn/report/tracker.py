@@ -14,7 +14,6 @@ from rich.table import Table
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import print_line
 from metalearn.report.folder import RunFolder
-from metalearn.report.plots import draw_learning_curve
 from metalearn.report.progress import Listener, Probe, Progress
 from metalearn.report.result import Result
 from metalearn.report.wandb_run import WandbRun
@@ -104,9 +103,8 @@ class Tracker(Listener):
         print_line(self._console, line)
 
     def finish(self, result: Result, table: Table) -> None:
-        """Draw the learning curve, and send the final result, table and curve to W&B."""
+        """Send the final result, its table and the learning curve to W&B."""
         curve = self._files.curve
-        draw_learning_curve(self.rows, self.score, curve)
         if self._wandb:
             self._wandb.log_result(result, table, curve)
 

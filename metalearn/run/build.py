@@ -8,6 +8,7 @@ import torch
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
+from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
 from metalearn.run.engines import make_engines, stored_choices
@@ -19,7 +20,7 @@ from metalearn.system.processes import Processes
 from metalearn.tasks import prng
 from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.metrics import Metric
-from metalearn.tasks.sampling import SAMPLER_VERSION, STREAMS, BatchSource, Shape, TaskSource
+from metalearn.tasks.sampling import SAMPLER_VERSION, BatchSource, Shape, TaskSource
 from metalearn.tasks.types import Spec, State
 
 #: Random stream of the initial weights; `metalearn.tasks.sampling` numbers those of the tasks.
@@ -34,7 +35,7 @@ class Run:
         config: The settings.
         algorithm: The method with its backbone.
         state: Initial parameters and buffers.
-        train: Tasks or batches of training.
+        train: Tasks or batches of training; those of the test in a run that is only tested.
         val: Tasks of validation; None in a run that is only tested.
         test: Tasks of the test.
         train_engine: Engine of training.
@@ -132,6 +133,10 @@ def build(
     )
     with group.leader_first():
         data = dataset.open(data_folder(settings), cache_folder(settings), device)
+    if only_test == "all":
+        if not isinstance(data, ClassData):
+            raise UserError("split=all: this dataset has no classes; use split=test")
+        data = data.with_all_classes()
     episode = settings.episode
     test_shape, train_shape = (
         Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)
@@ -141,14 +146,17 @@ def build(
         train_shape = test_shape
     check_inputs(settings, algorithm, data.inputs)
     augmentation = augmentation_of(settings)
-    train: BatchSource = (
-        data.episodes("train", train_shape, settings.seed, augmentation)
-        if settings.train.source == "episodes"
-        else data.batches("train", settings.train.batch_size, settings.seed, augmentation)
-    )
-    val = None if only_test else data.episodes("val", test_shape, settings.episode_seed)
     test_split = only_test or "test"
     test = data.episodes(test_split, test_shape, settings.episode_seed)
+    train: BatchSource = test  # a foreign dataset need not suffice for training
+    val: TaskSource | None = None
+    if not only_test:
+        train = (
+            data.episodes("train", train_shape, settings.seed, augmentation)
+            if settings.train.source == "episodes"
+            else data.batches("train", settings.train.batch_size, settings.seed, augmentation)
+        )
+        val = data.episodes("val", test_shape, settings.episode_seed)
     inputs, outputs = data.inputs, data.outputs or episode.way
     spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
@@ -180,7 +188,10 @@ def build(
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
         content_hash=data.content_hash,
-        class_names={split: data.class_names(split) for split in STREAMS},
+        class_names={
+            split: data.class_names(split)
+            for split in dict.fromkeys(("train", "val", "test", test_split))
+        },
         test_split=test_split,
         config=settings,
         algorithm=algorithm,

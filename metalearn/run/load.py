@@ -54,6 +54,9 @@ def load(
     """
     registry.add(plugins)
     folder = Path(run_folder)
+    files = RunFolder(folder)
+    if files.is_started and not files.best.exists():
+        raise UserError(f"{folder}: not finished; to finish it: metalearn resume {folder}")
     composed = composition.load_config(folder)
     settings = checking.check_config(composed)
     if statistics is None:
@@ -61,7 +64,7 @@ def load(
     check_population(settings, statistics)
     changed: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
     settings = checking.check_config(changed)
-    content = checkpoint.load(RunFolder(folder).best, device_of(settings.device))
+    content = checkpoint.load(files.best, device_of(settings.device))
     return Model(composed, settings, content, folder)
 
 

@@ -1,5 +1,6 @@
 """One measurement: test a state on the test episodes of a run, and save the scores."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from metalearn.report.result import Result
 from metalearn.report.scores import write_csv, write_scores
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run
-from metalearn.tasks.types import State
+from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.types import Estimate, State
 
 #: Half-widths of the interval for which the required number of episodes is reported.
 _HALF_WIDTHS = (0.005, 0.001)
@@ -95,6 +98,15 @@ def measure(
     return result, scores
 
 
+def validation_result(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:
+    """Return the validation score of a run that is not tested as a result; it has no protocol."""
+    return Result(
+        metric=run.metric.name, higher_is_better=run.metric.higher_is_better, test=score,
+        details={}, protocol={}, protocol_id="", name=name, seed=run.config.seed,
+        environment=environment, seconds=0.0, split="val",
+    )  # fmt: skip
+
+
 def trained_state(run: Run, folder: Path) -> State:
     """Load the best state of the run in a folder.
 
@@ -102,4 +114,19 @@ def trained_state(run: Run, folder: Path) -> State:
         UserError: If its weights do not fit the run.
     """
     content = checkpoint.load(RunFolder(folder).best, run.device)
-    return checkpoint.state(content, run.state, folder)
+    spec = content.get("spec", {})
+    known = dataclasses.replace(
+        run.spec, train_classes=spec.get("train_classes", run.spec.train_classes)
+    )
+    expected = run.state if known == run.spec else run.algorithm.init(known, prng.key_of(0))
+    try:
+        return checkpoint.state(content, expected, folder)
+    except UserError:
+        here, trained = known.input_shape, tuple(spec.get("input_shape", ()))
+        if here == trained or len(here) != len(trained) or len(here) != 3:
+            raise
+        both = ("x".join(map(str, shape)) for shape in (here, trained))
+        raise UserError(
+            "dataset: its images are {}, but the run was trained on {}; ".format(*both)
+            + f"use {trained[0]} channels (dataset.colour) and dataset.image_size={trained[-1]}"
+        ) from None

@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from metalearn.config import checking, composition, roles
 from metalearn.config.checking import check_config
@@ -22,13 +21,14 @@ from metalearn.report import tables
 from metalearn.report.console import print_line
 from metalearn.report.environment import describe_environment
 from metalearn.report.folder import RunFolder
+from metalearn.report.plots import draw_learning_curve
 from metalearn.report.progress import SILENT
 from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
-from metalearn.run.measure import measure
+from metalearn.run.measure import measure, validation_result
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
 from metalearn.system.lock import alone_in, is_in_use
@@ -42,12 +42,16 @@ def train(
     overrides: list[str],
     console: Console,
     recipe: str = "",
+    title: str = "",
+    is_tested: bool = True,
 ) -> float:
     """Train one run and write its results to a folder.
 
     With `resume=auto`, an interrupted run in the folder is resumed and a finished one is shown
     again. With several processes (torchrun), the leading process calls this and the others
     `follow`.
+
+    A run that is not tested has validation.json, not result.json; resuming it tests it.
 
     Args:
         config: The composed configuration.
@@ -56,6 +60,8 @@ def train(
         overrides: Command-line overrides, saved with the result.
         console: Where to print.
         recipe: A line about the recipe in use.
+        title: A line that introduces a run of a sweep, whose result is then shown in one line.
+        is_tested: Whether to test the trained run.
 
     Returns:
         The best validation score.
@@ -67,8 +73,10 @@ def train(
     """
     settings, files = check_config(config), RunFolder(folder)
     is_resumed = _is_resumed(files, settings)
-    if is_resumed and files.is_finished:
-        return _show_again(files, name, console)
+    if is_resumed and (files.is_finished or (files.is_trained and not is_tested)):
+        return _show_again(files, console, title)
+    if title:
+        print_line(console, title)
     if is_resumed:
         settings = _with_stored_choices(settings, files)
     start = time.perf_counter()
@@ -97,14 +105,14 @@ def train(
         try:
             with tracker.progress.live():
                 fitted = loop.fit(run, tracker, folder, stored)
-                result, _ = measure(
-                    run,
-                    fitted.state,
-                    name,
-                    environment,
-                    folder / "test_",
-                    listener=tracker,
-                )
+                draw_learning_curve(tracker.rows, run.metric.name, files.curve, name)
+                if is_tested:
+                    prefix = folder / "test_"
+                    result, _ = measure(
+                        run, fitted.state, name, environment, prefix, listener=tracker
+                    )
+                else:
+                    result = validation_result(run, fitted.best_val, name, environment)
             result.seconds = time.perf_counter() - start + tracker.seconds_before
             result.training = {
                 "command": shlex.join(["metalearn", "train", *overrides]),
@@ -114,16 +122,23 @@ def train(
                 "engine": run.choices,
                 "processes": run.processes.size,
             }
-            table = tables.result_table([tables.result_row(name, result)])
-            tracker.finish(result, table)
+            if is_tested:
+                tracker.finish(result, tables.result_table([tables.result_row(name, result)]))
             if not files.is_started:  # the folder was removed, and perhaps made again
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files.config))
-            result.write(files.result)  # last: it marks the run as finished
+            if is_tested:
+                result.write(files.result)  # last: it marks the run as finished
+                files.validation.unlink(missing_ok=True)
+            else:
+                result.write(files.validation)
             files.error.unlink(missing_ok=True)
             has_failed = False
         finally:
             tracker.close(has_failed)
-    _show(files, result, table, console)
+    if title:
+        print_line(console, f"  {tables.result_line(result)}")
+    else:
+        _show(files, result, console)
     return fitted.best_val.mean
 
 
@@ -296,17 +311,19 @@ def _explain_interruptions(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _show_again(files: RunFolder, name: str, console: Console) -> float:
-    """Show the result of a finished run. Return its validation score."""
+def _show_again(files: RunFolder, console: Console, title: str) -> float:
+    """Show a finished run, in one line if it has a title. Return its validation score."""
     result = files.read_result()
-    print_line(console, f"{files.path} holds this run, finished:")
-    table = tables.result_table([tables.result_row(name, result)])
-    _show(files, result, table, console)
+    if title:
+        print_line(console, f"{title}: finished, {tables.result_line(result)}")
+    else:
+        print_line(console, f"{files.path} holds this run, finished:")
+        _show(files, result, console)
     return result.validation_score
 
 
-def _show(files: RunFolder, result: Result, table: Table, console: Console) -> None:
-    console.print(table)
+def _show(files: RunFolder, result: Result, console: Console) -> None:
+    console.print(tables.result_table([tables.result_row(result.name, result)]))
     tables.print_details(console, result)
     for file in files.outputs():
         print_line(console, f"  {file}")

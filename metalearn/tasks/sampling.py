@@ -17,8 +17,9 @@ from metalearn.tasks.types import Batch, Query, Support, Task
 
 #: Version of the sampling rules; different versions give different episodes.
 SAMPLER_VERSION = 2
-#: Random stream of each split, so that one seed gives different tasks in different splits.
-STREAMS = {"train": 0, "val": 1, "test": 2}
+#: Random stream of each split, so that one seed gives different tasks in different splits; "all"
+#: has the classes of the other three.
+STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3}
 
 
 @dataclasses.dataclass(frozen=True)
