@@ -144,7 +144,7 @@ class Model:
         if len(items) == 0:
             items = torch.zeros(0, *self.spec.input_shape)
         elif all(isinstance(item, str | Path | Image.Image) for item in items):
-            items = torch.stack([self._read_image(item) for item in items])
+            items = torch.stack([self.read_image(item) for item in items])
         try:
             inputs = torch.as_tensor(items)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -175,7 +175,12 @@ class Model:
             inputs = (inputs - shift) * scale
         return inputs
 
-    def _read_image(self, image: str | Path | Image.Image) -> Tensor:
+    def read_image(self, image: str | Path | Image.Image) -> Tensor:
+        """Read an image as the run's dataset reads its own: uint8 [C, H, W].
+
+        Raises:
+            UserError: If it is not an image, or the run's dataset reads none.
+        """
         if not self._dataset.reads_image_files:
             raise UserError(f"{image}: this run's dataset does not read images")
         try:
