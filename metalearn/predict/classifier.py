@@ -110,6 +110,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self._network
 
     @property
+    def labels_(self) -> np.ndarray:
+        """The class of each example [M]."""
+        labels: np.ndarray = self.classes_[self._targets]
+        return labels
+
+    @property
     def _is_run(self) -> bool:
         return self.run is not None and self.head == "auto"
 
@@ -161,10 +167,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if not hasattr(self, "classes_"):
             return self.fit(X, y, notes)
         x, labels = self._examples(X, y, reset=False)
-        old = self.classes_[self._targets]
         more = list(notes) if notes is not None else [{}] * len(x)
         self._set_examples(
-            np.concatenate([self.examples_, x]), np.concatenate([old, labels]), self.notes_ + more
+            np.concatenate([self.examples_, x]),
+            np.concatenate([self.labels_, labels]),
+            self.notes_ + more,
         )
         return self
 
@@ -177,7 +184,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         if missing := [one for one in classes if one not in self.classes_.tolist()]:
             raise ValueError(f"there is no class {missing[0]!r}")
-        labels = self.classes_[self._targets]
+        labels = self.labels_
         stays = ~np.isin(labels, list(classes))
         notes = [note for note, one in zip(self.notes_, stays, strict=True) if one]
         self._set_examples(self.examples_[stays], labels[stays], notes)
