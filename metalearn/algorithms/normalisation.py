@@ -25,6 +25,11 @@ class Normalisation:
     #: True if meta-training collects population statistics.
     has_population: ClassVar[bool] = False
 
+    @property
+    def is_independent(self) -> bool:
+        """Return True if embeddings at prediction do not depend on other inputs."""
+        return self.has_population or not self.backbone.normalises
+
     def for_training(self, state: State) -> Params | None:
         """Return statistics for support sets and batches in meta-training; None for their own."""
         return None
@@ -117,15 +122,16 @@ class SupportPlusOneStatistics(Normalisation):
 class PopulationStatistics(Normalisation):
     """Normalise predictions by running averages of meta-training (inductive).
 
-    A frozen backbone uses its own in meta-training too.
+    A frozen or external backbone uses its own in meta-training too.
     """
 
     is_transductive: ClassVar[bool] = False
     has_population: ClassVar[bool] = True
 
     def for_training(self, state: State) -> Params | None:
-        """Return the population statistics for a frozen backbone, else None."""
-        return self.for_support(state) if self.backbone.is_frozen else None
+        """Return the population statistics for a frozen or external backbone, else None."""
+        is_fixed = self.backbone.is_frozen or self.backbone.is_external
+        return self.for_support(state) if is_fixed else None
 
     def for_support(self, state: State) -> Params | None:
         """Return the population statistics."""

@@ -1,7 +1,8 @@
 """The contract of a backbone: a network that maps inputs to embeddings, independent of classes."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ class Backbone:
 
     #: Kinds of input the network accepts: "images", "tokens", "features".
     input_kinds: ClassVar[tuple[str, ...]] = ("images",)
+    #: True for a network of another library. It takes images in [0, 1] and standardises them
+    #: itself, always uses its population statistics, and is applied to one task at a time.
+    is_external: ClassVar[bool] = False
 
     eps: float = above(0, default=1e-5)
     kernels: Kernels = given_by_run(Kernels())
@@ -41,6 +45,18 @@ class Backbone:
     def without_weights(self) -> "Backbone":
         """Return a copy that reads no pretrained weights, for a run whose checkpoint has them."""
         return self
+
+    def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return what the weights were trained on before the run; {} if on nothing.
+
+        Args:
+            names: Names of classes.
+
+        Returns:
+            "data": a name, or None if unknown; "shared": those of the classes that it contains,
+            as far as names show.
+        """
+        return {}
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         """Return initial parameters and population statistics.

@@ -1,26 +1,25 @@
 """ResNet-18 of torchvision, optionally with its weights (He et al. 2016)."""
 
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metalearn.backbones import weights
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.layers import conv_norm, init_conv_norm
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.system.download import run_download
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 _FILTERS = (64, 128, 256, 512)
 _BLOCKS = 2
 _COLOURS = 3
+_NAME = "ResNet-18"
 #: Ends one name of a state dict of this network only; what precedes it there precedes all names.
 _UNIQUE = "layer1.0.conv1.weight"
 
@@ -86,19 +85,15 @@ class ResNet18(Backbone):
         params: Params = {}
         population: Params = {}
         for number, layer in enumerate(_layers()):
-            weights, statistics = init_conv_norm(
+            own, statistics = init_conv_norm(
                 layer.name, prng.fold_in(key, number), layer.out, layer.channels, layer.size
             )
-            params |= weights
+            params |= own
             population |= statistics
         if self.weights is not None:
-            self._load(
-                params,
-                population,
-                _imagenet()
-                if self.weights == "imagenet"
-                else _read(Path(self.weights).expanduser()),
-            )
+            is_hub = self.weights == "imagenet"
+            path = weights.download(_address()) if is_hub else Path(self.weights).expanduser()
+            self._load(params, population, weights.read(path, _UNIQUE, _NAME))
         return params, population
 
     def _load(self, params: Params, population: Params, state_dict: dict[str, Any]) -> None:
@@ -117,15 +112,7 @@ class ResNet18(Backbone):
                 )
 
     def _tensor(self, state_dict: dict[str, Any], name: str, like: Tensor) -> Tensor:
-        """Return a tensor of a state dict, with the shape, dtype and device of `like`."""
-        value = state_dict.get(name)
-        if not isinstance(value, Tensor) or value.shape != like.shape:
-            problem = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "missing"
-            raise UserError(
-                f"backbone.weights={self.weights}: {name} is {problem}; "
-                "should be a state dict of ResNet-18"
-            )
-        return value.to(like)
+        return weights.tensor(state_dict, name, like, self.weights, _NAME)
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         """Return (512,); raise UserError unless images have 1 or 3 channels."""
@@ -155,42 +142,3 @@ def _address() -> str:
     from torchvision.models import ResNet18_Weights  # takes seconds to import
 
     return str(ResNet18_Weights.IMAGENET1K_V1.url)
-
-
-def _imagenet() -> dict[str, Any]:
-    """Load torchvision's weights from torch's hub folder, downloading them first if needed."""
-    url = _address()
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.exists():
-        checksum = path.stem.rsplit("-", 1)[-1]  # the name contains the start of its SHA-256
-        run_download(
-            url,
-            path.parent,
-            lambda: torch.hub.download_url_to_file(url, str(path), checksum, progress=False),
-            "download it yourself and set backbone.weights=<file>",
-        )
-    return _read(path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a state dict, also inside "state_dict" or "model", or with a prefix before all names."""
-    what = "should be a state dict of ResNet-18, saved with torch.save(model.state_dict(), …)"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"backbone.weights={path}: contains other objects than tensors, such as a module, or "
-            f"is corrupt; {what}"
-        ) from None
-    except Exception as error:  # a corrupt file can raise any exception in torch.load
-        raise UserError(
-            f"backbone.weights={path}: not a readable weights file ({first_line(error)}); {what}"
-        ) from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise UserError(f"backbone.weights={path}: {what}")
-    names = [name for name in map(str, content) if f".{name}".endswith(f".{_UNIQUE}")]
-    prefix = min(names, key=len, default=_UNIQUE).removesuffix(_UNIQUE)
-    return {str(name).removeprefix(prefix): value for name, value in content.items()}

@@ -84,6 +84,7 @@ class EngineConfig:
     convolution: str = choice("auto", "plain", "unfold", rounds=True)
     cuda_graph: bool = setting(default=True)
     rematerialise: bool = setting(rounds=True)
+    features: bool = setting(default=False, rounds=True)
     profile: bool = setting()
     choices: str | None = setting(rounds=True)
 

@@ -89,6 +89,7 @@ class ImageDataset(Dataset):
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
         channels: 1 or 3, to convert the images for a network; None for those of the dataset.
+        raw: Leave images in [0, 1], for a network that standardises them itself.
     """
 
     reads_image_files: ClassVar[bool] = True
@@ -97,6 +98,7 @@ class ImageDataset(Dataset):
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
     channels: int | None = given_by_run(None)
+    raw: bool = given_by_run(False)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image to the dataset's channels and size, uint8 [C, H, W]."""
@@ -148,7 +150,7 @@ class ImageDataset(Dataset):
         if self.channels is not None:
             images = with_channels(images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
-        if standardise:
+        if standardise and not self.raw:
             shift, scale = _moments(images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
             images.to(device),

@@ -80,7 +80,9 @@ class Engine:
         few = query.shape[1] < _FEW_QUERIES
         strategy = self.strategy
         if strategy == "auto":
-            if not cpu:
+            if self.algorithm.backbone.is_external:
+                strategy = "loop"
+            elif not cpu:
                 strategy = "vmap"
             elif count == 1 or not self.algorithm.is_iterative:
                 strategy = "loop"  # a single task is already a large batch
@@ -156,7 +158,7 @@ class Engine:
         total: Any = None
         values: list[Tensor] = []
         for chunk in _split(tasks, self.chunk):
-            with self._precision(chunk):
+            with self.autocast(chunk.key.device):
                 losses = self._losses(State(params, state.buffers), chunk, progress)
             gradients = torch.autograd.grad(
                 losses.value.sum() / count, leaves, materialize_grads=True
@@ -173,10 +175,11 @@ class Engine:
         gradients, logs, statistics, buffers = total
         return Step(gradients, logs, statistics, buffers, torch.cat(values))
 
-    def _precision(self, tasks: Task | Batch) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of `precision` for computations on a device."""
         if self.precision != "bf16":
             return contextlib.nullcontext()
-        return torch.autocast(tasks.key.device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16)
 
     def _with_kernels(self, batched: bool) -> Algorithm:
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
@@ -191,7 +194,7 @@ class Engine:
         if self.strategy == "vmap":
             return Loss(*vmap(loss, in_dims=(None, 0, None))(state, tasks, progress))
         if self.strategy == "loop" or isinstance(tasks, Batch):
-            state = _channels_last(state)
+            state = channels_last(state)
             return _stack([loss(state, task, progress) for task in _unbind(tasks)])
         learners = self._adapt(state, tasks, algorithm.training_steps)
         each = zip(_unbind(learners), _unbind(tasks.query), tasks.key.unbind(), strict=True)
@@ -244,7 +247,7 @@ class Engine:
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
             parts = []
             for chunk in _split(few, size):
-                with self._precision(chunk):
+                with self.autocast(chunk.key.device):
                     parts.append(self._chunk_outputs(output, state, chunk, steps))
             return torch.cat(parts)
 
@@ -291,10 +294,10 @@ def _unbind(tree: Any) -> list[Any]:
     """Split a batched tree into its T trees."""
     leaves, spec = pytree.tree_flatten(tree)
     rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    return [_channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
+    return [channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
 
 
-def _channels_last(tree: Any) -> Any:
+def channels_last(tree: Any) -> Any:
     """Convert images and weights to the fastest layout for plain convolutions on CPU."""
 
     def convert(leaf: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ class Listener:
     def episodes(self, phase: str, done: int, total: int) -> None:
         """Count evaluated episodes of the phase "val" or "test"; `done` is 0 at its beginning."""
 
+    def embedding(self, done: int, total: int) -> None:
+        """Count inputs embedded once for all episodes."""
+
     def log(self, row: dict[str, Any]) -> None:
         """Log a row: `step` and its metrics."""
 
@@ -215,6 +218,15 @@ class Progress:
             self._enter("train", self._forecast.step, self._settings.train.steps)
         else:
             self._print_if_due()
+
+    def embedding(self, done: int, total: int) -> None:
+        """Count inputs embedded once for all episodes."""
+        line = "" if done == total else f"embedding input {done:,}/{total:,}"
+        self._status = line
+        is_due = time.monotonic() - self._printed > _QUIET_SECONDS
+        if line and is_due and not self._console.is_terminal:
+            print_line(self._console, line)
+            self._printed = time.monotonic()
 
     def _measure(self, now: float) -> None:
         """Measure the speed of the phase since it was measured last."""

@@ -46,6 +46,14 @@ def print_details(console: Console, result: Result) -> None:
         )
         parts.append(f"±0.10% needs {details['episodes_needed']['0.001']:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
+    if pretraining := details.get("pretraining"):
+        data, shared = pretraining["data"], pretraining["shared"]
+        text = "it may contain test classes"
+        if shared:
+            names = f"{', '.join(shared[:5])}{', …' if len(shared) > 5 else ''}"
+            number = f"at least {len(shared)} of the {pretraining['classes']} test classes"
+            text = f"which contains {number}, by their names: {names}"
+        print_line(console, f"  pretrained on {data or 'data that are not stated'}, {text}")
 
 
 def format_difference(metric: str, difference: Difference) -> str:

@@ -80,6 +80,10 @@ class Tracker(Listener):
         """Count evaluated episodes."""
         self.progress.episodes(phase, done, total)
 
+    def embedding(self, done: int, total: int) -> None:
+        """Count embedded inputs."""
+        self.progress.embedding(done, total)
+
     def log(self, row: dict[str, Any]) -> None:
         """Log one row of metrics."""
         row = row | {"seconds": round(self.seconds_before + time.perf_counter() - self._start, 2)}

@@ -127,10 +127,12 @@ def build(
             raise UserError(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
-    dataset = components.make(settings.dataset, "dataset", channels=channels)
+    algorithm = algorithm_of(settings, is_restored)
+    dataset = components.make(
+        settings.dataset, "dataset", channels=channels, raw=algorithm.backbone.is_external
+    )
     with group.leader_first():
         data = dataset.open(data_folder(settings), cache_folder(settings), device)
-    algorithm = algorithm_of(settings, is_restored)
     episode = settings.episode
     test_shape, train_shape = (
         Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)

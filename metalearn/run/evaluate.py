@@ -137,7 +137,8 @@ class _Request:
     def statistics(self) -> list[str]:
         """The requested statistics, then their counterpart if the backbone normalises."""
         after = check_config(self.changed)
-        if not algorithm_of(after, is_restored=True).backbone.normalises:
+        backbone = algorithm_of(after, is_restored=True).backbone
+        if not backbone.normalises or backbone.is_external:
             return [after.statistics]
         return [after.statistics, inductive_counterpart(self.before, after.statistics)]
 

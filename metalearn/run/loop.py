@@ -16,7 +16,7 @@ from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener
 from metalearn.report.stats import estimate
-from metalearn.run import checkpoint, nonfinite, optimisers
+from metalearn.run import checkpoint, features, nonfinite, optimisers
 from metalearn.run.build import Run
 from metalearn.run.step import Training
 from metalearn.system import signals
@@ -88,6 +88,9 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     stored = run.processes.from_leader(stored)
     if stored is not None:
         training.load_state_dict(stored)
+    if settings.steps:
+        run = features.for_training(run, training.state, tracker)
+        training.use(run)
     take_step = Captured(
         training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note
     )
@@ -208,9 +211,10 @@ def evaluate(
     Returns:
         float32 [E] on the host.
     """
+    own = _own_parts(run, episodes)
+    engine, source = features.with_features(run, run.test_engine, source, state, own, listener)
     parts = {
-        part: run.test_engine.scores(state, source.draw(*part))
-        for part in _counted(_own_parts(run, episodes), "val", listener)
+        part: engine.scores(state, source.draw(*part)) for part in _counted(own, "val", listener)
     }
     return _gathered(run, parts, episodes).cpu()
 
@@ -264,9 +268,11 @@ def test(
     """
     episodes = run.config.test.episodes
     columns: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for part in _counted(_own_parts(run, episodes), "test", listener):
-        tasks = run.test.draw(*part)
-        answers = (run.test_engine.predictions if run.family.predicts else run.test_engine.scores)(
+    own = _own_parts(run, episodes)
+    engine, source = features.with_features(run, run.test_engine, run.test, state, own, listener)
+    for part in _counted(own, "test", listener):
+        tasks = source.draw(*part)
+        answers = (engine.predictions if run.family.predicts else engine.scores)(
             state, tasks, steps
         )
         if not answers.isfinite().all():

@@ -77,6 +77,8 @@ def measure(
             )
         worst = [(name, share) for name, share, count in rows if count >= _MIN_QUERIES_OF_CLASS]
         details["worst_classes"] = dict(worst[:5])
+        if pretraining := run.algorithm.backbone.pretraining(names):
+            details["pretraining"] = pretraining | {"classes": len(names)}
     result = Result(
         metric=run.metric.name,
         higher_is_better=run.metric.higher_is_better,

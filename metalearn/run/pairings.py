@@ -42,6 +42,18 @@ def check(settings: RunConfig) -> None:
         )
     if algorithm.normalisation.has_population and not algorithm.backbone.normalises:
         raise UserError("statistics=population needs a backbone with normalisation")
+    if algorithm.backbone.is_external:
+        backbone = type(algorithm.backbone).__name__
+        if not algorithm.normalisation.has_population:
+            raise UserError(
+                f"statistics={settings.statistics}: backbone={backbone} always uses the population "
+                "statistics of its weights; use statistics=population"
+            )
+        if settings.engine.strategy not in ("auto", "loop"):
+            raise UserError(
+                f"engine.strategy={settings.engine.strategy}: backbone={backbone} is applied to "
+                "one task at a time; use engine.strategy=loop"
+            )
     if settings.engine.rematerialise and not algorithm.can_rematerialise:
         raise UserError(
             f"engine.rematerialise=true: {name} does not backpropagate through inner steps; "

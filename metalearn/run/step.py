@@ -74,6 +74,11 @@ class Training:
         self.meter = Meter(run.device)
         self.row: dict[str, Any] | None = None
 
+    def use(self, run: Run) -> None:
+        """Train with the tasks and the engine of another form of the same run."""
+        self._run = run
+        self._enter_stage()
+
     def meta_step(self) -> None:
         """Take one step on the device without reading a value on the host.
 

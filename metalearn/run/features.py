@@ -1,0 +1,444 @@
+"""Embed each input once: features for tests, for training with a frozen backbone, for `predict`.
+
+Where an embedding depends on its input alone, episodes gather features instead of images. Features
+of frozen networks are cached on disk, by the content of the input and the network.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from metalearn.algorithms.params import select
+from metalearn.backbones.base import Backbone
+from metalearn.backbones.normalisation import Normaliser
+from metalearn.backbones.pretrained import Pretrained
+from metalearn.config import components
+from metalearn.data.files import opaque, open_image
+from metalearn.engine import Engine, channels_last
+from metalearn.report.progress import Listener
+from metalearn.run.build import Run
+from metalearn.run.parts import cache_folder
+from metalearn.system.errors import UserError, first_line, is_out_of_memory
+from metalearn.tasks import prng
+from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
+from metalearn.tasks.store import Augmented, Store
+from metalearn.tasks.types import Batch, InputSpec, Params, State
+
+#: Inputs embedded at once. It never varies, so that features do not depend on what is cached.
+_BATCH = 32
+#: Features of a split that need more memory than this are not kept.
+_MAX_BYTES = 2**30
+
+#: Called with the numbers of inputs done and of all.
+Progress = Callable[[int, int], object]
+
+
+def embed(
+    images: Sequence[Image.Image | str | Path],
+    backbone: dict[str, Any],
+    device: torch.device,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    unreadable: dict[int, str] | None = None,
+) -> Tensor:
+    """Embed images with a pretrained network and its own preprocessing; cached on disk.
+
+    Args:
+        images: Files of any format and size, or PIL images.
+        backbone: Settings with `_target_`, such as those of conf/backbone/efficientnet_lite0.yaml.
+        device: Where to compute.
+        cache_dir: Folder of the cache.
+        progress: Called with the numbers of images done and of all.
+        unreadable: Gets the reason for each image that cannot be read, by its index; its features
+            are NaN. None: raise UserError for the first.
+
+    Returns:
+        Features, float32 [M, D], on the CPU.
+
+    Raises:
+        UserError: If weights or images cannot be read, the cache cannot be written, or the network
+            has no preprocessing of its own.
+    """
+    network = components.make(backbone, "backbone")
+    if not isinstance(network, Pretrained):
+        raise UserError(
+            f"backbone={type(network).__name__}: has no preprocessing of its own; use timm, "
+            "torchvision or efficientnet_lite0"
+        )
+    size = network.preprocessing.size
+    inputs = InputSpec((3, size, size))
+    params, population = network.init(inputs, prng.key_of(0, device=device))
+    failures: dict[int, str] = {}
+
+    def read(index: int, how: Callable[[Any], Any], otherwise: Any) -> Any:
+        """Apply a function to an image, or record why that is impossible."""
+        image = images[index]
+        try:
+            return how(image if isinstance(image, Image.Image) else Path(image).expanduser())
+        except Exception as error:  # a corrupt file can raise any exception in Pillow
+            if is_out_of_memory(error):
+                raise
+            failures[index] = first_line(error)
+        if unreadable is None:
+            name = f"image {index}" if isinstance(image, Image.Image) else image
+            raise UserError(f"{name} is not a readable image ({failures[index]})")
+        return otherwise
+
+    def load(indices: list[int]) -> Tensor:
+        black = torch.zeros(inputs.shape)
+        pixels = [read(index, lambda one: _pixels(one, network), black) for index in indices]
+        return torch.stack(pixels).to(device)
+
+    keys = [read(index, _image_key, b"") for index in range(len(images))]
+    name = _network_key(network, params | population, device)
+    with _opened(cache_dir, name) as cache, torch.no_grad():
+        z = _embed(
+            keys,
+            load,
+            lambda x: network.embed(params, x, population)[0],
+            math.prod(network.shape(inputs)),
+            cache,
+            progress,
+            failures,
+        )
+    z[list(failures)] = torch.nan
+    if unreadable is not None:
+        unreadable.update(failures)
+    return z
+
+
+def _image_key(image: Image.Image | Path) -> bytes:
+    if isinstance(image, Path):
+        return _digest(image.read_bytes())
+    return _digest(repr((image.mode, image.size)).encode(), image.convert("RGBA").tobytes())
+
+
+def _pixels(image: Image.Image | Path, network: Pretrained) -> Tensor:
+    """Return an image of any mode and size as the network's input in [0, 1], [3, size, size]."""
+    if isinstance(image, Path):
+        with open_image(image) as opened:
+            return _pixels(opened, network)
+    image = opaque(ImageOps.exif_transpose(image), "white")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    array = np.asarray(network.preprocessing.read(image.convert("RGB")))
+    return torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
+
+
+def with_features(
+    run: Run,
+    engine: Engine,
+    source: TaskSource,
+    state: State,
+    parts: list[tuple[int, int]],
+    listener: Listener,
+) -> tuple[Engine, TaskSource]:
+    """Return engine and source for tasks of features, or the given ones if that is impossible.
+
+    Args:
+        run: The run.
+        engine: The engine of the tasks.
+        source: The tasks.
+        state: Parameters and buffers that embed the inputs.
+        parts: (first, count) of the tasks that will be drawn; only their inputs are embedded.
+        listener: Receives the number of inputs embedded.
+    """
+    if not isinstance(source, EpisodeSampler) or not _is_possible(run, engine, source):
+        return engine, source
+    drawn = dataclasses.replace(source, store=_RowNumbers(source.store))
+    rows = []
+    for part in parts:
+        task = drawn.draw(*part)
+        examples = (task.support.x, task.query.x, task.support.unlabelled)
+        rows.append(torch.cat([x.flatten() for x in examples if x is not None]).unique())
+    store = _embedded(run, engine, source.store, state, torch.cat(rows).unique(), listener)
+    if store is None:
+        return engine, source
+    return _on_features(engine, source.store.spec), dataclasses.replace(source, store=store)
+
+
+def for_training(run: Run, state: State, listener: Listener) -> Run:
+    """Return a run that trains on features, if its backbone is frozen and that saves work."""
+    engine, source, train = run.train_engine, run.train, run.config.train
+    if not (
+        engine.algorithm.backbone.is_frozen
+        and isinstance(source, EpisodeSampler | BatchSampler)
+        and _is_possible(run, engine, source)
+    ):
+        return run
+    index = source.view.index
+    rows = index.rows.unique()
+    if source.view.has_rotations:
+        rows = torch.cat([rows + len(source.store) * turn for turn in range(4)])
+    first = source.draw(0, 1)
+    each = first.x.shape[1] if isinstance(first, Batch) else first.query.x.shape[1]
+    if len(rows) > train.steps * train.meta_batch * each:
+        return run
+    store = _embedded(run, engine, source.store, state, rows, listener)
+    if store is None:
+        return run
+    return dataclasses.replace(
+        run,
+        train=dataclasses.replace(source, store=store),
+        train_engine=_on_features(engine, source.store.spec),
+    )
+
+
+def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler) -> bool:
+    return (
+        run.config.engine.features
+        and engine.algorithm.embeds_alone
+        and source.store.spec.kind != "features"
+        and not isinstance(source.store, Augmented)
+    )
+
+
+def _on_features(engine: Engine, inputs: InputSpec) -> Engine:
+    """Return the engine of the same method on features of inputs."""
+    backbone = _Identity(of=engine.algorithm.backbone, inputs=inputs)
+    algorithm = dataclasses.replace(engine.algorithm, backbone=backbone)
+    return dataclasses.replace(engine, algorithm=algorithm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Identity(Backbone):
+    """The identity, in the place of the backbone that computed the features."""
+
+    input_kinds: ClassVar[tuple[str, ...]] = ("features",)
+
+    of: Backbone
+    inputs: InputSpec
+
+    @property
+    def normalises(self) -> bool:
+        return self.of.normalises
+
+    @property
+    def is_frozen(self) -> bool:
+        return True
+
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        return self.of.shape(self.inputs)
+
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        assert norm.film is None and not norm.collect
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowNumbers:
+    """A store whose inputs are their row numbers."""
+
+    store: Store
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec(())
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def load(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Features(_RowNumbers):
+    """Features [M, D] of some rows of a store; position: int64 [R], of each row in `values`."""
+
+    values: Tensor
+    position: Tensor
+
+    @property
+    def spec(self) -> InputSpec:
+        return InputSpec(tuple(self.values.shape[1:]))
+
+    def load(self, rows: Tensor) -> Tensor:
+        return self.values[self.position[rows]]
+
+    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
+        return self.load(rows)
+
+
+def _embedded(
+    run: Run, engine: Engine, store: Store, state: State, rows: Tensor, listener: Listener
+) -> _Features | None:
+    """Embed rows of a store, int64 [M]; None if their features need too much memory."""
+    backbone = engine.algorithm.backbone
+    size = math.prod(backbone.shape(store.spec))
+    if 4 * len(rows) * size > _MAX_BYTES:
+        listener.note(
+            f"{len(rows):,} inputs have features of {4 * len(rows) * size / 2**30:.1f} GiB; each "
+            "episode embeds its own"
+        )
+        return None
+    tensors = channels_last(select(state.params, "net"))
+    given = select(state.buffers, "net")
+
+    def load(indices: list[int]) -> Tensor:
+        return store.normalise(store.load(rows[indices]))
+
+    def network(x: Tensor) -> Tensor:
+        with engine.autocast(x.device):
+            return backbone.embed(tensors, channels_last(x), given or None)[0]
+
+    keys: list[bytes] | None = None
+    cache: contextlib.AbstractContextManager[_Cache | None] = contextlib.nullcontext()
+    if backbone.is_frozen:  # other networks change from run to run
+        chunks = range(0, len(rows), _BATCH)
+        indices = list(range(len(rows)))
+        keys = [
+            _digest(x.numpy())
+            for at in chunks
+            for x in load(indices[at : at + _BATCH]).cpu().contiguous()
+        ]
+        name = _network_key(backbone, tensors | given, rows.device, engine.precision)
+        cache = _opened(cache_folder(run.config), name)
+    with cache as opened, torch.no_grad():
+        values = _embed(
+            keys or [b""] * len(rows), load, network, size, opened, listener.embedding
+        ).to(rows.device)
+    position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
+    position[rows] = torch.arange(len(rows), device=rows.device)
+    return _Features(store, values, position)
+
+
+def _embed(
+    keys: list[bytes],
+    load: Callable[[list[int]], Tensor],
+    network: Callable[[Tensor], Tensor],
+    size: int,
+    cache: "_Cache | None",
+    progress: Progress | None,
+    failures: Mapping[int, str] = {},
+) -> Tensor:
+    """Embed inputs in batches, all of the same size; return float32 [M, D] on the CPU.
+
+    Args:
+        keys: Key of the content of each input, [M].
+        load: Returns the inputs of these indices, [B, *X].
+        network: Inputs to features [B, D].
+        size: D.
+        cache: Where to look first, and to store.
+        progress: Called with the numbers of inputs done and of all.
+        failures: Inputs that could not be loaded, which are not stored; `load` may add some.
+    """
+    z = torch.zeros(len(keys), size)
+    missing = list(range(len(keys))) if cache is None else cache.read(keys, z)
+    missing = [index for index in missing if index not in failures]
+    for start in range(0, len(missing), _BATCH):
+        chunk = missing[start : start + _BATCH]
+        padded = chunk + chunk[-1:] * (_BATCH - len(chunk))
+        z[chunk] = network(load(padded))[: len(chunk)].float().cpu()
+        if cache is not None:
+            cache.write([(keys[index], z[index]) for index in chunk if index not in failures])
+        if progress is not None:
+            progress(len(keys) - len(missing) + start + len(chunk), len(keys))
+    return z
+
+
+def _digest(*parts: Any) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()[:16]
+
+
+def _network_key(
+    backbone: Backbone, tensors: Params, device: torch.device, precision: str = "fp32"
+) -> str:
+    """Return a hash of everything but the input that features depend on, up to rounding."""
+    own = {
+        field.name: getattr(backbone, field.name)
+        for field in dataclasses.fields(backbone)
+        if "runtime" not in field.metadata and field.name not in ("weights", "frozen")
+    }
+    preprocessing = getattr(backbone, "preprocessing", None)
+    settings = (_BATCH, type(backbone).__name__, own, preprocessing, device.type, precision)
+    parts: list[Any] = [repr((*settings, torch.__version__)).encode()]
+    for name, value in sorted(tensors.items()):
+        parts += [name.encode(), value.detach().cpu().contiguous().numpy()]
+    return _digest(*parts).hex()
+
+
+class _Cache:
+    """Features by the content of their inputs, in a database that survives a kill at any time."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def read(self, keys: list[bytes], z: Tensor) -> list[int]:
+        """Write the stored features to their rows of z [M, D]; return the other rows."""
+        missing = []
+        for index, key in enumerate(keys):
+            row = self._connection.execute("SELECT value FROM features WHERE key = ?", (key,))
+            if (found := row.fetchone()) is None:
+                missing.append(index)
+            else:
+                z[index] = torch.frombuffer(bytearray(found[0]), dtype=torch.float32)
+        return missing
+
+    def write(self, rows: list[tuple[bytes, Tensor]]) -> None:
+        """Store features [D] by key, all or none."""
+        with self._connection:
+            self._connection.executemany(
+                "INSERT OR REPLACE INTO features VALUES (?, ?)",
+                [(key, value.numpy().tobytes()) for key, value in rows],
+            )
+
+
+@contextlib.contextmanager
+def _opened(cache_dir: Path, name: str) -> Iterator[_Cache]:
+    """Open the cache of a network.
+
+    Raises:
+        UserError: If it cannot be read or written.
+    """
+    path = cache_dir / f"features-{name}.sqlite"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(_connected(path)) as connection:
+            yield _Cache(connection)
+    except sqlite3.OperationalError as error:
+        raise UserError(
+            f"cache_dir={cache_dir} cannot be used ({first_line(error)}); choose another folder"
+        ) from None
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path} is corrupt ({first_line(error)}); remove it") from None
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    create = "CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
+    connection = sqlite3.connect(path, timeout=60)
+    try:
+        connection.execute(create)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        connection.close()
+        print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
+        path.unlink()
+        connection = sqlite3.connect(path, timeout=60)
+        connection.execute(create)
+    return connection
