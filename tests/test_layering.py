@@ -24,7 +24,7 @@ _ALLOWED = {
     "engine": {"tasks", "algorithms"},
     "report": {"tasks", "system", "config"},
     "run": {"tasks", "backbones", "algorithms", "data", "engine", "report", "system", "config"},
-    "predict": {"algorithms", "data", "report", "run", "system", "config"},
+    "predict": {"tasks", "algorithms", "data", "report", "run", "system", "config"},
     "cli": {
         *("tasks", "backbones", "algorithms", "data", "engine"),
         *("report", "system", "config", "run", "predict"),

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ expect to be right. Needs no training.
 
   support=      folder or zip with one subfolder per class, or a CSV file (path, label)
   query=        files, folder, zip, pattern, or a CSV file (path); may be given several times
-  backbone=     pretrained network: efficientnet_lite0 (default)
+  backbone=     pretrained network: efficientnet_lite0 (default), or timm, torchvision with
+                backbone.model=<name>
   run=          folder of a trained run, instead of backbone=
   head=         auto (default: cross-validation on the examples chooses, or the run's own method),
                 prototype, cosine, logistic, ridge, nearest
@@ -39,7 +41,7 @@ label. `plausible` is a conformal set; it is empty if no class fits well.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "{folder}", "support={folder}", "query={folder}", "run={folder}", "backbone=efficientnet_lite0",
+    "{folder}", "support={folder}", "query={folder}", "run={folder}", "backbone=efficientnet_lite0|timm|torchvision",
     "head=auto|prototype|cosine|logistic|ridge|nearest", "error_rate=0.1|0.05",
     "classifier={folder}", "add={folder}", "remove=", "out={folder}", "--json",
 )  # fmt: skip
@@ -60,8 +62,11 @@ def main(args: list[str]) -> int:
     for key in _KEYS:
         if key != "query" and (value := _arguments.take(words, key)) is not None:
             given[key] = value
+    settings = [word for word in words if word.startswith("backbone.")]
+    if settings:
+        given["backbone"] = shlex.join([given.get("backbone", _DEFAULT_BACKBONE), *settings])
     for word in words:
-        if not word.startswith("query=") and ("=" in word or word.startswith("-")):
+        if not word.startswith(("query=", "backbone.")) and ("=" in word or word.startswith("-")):
             raise UserError(f"{word}: predict takes no such argument{nearest(word, _KEYS)}")
     if ("support" in given) == ("classifier" in given):
         raise UserError(
@@ -129,7 +134,9 @@ def _classifier(given: dict[str, str], unpacked: Path) -> Any:
     from metalearn.predict.classifier import FewShotClassifier
 
     try:
-        rate = {"error_rate": float(given["error_rate"])} if "error_rate" in given else {}
+        rate: dict[str, Any] = {}
+        if "error_rate" in given:
+            rate["error_rate"] = float(given["error_rate"])
         if "support" in given:
             backbone = None if "run" in given else given.get("backbone", _DEFAULT_BACKBONE)
             classifier = FewShotClassifier(

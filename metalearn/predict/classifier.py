@@ -53,8 +53,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     """Learn classes from a few images of each, or from feature vectors.
 
     Args:
-        backbone: Name of a pretrained backbone; or a function from a list of images to features
-            [M, D]; or None, if `X` is feature vectors.
+        backbone: A pretrained backbone, such as "efficientnet_lite0" or "timm
+            backbone.model=resnet18"; or a function from a list of images to features [M, D]; or
+            None, if `X` is feature vectors.
         head: "prototype", "cosine", "logistic", "ridge" or "nearest"; "auto" chooses by
             cross-validation on the examples or, with `run`, adapts as the run was trained.
         run: Folder of a trained run to use instead of a backbone.
@@ -168,11 +169,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             return self.fit(X, y, notes)
         x, labels = self._examples(X, y, reset=False)
         more = list(notes) if notes is not None else [{}] * len(x)
-        self._set_examples(
-            np.concatenate([self.examples_, x]),
-            np.concatenate([self.labels_, labels]),
-            self.notes_ + more,
-        )
+        x, labels = np.concatenate([self.examples_, x]), np.concatenate([self.labels_, labels])
+        self._set_examples(x, labels, self.notes_ + more)
         return self
 
     def forget(self, classes: Sequence[Any]) -> Any:

@@ -3,17 +3,24 @@
 The only place that opens a backbone or a run for `FewShotClassifier`.
 """
 
+import functools
 import hashlib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metalearn.config import checking, components, paths
+from metalearn.config.composition import compose_config
 from metalearn.predict.confidence import Outputs
 from metalearn.report.folder import RunFolder
-from metalearn.run import load
+from metalearn.run import features, load
+from metalearn.run.parts import cache_folder, device_of
 from metalearn.system.errors import UserError, first_line
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec
 
 #: Images -> features, float [M, D]. An image is a file or a PIL image.
 Embedding = Callable[[list[Any]], Any]
@@ -52,6 +59,38 @@ class Function(Network):
     ) -> np.ndarray:
         """Call the function, which reads the images."""
         return np.asarray(self._embedding(list(images)), dtype=np.float32)
+
+
+class PretrainedFeatures(Network):
+    """A pretrained backbone, frozen; features are cached on disk.
+
+    Args:
+        backbone: Its name, followed by settings such as backbone.model=resnet18.
+    """
+
+    def __init__(self, backbone: str) -> None:
+        name, *settings = shlex.split(backbone)
+        words = [paths.literal(word, False) for word in settings]
+        config = checking.check_config(compose_config([f"backbone={name}", *words]))
+        self._embed = functools.partial(
+            features.embed,
+            backbone=config.backbone,
+            device=device_of(config.device),
+            cache_dir=cache_folder(config),
+        )
+        digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
+        tensors, buffers = components.make(config.backbone, "backbone").init(
+            InputSpec((3, 32, 32)), prng.key_of(0)
+        )
+        for key, value in sorted((tensors | buffers).items()):
+            digest.update(key.encode() + value.numpy().tobytes())
+        self.identity = digest.hexdigest()
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Embed images."""
+        return self._embed(images, unreadable=unreadable).numpy()
 
 
 class RunFeatures(Network):
@@ -124,7 +163,5 @@ def open_network(
     if run is not None:
         return RunFeatures(run) if has_head else AdaptingRun(run)
     if isinstance(backbone, str):
-        raise UserError(
-            f"backbone={backbone}: this version has no pretrained backbones; use run=<folder>"
-        )
+        return PretrainedFeatures(backbone)
     return None if backbone is None else Function(backbone)

@@ -82,14 +82,13 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     if interval is not None and alone:
         lines.append(f"Not checked, as they have one example: {', '.join(map(str, alone))}.")
     weak = []
-    for row, name in enumerate(names if trust.confusion else []):
-        total, right = sum(trust.confusion[row]), trust.confusion[row][row]
+    for row, counts in enumerate(trust.confusion):
+        total, right = sum(counts), counts[row]
         if total and right / total < _WEAK:
-            others = [
-                -1.0 if one == row else count for one, count in enumerate(trust.confusion[row])
-            ]
-            other = names[others.index(max(others))]
-            weak.append((right / total, f"{name} ({right:.3g} of {total:.3g}, taken for {other})"))
+            wrong = [*counts[:row], -1.0, *counts[row + 1 :]]
+            other = names[wrong.index(max(wrong))]
+            text = f"{names[row]} ({right:.3g} of {total:.3g}, taken for {other})"
+            weak.append((right / total, text))
     if weak:
         lines.append(
             "More examples would help most for: "
@@ -204,13 +203,8 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], paths: list[Pat
         for place, index in enumerate(order):
             one = result["predictions"][index]
             image = _image(thumbnail(paths[index]) if place < _SHOWN else "")
-            second = f"{_shown(one['second'])} ({_shown(one['second_probability'])})"
-            texts = [one["file"], one["label"] if one["error"] is None else one["error"]]
-            texts += [one["probability"], second if one["error"] is None else ""]
-            texts += [
-                "; ".join(map(str, one["plausible"] or [])),
-                "unknown" if one["unknown"] else "",
-            ]
+            texts = [one["file"], one["error"] or one["label"], one["probability"], one["second"]]
+            texts += ["; ".join(map(str, one["plausible"] or [])), "yes" if one["unknown"] else ""]
             rows.append(_row([image, *map(_cell, texts)]))
         sections.append(f"<h2>Predictions, least certain first</h2>\n{_table(head, rows)}")
     names = [str(name) for name in classifier.classes_.tolist()]
@@ -221,9 +215,7 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], paths: list[Pat
              if row != column and count > 0),
             reverse=True,
         )  # fmt: skip
-        rows = [
-            _row(map(_cell, (name, other, f"{count:.3g}"))) for count, name, other in pairs[:50]
-        ]
+        rows = [_row(map(_cell, (one, other, f"{count:.3g}"))) for count, one, other in pairs[:50]]
         table = _table(("class", "taken for", "examples"), rows) if rows else "<p>None.</p>"
         sections.append(f"<h2>Confusions among your examples</h2>\n{table}")
     return string.Template(template.read_text()).substitute(
