@@ -41,7 +41,8 @@ label. `plausible` is a conformal set; it is empty if no class fits well.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "{folder}", "support={folder}", "query={folder}", "run={folder}", "backbone=efficientnet_lite0|timm|torchvision",
+    "{folder}", "support={folder}", "query={folder}", "run={folder}",
+    "backbone=efficientnet_lite0|timm|torchvision",
     "head=auto|prototype|cosine|logistic|ridge|nearest", "error_rate=0.1|0.05",
     "classifier={folder}", "add={folder}", "remove=", "out={folder}", "--json",
 )  # fmt: skip
