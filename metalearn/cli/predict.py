@@ -68,7 +68,9 @@ def main(args: list[str]) -> int:
         given["backbone"] = shlex.join([given.get("backbone", _DEFAULT_BACKBONE), *settings])
     for word in words:
         if not word.startswith(("query=", "backbone.")) and ("=" in word or word.startswith("-")):
-            raise UserError(f"{word}: predict takes no such argument{nearest(word, _KEYS)}")
+            raise UserError(
+                f"{word}: predict takes no such argument{nearest(word.partition('=')[0], _KEYS)}"
+            )
     if ("support" in given) == ("classifier" in given):
         raise UserError(
             "predict: takes support=<examples> or classifier=<folder>; see metalearn predict --help"
@@ -136,8 +138,11 @@ def _classifier(given: dict[str, str], unpacked: Path) -> Any:
 
     try:
         rate: dict[str, Any] = {}
-        if "error_rate" in given:
-            rate["error_rate"] = float(given["error_rate"])
+        if value := given.get("error_rate"):
+            try:
+                rate["error_rate"] = float(value)
+            except ValueError:
+                raise ValueError(f"error_rate={value}: should be between 0 and 1") from None
         if "support" in given:
             backbone = None if "run" in given else given.get("backbone", _DEFAULT_BACKBONE)
             classifier = FewShotClassifier(

@@ -103,8 +103,9 @@ def hold_out(
 def temperature(logits: np.ndarray, y: np.ndarray, examples: int) -> float:
     """Find the temperature that minimises the cross-entropy of held-out predictions.
 
-    Temperature scaling (Guo et al. 2017) with Platt's (1999) targets: a share of 1 / (M + 2)
-    belongs to the other classes, so that the temperature of a faultless classifier is not 0.
+    Temperature scaling (Guo et al. 2017) with smoothed targets, as Platt's (1999): a share of
+    0.5 / (M + 1) belongs to the other classes, so that the temperature of a faultless classifier
+    is not 0.
 
     Args:
         logits: [P, N].
@@ -112,7 +113,7 @@ def temperature(logits: np.ndarray, y: np.ndarray, examples: int) -> float:
         examples: Number of different examples M among the predictions.
     """
     way = logits.shape[1]
-    share = 1 / (examples + 2)
+    share = 0.5 / (examples + 1)
     target = np.eye(way)[y] * (1 - share) + share * (1 - np.eye(way)[y]) / max(1, way - 1)
 
     def loss(log_temperature: float) -> float:
@@ -155,7 +156,9 @@ def accuracy_interval(
     return (end(accuracy, 0.025) if accuracy > 0 else 0.0, end(best, 0.975) if best < 1 else 1.0)
 
 
-def conformal_threshold(scores: np.ndarray, examples: int, error_rate: float) -> float | None:
+def conformal_threshold(
+    scores: np.ndarray, examples: int, error_rate: float, folds: int | None = None
+) -> float | None:
     """Compute the score that a new example of a known class exceeds with probability `error_rate`.
 
     The quantile of split conformal prediction (Vovk et al. 2005), over held-out predictions as in
@@ -165,13 +168,19 @@ def conformal_threshold(scores: np.ndarray, examples: int, error_rate: float) ->
         scores: Scores of held-out predictions [P], large for unusual ones.
         examples: Number of different examples M among them.
         error_rate: Between 0 and 1.
+        folds: Number of folds. The final classifier, which has learned from all examples, exceeds
+            the threshold less often, by up to 1 / folds of the rate; half of that is assumed. None
+            for scores of the final classifier.
 
     Returns:
         The threshold; None if M < 1 / error_rate - 1, too few to know it.
     """
+    if examples < 1 / error_rate - 1 - 1e-9:
+        return None
+    if folds is not None:
+        error_rate = min(1.0, error_rate * (1 + 0.5 / (folds - 1)))
     rank = (1 - error_rate) * (examples + 1) / examples * len(scores)
-    index = math.ceil(rank - 1e-9) - 1
-    return float(np.sort(scores)[index]) if index < len(scores) else None
+    return float(np.sort(scores)[max(0, math.ceil(rank - 1e-9) - 1)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +221,7 @@ def assess(held_out: HeldOut | None, way: int, error_rate: float) -> Confidence:
     """Derive the confidence from held-out predictions of N classes."""
     if held_out is None:
         return Confidence(error_rate=error_rate)
-    y, examples = held_out.y, held_out.examples
+    y, examples, folds = held_out.y, held_out.examples, held_out.folds
     degree = temperature(held_out.logits, y, examples)
     probabilities = softmax(held_out.logits / degree, axis=1)
     predicted = probabilities.argmax(1)
@@ -221,12 +230,12 @@ def assess(held_out: HeldOut | None, way: int, error_rate: float) -> Confidence:
     own = probabilities[np.arange(len(y)), y]
     return Confidence(
         examples=examples,
-        folds=held_out.folds,
+        folds=folds,
         accuracy=float((predicted == y).mean()),
         temperature=degree,
         error_rate=error_rate,
-        set_threshold=conformal_threshold(1 - own, examples, error_rate),
-        novelty_threshold=conformal_threshold(held_out.novelty, examples, error_rate),
+        set_threshold=conformal_threshold(1 - own, examples, error_rate, folds),
+        novelty_threshold=conformal_threshold(held_out.novelty, examples, error_rate, folds),
         confusion=confusion.round(6).tolist(),
         doubtful=_doubtful(held_out, probabilities, way),
     )
