@@ -188,15 +188,34 @@ def test_held_out_examples_are_not_trained_on():
 
 
 def test_choice_of_the_head_is_nested(monkeypatch):
-    # Labels that mean nothing: the best head's own cross-validation is optimistic.
-    monkeypatch.setattr(heads, "HEADS", ("prototype", "cosine", "nearest"))
-    nested, best = [], []
-    for seed in range(40):
-        x, y, _, _ = gaussian(seed, way=2, shot=4, spread=0)
-        nested.append(FewShotClassifier().fit(x, y).confidence_.accuracy)
-        each = [FewShotClassifier(head=head).fit(x, y).confidence_ for head in heads.HEADS]
-        best.append(max(one.accuracy for one in each))
-    assert np.mean(nested) < min(0.53, np.mean(best) - 0.05)
+    x, y, _, _ = gaussian(spread=0.5)
+    seen = []
+
+    def chosen(self, x, y, way, fits):
+        seen.append(len(x))
+        return "prototype" if len(x) == 20 else "nearest"
+
+    monkeypatch.setattr(FewShotClassifier, "_chosen", chosen)
+    classifier = FewShotClassifier(normalise="standard").fit(x, y)
+    assert sorted(seen) == [16] * 10 + [20]
+    assert classifier.head_ == "prototype"
+
+    # Each held-out example was predicted by the head that was chosen without it.
+    def nearest(x, y, way, queries):
+        return classifier._outputs("nearest", x, y, way, queries)
+
+    expected = confidence.assess(hold_out(nearest, x, y, 4, fits=10), 4, 0.1)
+    assert classifier.confidence_ == expected
+
+
+def test_auto_chooses_the_best_head():
+    # Two clusters for each class, at the corners of a square: only "nearest" separates them.
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 8)
+    corners = np.array([[[3, 3], [-3, -3]], [[3, -3], [-3, 3]]])
+    x = corners[y, np.arange(16) % 2] + 0.3 * rng.normal(size=(16, 2))
+    classifier = FewShotClassifier().fit(x, y)
+    assert classifier.head_ == "nearest" and classifier.confidence_.accuracy > 0.9
 
 
 @pytest.mark.parametrize("shot", [2, 5])
