@@ -24,12 +24,13 @@ _ALLOWED = {
     "engine": {"tasks", "algorithms"},
     "report": {"tasks", "system", "config"},
     "run": {"tasks", "backbones", "algorithms", "data", "engine", "report", "system", "config"},
+    "predict": {"tasks", "algorithms", "data", "report", "run", "system", "config"},
     "cli": {
         *("tasks", "backbones", "algorithms", "data", "engine"),
-        *("report", "system", "config", "run"),
+        *("report", "system", "config", "run", "predict"),
     },
     "testing": {"tasks", "backbones", "algorithms", "data", "engine", "report", "config", "run"},
-    "__init__": {"run"},
+    "__init__": {"run", "predict"},
     "__main__": {"cli"},
 }
 

@@ -127,7 +127,7 @@ class Model:
         if len(items) == 0:
             items = torch.zeros(0, *self.spec.input_shape)
         elif all(isinstance(item, str | Path | Image.Image) for item in items):
-            items = torch.stack([self._read_image(item) for item in items])
+            items = torch.stack([self.read_image(item) for item in items])
         try:
             inputs = torch.as_tensor(items)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -166,13 +166,18 @@ class Model:
             return [x]
         return x if hasattr(x, "__len__") else list(x)  # a generator, e.g. of Path.glob
 
-    def _read_image(self, image: str | Path | Image.Image) -> Tensor:
+    def read_image(self, image: str | Path | Image.Image) -> Tensor:
+        """Read an image as the run's dataset reads its own: uint8 [C, H, W].
+
+        Raises:
+            UserError: If it is not an image, or the run's dataset reads none.
+        """
         if not self._dataset.reads_image_files:
             raise UserError(f"{image}: this run's dataset does not read images")
         try:
             if isinstance(image, str | Path):
                 with open_image(Path(image).expanduser()) as opened:
-                    return self._read_image(opened)
+                    return self.read_image(opened)
             return torch.from_numpy(self._dataset.to_array(image).copy())
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{image} is not a readable image ({first_line(error)})") from None

@@ -1,0 +1,177 @@
+"""Label your own images from a few examples of each class, and say how far to trust the labels."""
+
+import datetime
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from metalearn.cli import _arguments
+from metalearn.system.errors import UserError, nearest
+
+HELP = """metalearn predict support=<examples> query=<images> [key=value …]
+
+Learns your classes from a few examples of each, labels other images, and says how many labels to
+expect to be right. Needs no training.
+
+  metalearn predict support=examples query=new               one subfolder of examples per class
+  metalearn predict support=examples.csv query='photos/*.jpg'     columns path and label
+  metalearn predict support=examples query=new run=<folder>  adapt a trained run as it was trained
+  metalearn predict classifier=<out>/classifier query=more   label more images
+  metalearn predict classifier=<out>/classifier add=examples2 remove=cat query=more
+
+  support=      folder or zip with one subfolder per class, or a CSV file (path, label)
+  query=        files, folder, zip, pattern, or a CSV file (path); may be given several times
+  backbone=     pretrained network: efficientnet_lite0 (default), or timm, torchvision with
+                backbone.model=<name>
+  run=          folder of a trained run, instead of backbone=
+  head=         auto (default: cross-validation on the examples chooses, or the run's own method),
+                prototype, cosine, logistic, ridge, nearest
+  error_rate=0.1    how many images of your classes may be called unknown, or have a set of
+                    plausible classes without the right one
+  classifier=   a saved classifier, instead of support=; it is not changed
+  add= remove=  more examples (as support=), also of new classes; classes to leave out (a,b)
+  out=          folder to write to (default: outputs/predict/<time>)
+  --json        print predictions.json instead of the summary
+
+Writes predictions.csv (file, label, probability, second, second_probability, unknown, plausible,
+error), predictions.json, report.html and classifier/. A file that cannot be read has an empty
+label. `plausible` is a conformal set; it is empty if no class fits well.
+"""
+#: What shell completion offers.
+TAKES: tuple[str, ...] = (
+    "{folder}", "support={folder}", "query={folder}", "run={folder}",
+    "backbone=efficientnet_lite0|timm|torchvision",
+    "head=auto|prototype|cosine|logistic|ridge|nearest", "error_rate=0.1|0.05",
+    "classifier={folder}", "add={folder}", "remove=", "out={folder}", "--json",
+)  # fmt: skip
+
+_KEYS = (
+    "support", "query", "backbone", "run", "head", "error_rate", "classifier", "add", "remove",
+    "out",
+)  # fmt: skip
+_DEFAULT_BACKBONE = "efficientnet_lite0"
+
+
+def main(args: list[str]) -> int:
+    """Run the command. Return the exit code."""
+    words = [word for word in args if word != "--json"]
+    sources = [word.partition("=")[2] for word in words if word.startswith("query=")]
+    sources += [word for word in words if "=" not in word and not word.startswith("-")]
+    given: dict[str, str] = {}
+    for key in _KEYS:
+        if key != "query" and (value := _arguments.take(words, key)) is not None:
+            given[key] = value
+    settings = [word for word in words if word.startswith("backbone.")]
+    if settings:
+        given["backbone"] = shlex.join([given.get("backbone", _DEFAULT_BACKBONE), *settings])
+    for word in words:
+        if not word.startswith(("query=", "backbone.")) and ("=" in word or word.startswith("-")):
+            raise UserError(
+                f"{word}: predict takes no such argument{nearest(word.partition('=')[0], _KEYS)}"
+            )
+    if ("support" in given) == ("classifier" in given):
+        raise UserError(
+            "predict: takes support=<examples> or classifier=<folder>; see metalearn predict --help"
+        )
+    for key in ("add", "remove") if "support" in given else ("backbone", "run", "head"):
+        if key in given:
+            other = "classifier=" if "support" in given else "support="
+            raise UserError(f"{key}={given[key]}: applies to {other}")
+    if "run" in given and "backbone" in given:
+        raise UserError(f"backbone={given['backbone']}: give it or run=, not both")
+    result, out = predict(given, sources)
+    if "--json" in args:
+        print(json.dumps(result, indent=2))
+        return 0
+    from metalearn.report.console import open_console, print_line
+
+    console = open_console()
+    for line in result["summary"]:
+        print_line(console, line)
+    for file in sorted(out.iterdir()):
+        print_line(console, f"  {file}")
+    return 0
+
+
+def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], Path]:
+    """Learn or load a classifier, label images and write the files of HELP.
+
+    Args:
+        given: Arguments by name.
+        sources: What to label.
+
+    Returns:
+        The content of predictions.json, and the folder.
+
+    Raises:
+        UserError: For a mistake in the arguments, or an example that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        from metalearn.predict import inputs, report
+
+        unpacked = Path(name)
+        items = inputs.queries(sources, unpacked)
+        classifier = _classifier(given, unpacked)
+        errors: dict[int, str] = {}
+        x = classifier.represent([item.path for item in items], errors)
+        readable = [index for index in range(len(items)) if index not in errors]
+        labels: list[Any] = [None] * len(items)
+        for index, label in zip(readable, classifier.label(x[readable]), strict=True):
+            labels[index] = label
+        result = report.content(classifier, [item.name for item in items], labels, errors)
+        time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+        out = Path(given.get("out", f"outputs/predict/{time}")).expanduser()
+        try:
+            classifier.save(out / "classifier")
+            report.write(out, classifier, result, [item.path for item in items])
+        except OSError as error:
+            raise UserError(f"out={out} cannot be written ({error.strerror})") from None
+    return result, out
+
+
+def _classifier(given: dict[str, str], unpacked: Path) -> Any:
+    """Learn a classifier from the arguments, or load and change one."""
+    from metalearn.predict import inputs
+    from metalearn.predict.classifier import FewShotClassifier
+
+    try:
+        rate: dict[str, Any] = {}
+        if value := given.get("error_rate"):
+            try:
+                rate["error_rate"] = float(value)
+            except ValueError:
+                raise ValueError(f"error_rate={value}: should be between 0 and 1") from None
+        if "support" in given:
+            backbone = None if "run" in given else given.get("backbone", _DEFAULT_BACKBONE)
+            classifier = FewShotClassifier(
+                backbone, given.get("head", "auto"), run=given.get("run"), **rate
+            )
+            return _learn(classifier, inputs.examples(given["support"], unpacked))
+        classifier = FewShotClassifier.load(given["classifier"])
+        classifier.set_params(**rate)
+        if "add" in given:
+            _learn(classifier, inputs.examples(given["add"], unpacked))
+        if "remove" in given:
+            classifier.forget([name.strip() for name in given["remove"].split(",")])
+        elif rate and "add" not in given:
+            classifier.forget([])
+    except ValueError as error:
+        raise UserError(f"predict: {error}") from None
+    return classifier
+
+
+def _learn(classifier: Any, items: list[Any]) -> Any:
+    """Learn examples, with their names and thumbnails."""
+    from metalearn.predict.report import thumbnail
+
+    unreadable: dict[int, str] = {}
+    x = classifier.represent([item.path for item in items], unreadable)
+    if unreadable:
+        index, reason = next(iter(unreadable.items()))
+        raise UserError(
+            f"{items[index].name} is not a readable image ({reason}); replace or remove it"
+        )
+    notes = [{"file": item.name, "thumbnail": thumbnail(item.path)} for item in items]
+    return classifier.partial_fit(x, [item.label for item in items], notes=notes)

@@ -1,0 +1,1 @@
+"""Labels for your own examples, and how far to trust them."""

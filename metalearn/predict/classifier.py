@@ -1,0 +1,398 @@
+"""FewShotClassifier: a scikit-learn classifier that learns from a few images of each class."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+
+from metalearn.predict import heads
+from metalearn.predict.confidence import Confidence, Outputs, Procedure, assess, hold_out
+from metalearn.predict.networks import AdaptingRun, Network, open_network
+from metalearn.system.atomic import atomic_writer, write_json
+from metalearn.system.errors import UserError, first_line
+
+#: Version of the saved format.
+_FORMAT = 1
+_JSON = "classifier.json"
+#: The head that is used where there is nothing to choose it by.
+_DEFAULT_HEAD = "prototype"
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The label of an image.
+
+    Attributes:
+        label: The most probable class.
+        probability: Its probability.
+        second: The second most probable class.
+        second_probability: Its probability.
+        unknown: True if the image is unlike all classes; None if that cannot be known.
+        plausible: The conformal set: classes that are not excluded at the error rate; None if there
+            are too few examples for it.
+    """
+
+    label: Any
+    probability: float
+    second: Any
+    second_probability: float
+    unknown: bool | None
+    plausible: list[Any] | None
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """Learn classes from a few images of each, or from feature vectors.
+
+    Args:
+        backbone: A pretrained backbone, such as "efficientnet_lite0" or "timm
+            backbone.model=resnet18"; or a function from a list of images to features [M, D]; or
+            None, if `X` is feature vectors.
+        head: "prototype", "cosine", "logistic", "ridge" or "nearest"; "auto" chooses by
+            cross-validation on the examples or, with `run`, adapts as the run was trained.
+        run: Folder of a trained run to use instead of a backbone.
+        normalise: "l2" (each feature vector by its norm), "standard" (each feature by its mean and
+            standard deviation over the examples), or "auto": "standard" for feature vectors given
+            as such, else "l2".
+        cost: `C` of the logistic regression, and the inverse of the penalty of the ridge.
+        calibrate: Whether to calibrate probabilities by cross-validation. Without it there is no
+            estimate of the accuracy, no `unknown` and no set of plausible classes.
+        error_rate: Share of images of the classes that may be called `unknown`, and whose class
+            may be missing in `plausible`.
+        random_state: Seed of the folds.
+
+    Attributes:
+        classes_: The classes, sorted.
+        head_: The head that is used; "run" for a run that adapts as it was trained.
+        confidence_: What cross-validation says about new labels.
+    """
+
+    def __init__(
+        self,
+        backbone: Any = None,
+        head: str = "auto",
+        *,
+        run: str | Path | None = None,
+        normalise: str = "auto",
+        cost: float = 1.0,
+        calibrate: bool = True,
+        error_rate: float = 0.1,
+        random_state: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.head = head
+        self.run = run
+        self.normalise = normalise
+        self.cost = cost
+        self.calibrate = calibrate
+        self.error_rate = error_rate
+        self.random_state = random_state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the network, which opens again when it is needed."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_network"}
+
+    @property
+    def network(self) -> Network | None:
+        """Return the network, opened at first use; None for feature vectors."""
+        if "_network" not in self.__dict__:
+            network = open_network(self.backbone, self.run, self.head != "auto")
+            if isinstance(network, AdaptingRun) and hasattr(self, "examples_"):
+                network.adapt(self.examples_, self._targets)
+            self._network = network
+        return self._network
+
+    @property
+    def labels_(self) -> np.ndarray:
+        """The class of each example [M]."""
+        labels: np.ndarray = self.classes_[self._targets]
+        return labels
+
+    @property
+    def _is_run(self) -> bool:
+        return self.run is not None and self.head == "auto"
+
+    def represent(self, X: Any, unreadable: dict[int, str] | None = None) -> np.ndarray:
+        """Convert images to what is learned from; `fit` and `predict` accept it in their place.
+
+        Args:
+            X: Image files, PIL images, or the result of an earlier call.
+            unreadable: Gets the reason for each image that cannot be read, by its index.
+
+        Raises:
+            UserError: For an image that cannot be read, if `unreadable` is None.
+        """
+        if self.network is None or (isinstance(X, np.ndarray) and X.dtype.kind in "fiu"):
+            return np.asarray(X)
+        return self.network.represent(list(X), unreadable)
+
+    def fit(self, X: Any, y: Any, notes: Sequence[dict[str, Any]] | None = None) -> Any:
+        """Learn from examples.
+
+        Args:
+            X: Images, see `represent`; or feature vectors [M, D] if there is no network.
+            y: The class of each [M]; any number of each of at least two classes.
+            notes: What to save with each example, for JSON.
+
+        Returns:
+            The classifier itself.
+        """
+        if self.head not in (*heads.HEADS, "auto"):
+            raise ValueError(f"head={self.head}: should be auto, {', '.join(heads.HEADS)}")
+        if self.normalise not in ("auto", "l2", "standard"):
+            raise ValueError(f"normalise={self.normalise}: should be auto, l2 or standard")
+        if not 0 < self.error_rate < 1:
+            raise ValueError(f"error_rate={self.error_rate}: should be between 0 and 1")
+        self._set_examples(*self._examples(X, y, reset=True), notes)
+        return self
+
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, notes: Sequence[dict[str, Any]] | None = None
+    ) -> Any:
+        """Learn from more examples, of known or new classes; equals `fit` on all of them.
+
+        Args:
+            X: See `fit`.
+            y: See `fit`; after the first call, one class suffices.
+            classes: Ignored, for scikit-learn.
+            notes: See `fit`.
+        """
+        if not hasattr(self, "classes_"):
+            return self.fit(X, y, notes)
+        x, labels = self._examples(X, y, reset=False)
+        more = list(notes) if notes is not None else [{}] * len(x)
+        x, labels = np.concatenate([self.examples_, x]), np.concatenate([self.labels_, labels])
+        self._set_examples(x, labels, self.notes_ + more)
+        return self
+
+    def forget(self, classes: Sequence[Any]) -> Any:
+        """Remove classes with their examples; at least two must remain.
+
+        Raises:
+            ValueError: For a class that does not exist.
+        """
+        check_is_fitted(self)
+        if missing := [one for one in classes if one not in self.classes_.tolist()]:
+            raise ValueError(f"there is no class {missing[0]!r}")
+        labels = self.labels_
+        stays = ~np.isin(labels, list(classes))
+        notes = [note for note, one in zip(self.notes_, stays, strict=True) if one]
+        self._set_examples(self.examples_[stays], labels[stays], notes)
+        return self
+
+    def _examples(self, X: Any, y: Any, reset: bool) -> tuple[np.ndarray, np.ndarray]:
+        if self.network is None:
+            X, y = validate_data(self, X, y, reset=reset, dtype=np.float64)
+        else:
+            X = self.represent(X)
+        check_classification_targets(y)
+        labels = column_or_1d(y, warn=True)
+        if len(labels) != len(X):
+            raise ValueError(f"{len(X)} examples have {len(labels)} labels")
+        return X, labels
+
+    def _set_examples(
+        self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
+    ) -> None:
+        classes, targets = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"the examples have {len(classes)} class; at least 2 are required")
+        self.classes_, self._targets, self.examples_ = classes, targets.astype(np.int64), x
+        self.notes_ = list(notes) if notes is not None else [{}] * len(x)
+        self._learn()
+
+    def _learn(self) -> None:
+        """Choose and learn the head, and assess it."""
+        x, y, way, seed = self.examples_, self._targets, len(self.classes_), self.random_state
+        procedure = self._procedure()
+        if not self._is_run:
+            x = x.astype(np.float64)
+            self._normalise = self.normalise
+            if self.normalise == "auto":
+                self._normalise = "standard" if self.network is None else "l2"
+            if self._normalise == "l2" and len(x) < x.shape[1]:
+                # A rotation to as many features as examples: no head depends on it.
+                triangle: Any = np.linalg.qr(heads.scaled({}, x).T, mode="r")
+                x = triangle.T
+        self.head_ = "run" if self._is_run else self._chosen(x, y, way, 20)
+        fits = 1 if self._is_run else 10 if self.head == "auto" else 20
+        held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
+        self.confidence_ = assess(held_out, way, self.error_rate)
+        if self._is_run:
+            assert isinstance(self.network, AdaptingRun)
+            self.network.adapt(self.examples_, y)
+        else:
+            x = self.examples_.astype(np.float64)
+            self._learned = heads.learn(self.head_, self._normalise, x, y, way, self.cost)
+
+    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> str:
+        """Return `head`, or the head of the best accuracy in stratified cross-validation."""
+        if self.head != "auto":
+            return self.head
+        best, chosen = -1.0, _DEFAULT_HEAD
+        for head in heads.HEADS:
+            held_out = hold_out(
+                lambda *data, head=head: self._outputs(head, *data), x, y, way, fits,
+                self.random_state,
+            )  # fmt: skip
+            if held_out is None:
+                return _DEFAULT_HEAD
+            accuracy = float((held_out.logits.argmax(1) == held_out.y).mean())
+            if accuracy > best + 1e-9:
+                best, chosen = accuracy, head
+        return chosen
+
+    def _outputs(
+        self, head: str, x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray
+    ) -> Outputs:
+        learned = heads.learn(head, self._normalise, x, y, way, self.cost)
+        return Outputs(heads.logits(head, learned, queries), heads.novelty(learned, queries))
+
+    def _procedure(self) -> Procedure:
+        """Return the whole of learning, the choice of the head included."""
+        if self._is_run:
+            network = self.network
+            assert isinstance(network, AdaptingRun)
+
+            def run(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
+                network.adapt(x, y)
+                return network.outputs(queries)
+
+            return run
+
+        def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
+            return self._outputs(self._chosen(x, y, way, 1), x, y, way, queries)
+
+        return learn
+
+    def _evaluate(self, X: Any) -> Outputs:
+        """Compute log-probabilities and novelty of images or feature vectors."""
+        check_is_fitted(self)
+        if self.network is None:
+            x = validate_data(self, X, reset=False, dtype=np.float64)
+        else:
+            x = self.represent(X)
+        if isinstance(self.network, AdaptingRun):
+            logits, novelty = self.network.outputs(x)
+        else:
+            x = x.astype(np.float64)
+            logits = heads.logits(self.head_, self._learned, x)
+            novelty = heads.novelty(self._learned, x)
+        return Outputs(logits / self.confidence_.temperature, novelty)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Predict the probability of each class [Q, N], in the order of `classes_`."""
+        result: np.ndarray = softmax(self._evaluate(X).logits, axis=1)
+        return result
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predict the most probable class of each image or feature vector [Q]."""
+        check_is_fitted(self)
+        result: np.ndarray = self.classes_[self.predict_proba(X).argmax(1)]
+        return result
+
+    def label(self, X: Any) -> list[Label]:
+        """Predict the label of each image, with how far to trust it."""
+        outputs, trust, names = self._evaluate(X), self.confidence_, self.classes_.tolist()
+        probabilities = softmax(outputs.logits, axis=1)
+        labels = []
+        for row, novelty in zip(probabilities, outputs.novelty, strict=True):
+            first, second = np.argsort(-row, kind="stable")[:2].tolist()
+            unknown = plausible = None
+            if trust.novelty_threshold is not None:
+                unknown = bool(novelty > trust.novelty_threshold)
+            if trust.set_threshold is not None:
+                inside = np.flatnonzero(1 - row <= trust.set_threshold)
+                plausible = [names[one] for one in inside[np.argsort(-row[inside], kind="stable")]]
+            labels.append(
+                Label(names[first], float(row[first]), names[second], float(row[second]),
+                      unknown, plausible)
+            )  # fmt: skip
+        return labels
+
+    def save(self, folder: str | Path) -> None:
+        """Save to a folder: JSON, and arrays without pickle. An interrupted save changes nothing.
+
+        Raises:
+            UserError: If the network is a Python function, which cannot be saved.
+        """
+        check_is_fitted(self)
+        network = self.network
+        if network is not None and network.identity is None:
+            raise UserError("a classifier on a Python function cannot be saved; name a backbone")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, Any] = {"examples": self.examples_, "targets": self._targets}
+        if not self._is_run:
+            arrays |= {f"learned.{name}": value for name, value in self._learned.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        name = f"arrays-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.npz"
+        with atomic_writer(folder / name) as stream:
+            stream.write(buffer.getvalue())
+        settings = self.get_params()
+        if self.run is not None:
+            settings["run"] = str(Path(self.run).absolute())
+        content = {
+            "format": _FORMAT,
+            "settings": settings,
+            "network": network and network.identity,
+            "classes": self.classes_.tolist(),
+            "head": self.head_,
+            "normalise": None if self._is_run else self._normalise,
+            "confidence": dataclasses.asdict(self.confidence_),
+            "arrays": name,
+            "notes": self.notes_,
+        }
+        write_json(folder / _JSON, content)
+        for other in folder.glob("arrays-*.npz"):
+            if other.name != name:
+                other.unlink()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "FewShotClassifier":
+        """Load a saved classifier; this runs no code from it.
+
+        Raises:
+            UserError: If it is not one, or its network has changed.
+        """
+        folder = Path(folder)
+        try:
+            content = json.loads((folder / _JSON).read_text())
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']} is of a different version")
+            self = cls(**content["settings"])
+            self.classes_, self.head_ = np.array(content["classes"]), content["head"]
+            self.notes_ = [dict(note) for note in content["notes"]]
+            self.confidence_ = Confidence(**content["confidence"])
+            with np.load(folder / Path(content["arrays"]).name, allow_pickle=False) as arrays:
+                self.examples_, self._targets = arrays["examples"], arrays["targets"]
+                self._learned = {
+                    name.removeprefix("learned."): arrays[name]
+                    for name in arrays.files
+                    if name.startswith("learned.")
+                }
+            self._normalise = content["normalise"]
+            if not len(self.notes_) == len(self._targets) == len(self.examples_):
+                raise ValueError("numbers of examples differ")
+            if self.network is None:
+                self.n_features_in_ = self.examples_.shape[1]
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename}: no such file; {folder} is no classifier") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder} is not a classifier ({first_line(error)})") from None
+        if self.network is not None and self.network.identity != content["network"]:
+            where = f"run={self.run}" if self.run else f"backbone={self.backbone}"
+            raise UserError(
+                f"{folder}: {where} has other weights than those the classifier was made with; "
+                "make it again from its examples"
+            )
+        return self

@@ -1,0 +1,167 @@
+"""Networks under a classifier: they turn images into what it learns from.
+
+The only place that opens a backbone or a run for `FewShotClassifier`.
+"""
+
+import functools
+import hashlib
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metalearn.config import checking, components, paths
+from metalearn.config.composition import compose_config
+from metalearn.predict.confidence import Outputs
+from metalearn.report.folder import RunFolder
+from metalearn.run import features, load
+from metalearn.run.parts import cache_folder, device_of
+from metalearn.system.errors import UserError, first_line
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec
+
+#: Images -> features, float [M, D]. An image is a file or a PIL image.
+Embedding = Callable[[list[Any]], Any]
+
+
+class Network:
+    """A frozen network; heads learn from its features.
+
+    Attributes:
+        identity: What a saved classifier must find again; None if it cannot be saved.
+    """
+
+    identity: str | None = None
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Compute what is learned from: features, float32 [M, D].
+
+        Args:
+            images: Files or PIL images.
+            unreadable: Gets the reason for each image that cannot be read, by its index; its row
+                has no meaning. None: raise UserError for the first.
+        """
+        raise NotImplementedError
+
+
+class Function(Network):
+    """A Python function that embeds images."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        self._embedding = embedding
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Call the function, which reads the images."""
+        return np.asarray(self._embedding(list(images)), dtype=np.float32)
+
+
+class PretrainedFeatures(Network):
+    """A pretrained backbone, frozen; features are cached on disk.
+
+    Args:
+        backbone: Its name, followed by settings such as backbone.model=resnet18.
+    """
+
+    def __init__(self, backbone: str) -> None:
+        name, *settings = shlex.split(backbone)
+        words = [paths.literal(word, False) for word in settings]
+        config = checking.check_config(compose_config([f"backbone={name}", *words]))
+        self._embed = functools.partial(
+            features.embed,
+            backbone=config.backbone,
+            device=device_of(config.device),
+            cache_dir=cache_folder(config),
+        )
+        digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
+        tensors, buffers = components.make(config.backbone, "backbone").init(
+            InputSpec((3, 32, 32)), prng.key_of(0)
+        )
+        for key, value in sorted((tensors | buffers).items()):
+            digest.update(key.encode() + value.numpy().tobytes())
+        self.identity = digest.hexdigest()
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Embed images."""
+        return self._embed(images, unreadable=unreadable).numpy()
+
+
+class RunFeatures(Network):
+    """The meta-trained backbone of a run."""
+
+    def __init__(self, run: str | Path) -> None:
+        self._model = load.load(run)
+        if self._model.spec.target != "class":
+            raise UserError(f"run={run}: predicts values, not classes")
+        self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
+
+    def _read(self, images: Sequence[Any], unreadable: dict[int, str] | None) -> np.ndarray:
+        arrays = []
+        for index, image in enumerate(images):
+            try:
+                arrays.append(self._model.read_image(image).numpy())
+            except UserError as error:
+                if unreadable is None:
+                    raise
+                unreadable[index] = first_line(error)
+                arrays.append(np.zeros(self._model.spec.input_shape, np.uint8))
+        return np.stack(arrays) if arrays else np.zeros((0, *self._model.spec.input_shape))
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Embed images."""
+        return self._model.embed(self._read(images, unreadable)).cpu().numpy()
+
+
+class AdaptingRun(RunFeatures):
+    """A run that adapts to the examples as it was trained to."""
+
+    def represent(
+        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
+    ) -> np.ndarray:
+        """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
+        return self._read(images, unreadable)
+
+    def adapt(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Adapt to examples [M, C, H, W] of classes [M]."""
+        self._model.adapt(x, y.tolist())
+
+    def outputs(self, x: np.ndarray) -> Outputs:
+        """Predict after `adapt`. The novelty is the probability of not being the likely class."""
+        probabilities = self._model.probabilities(x).double().cpu().numpy()
+        probabilities = probabilities[:, np.argsort(np.array(self._model.classes))]
+        novelty = 1 - probabilities.max(1, initial=0)
+        return Outputs(np.log(probabilities.clip(1e-30)), novelty)
+
+
+def open_network(
+    backbone: str | Embedding | None, run: str | Path | None, has_head: bool
+) -> Network | None:
+    """Open a network.
+
+    Args:
+        backbone: Name of a pretrained backbone, a function that embeds images, or None.
+        run: Folder of a trained run, or None.
+        has_head: Whether a head learns from the run's features, instead of the run's own method.
+
+    Returns:
+        The network; None if neither is given, for feature vectors.
+
+    Raises:
+        UserError: If there is no such network, or both are given.
+    """
+    if run is not None and backbone is not None:
+        raise UserError("backbone= and run=: give one of them")
+    if run is not None:
+        return RunFeatures(run) if has_head else AdaptingRun(run)
+    if isinstance(backbone, str):
+        return PretrainedFeatures(backbone)
+    return None if backbone is None else Function(backbone)
