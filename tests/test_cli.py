@@ -87,6 +87,8 @@ def test_run_writes_all_output_files(metalearn, tmp_path):
     assert "cannot change how the run was trained" in error_line(
         metalearn("evaluate", "run=my run", "backbone.filters=9"), 2
     )
+    again = metalearn("evaluate", "my run", "split=train")  # the folder alone
+    assert again.returncode == 0 and "train accuracy" in again.stdout
     compared = metalearn("compare", "my run")
     assert compared.returncode == 0, compared.stderr
     assert (folder / "comparison.md").exists()
@@ -162,7 +164,8 @@ def test_sweeper_receives_the_validation_score(metalearn, tmp_path):
     best = (tmp_path / "sweep/optimization_results.yaml").read_text()
     scores = [
         json.loads(path.read_text())["val"]["accuracy"]["mean"]
-        for path in tmp_path.glob("sweep/*/result.json")
+        for name in ("result", "validation")  # only the best trial is tested
+        for path in tmp_path.glob(f"sweep/*/{name}.json")
     ]
     assert len(scores) == 2
     assert f"best_value: {max(scores)}" in best
@@ -191,6 +194,7 @@ def test_sweeper_receives_the_validation_score(metalearn, tmp_path):
         (["train", "-m", "algo=maml,mamll"], ["did you mean maml"]),
         (["train", "-m", "train.steps=-1,-2"], ["at least 0"]),
         (["evaluate", "run=nowhere"], ["nowhere"]),
+        (["evaluate", "nowhere"], ["nowhere: no run there"]),
         (["evaluate"], ["run=<folder>"]),
         (["list", "all"], ["no arguments"]),
     ],

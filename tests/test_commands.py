@@ -1,15 +1,18 @@
 """The commands evaluate, compare and reproduce on finished runs."""
 
 import csv
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from metalearn.cli import reproduce
 from metalearn.cli.compare import compare
-from metalearn.config import checking, composition, schema
+from metalearn.config import checking, components, composition, schema
 from metalearn.report.result import Result
 from metalearn.report.scores import read_scores
 from metalearn.report.stats import estimate, paired_difference
@@ -17,6 +20,7 @@ from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.sampling import SAMPLER_VERSION
+from metalearn.tasks.store import ClassIndex, ClassView
 from metalearn.tasks.types import Estimate
 
 
@@ -240,6 +244,93 @@ def test_curves_contain_the_result_of_the_run(run, console):
 
 
 @pytest.mark.slow
+def test_curve_over_given_ways_and_shots(run, console):
+    folder = run("a", "algo=protonet")
+
+    def measured(curve, points=None):
+        evaluate(folder, [], "test", curve, console, points)
+        (file,) = (folder / "evaluations").glob(f"*_{curve}_curve.csv")
+        rows = list(csv.DictReader(file.open()))
+        return {int(row[curve]): row["protocol_id"] for row in rows}
+
+    own = json.loads((folder / "result.json").read_text())
+    ways, num_classes = measured("way"), own["protocol"]["num_classes"]
+    assert list(ways) == [way for way in (2, 3, 4, 5, 7, 10, 15, 20) if way <= num_classes]
+    assert ways[5] == own["protocol_id"] == measured("way", "5,3")[5]
+    assert list(measured("shot", "10,1,2")) == [1, 2, 10]
+    with pytest.raises(UserError, match=f"way={num_classes + 1}"):
+        measured("way", f"5,{num_classes + 1}")
+    for curve, points in (("shot", "0,1"), ("way", "1"), ("shot", "1,x"), ("shot", ",")):
+        with pytest.raises(UserError, match=f"at={points}: should be numbers of at least [12]"):
+            measured(curve, points)
+    with pytest.raises(UserError, match="at=1: belongs to a curve; add curve=shot or"):
+        measured(None, "1")
+    maml = run("b", "algo=maml")
+    with pytest.raises(UserError, match="curve=way: the run distinguishes 5 classes"):
+        evaluate(maml, [], "test", "way", console)
+    evaluate(maml, [], "test", "steps", console, "3,0")
+    rows = next((maml / "evaluations").glob("*_steps_curve.csv")).read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["steps", "0", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["protonet", "baseline"])
+def test_all_classes_of_another_dataset_can_be_tested(run, console, tmp_path, name):
+    for number in range(5):  # too few classes to train on
+        (tmp_path / f"letters/{number}").mkdir(parents=True)
+        for image in range(6):
+            level = np.full((16, 16), 50 * number + image, np.uint8)
+            Image.fromarray(level).save(tmp_path / f"letters/{number}/{image}.png")
+    folder = run("a", f"algo={name}")
+    other = ["dataset=folder", f"dataset.path={tmp_path}/letters"]
+    same_shape = ["dataset.colour=grey", "dataset.image_size=16"]
+    evaluate(folder, [*same_shape, *other[::-1]], "all", None, console)  # in any order
+    evaluation = only_evaluation(folder, statistics="query")
+    assert evaluation["split"] == "all" and evaluation["protocol"]["num_classes"] == 5
+    classes = folder / "evaluations" / f"{evaluation['protocol_id']}_classes.csv"
+    assert len(classes.read_text().splitlines()) == 6
+    compare([folder], None, console)
+    lines = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert {(line["dataset"], line["split"]) for line in lines[1:]} == {("folder letters", "all")}
+    for overrides in ([], ["dataset.jitter=0.6"]):
+        with pytest.raises(UserError, match="split=all: the run was trained on classes of this"):
+            evaluate(folder, overrides, "all", None, console)
+    with pytest.raises(UserError, match=r"its images are 3x32x32, but .* trained on 1x16x16; use"):
+        evaluate(folder, [*other, "dataset.colour=rgb"], "all", None, console)
+
+
+def test_all_classes_are_those_of_the_three_splits(tmp_path):
+    def opened(*overrides):
+        words = ["dataset=gaussians", "dataset.num_classes=12", *overrides]
+        settings = checking.check_config(composition.compose_config(words)).dataset
+        return components.make(settings, "dataset").open(tmp_path, tmp_path, torch.device("cpu"))
+
+    data = opened()
+    index = data.views["test"].index  # classes of different sizes have rows of different lengths
+    data.views["test"] = ClassView(ClassIndex(index.rows[:, :-2], index.counts - 2, index.names))
+    everything = data.with_all_classes()
+    names = everything.class_names("all")
+    assert names == tuple(sorted(names)) and everything.num_classes("all") == 12
+    merged = everything.views["all"].index
+    for view in data.views.values():
+        for row, count, name in zip(
+            view.index.rows, view.index.counts, view.index.names, strict=True
+        ):
+            place = names.index(name)
+            assert merged.counts[place] == count
+            assert torch.equal(merged.rows[place, :count], row[:count])
+    hashes = [
+        opened(f"dataset.split_seed={seed}").with_all_classes().protocol("all") for seed in (1, 2)
+    ]
+    assert hashes[0]["classes"] == hashes[1]["classes"] and hashes[0]["split"] == hashes[1]["split"]
+
+    index = dataclasses.replace(data.views["val"].index, rows=data.views["train"].index.rows[:2])
+    data.views["val"] = ClassView(index)  # as if each split numbered its own inputs
+    with pytest.raises(UserError, match="stored apart"):
+        data.with_all_classes()
+
+
+@pytest.mark.slow
 def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     for seed in (0, 1):
         run(f"runs/maml-{seed}", "algo=maml", f"seed={seed}", "test.episodes=20")
@@ -261,13 +352,16 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     ]
     head, rows = table[0], table[2:]
     assert len(rows) == 3  # two seeds share a row
-    assert head[:5] == ["algorithm", "setting", "seeds", "minutes", "hardware"]
-    assert len(head[5:]) == 2  # query, and population for ProtoNet only
-    by_name = {(row[0], row[1]): row for row in rows}
-    fast, slow = (by_name["maml glyphs", f"algo.inner_lr={rate}"] for rate in ("0.4", "0.001"))
-    assert fast[2] == slow[2] == "2"
-    assert by_name["protonet glyphs", ""][2] == "1"
-    column = next(number for number, name in enumerate(head) if " query " in name)
+    assert head[:3] == ["method", "seeds", "minutes"]
+    # Query for all methods, and population for ProtoNet only; columns are sorted.
+    assert [name.split(", ")[:3] for name in head[3:]] == [
+        ["glyphs", "5w 1s 3q", statistics] for statistics in ("population", "query")
+    ]
+    by_name = {row[0]: row for row in rows}
+    fast, slow = (by_name[f"maml glyphs algo.inner_lr={rate}"] for rate in ("0.4", "0.001"))
+    assert fast[1] == slow[1] == "2"
+    assert by_name["protonet glyphs"][1] == "1"
+    column = next(number for number, name in enumerate(head) if ", query, " in name)
     means = [
         json.loads((tmp_path / f"runs/maml-{seed}/result.json").read_text())["test"]["accuracy"][
             "mean"
@@ -276,7 +370,9 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     ]
     assert fast[column].startswith(f"{100 * sum(means) / 2:.2f}%")
     assert "seeds ±" in fast[column]
-    assert "seeds ±" not in by_name["protonet glyphs", ""][column]
+    assert "seeds ±" not in by_name["protonet glyphs"][column]
+    hardware = json.loads((other / "result.json").read_text())["environment"]["hardware"]
+    assert f"trained on {hardware}" in text
     # Significance tests use scores averaged over seeds, adjusted for three pairs.
     scores = [
         torch.stack(
@@ -298,6 +394,7 @@ def test_compare_groups_seeds_and_keeps_protocols_apart(run, console, tmp_path):
     assert "with one seed, a significant difference" in text  # ProtoNet has one seed
     lines = list(csv.DictReader((tmp_path / "runs/comparison.csv").open()))
     assert len(lines) == 6
+    assert {(line["dataset"], line["split"]) for line in lines} == {("glyphs", "test")}
     assert (tmp_path / "runs/comparison.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished run"):
@@ -317,11 +414,11 @@ def test_compare_separates_different_trainings_and_counts_a_repeated_seed_once(
         for line in (tmp_path / "runs/comparison.md").read_text().splitlines()
         if line.startswith("| maml")
     ]
-    assert [line.split("|")[2].strip() for line in lines] == [
-        "statistics=query",
-        "statistics=support",
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "maml glyphs statistics=query",
+        "maml glyphs statistics=support",
     ]
-    assert [line.split("|")[3].strip() for line in lines] == ["1", "1"]
+    assert [line.split("|")[2].strip() for line in lines] == ["1", "1"]
     assert "seeds ±" not in lines[0]
 
 

@@ -62,6 +62,12 @@ def test_predictions_equal_those_of_the_test(trained, name):
     assert model.config.algo._target_ == run.config.algo["_target_"]
 
 
+def test_run_without_a_checkpoint_is_not_finished(compose, tmp_path):
+    OmegaConf.save(compose("algo=protonet"), tmp_path / "config.yaml", resolve=True)
+    with pytest.raises(UserError, match=f"{tmp_path}: not finished; .*metalearn resume {tmp_path}"):
+        metalearn.load(tmp_path)
+
+
 def test_missing_weight_of_another_version_is_named(trained):
     folder, _ = trained("algo=relation")
     path = folder / "checkpoints/best.pt"

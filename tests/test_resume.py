@@ -200,7 +200,9 @@ def test_multirun_skips_finished_runs_and_resumes_the_rest(metalearn, tmp_path):
     (tmp_path / "sweep/1/result.json").unlink()  # as if killed during the test
     again = metalearn(*arguments)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("finished") == 2 and "resuming from step 2" in again.stdout
+    lines = [line for line in again.stdout.splitlines() if ": finished, test accuracy " in line]
+    assert [line.partition(":")[0] for line in lines] == ["0", "2"]
+    assert "resuming from step 2" in again.stdout and ".json" not in again.stdout
     assert (tmp_path / "sweep/0/result.json").read_text() == before
     assert (tmp_path / "sweep/1/result.json").exists()
 

@@ -46,9 +46,12 @@ def trial_folder(files: Any, overrides: list[str], config: Any) -> Any:
         overrides: The settings of the trial.
         config: Its composed configuration.
     """
+    from omegaconf import OmegaConf
+
     from metalearn.config import checking, roles, sweeps
 
-    described = roles.roles(checking.plain(checking.check_config(config)))
+    plain: Any = OmegaConf.to_container(config)
+    described = roles.roles(checking.complete(plain, is_strict=False), is_strict=False)
 
     def essential(words: list[str]) -> set[str]:
         return {word for word in words if not roles.may_resume_with(sweeps.key_of(word), described)}
@@ -62,4 +65,5 @@ def trial_folder(files: Any, overrides: list[str], config: Any) -> Any:
             return trial
     while files.command.exists():
         files = type(files)(files.path.with_name(f"{files.path.name}-b"))
+    files.path.mkdir(exist_ok=True)
     return files

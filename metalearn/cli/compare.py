@@ -86,8 +86,9 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> None:
         print_line(console, f"  left out: {line}")
     untested = [folder for folder in others if RunFolder(folder).is_trained]
     if untested:
-        line = f"  left out: {len(untested)} runs that are not tested, like {untested[0]}"
-        print_line(console, f"{line}; metalearn resume tests one")
+        more = f" and {len(untested) - 1} more" if len(untested) > 1 else ""
+        line = f"  left out: {untested[0]}{more}, not tested; to test it: metalearn resume <folder>"
+        print_line(console, line)
     for folder, reason in others.items():
         if folder not in untested:
             print_line(console, f"  left out: {folder} {reason}")

@@ -15,6 +15,8 @@ run folder.
   metalearn train algo=protonet dataset=glyphs           built-in data, no download
   metalearn train algo=maml algo.inner_lr=0.1 train.steps=2000 seed=1
   metalearn train -m algo=maml,protonet episode.shot=1,5 seed=0,1     all combinations, one table
+  metalearn train -m algo=maml algo.inner_lr=0.1,0.4     a search: only the best on validation is
+                                                         tested; all with test.when=always
 
 choices (metalearn list explains them)
   algo=       {algo}
@@ -145,7 +147,7 @@ def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
         others = [files for *_, files in trials if not files.is_finished and files is not best]
         if others:
             line = f"{len(others)} of {len(trials)} trials are not tested; to test one: metalearn "
-            line += f"resume {others[0].path}; to test all, repeat this with test.when=always"
+            line += f"resume {others[0].path}; all: the same command with test.when=always"
             print_line(console, line)
     print_line(console, f"  {sweep}")
     if trials:

@@ -221,8 +221,8 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
             )
         elif override.is_sweep_override():
             raise UserError(f"{override.input_line}: a test has one value for each setting")
-        elif OmegaConf.select(stored, key, default=key) == key:
-            hint = nearest(key, leaves(stored))
+        elif OmegaConf.select(result, key, default=key) == key:
+            hint = nearest(key, leaves(result))
             raise UserError(f"{override.input_line}: there is no such key{hint}")
         else:
             OmegaConf.update(result, key, value)

@@ -67,13 +67,9 @@ class ClassData:
             )
         order = sorted(range(len(names)), key=names.__getitem__)
         index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
-        view = dataclasses.replace(self.views["test"], index=index)
-        return ClassData(
-            {**self.stores, "all": self.stores["test"]},
-            {**self.views, "all": view},
-            self.content_hash,
-            self.standardisation,
-        )
+        views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
+        stores = {**self.stores, "all": self.stores["test"]}
+        return ClassData(stores, views, self.content_hash, self.standardisation)
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None

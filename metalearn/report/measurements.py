@@ -160,8 +160,8 @@ def dataset_name(settings: Mapping[str, Any]) -> str:
 def _tested_dataset(own: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the run's own dataset, or of the one that an evaluation chose."""
     settings = own
-    for word in evaluation.get("overrides", []):
-        key, _, value = str(word).partition("=")
+    parts = [str(word).partition("=") for word in evaluation.get("overrides", [])]
+    for key, _, value in sorted(parts, key=lambda part: part[0] != "dataset"):
         if key == "dataset":
             settings = {"_target_": str(evaluation.get("dataset")), "name": value}
         elif key.startswith("dataset."):

@@ -47,9 +47,11 @@ def result_table(rows: list[dict[str, Any]], wrapping: int = 1) -> Table:
 
 def least_width(rows: list[dict[str, Any]], first: int) -> int:
     """Return the width of a `result_table` whose first column has `first` characters."""
-    columns = [[heading, *(str(row[heading]) for row in rows)] for heading in list(rows[0])[1:]]
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    return sum(width + 3 for width in widths) + first + 2
+    total = first + 2
+    for heading in list(rows[0])[1:]:
+        lines = "\n".join([heading, *(str(row[heading]) for row in rows)]).split("\n")
+        total += max(min(16, len(heading)), *map(len, lines)) + 3
+    return total
 
 
 def print_details(console: Console, result: Result) -> None:

@@ -82,24 +82,15 @@ def measure(
         details["worst_classes"] = dict(worst[:5])
         if pretraining := run.algorithm.backbone.pretraining(names):
             details["pretraining"] = pretraining | {"classes": len(names)}
-    result = Result(
-        metric=run.metric.name,
-        higher_is_better=run.metric.higher_is_better,
-        test=stats.estimate(scores),
-        details=details,
-        protocol=run.protocol,
-        protocol_id=run.protocol_id,
-        name=name,
-        seed=run.config.seed,
-        environment=environment,
-        seconds=time.perf_counter() - start,
-        split=run.test_split,
-    )
+    result = result_of(run, stats.estimate(scores), name, environment)
+    result.details, result.split = details, run.test_split
+    result.protocol, result.protocol_id = run.protocol, run.protocol_id
+    result.seconds = time.perf_counter() - start
     return result, scores
 
 
-def validation_result(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:
-    """Return the validation score of a run that is not tested as a result; it has no protocol."""
+def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:
+    """Return a validation score as a result, without details and protocol."""
     return Result(
         metric=run.metric.name, higher_is_better=run.metric.higher_is_better, test=score,
         details={}, protocol={}, protocol_id="", name=name, seed=run.config.seed,
@@ -114,19 +105,20 @@ def trained_state(run: Run, folder: Path) -> State:
         UserError: If its weights do not fit the run.
     """
     content = checkpoint.load(RunFolder(folder).best, run.device)
-    spec = content.get("spec", {})
-    known = dataclasses.replace(
-        run.spec, train_classes=spec.get("train_classes", run.spec.train_classes)
-    )
+    spec = {**dataclasses.asdict(run.spec), **content.get("spec", {})}
+    known = dataclasses.replace(run.spec, train_classes=spec["train_classes"])
     expected = run.state if known == run.spec else run.algorithm.init(known, prng.key_of(0))
     try:
         return checkpoint.state(content, expected, folder)
     except UserError:
-        here, trained = known.input_shape, tuple(spec.get("input_shape", ()))
-        if here == trained or len(here) != len(trained) or len(here) != 3:
+        here, trained = run.spec.input_shape, tuple(spec["input_shape"])
+        if here == trained or len(here) != 3:
             raise
-        both = ("x".join(map(str, shape)) for shape in (here, trained))
         raise UserError(
-            "dataset: its images are {}, but the run was trained on {}; ".format(*both)
-            + f"use {trained[0]} channels (dataset.colour) and dataset.image_size={trained[-1]}"
+            f"dataset: its images are {_by(here)}, but the run was trained on {_by(trained)}; "
+            f"use {trained[0]} channels (dataset.colour) and dataset.image_size={trained[-1]}"
         ) from None
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

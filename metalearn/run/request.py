@@ -60,9 +60,10 @@ class Request:
         own = files.read_result()
         stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone
-        for word in overrides:
-            _check_may_change(stored, word)
-        changed = composition.apply_overrides(stored, overrides)
+        # Groups first, because the others may set what a chosen dataset has.
+        changed = stored
+        for word in sorted(overrides, key=lambda word: word.partition("=")[0] not in _GROUPS):
+            changed = _apply(changed, word)
         paths.make_absolute(changed, overrides, data_folder(check_config(changed)))
         before, after = check_config(stored), check_config(changed)
         old, new = (
@@ -167,16 +168,20 @@ class Request:
         return result, scores
 
 
-def _check_may_change(stored: DictConfig, word: str) -> None:
-    """Raise UserError for a setting that does not exist or that only training reads."""
+#: Groups of which a test may choose another one.
+_GROUPS = ("dataset", "episode")
+
+
+def _apply(stored: DictConfig, word: str) -> DictConfig:
+    """Apply an override; raise UserError for an unknown setting or one that only training reads."""
     key = word.split("=")[0].lstrip("+~")
     if key in ("algo", "backbone"):
         raise UserError(f"{word}: a run is tested with what it was trained with; train another one")
     plain: Any = OmegaConf.to_container(stored)
     known = roles.roles(plain)
-    composition.apply_overrides(stored, [word])  # a mistyped key is reported as such
-    if key in ("dataset", "episode") or roles.may_evaluate_with(key, known):
-        return
+    changed = composition.apply_overrides(stored, [word])  # a mistyped key is reported as such
+    if key in _GROUPS or roles.may_evaluate_with(key, known):
+        return changed
     if key in known and (other := known[key].rule.get("in_testing")):
         raise UserError(
             f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?"

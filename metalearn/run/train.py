@@ -28,7 +28,7 @@ from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
-from metalearn.run.measure import measure, validation_result
+from metalearn.run.measure import measure, result_of
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
 from metalearn.system.lock import alone_in, is_in_use
@@ -99,7 +99,7 @@ def train(
             write_json(files.engine, run.choices)
             _save_config(files, checking.plain(settings))  # last: it marks the run as started
         step = stored["step"] if stored else -1
-        lines = _first_lines(run, name, recipe, stored, folder)
+        lines = _first_lines(run, name, recipe, stored, folder, is_tested)
         tracker = Tracker(settings, run.metric, files, console, command["id"], step, lines)
         has_failed = True
         try:
@@ -112,7 +112,7 @@ def train(
                         run, fitted.state, name, environment, prefix, listener=tracker
                     )
                 else:
-                    result = validation_result(run, fitted.best_val, name, environment)
+                    result = result_of(run, fitted.best_val, name, environment)
             result.seconds = time.perf_counter() - start + tracker.seconds_before
             result.training = {
                 "command": shlex.join(["metalearn", "train", *overrides]),
@@ -143,7 +143,12 @@ def train(
 
 
 def _first_lines(
-    run: Run, name: str, recipe: str, stored: dict[str, Any] | None, folder: Path
+    run: Run,
+    name: str,
+    recipe: str,
+    stored: dict[str, Any] | None,
+    folder: Path,
+    is_tested: bool,
 ) -> list[str]:
     """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
@@ -152,7 +157,8 @@ def _first_lines(
     lines = [
         f"{name} on {run.device}: {_count(steps, 'step')} of "
         f"{_count(settings.train.meta_batch, 'task')}, {_count(validations, 'validation')} of "
-        f"{_count(settings.val.episodes, 'episode')}, a test of {settings.test.episodes:,}",
+        f"{_count(settings.val.episodes, 'episode')}"
+        + (f", a test of {settings.test.episodes:,}" if is_tested else ", no test"),
         f"engine {run.train_engine.strategy}, statistics {settings.statistics}",
     ]
     if recipe:
