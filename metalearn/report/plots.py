@@ -10,7 +10,7 @@ from metalearn.system.atomic import atomic_writer
 
 
 @contextlib.contextmanager
-def _figure(path: Path, width: float = 6.4, height: float = 4) -> Iterator[Any]:
+def new_figure(path: Path, width: float = 6.4, height: float = 4.0) -> Iterator[Any]:
     """Yield an empty figure (sizes in inches); afterwards write it to a PNG file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,7 +29,7 @@ def _figure(path: Path, width: float = 6.4, height: float = 4) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _axes(path: Path) -> Iterator[Any]:
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         axes = figure.add_subplot()
         axes.grid(alpha=0.3)
         yield axes
@@ -91,29 +91,6 @@ def draw_lines(
         axes.legend(fontsize=8)
 
 
-def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot fitted curves: one column per method, one row per support set.
-
-    Args:
-        methods: Maps each method and row title to {"points": (x, y), "truth": (x, y),
-            "curves": {label: y}}.
-        path: PNG file to write.
-    """
-    titles = list(next(iter(methods.values())))
-    with _figure(path, 3 * len(methods), 2.6 * len(titles)) as figure:
-        panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
-        for column, (method, fits) in enumerate(methods.items()):
-            for row, title in enumerate(titles):
-                axes, fit = panels[row][column], fits[title]
-                axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
-                for label, y in fit["curves"].items():
-                    axes.plot(fit["truth"][0], y, linewidth=1, label=label)
-                axes.plot(*fit["points"], "k^", markersize=5, label="support set")
-                axes.set_title(f"{method}, {title}", fontsize=9)
-                axes.grid(alpha=0.3)
-        panels[0][0].legend(fontsize=7)
-
-
 def draw_comparison(
     columns: dict[str, list[tuple[str, float, float]]], score: str, path: Path
 ) -> None:
@@ -125,7 +102,7 @@ def draw_comparison(
         path: PNG file to write.
     """
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
-    with _figure(path, 7.5, sum(heights)) as figure:
+    with new_figure(path, 7.5, sum(heights)) as figure:
         panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
         factor = _factor(score)
         for axes, (title, rows) in zip(panels, columns.items(), strict=True):
