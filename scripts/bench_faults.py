@@ -6,6 +6,7 @@ Requires Linux, and root for the small and the read-only mounts. A fault that ca
 this machine is reported as such.
 """
 
+import collections
 import contextlib
 import functools
 import http.server
@@ -13,7 +14,9 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,7 @@ class Sandbox:
     """A temporary folder with its own caches, in which commands run."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.run = folder / "run"
         self.environment = {
@@ -66,16 +70,20 @@ class Sandbox:
         )
 
     def train(
-        self, *args: str, steps: int = 40, limit: Callable[[], None] | None = None
+        self,
+        *args: str,
+        steps: int = 40,
+        limit: Callable[[], None] | None = None,
+        logger: str = "none",
     ) -> tuple[int, str]:
         """Run a training; return its exit code and its error or warning line."""
-        small = (*_SMALL, f"train.steps={steps}", "logger=none", f"hydra.run.dir={self.run}")
+        small = (*_SMALL, f"train.steps={steps}", f"logger={logger}", f"hydra.run.dir={self.run}")
         return self.finish(self.start("train", "algo=protonet", *small, *args, limit=limit))
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """Wait for a process; return its exit code and its error or warning line."""
         output, errors = process.communicate(timeout=300)
-        if "Traceback" in errors:
+        if "Traceback" in errors or (process.returncode == 1 and len(errors.splitlines()) != 1):
             raise RuntimeError(errors)
         lines = [
             line for line in (errors + output).splitlines() if any(mark in line for mark in _MARKS)
@@ -94,15 +102,23 @@ class Sandbox:
         latest = checkpoint.latest(RunFolder(self.run), lambda line: None)
         return f"intact checkpoint of step {latest['step']}" if latest else "no checkpoint"
 
-    def resume(self) -> str:
+    def resume(self, *args: str, logger: str = "none") -> str:
         """Resume the run and describe the outcome."""
-        code, line = self.train("resume=auto")
+        code, line = self.train("resume=auto", *args, logger=logger)
         finished = code == 0 and (self.run / "result.json").exists()
         return "resumed and finished" if finished else f"resumed: exit code {code}, {line}"
 
 
 #: Parts of the lines that report an error or a warning.
-_MARKS = ("metalearn: ", "corrupt", "W&B: failed", "previous checkpoint", "skipped", "SIGTERM:")
+_MARKS = (
+    "metalearn: ",
+    "corrupt",
+    "W&B: failed",
+    "cannot be reached",
+    "previous checkpoint",
+    "skipped",
+    "SIGTERM:",
+)
 
 #: Injects a fault; returns the printed line with the exit code, and the state afterwards.
 Fault = Callable[[Sandbox], tuple[str, str]]
@@ -125,13 +141,29 @@ def _mounted(sandbox: Sandbox, options: str) -> contextlib.AbstractContextManage
     return mounted()
 
 
-def disk_full(sandbox: Sandbox) -> tuple[str, str]:
-    """Fill the disk while checkpoints are written."""
-    with _mounted(sandbox, "size=180k"):
-        code, line = sandbox.train()
-        state = sandbox.latest_checkpoint()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(sandbox.run)], check=True)
-        return f"{line} (exit code {code})", f"{state}; with more space {sandbox.resume()}"
+#: Sizes of disks in KB: from no room for the first file to room for all but the last ones.
+_DISKS = (
+    16, 28, 40, 60, 100, 180, 300, 450, 500, 600, 700, 900, 1000, 1200, 1500, 1900, 2200, 3000,
+    4000, 5000,
+)  # fmt: skip
+
+
+def disk_full(logger: str, sandbox: Sandbox) -> tuple[str, str]:
+    """Fill disks of many sizes, with the default network, and resume with more space."""
+    lines, states = collections.Counter[str](), collections.Counter[str]()
+    for size in _DISKS:
+        own = Sandbox(sandbox.folder / f"{size}")
+        own.environment["METALEARN_CACHE"] = sandbox.environment["METALEARN_CACHE"]
+        with _mounted(own, f"size={size}k"):
+            code, line = own.train("backbone.filters=64", logger=logger)
+            lines[f"{line} (exit code {code})"] += 1
+            subprocess.run(["mount", "-o", "remount,size=40m", str(own.run)], check=True)
+            state = "" if code else "had room; "
+            states[state + own.resume("backbone.filters=64", logger=logger)] += 1
+    return tuple(  # type: ignore[return-value]
+        "; ".join(f"{count} times: {text}" for text, count in one.most_common())
+        for one in (lines, states)
+    )
 
 
 def read_only(sandbox: Sandbox) -> tuple[str, str]:
@@ -139,6 +171,53 @@ def read_only(sandbox: Sandbox) -> tuple[str, str]:
     with _mounted(sandbox, "ro"):
         code, line = sandbox.train()
         return f"{line} (exit code {code})", "nothing was written"
+
+
+def removed_folder(sandbox: Sandbox) -> tuple[str, str]:
+    """Remove the run folder of a running training with W&B."""
+    arguments = ("algo=protonet", *_SMALL, "train.steps=100000", "logger=wandb")
+    process = sandbox.start("train", *arguments, f"hydra.run.dir={sandbox.run}")
+    sandbox.wait_for_steps(process)
+    shutil.rmtree(sandbox.run)
+    code, line = sandbox.finish(process)
+    return f"{line} (exit code {code})", "made again" if sandbox.run.exists() else "not made again"
+
+
+def full_output(sandbox: Sandbox) -> tuple[str, str]:
+    """Train with a standard output that cannot be written."""
+    arguments = ("train", "algo=protonet", *_SMALL, "train.steps=40", "logger=none")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "metalearn", *arguments, f"hydra.run.dir={sandbox.run}"],
+            cwd=sandbox.folder,
+            env=sandbox.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    line = f"{done.stderr.strip() or 'nothing'} (exit code {done.returncode})"
+    return line, _state_of(sandbox)
+
+
+def wandb_without_network(sandbox: Sandbox) -> tuple[str, str]:
+    """Train with a key of W&B, and a server that accepts connections but never answers."""
+    del sandbox.environment["WANDB_MODE"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        sandbox.environment |= {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address}
+        start = time.monotonic()
+        code, line = sandbox.train(logger="wandb")
+        with_wandb = time.monotonic() - start
+    shutil.rmtree(sandbox.run)
+    start = time.monotonic()
+    sandbox.train()
+    seconds = with_wandb - (time.monotonic() - start)
+    line = line.replace(address, "http://…")
+    return f"{line} (exit code {code})", f"{_state_of(sandbox)}, {seconds:.0f} s later than without"
+
+
+def _state_of(sandbox: Sandbox) -> str:
+    return "the run finished" if (sandbox.run / "result.json").exists() else "no result"
 
 
 def file_limit(sandbox: Sandbox) -> tuple[str, str]:
@@ -235,8 +314,8 @@ def wandb_dies(sandbox: Sandbox) -> tuple[str, str]:
     for service in services:
         os.kill(int(service), signal.SIGKILL)
     code, line = sandbox.finish(process)
-    state = "the run finished" if (sandbox.run / "result.json").exists() else "no result"
-    return f"{line or 'nothing'} (exit code {code})", f"{len(services)} W&B service killed; {state}"
+    state = f"{len(services)} W&B service killed; {_state_of(sandbox)}"
+    return f"{line or 'nothing'} (exit code {code})", state
 
 
 def two_processes(sandbox: Sandbox) -> tuple[str, str]:
@@ -405,7 +484,11 @@ def hostile_archive(sandbox: Sandbox) -> tuple[str, str]:
 
 
 FAULTS: dict[str, Fault] = {
-    "disk full (a mount of 180 KB)": disk_full,
+    "disk full (20 mounts of 16 KB to 5 MB, Conv4)": functools.partial(disk_full, "none"),
+    "disk full (the same mounts), with W&B": functools.partial(disk_full, "wandb"),
+    "run folder removed during the run": removed_folder,
+    "standard output full (/dev/full)": full_output,
+    "W&B with a key but no network": wandb_without_network,
     "read-only run folder (a read-only mount)": read_only,
     "/dev/full as run folder": full_device,
     "files limited to 30 KB (RLIMIT_FSIZE)": file_limit,

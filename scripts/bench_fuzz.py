@@ -1,10 +1,11 @@
-"""Run random valid, invalid and hostile command lines and write docs/reliability.md.
+"""Run random command lines, read random run folders, and write docs/reliability.md.
 
-python scripts/bench_fuzz.py [lines=10000] [processes=300] [seed=0]
+python scripts/bench_fuzz.py [lines=10000] [processes=300] [folders=1000] [seed=0]
 
 Each line must end in a run or in a one-line error. `lines` of them are parsed, composed and
 validated in this process; `processes` others are run, each in its own process. A traceback, an exit
-code other than 0, 1 or 2, an error of several lines, or a timeout is a failure.
+code other than 0, 1 or 2, an error of several lines, or a timeout is a failure. `folders` run
+folders are mutated and given to compare, evaluate, resume and load; see fuzz_folders.py.
 """
 
 import contextlib
@@ -12,14 +13,12 @@ import io
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
+from fuzz_folders import Folders, OutOfTime, time_limit
 from omegaconf import DictConfig
 from pages import ROOT, fill, wrap
 
@@ -132,27 +131,17 @@ def _select(composed: DictConfig, key: str) -> object:
     return OmegaConf.select(composed, key)
 
 
-class LineTimeout(BaseException):
-    """Raised when a line does not end in time."""
-
-
-def _raise_timeout(number: int, frame: FrameType | None) -> NoReturn:
-    raise LineTimeout
-
-
 def check_line(args: list[str]) -> str | None:
     """Parse, compose and validate a line in this process; return the failure, or None."""
-    signal.alarm(_LINE_SECONDS)
     try:
-        _launch.check(_arguments.parse(args[1:]))
+        with time_limit(_LINE_SECONDS):
+            _launch.check(_arguments.parse(args[1:]))
     except (UserError, RunFailed) as error:
         return "its error has several lines" if "\n" in str(error) else None
-    except LineTimeout:
+    except OutOfTime:
         return f"timeout after {_LINE_SECONDS} s"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
-    finally:
-        signal.alarm(0)
     return None
 
 
@@ -190,13 +179,55 @@ def run_line(args: list[str], folder: Path, cache: Path) -> str | None:
 
 
 def main() -> None:
-    """Check and run random lines, write the outcome, and exit with 1 if any failed."""
+    """Check random lines and folders, write the outcome, and exit with 1 if any failed."""
     options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
-    count, processes, seed = (
-        int(options.get(name, default))
-        for name, default in (("lines", 10000), ("processes", 300), ("seed", 0))
+    defaults = {"lines": 10000, "processes": 300, "folders": 1000, "seed": 0}
+    lines, processes, folders, seed = (int(options.get(name, defaults[name])) for name in defaults)
+    failures = check_folders(folders, seed) if folders else []
+    if lines or processes:
+        failures += check_lines(lines, processes, seed)
+    sys.exit(bool(failures))
+
+
+def _report(section: str, what: str, failures: list[str], options: str) -> None:
+    """Write the outcome of a part to docs/reliability.md."""
+    hangs = [line for line in failures if re.search(r"timeout after \d+ s$", line)]
+    text = [
+        f"{what}: {len(failures) - len(hangs)} tracebacks or unclear errors, {len(hangs)} hangs.",
+        f"`python scripts/bench_fuzz.py {options}`, "
+        f"commit {describe_environment('cpu')['commit']}.",
+    ]
+    fill(ROOT / "docs/reliability.md", f"{section}: written by scripts/bench_fuzz.py", wrap(text))
+    print("\n".join(text))
+
+
+def check_folders(count: int, seed: int) -> list[str]:
+    """Read mutated run folders, and write the outcome. Return the failures."""
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        made = Folders(Path(name), seed)
+        for number in range(count):
+            for failure in made.check(number):
+                failures.append(failure)
+                print(f"FAILED {failure}", flush=True)
+            if number % 100 == 99:
+                print(f"{number + 1} folders, {len(failures)} failures", flush=True)
+        os.chdir(ROOT)
+    effects = ("something was written outside", "an escape sequence reached the terminal")
+    outside = [failure for failure in failures if failure.endswith(effects)]
+    what = (
+        f"{count} run folders, each with one to three random changes (bytes, types, sizes, pipes, "
+        "devices, links, YAML bombs, escape sequences, interpolations, missing files), given to "
+        f"compare, evaluate, resume and load, {made.usual} times without an effect and "
+        f"{made.refused} times refused with one line: {len(outside)} times something was written "
+        f"outside or an escape sequence printed"
     )
-    signal.signal(signal.SIGALRM, _raise_timeout)
+    _report("folders", what, failures, f"lines=0 processes=0 folders={count} seed={seed}")
+    return failures
+
+
+def check_lines(count: int, processes: int, seed: int) -> list[str]:
+    """Check and run random lines, and write the outcome. Return the failures."""
     failures: list[str] = []
     valid = 0
     lines = Lines(seed)
@@ -225,18 +256,12 @@ def main() -> None:
                     f"{number + 1} processes, {valid} finished runs, {len(failures)} failures",
                     flush=True,
                 )
-    hangs = [line for line in failures if re.search(r"timeout after \d+ s$", line)]
-    environment = describe_environment("cpu")
-    text = [
+    what = (
         f"{count} random lines, composed and validated in one process, and {processes} others, "
-        f"each in its own process, of which {valid} ended in a finished run: "
-        f"{len(failures) - len(hangs)} tracebacks or unclear errors, {len(hangs)} hangs.",
-        f"`python scripts/bench_fuzz.py lines={count} processes={processes} seed={seed}`, "
-        f"commit {environment['commit']}.",
-    ]
-    fill(ROOT / "docs/reliability.md", "lines: written by scripts/bench_fuzz.py", wrap(text))
-    print("\n".join(text))
-    sys.exit(bool(failures))
+        f"each in its own process, of which {valid} ended in a finished run"
+    )
+    _report("lines", what, failures, f"lines={count} processes={processes} folders=0 seed={seed}")
+    return failures
 
 
 if __name__ == "__main__":

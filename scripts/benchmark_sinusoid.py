@@ -16,13 +16,11 @@ from typing import Any
 
 import torch
 from benchmark_methods import run
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pages import ROOT, fill
 
 import metalearn
 from metalearn.report import tables
-from metalearn.report.plots import draw_lines
+from metalearn.report.plots import draw_lines, new_figure
 from metalearn.report.tables import format_interval
 from metalearn.system.atomic import write_json
 from metalearn.tasks import prng
@@ -75,6 +73,10 @@ def fits(folder: Path, steps: list[int]) -> dict[str, Any]:
     return results
 
 
+def _score(row: dict[str, float] | None) -> str:
+    return format_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
+
+
 def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
     """Plot fitted curves: one column per method, one row per support set.
 
@@ -84,25 +86,18 @@ def draw_fits(methods: dict[str, dict[str, Any]], path: Path) -> None:
         path: PNG file to write.
     """
     titles = list(next(iter(methods.values())))
-    size = (3 * len(methods), 2.6 * len(titles))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
-    for column, (method, fits) in enumerate(methods.items()):
-        for row, title in enumerate(titles):
-            axes, fit = panels[row][column], fits[title]
-            axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
-            for label, y in fit["curves"].items():
-                axes.plot(fit["truth"][0], y, linewidth=1, label=label)
-            axes.plot(*fit["points"], "k^", markersize=5, label="support set")
-            axes.set_title(f"{method}, {title}", fontsize=9)
-            axes.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
-def _score(row: dict[str, float] | None) -> str:
-    return format_interval("mse", row["mean"], row["ci95"]) if row else "diverged"
+    with new_figure(path, 3 * len(methods), 2.6 * len(titles)) as figure:
+        panels = figure.subplots(len(titles), len(methods), sharex=True, sharey=True, squeeze=False)
+        for column, (method, fits) in enumerate(methods.items()):
+            for row, title in enumerate(titles):
+                axes, fit = panels[row][column], fits[title]
+                axes.plot(*fit["truth"], color="0.7", linewidth=3, label="truth")
+                for label, y in fit["curves"].items():
+                    axes.plot(fit["truth"][0], y, linewidth=1, label=label)
+                axes.plot(*fit["points"], "k^", markersize=5, label="support set")
+                axes.set_title(f"{method}, {title}", fontsize=9)
+                axes.grid(alpha=0.3)
+        panels[0][0].legend(fontsize=7)
 
 
 def main() -> None:

@@ -97,6 +97,8 @@ class Folders:
             (self.work / "stopped" / file).unlink()
         shutil.copytree("finished", "good")
         self._expected = self._outside()
+        #: Number of commands that ended as usual, and that ended in a one-line error.
+        self.usual = self.refused = 0
 
     def check(self, number: int) -> list[str]:
         """Mutate a run folder and give it to all commands. Return the failures."""
@@ -129,6 +131,7 @@ class Folders:
                 contextlib.redirect_stderr(output),
             ):
                 command()
+            self.usual += 1
         except OutOfTime:
             return f"timeout after {_SECONDS} s"
         except Exception as error:
@@ -137,8 +140,11 @@ class Folders:
                 return f"{type(error).__name__}: {str(error)[:200]}"
             if not str(error).isprintable():
                 return "its error has several lines"
+            self.refused += 1
         finally:
             os.chdir(self.work)
+        if "Warning: " in output.getvalue():
+            return "a warning"
         if "\x1b" in output.getvalue():
             return "an escape sequence reached the terminal"
         if self._outside() != self._expected:
@@ -165,7 +171,9 @@ class Folders:
         files = [
             path
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and (not suffixes or path.suffix in suffixes)
+            if path.is_file()
+            and not path.is_symlink()
+            and (not suffixes or path.suffix in suffixes)
         ]
         return self._draw.choice(files) if files else folder / "result.json"
 

@@ -6,6 +6,8 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,18 +155,21 @@ def test_wandb_without_a_network_is_offline_from_the_start(
     compose, tmp_path, monkeypatch, wandb_server
 ):
     wandb_server("http://127.0.0.1:9")
-    modes: list[str] = []
+    started: list[Any] = []
     notes: list[str] = []
 
-    def init(mode, **settings):
-        modes.append(mode)
+    def init(mode, dir, **settings):
+        started.append((mode, dir))
         return StartedRun()
 
     monkeypatch.setattr("wandb.init", init)
-    wandb_run.WandbRun(check_config(compose()), tmp_path, "abc", notes.append)
-    assert modes == ["offline"]
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    wandb_run.WandbRun(check_config(compose()), Path("x"), "abc", notes.append)
+    # Absolute, because the service may be that of another process, in another directory.
+    assert started == [("offline", tmp_path / "x")]
     assert len(notes) == 1 and "http://127.0.0.1:9 cannot be reached" in notes[0]
-    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in notes[0]
+    assert "wandb sync x/wandb/offline-run-*" in notes[0]
 
 
 def test_wandb_that_cannot_start_online_is_stopped_before_it_starts_offline(

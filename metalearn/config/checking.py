@@ -189,6 +189,8 @@ def conform(settings: list[Setting], values: DictConfig, where: str) -> DictConf
             raise UserError(f"{where}{key}: has no value")
         try:
             merged.merge_with({key: values[key]})
+        except OverflowError:
+            raise UserError(f"{where}{key}: has too large a number") from None
         except OmegaConfBaseException as error:
             full = getattr(error, "full_key", None) or str(key)
             given = OmegaConf.select(values, full, default=values[key])

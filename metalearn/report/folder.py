@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.report.result import Result
-from metalearn.system.errors import UserError
-from metalearn.system.reading import check_types, read_json
+from metalearn.system.reading import read_json
 
 
 class RunFolder:
@@ -77,11 +76,7 @@ class RunFolder:
             UserError: If there is none, or it is not a result.
         """
         is_untested = self.is_trained and not self.is_finished
-        file = self.validation if is_untested else self.result
-        result = Result.read(file)
-        if result.metric not in result.training.get("val", {}):
-            raise UserError(f"{file} is not a readable result: val is missing")
-        return result
+        return Result.read(self.validation if is_untested else self.result, is_own_test=True)
 
     def read_command(self) -> dict[str, Any]:
         """Read command.json.
@@ -89,13 +84,8 @@ class RunFolder:
         Raises:
             UserError: If it does not exist or is not readable.
         """
-        command = read_json(self.command)
-        expected = {"name": str, "overrides": [str], "directory?": str, "id?": str}
-        try:
-            check_types(command, expected)
-        except ValueError as error:
-            raise UserError(f"{self.command} is not a readable command: {error}") from None
-        return command
+        types = {"name": str, "overrides": [str], "directory?": str, "id?": str}
+        return read_json(self.command, types)
 
     def evaluation_scores(self, evaluation: Path) -> Path:
         """Return the file with the episode scores of an evaluation."""

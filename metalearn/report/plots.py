@@ -10,7 +10,7 @@ from metalearn.system.atomic import atomic_writer
 
 
 @contextlib.contextmanager
-def _figure(path: Path, width: float = 6.4, height: float = 4) -> Iterator[Any]:
+def new_figure(path: Path, width: float = 6.4, height: float = 4.0) -> Iterator[Any]:
     """Yield an empty figure (sizes in inches); afterwards write it to a PNG file."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,7 +29,7 @@ def _figure(path: Path, width: float = 6.4, height: float = 4) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _axes(path: Path) -> Iterator[Any]:
-    with _figure(path) as figure:
+    with new_figure(path) as figure:
         axes = figure.add_subplot()
         axes.grid(alpha=0.3)
         yield axes
@@ -103,7 +103,7 @@ def draw_comparison(
         path: PNG file to write.
     """
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
-    with _figure(path, 7.5, sum(heights)) as figure:
+    with new_figure(path, 7.5, sum(heights)) as figure:
         panels = figure.subplots(len(columns), 1, height_ratios=heights, squeeze=False)[:, 0]
         factor = _factor(score)
         for axes, (title, rows) in zip(panels, columns.items(), strict=True):

@@ -1,5 +1,6 @@
 """A result: one measurement of one run, as result.json and evaluations/*.json hold it."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,7 +11,7 @@ from typing import Any
 from metalearn.report.stats import Difference
 from metalearn.system.atomic import write_json
 from metalearn.system.errors import UserError
-from metalearn.system.reading import check_types, read_json
+from metalearn.system.reading import read_json
 from metalearn.tasks.family import METRICS
 from metalearn.tasks.types import Estimate
 
@@ -100,12 +101,9 @@ class Result:
     def from_dict(content: dict[str, Any]) -> "Result":
         """Return the result that a JSON file holds; results of earlier versions are understood.
 
-        Raises:
-            ValueError: If the content is not a result.
+        Args:
+            content: The content of the file, with values of the right types.
         """
-        check_types(content, _TYPES)
-        if len(content["test"]) != 1 or not re.fullmatch(r"\w+", next(iter(content["test"]))):
-            raise ValueError("test should hold the value of one metric")
         rest = dict(content)
         ((metric, estimate),) = rest.pop("test").items()
         better = {one.name: one.higher_is_better for one in METRICS.values()}.get(metric, True)
@@ -115,30 +113,32 @@ class Result:
         return Result(
             metric=metric,
             higher_is_better=rest.pop("higher_is_better", better),
-            test=_made(Estimate, estimate),
+            test=Estimate(**estimate),
             split=rest.pop("split", "test"),
             training=rest,
             evaluation=other,
-            transductive_minus_inductive=difference and _made(Difference, difference),
+            transductive_minus_inductive=None if difference is None else Difference(**difference),
             **own,
         )
 
     @staticmethod
-    def read(path: Path) -> "Result":
+    def read(path: Path, is_own_test: bool = False) -> "Result":
         """Read a JSON file.
+
+        Args:
+            path: The file.
+            is_own_test: Whether it is the result of a run's own test, which has a validation score.
 
         Raises:
             UserError: If the file does not exist or is not a result.
         """
-        try:
-            return Result.from_dict(read_json(path))
-        except ValueError as error:
-            raise UserError(f"{path} is not a readable result: {error}") from None
-
-
-def _made(cls: type, values: dict[str, Any]) -> Any:
-    """Return a dataclass from the values of its fields, without any others."""
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        content = read_json(path, _TYPES)
+        metric = next(iter(content["test"]), "")
+        is_valid = not is_own_test or metric in content.get("val", {})
+        if len(content["test"]) == 1 and re.fullmatch(r"\w+", metric) and is_valid:
+            with contextlib.suppress(TypeError):  # an unknown field of an estimate
+                return Result.from_dict(content)
+        raise UserError(f"{path} does not hold the test, or validation, of one metric")
 
 
 def hash_of(protocol: dict[str, Any]) -> str:
@@ -150,23 +150,14 @@ _REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment"
 _EVALUATION = ("overrides", "variant", "dataset")
 _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.
-_TYPES: dict[str, Any] = {
-    "test": {"*": _ESTIMATE},
-    "val?": {"*": _ESTIMATE},
-    "higher_is_better?": bool,
-    "split?": str,
-    "details": {
-        "worst_decile": {"mean": float},
-        "worst_classes?": {"*": float},
-        "expected_calibration_error?": float,
-        "episodes_needed?": {"*": int},
-    },
+_TYPES = {
+    "name": str, "seed": int, "seconds": float, "protocol_id": str, "split?": str, "dataset?": str,
+    "test": {"*": _ESTIMATE}, "val?": {"*": _ESTIMATE}, "higher_is_better?": bool,
     "protocol": {"way": int, "shot": int, "query": int, "statistics": str, "sampler?": int},
-    "protocol_id": str,
-    "name": str,
-    "seed": int,
+    "details": {
+        "worst_decile": {"mean": float}, "worst_classes?": {"*": float},
+        "expected_calibration_error?": float, "episodes_needed?": {"*": int},
+    },
     "environment": {"hardware": str},
-    "seconds": float,
-    "dataset?": str,
     "transductive_minus_inductive?": {**_ESTIMATE, "p_value": float},
-}
+}  # fmt: skip

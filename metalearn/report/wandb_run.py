@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import netrc
 import os
-import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,7 +112,7 @@ class WandbRun:
         reason = "" if mode else f"WANDB_MODE={wanted}"
         if wanted == "online" and not os.environ.get("WANDB_MODE") and not _has_key(server):
             wanted, reason = "offline", "no key is configured"
-        elif wanted == "online" and (problem := connection_error(server, any_answer=True)):
+        elif wanted == "online" and (problem := connection_error(server, True, 4.0)):
             # Decided before W&B starts: it would wait longer, and keep the identifier in use.
             wanted, reason = "offline", f"{server} cannot be reached: {problem}"
         make_folder(self._folder / "wandb")
@@ -125,7 +124,7 @@ class WandbRun:
                 name="-".join(self._folder.parts[-2:]),
                 id=self._identifier,
                 resume="allow",
-                dir=self._folder,
+                dir=self._folder.absolute(),  # the service may have another working directory
                 mode=mode,  # type: ignore[arg-type]
                 config=dataclasses.asdict(self._settings),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30),
@@ -150,25 +149,23 @@ class WandbRun:
 def _stop_service() -> None:
     import wandb
 
-    with contextlib.suppress(Exception, SystemExit), _silent_children():
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
 @contextlib.contextmanager
 def _silent_children() -> Iterator[None]:
     """Give processes that are started no output: W&B's service prints its log in some cases."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams = [os.dup(number) for number in (1, 2)]
     with open(os.devnull, "w") as nothing:
-        streams = {number: os.dup(number) for number in (1, 2)}
-        try:
-            for number in streams:
-                os.dup2(nothing.fileno(), number)
-            yield
-        finally:
-            for number, stream in streams.items():
-                os.dup2(stream, number)
-                os.close(stream)
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream, number)
+            os.close(stream)
 
 
 def wandb_state() -> str:

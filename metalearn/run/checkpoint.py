@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,11 @@ from torch import Tensor
 from metalearn.report.folder import RunFolder
 from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import UserError, is_out_of_memory
-from metalearn.system.reading import check_types, read_bytes
-from metalearn.tasks.types import Spec, State
+from metalearn.system.reading import check_limits, read_bytes
+from metalearn.tasks.types import State
 
 #: Largest checkpoint that is read, in bytes.
 _MAX_BYTES = 16 << 30
-#: Most values in a checkpoint, and levels of nesting.
-_MAX_VALUES, _MAX_DEPTH = 1_000_000, 30
 
 
 class CorruptCheckpoint(UserError):
@@ -51,8 +50,10 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(one.file_size for one in archive.infolist()) > len(data):
                 raise ValueError("it is compressed")  # it may expand to any size
-        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-        _check_limits(content, 8 * len(data))
+        with warnings.catch_warnings():  # about what no checkpoint holds
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        _check_content(content, 8 * len(data))
     except Exception as error:  # a corrupt file can raise anything
         if is_out_of_memory(error):
             raise
@@ -106,23 +107,22 @@ def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | No
     return None
 
 
-def _check_limits(content: Any, most_bytes: int) -> None:
-    """Raise ValueError for more values, bytes or levels than a checkpoint has, or other types."""
-    waiting, values, num_bytes = [(content, 0)], 0, 0
-    while waiting:
-        node, depth = waiting.pop()
-        children = list(node.values()) if isinstance(node, dict) else node
-        if isinstance(node, Tensor):
-            num_bytes += node.numel() * node.element_size()
-            is_known = node.layout == torch.strided and node.device.type != "meta"
-        elif isinstance(children, list | tuple):
-            values += len(children)
-            waiting += [(child, depth + 1) for child in children]
-            is_known = not isinstance(node, dict) or {*map(type, node)} <= {str, int}
+def _check_content(content: Any, most_bytes: int) -> None:
+    """Raise ValueError for types that a checkpoint does not have, or more values or bytes."""
+    sizes = [0]
+
+    def check(value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            sizes.append(sizes[-1] + value.numel() * value.element_size())
+            is_known = value.layout == torch.strided and value.device.type != "meta"
         else:
-            is_known = isinstance(node, str | int | float | None)
-        if not is_known or depth > _MAX_DEPTH or values > _MAX_VALUES or num_bytes > most_bytes:
-            raise ValueError("it holds what no checkpoint holds")
+            keys = {type(key) for key in value} if isinstance(value, dict) else set()
+            is_known = isinstance(value, dict | list | tuple | str | int | float | None)
+            is_known = is_known and keys <= {str, int}
+        if not is_known or sizes[-1] > most_bytes:
+            raise ValueError(f"{name} is not what a checkpoint holds")
+
+    check_limits(content, 1e6, check)
 
 
 def _checksum(content: Any) -> str:
@@ -145,29 +145,6 @@ def _checksum(content: Any) -> str:
 
     feed(content)
     return digest.hexdigest()
-
-
-def spec(content: dict[str, Any], folder: Path) -> Spec:
-    """Return the description of a run's inputs and outputs in a checkpoint.
-
-    Args:
-        content: The checkpoint.
-        folder: The run folder, for error messages.
-
-    Raises:
-        UserError: If there is none.
-    """
-    own: Any = content.get("spec")
-    expected = {"input_shape": [int], "way": int, "train_classes": int, "target": str}
-    try:
-        check_types(own, expected)
-        check_types(content.get("standardisation"), {"shift?": [float], "scale?": [float]})
-        return Spec(**{**own, "input_shape": tuple(own["input_shape"])})
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{folder}: its checkpoint does not describe its inputs; train it again with this "
-            "version"
-        ) from None
 
 
 def state(content: dict[str, Any], expected: State, folder: Path) -> State:

@@ -89,19 +89,12 @@ def read_choices(path: Path, setting: str = "") -> dict[str, Any]:
     Raises:
         UserError: If it cannot be read or does not hold valid choices.
     """
-    choices = read_json(path)
-    try:
-        is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
-        is_valid = is_valid and _is_count(choices["threads"], 4096)
-    except (KeyError, TypeError, AttributeError):
-        is_valid = False
-    if not is_valid:
+    part = {"strategy": str, "precision": str, "convolution": str, "chunk": int}
+    choices = read_json(path, {"threads": int, "train": part, "test": part})
+    is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
+    if not is_valid or not 0 < choices["threads"] <= 1024:
         raise UserError(f"{setting}{path}: is not an engine.json of a run")
     return choices
-
-
-def _is_count(value: Any, maximum: int = 2**31) -> bool:
-    return type(value) is int and 0 < value < maximum
 
 
 def _is_choice(content: dict[str, Any]) -> bool:
@@ -116,5 +109,5 @@ def _is_choice(content: dict[str, Any]) -> bool:
     return (
         content.keys() == fields
         and all(content[name] in allowed for name, allowed in values.items())
-        and _is_count(content["chunk"])
+        and 0 < content["chunk"] < 2**31
     )

@@ -23,14 +23,20 @@ from metalearn.run import checkpoint
 from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
 from metalearn.run.parts import algorithm_of, device_of
 from metalearn.system.errors import UserError, first_line
+from metalearn.system.reading import check_types
 from metalearn.tasks import prng
-from metalearn.tasks.types import Support
+from metalearn.tasks.types import Spec, Support
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
 #: Number of input values that go through the network at once.
 _CHUNK = 2**18
 _NOT_ADAPTED = "the model is not adapted yet; call adapt(x, y) first"
+#: What a checkpoint says about the inputs and outputs of its run.
+_DESCRIPTION = {
+    "spec": {"input_shape": [int], "way": int, "train_classes": int, "target": str},
+    "standardisation": {"shift?": [float], "scale?": [float]},
+}
 
 
 def load(
@@ -65,6 +71,14 @@ def load(
     changed: Any = OmegaConf.merge(composed, {"statistics": statistics, "device": device})
     settings = checking.check_config(changed)
     content = checkpoint.load(files.best, device_of(settings.device))
+    try:
+        check_types(content, _DESCRIPTION)
+        content["spec"] = Spec(**content["spec"])
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: its checkpoint does not describe its inputs ({error}); train it again with "
+            "this version"
+        ) from None
     return Model(composed, settings, content, folder)
 
 
@@ -85,7 +99,7 @@ class Model:
         folder: Path,
     ) -> None:
         self.config = composed
-        self.spec = checkpoint.spec(content, folder)
+        self.spec: Spec = content["spec"]
         self.classes: list[Hashable] = []
         self._algorithm = algorithm_of(settings, is_restored=True)
         if not self._algorithm.family.predicts:

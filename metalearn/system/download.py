@@ -11,7 +11,7 @@ from pathlib import Path
 
 from metalearn.system.errors import UserError
 
-_CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS = 6.0
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
@@ -80,19 +80,22 @@ def run_download(
         socket.setdefaulttimeout(before)
 
 
-def connection_error(url: str, any_answer: bool = False) -> str | None:
-    """Return why the address does not answer within five seconds, or None.
+def connection_error(
+    url: str, any_answer: bool = False, seconds: float = _CONNECT_SECONDS
+) -> str | None:
+    """Return why an address does not answer, or None.
 
     Args:
         url: Address to check.
         any_answer: Whether a refusal of this page, as by a server without one, is an answer.
+        seconds: How long to wait.
     """
-    answer = [f"no answer in {_CONNECT_SECONDS:.0f} s"]
+    answer = [f"no answer in {seconds:.0f} s"]
 
     def ask() -> None:
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(url, method="HEAD"), timeout=_CONNECT_SECONDS
+                urllib.request.Request(url, method="HEAD"), timeout=seconds
             ):
                 answer[0] = ""
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -103,5 +106,5 @@ def connection_error(url: str, any_answer: bool = False) -> str | None:
     # In a thread, because the look-up of a name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_CONNECT_SECONDS)
+    thread.join(seconds)
     return answer[0] or None
