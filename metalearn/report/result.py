@@ -152,10 +152,11 @@ _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.
 _TYPES = {
     "name": str, "seed": int, "seconds": float, "protocol_id": str, "split?": str, "dataset?": str,
+    "overrides?": [str],
     "test": {"*": _ESTIMATE}, "val?": {"*": _ESTIMATE}, "higher_is_better?": bool,
     "protocol": {"way": int, "shot": int, "query": int, "statistics": str, "sampler?": int},
     "details": {
-        "worst_decile": {"mean": float}, "worst_classes?": {"*": float},
+        "worst_decile?": {"mean": float}, "worst_classes?": {"*": float},
         "expected_calibration_error?": float, "episodes_needed?": {"*": int},
     },
     "environment": {"hardware": str},

@@ -57,7 +57,10 @@ def least_width(rows: list[dict[str, Any]], first: int) -> int:
 def print_details(console: Console, result: Result) -> None:
     """Print the worst episodes and classes, calibration, and how many episodes ±0.10% needs."""
     metric, details = result.metric, result.details
-    parts = [f"worst tenth of the episodes {format_value(metric, details['worst_decile']['mean'])}"]
+    parts = []
+    if "worst_decile" in details:
+        worst = format_value(metric, details["worst_decile"]["mean"])
+        parts.append(f"worst tenth of the episodes {worst}")
     if "worst_classes" in details:
         for name, share in list(details["worst_classes"].items())[:1]:
             parts.append(f"worst class {name} {format_value(metric, share)}")

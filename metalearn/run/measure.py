@@ -10,7 +10,7 @@ from torch import Tensor
 from metalearn.report import stats
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener
-from metalearn.report.result import Result
+from metalearn.report.result import Result, hash_of
 from metalearn.report.scores import write_csv, write_scores
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run
@@ -90,11 +90,12 @@ def measure(
 
 
 def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:
-    """Return a validation score as a result, without details and protocol."""
+    """Return a validation score as a result, without details."""
+    protocol = {**run.protocol, "split": "val", "episodes": score.episodes}
     return Result(
         metric=run.metric.name, higher_is_better=run.metric.higher_is_better, test=score,
-        details={}, protocol={}, protocol_id="", name=name, seed=run.config.seed,
-        environment=environment, seconds=0.0, split="val",
+        details={}, protocol=protocol, protocol_id=hash_of(protocol), name=name,
+        seed=run.config.seed, environment=environment, seconds=0.0, split="val",
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def trained_state(run: Run, folder: Path) -> State:
             raise
         raise UserError(
             f"dataset: its images are {_by(here)}, but the run was trained on {_by(trained)}; "
-            f"use {trained[0]} channels (dataset.colour) and dataset.image_size={trained[-1]}"
+            f"use dataset.image_size={trained[-1]}"
         ) from None
 
 
