@@ -17,6 +17,7 @@ from rich.console import Console
 from metalearn.config.checking import check_config
 from metalearn.report import wandb_run
 from metalearn.report.console import open_console, print_line
+from metalearn.report.tables import result_table
 from metalearn.report.tracker import Tracker
 from metalearn.run.train import train
 from metalearn.system import output
@@ -79,10 +80,11 @@ def test_characters_that_the_output_lacks_are_replaced(monkeypatch):
     print("90% ± 1%, 1–2… ≤ 3×4 é\udcff", flush=True)
     print("± ü", file=sys.stderr, flush=True)
     print_line(open_console(), "± \udcff")
-    assert [stream.buffer.getvalue() for stream in streams] == [
-        b"90% +- 1%, 1-2... <= 3x4 \\xe9\\udcff\n+- \\udcff\n",
-        b"+- \\xfc\n",
-    ]
+    open_console().print(result_table([{"a": "1 ± 2"}, {"a": "12345 ± 67"}]))
+    lines = streams[0].buffer.getvalue().decode("ascii").splitlines()
+    assert lines[:2] == ["90% +- 1%, 1-2... <= 3x4 \\xe9\\udcff", "+- \\udcff"]
+    assert len({len(line) for line in lines[2:] if line.strip()}) == 1  # columns are aligned
+    assert streams[1].buffer.getvalue() == b"+- \\xfc\n"
 
 
 def test_output_that_fails_ends_no_run(monkeypatch):

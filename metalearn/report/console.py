@@ -15,8 +15,10 @@ class _Console(Console):
     """A console on which foreign text has no effect, and whose failing output ends no run."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Escape non-printable characters, such as those of a terminal's commands."""
-        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
+        """Escape non-printable characters, and replace those that the encoding lacks."""
+        lines = "\n".join(map(visible, text.split("\n")))
+        shown = lines.encode(self.encoding, "readable").decode(self.encoding)
+        return super().render_str(shown, **options)
 
 
 def open_console() -> Console:

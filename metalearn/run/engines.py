@@ -70,7 +70,10 @@ def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
             raise UserError(
                 f"engine.{name}={value}: engine.choices already sets this; leave one out"
             )
-    choices = read_choices(Path(settings.choices), "engine.choices=")
+    try:
+        choices = read_choices(Path(settings.choices))
+    except UserError as error:
+        raise UserError(f"engine.choices: is not an engine.json of a run: {error}") from None
     precision = choices["train"]["precision"]
     if precision != settings.precision:
         raise UserError(
@@ -79,21 +82,13 @@ def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     return choices
 
 
-def read_choices(path: Path, setting: str = "") -> dict[str, Any]:
-    """Read an engine.json.
-
-    Args:
-        path: The file.
-        setting: The setting that names it, for messages.
-
-    Raises:
-        UserError: If it cannot be read or does not hold valid choices.
-    """
+def read_choices(path: Path) -> dict[str, Any]:
+    """Read an engine.json; raise UserError if it does not hold valid choices."""
     part = {"strategy": str, "precision": str, "convolution": str, "chunk": int}
     choices = read_json(path, {"threads": int, "train": part, "test": part})
     is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
     if not is_valid or not 0 < choices["threads"] <= 1024:
-        raise UserError(f"{setting}{path}: is not an engine.json of a run")
+        raise UserError(f"{path} does not hold the choices of an engine")
     return choices
 
 

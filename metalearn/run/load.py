@@ -73,7 +73,8 @@ def load(
     content = checkpoint.load(files.best, device_of(settings.device))
     try:
         check_types(content, _DESCRIPTION)
-        content["spec"] = Spec(**content["spec"])
+        spec = content["spec"]
+        content["spec"] = Spec(**{**spec, "input_shape": tuple(spec["input_shape"])})
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{folder}: its checkpoint does not describe its inputs ({error}); train it again with "

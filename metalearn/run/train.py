@@ -287,9 +287,8 @@ def resume(folder: Path, console: Console) -> None:
         )
     command = files.read_command()
     folder = folder.absolute()
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # the directory may be gone, or on another machine
+    # The directory may be gone, or on another machine.
+    with contextlib.suppress(OSError, ValueError):
         os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
     config: Any = OmegaConf.merge(composition.load_config(folder), {"resume": "auto"})
     train(config, folder, command["name"], command["overrides"], console)

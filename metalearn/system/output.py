@@ -22,7 +22,6 @@ def prepare_streams() -> None:
             # Gets the lowest free number, this one. Otherwise the next opened file would get it,
             # and whatever a library prints would be written into that file.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    codecs.register_error("readable", _replacement)
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
@@ -37,6 +36,9 @@ def _replacement(error: UnicodeError) -> tuple[str, int]:
     text = error.object[error.start : error.end]
     parts = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text)
     return "".join(parts), error.end
+
+
+codecs.register_error("readable", _replacement)
 
 
 class Unfailing:
