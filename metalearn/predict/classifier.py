@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from metalearn.predict import heads
-from metalearn.predict.confidence import Confidence, Outputs, Procedure, assess, hold_out
+from metalearn.predict.confidence import MANY, Confidence, Outputs, Procedure, assess, hold_out
 from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.atomic import atomic_writer, write_json
 from metalearn.system.errors import UserError, first_line
@@ -268,8 +268,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
             return run
 
+        is_large = len(self.examples_) > MANY
+
         def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-            return self._outputs(self._chosen(x, y, way, 1), x, y, way, queries)
+            head = self.head_ if is_large else self._chosen(x, y, way, 1)
+            return self._outputs(head, x, y, way, queries)
 
         return learn
 

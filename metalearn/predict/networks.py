@@ -6,6 +6,7 @@ The only place that opens a backbone or a run for `FewShotClassifier`.
 import functools
 import hashlib
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 
-#: Images -> features, float [M, D]. An image is a file or a PIL image.
+#: Files or PIL images; why some cannot be read, by their index.
+Images, Reasons = Sequence[Any], dict[int, str] | None
+#: Images -> features, float [M, D].
 Embedding = Callable[[list[Any]], Any]
 
 
@@ -35,9 +38,7 @@ class Network:
 
     identity: str | None = None
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Compute what is learned from: features, float32 [M, D].
 
         Args:
@@ -54,9 +55,7 @@ class Function(Network):
     def __init__(self, embedding: Embedding) -> None:
         self._embedding = embedding
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Call the function, which reads the images."""
         return np.asarray(self._embedding(list(images)), dtype=np.float32)
 
@@ -77,6 +76,7 @@ class PretrainedFeatures(Network):
             backbone=config.backbone,
             device=device_of(config.device),
             cache_dir=cache_folder(config),
+            progress=_show if sys.stderr.isatty() else None,
         )
         digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
         tensors, buffers = components.make(config.backbone, "backbone").init(
@@ -86,11 +86,16 @@ class PretrainedFeatures(Network):
             digest.update(key.encode() + value.numpy().tobytes())
         self.identity = digest.hexdigest()
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
         return self._embed(images, unreadable=unreadable).numpy()
+
+
+def _show(done: int, count: int) -> None:
+    """Show the progress on a terminal."""
+    print(f"\r{done} of {count} images embedded", end="", file=sys.stderr)
+    if done == count:
+        print(file=sys.stderr)
 
 
 class RunFeatures(Network):
@@ -102,7 +107,7 @@ class RunFeatures(Network):
             raise UserError(f"run={run}: predicts values, not classes")
         self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
 
-    def _read(self, images: Sequence[Any], unreadable: dict[int, str] | None) -> np.ndarray:
+    def _read(self, images: Images, unreadable: Reasons) -> np.ndarray:
         arrays = []
         for index, image in enumerate(images):
             try:
@@ -114,9 +119,7 @@ class RunFeatures(Network):
                 arrays.append(np.zeros(self._model.spec.input_shape, np.uint8))
         return np.stack(arrays) if arrays else np.zeros((0, *self._model.spec.input_shape))
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
         return self._model.embed(self._read(images, unreadable)).cpu().numpy()
 
@@ -124,9 +127,7 @@ class RunFeatures(Network):
 class AdaptingRun(RunFeatures):
     """A run that adapts to the examples as it was trained to."""
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
         return self._read(images, unreadable)
 
