@@ -6,7 +6,8 @@ python scripts/benchmark_trust.py [images=<folder or zip> … | features=<file.n
 A user has 5 to 10 classes with `shots` examples each, and 100 other images of these classes. 100
 images of two classes that are not among theirs measure `unknown`. The classes are those of `images`
 (60 images of each are embedded), those of `features` (float [C, 60, D]) or, by default, Gaussian
-ones that differ in how well they are separated. Adds the rows to benchmarks/trust.json, and writes benchmarks/trust.md from them.
+ones that differ in how well they are separated. Adds the rows to benchmarks/trust.json, and writes
+benchmarks/trust.md from them.
 """
 
 import json

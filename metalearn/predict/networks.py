@@ -23,8 +23,10 @@ from metalearn.system.errors import UserError, first_line
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 
-#: Files or PIL images; why some cannot be read, by their index.
-Images, Reasons = Sequence[Any], dict[int, str] | None
+#: Files or PIL images.
+Images = Sequence[Any]
+#: Why some images cannot be read, by their index.
+Reasons = dict[int, str] | None
 #: Images -> features, float [M, D].
 Embedding = Callable[[list[Any]], Any]
 
