@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from metalearn.config import checking, components, paths
-from metalearn.config.composition import compose_config
+from metalearn.config.composition import compose_config, options
 from metalearn.predict.confidence import Outputs
 from metalearn.report.folder import RunFolder
 from metalearn.run import features, load
 from metalearn.run.parts import cache_folder, device_of
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, nearest
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 
@@ -70,7 +70,11 @@ class PretrainedFeatures(Network):
     """
 
     def __init__(self, backbone: str) -> None:
-        name, *settings = shlex.split(backbone)
+        name, *settings = shlex.split(backbone) or [""]
+        if name not in (known := options("backbone")):
+            raise UserError(f"backbone={name}: there is no such backbone{nearest(name, known)}")
+        if other := [word for word in settings if not word.startswith("backbone.")]:
+            raise UserError(f"backbone={backbone}: {other[0]} is no setting of a backbone")
         words = [paths.literal(word, False) for word in settings]
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
         self._embed = functools.partial(
@@ -107,6 +111,11 @@ class RunFeatures(Network):
         self._model = load.load(run)
         if self._model.spec.target != "class":
             raise UserError(f"run={run}: predicts values, not classes")
+        if not isinstance(self, AdaptingRun) and not self._model.embeds_alone:
+            raise UserError(
+                f"run={run}: its features depend on the other images, so no head can learn from "
+                "them; leave out head="
+            )
         self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
 
     def _read(self, images: Images, unreadable: Reasons) -> np.ndarray:

@@ -103,6 +103,11 @@ class Model:
         self._learner: Any = None
         self._support: Tensor | None = None
 
+    @property
+    def embeds_alone(self) -> bool:
+        """True if the features of an input depend on no other input."""
+        return self._algorithm.embeds_alone
+
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
         """Return the images in a folder and its subfolders, sorted: the order of predictions.
