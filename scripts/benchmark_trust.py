@@ -1,12 +1,13 @@
 """Simulate users of `metalearn predict`: is what it says about their labels true?
 
-python scripts/benchmark_trust.py [images=<folder or zip> …] [users=1000] [shots=5]
-                                  [heads=prototype,…] [backbone=efficientnet_lite0]
+python scripts/benchmark_trust.py [images=<folder or zip> … | features=<file.npy>] [users=1000]
+                                  [shots=5] [heads=prototype,…] [backbone=efficientnet_lite0]
 
 A user has 5 to 10 classes with `shots` examples each, and 100 other images of these classes. 100
 images of two classes that are not among theirs measure `unknown`. The classes are those of `images`
-(60 images of each are embedded) or, by default, Gaussian ones that differ in how well they are
-separated. Adds the rows to benchmarks/trust.json, and writes benchmarks/trust.md from them.
+(60 images of each are embedded), those of `features` (float [C, 60, D]) or, by default, Gaussian
+ones that differ in how well they are separated. Adds the rows to benchmarks/trust.json, and writes
+benchmarks/trust.md from them.
 """
 
 import json
@@ -136,6 +137,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data = f"{', '.join(Path(one).name for one in sources)}, {backbone}" if sources else "gaussians"
     features = embedded(sources, backbone) if sources else None
+    if "features" in given:
+        features, data = np.load(given["features"]), Path(given["features"]).stem
     path = _OUT / "trust.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     for head in given.get("heads", "prototype").split(","):

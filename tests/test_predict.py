@@ -92,7 +92,7 @@ def test_labels_files_and_page(images, run_folder, monkeypatch, capsys):
     words = [f"support={images}/examples", f"query={images}/new", f"run={run}", f"out={out}"]
     assert run_command(monkeypatch, *words) == 0
     printed = capsys.readouterr().out
-    assert "12 images labelled, 1 cannot be read" in printed
+    assert "Images labelled: 12, 1 cannot be read." in printed
     assert re.search(r"Expect \d+ to \d+% of the labels to be right", printed)
     rows, result = read(out)
     assert [row["file"] for row in rows] == [
@@ -145,6 +145,29 @@ def test_add_and_remove_leave_the_rest_and_the_original(images, run_folder, monk
         before, after = (one.examples_[one.labels_ == name] for one in (original, changed))
         np.testing.assert_array_equal(after[:count], before)
     assert changed.confidence_.error_rate == changed.error_rate == 0.2
+
+
+def test_without_images_there_is_a_classifier(images, run_folder, monkeypatch, capsys):
+    out = images / "out"
+    words = [f"support={images}/examples", f"run={run_folder('algo=protonet')}", f"out={out}"]
+    assert run_command(monkeypatch, *words, "head=nearest") == 0
+    assert "labelled:" not in capsys.readouterr().out
+    assert read(out)[0] == [] and FewShotClassifier.load(out / "classifier").head_ == "nearest"
+
+
+def test_a_failure_leaves_the_classifier_as_it_was(images, run_folder):
+    # The number of classes is part of the weights of MAML.
+    folder = run_folder("algo=maml", "episode.way=3")
+    items = inputs.examples(str(images / "examples"), images)
+    classifier = FewShotClassifier(run=folder, calibrate=False)
+    classifier.fit([item.path for item in items], [item.label for item in items])
+    before = classifier.predict_proba([items[0].path])
+    with pytest.raises(UserError, match="4 classes; this run distinguishes 3"):
+        classifier.partial_fit([items[0].path], ["fourth"])
+    assert classifier.classes_.tolist() == [_HOSTILE, "circle", "line"]
+    np.testing.assert_array_equal(classifier.predict_proba([items[0].path]), before)
+    with pytest.raises(UserError, match="leave out head="):
+        FewShotClassifier(run=folder, head="ridge").fit([items[0].path], ["a"])
 
 
 @pytest.mark.parametrize("algo", ["maml", "matching"])
@@ -236,6 +259,8 @@ def test_support_and_query_sources(images, tmp_path):
         (["support=examples", "query=new", "run=nowhere"], "nowhere"),
         (["support=examples", "query=new", "run=a", "backbone=b"], "not both"),
         (["support=examples", "query=new", "backbone=conv4"], "backbone=Conv4"),
+        (["support=examples", "backbone=timm hydra.run.dir=x"], "is no setting of a backbone"),
+        (["support=examples", "backbone=../base"], "../base: there is no such"),
         (["support=one", "query=new", "run=run"], "at least 2"),
         (["support=bad", "query=new", "run=run"], "bad/a/x.png is not a readable image"),
     ],

@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
 from metalearn.predict import heads
-from metalearn.predict.confidence import Confidence, Outputs, Procedure, assess, hold_out
+from metalearn.predict.confidence import MANY, Confidence, Outputs, Procedure, assess, hold_out
 from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.atomic import atomic_writer, write_json
 from metalearn.system.errors import UserError, first_line
@@ -98,7 +98,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the network, which opens again when it is needed."""
-        return {key: value for key, value in super().__getstate__().items() if key != "_network"}
+        state: dict[str, Any] = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_network"}
 
     @property
     def network(self) -> Network | None:
@@ -145,12 +146,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Returns:
             The classifier itself.
         """
-        if self.head not in (*heads.HEADS, "auto"):
-            raise ValueError(f"head={self.head}: should be auto, {', '.join(heads.HEADS)}")
-        if self.normalise not in ("auto", "l2", "standard"):
-            raise ValueError(f"normalise={self.normalise}: should be auto, l2 or standard")
-        if not 0 < self.error_rate < 1:
-            raise ValueError(f"error_rate={self.error_rate}: should be between 0 and 1")
         self._set_examples(*self._examples(X, y, reset=True), notes)
         return self
 
@@ -202,12 +197,24 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def _set_examples(
         self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
     ) -> None:
+        """Learn examples; a failure leaves the classifier as it was."""
+        if self.head not in (*heads.HEADS, "auto"):
+            raise ValueError(f"head={self.head}: should be auto, {', '.join(heads.HEADS)}")
+        if self.normalise not in ("auto", "l2", "standard"):
+            raise ValueError(f"normalise={self.normalise}: should be auto, l2 or standard")
+        if not 0 < self.error_rate < 1:
+            raise ValueError(f"error_rate={self.error_rate}: should be between 0 and 1")
         classes, targets = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"the examples have {len(classes)} class; at least 2 are required")
+        before = self.__getstate__()
         self.classes_, self._targets, self.examples_ = classes, targets.astype(np.int64), x
         self.notes_ = list(notes) if notes is not None else [{}] * len(x)
-        self._learn()
+        try:
+            self._learn()
+        except Exception:
+            self.__dict__ = before
+            raise
 
     def _learn(self) -> None:
         """Choose and learn the head, and assess it."""
@@ -268,8 +275,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
             return run
 
+        is_large = len(self.examples_) > MANY
+
         def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-            return self._outputs(self._chosen(x, y, way, 1), x, y, way, queries)
+            head = self.head_ if is_large else self._chosen(x, y, way, 1)
+            return self._outputs(head, x, y, way, queries)
 
         return learn
 

@@ -17,6 +17,9 @@ from scipy.special import betaincinv, log_softmax, softmax
 
 #: Largest number of folds, and the number of trained classifiers that repetitions aim at.
 _MAX_FOLDS, _FITS = 10, 20
+#: With more examples than this, folds are not repeated and choices not nested: their part of the
+#: error is small.
+MANY = 500
 
 
 class Outputs(NamedTuple):
@@ -80,7 +83,7 @@ def hold_out(
     if folds < 2:
         return None
     rng = np.random.default_rng(seed)
-    repeats = max(1, fits // folds)
+    repeats = 1 if len(y) > MANY else max(1, fits // folds)
     rows, outputs = [], []
     for _ in range(repeats):
         fold = np.full(len(y), -1)
@@ -130,9 +133,10 @@ def accuracy_interval(
 
     Quantiles of the beta distribution with Jeffreys' prior (Brown, Cai and DasGupta 2001), with
     the variance of the share among `queries` images added. Held-out predictions come from
-    classifiers with fewer examples of each class, so the upper end assumes that the errors fall
-    in proportion: error * (folds - 1) / folds. An end is 0 or 1 if every prediction is wrong or
-    right. scripts/benchmark_trust.py measures the coverage.
+    classifiers with fewer examples of each class, by the factor (folds - 1) / folds; the upper end
+    assumes that no more errors disappear, and no more right predictions are added, than by this
+    factor. An end is 0 or 1 if every prediction is wrong or right. scripts/benchmark_trust.py
+    measures the coverage.
 
     Args:
         accuracy: Share of right held-out predictions.
@@ -140,7 +144,8 @@ def accuracy_interval(
         folds: Number of folds.
         queries: Number of new images; None for infinitely many.
     """
-    best = 1 - (1 - accuracy) * (folds - 1) / folds
+    factor = (folds - 1) / folds
+    best = min(1 - (1 - accuracy) * factor, accuracy / factor)
 
     def end(share: float, quantile: float) -> float:
         a, b = share * examples + 0.5, (1 - share) * examples + 0.5

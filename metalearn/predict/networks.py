@@ -6,6 +6,7 @@ The only place that opens a backbone or a run for `FewShotClassifier`.
 import functools
 import hashlib
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ from typing import Any
 import numpy as np
 
 from metalearn.config import checking, components, paths
-from metalearn.config.composition import compose_config
+from metalearn.config.composition import compose_config, options
 from metalearn.predict.confidence import Outputs
 from metalearn.report.folder import RunFolder
 from metalearn.run import features, load
 from metalearn.run.parts import cache_folder, device_of
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, nearest
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 
-#: Images -> features, float [M, D]. An image is a file or a PIL image.
+#: Files or PIL images.
+Images = Sequence[Any]
+#: Why some images cannot be read, by their index.
+Reasons = dict[int, str] | None
+#: Images -> features, float [M, D].
 Embedding = Callable[[list[Any]], Any]
 
 
@@ -35,9 +40,7 @@ class Network:
 
     identity: str | None = None
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Compute what is learned from: features, float32 [M, D].
 
         Args:
@@ -54,9 +57,7 @@ class Function(Network):
     def __init__(self, embedding: Embedding) -> None:
         self._embedding = embedding
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Call the function, which reads the images."""
         return np.asarray(self._embedding(list(images)), dtype=np.float32)
 
@@ -69,7 +70,11 @@ class PretrainedFeatures(Network):
     """
 
     def __init__(self, backbone: str) -> None:
-        name, *settings = shlex.split(backbone)
+        name, *settings = shlex.split(backbone) or [""]
+        if name not in (known := options("backbone")):
+            raise UserError(f"backbone={name}: there is no such backbone{nearest(name, known)}")
+        if other := [word for word in settings if not word.startswith("backbone.")]:
+            raise UserError(f"backbone={backbone}: {other[0]} is no setting of a backbone")
         words = [paths.literal(word, False) for word in settings]
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
         self._embed = functools.partial(
@@ -77,6 +82,7 @@ class PretrainedFeatures(Network):
             backbone=config.backbone,
             device=device_of(config.device),
             cache_dir=cache_folder(config),
+            progress=_show if sys.stderr.isatty() else None,
         )
         digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
         tensors, buffers = components.make(config.backbone, "backbone").init(
@@ -86,11 +92,16 @@ class PretrainedFeatures(Network):
             digest.update(key.encode() + value.numpy().tobytes())
         self.identity = digest.hexdigest()
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
         return self._embed(images, unreadable=unreadable).numpy()
+
+
+def _show(done: int, count: int) -> None:
+    """Show the progress on a terminal."""
+    print(f"\r{done} of {count} images embedded", end="", file=sys.stderr)
+    if done == count:
+        print(file=sys.stderr)
 
 
 class RunFeatures(Network):
@@ -100,9 +111,14 @@ class RunFeatures(Network):
         self._model = load.load(run)
         if self._model.spec.target != "class":
             raise UserError(f"run={run}: predicts values, not classes")
+        if not isinstance(self, AdaptingRun) and not self._model.embeds_alone:
+            raise UserError(
+                f"run={run}: its features depend on the other images, so no head can learn from "
+                "them; leave out head="
+            )
         self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
 
-    def _read(self, images: Sequence[Any], unreadable: dict[int, str] | None) -> np.ndarray:
+    def _read(self, images: Images, unreadable: Reasons) -> np.ndarray:
         arrays = []
         for index, image in enumerate(images):
             try:
@@ -114,9 +130,7 @@ class RunFeatures(Network):
                 arrays.append(np.zeros(self._model.spec.input_shape, np.uint8))
         return np.stack(arrays) if arrays else np.zeros((0, *self._model.spec.input_shape))
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
         return self._model.embed(self._read(images, unreadable)).cpu().numpy()
 
@@ -124,9 +138,7 @@ class RunFeatures(Network):
 class AdaptingRun(RunFeatures):
     """A run that adapts to the examples as it was trained to."""
 
-    def represent(
-        self, images: Sequence[Any], unreadable: dict[int, str] | None = None
-    ) -> np.ndarray:
+    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
         return self._read(images, unreadable)
 

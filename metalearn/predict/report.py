@@ -50,9 +50,8 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     lines = []
     if labels:
         missing = len(labels) - len(images)
-        lines.append(
-            f"{len(images)} images labelled" + (f", {missing} cannot be read" if missing else "")
-        )
+        unread = f", {missing} cannot be read" if missing else ""
+        lines.append(f"Images labelled: {len(images)}{unread}.")
     interval = trust.interval(len(images) or None)
     if interval is not None:
         lines.append(
@@ -69,8 +68,8 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     if trust.novelty_threshold is not None:
         unknown = sum(bool(label.unknown) for label in images)
         lines.append(
-            f"{unknown} images look like none of the classes (unknown); about {rate} of the "
-            "images of your classes are called so by mistake."
+            f"Images that look like none of the classes (unknown): {unknown}. By mistake, about "
+            f"{rate} of the images of your classes are called so."
         )
     elif interval is not None:
         lines.append(
@@ -98,7 +97,7 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     if doubts := doubtful(classifier):
         one = doubts[0]
         lines.append(
-            f"{len(doubts)} labels of your examples look wrong; first check {one['file']}: "
+            f"Labels of your examples that look wrong: {len(doubts)}. First check {one['file']}: "
             f"labelled {one['label']}, looks like {one['likely']}."
         )
     return lines

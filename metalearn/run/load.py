@@ -116,6 +116,11 @@ class Model:
         self._learner: Any = None
         self._support: Tensor | None = None
 
+    @property
+    def embeds_alone(self) -> bool:
+        """True if the features of an input depend on no other input."""
+        return self._algorithm.embeds_alone
+
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
         """Return the images in a folder and its subfolders, in the order of their predictions."""
