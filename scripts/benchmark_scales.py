@@ -4,7 +4,7 @@ python scripts/benchmark_scales.py caltech101=<folder or zip> cifar100=<folder> 
 
 The letters are rendered from the fonts of this system (Debian: packages fonts-*). Each run is in
 outputs/benchmark/scales/<dataset>/<scale>-seed<seed>/; a finished one with the same settings is
-skipped, an interrupted one resumed. First, every scale of ProtoNet is trained with seed 0 and
+skipped, an interrupted one resumed. The tables are written after each method and dataset. First, every scale of ProtoNet is trained with seed 0 and
 compared on validation classes. Then the default and a temperature of 1 are trained with three seeds
 and compared on test classes. Writes benchmarks/scales.json and the tables in docs/results.md.
 """
@@ -212,14 +212,16 @@ def main() -> None:
             )
             for scale, words in _CANDIDATES.items()
         }
-    for name, overrides in datasets.items():
-        comparison[f"protonet, {name}"] = compare(folders[name], "", [*_PROTONET, *overrides], more)
-    for name in ("letters in fonts", "Caltech-101"):
-        comparison[f"proto_maml, {name}"] = compare(
-            folders[name], "proto_maml-", [*_PROTO_MAML, *datasets[name]], more
-        )
     families = [path.stem for path in paths]
-    write({"fonts": families, "selection": selection, "comparison": comparison})
+    cases = [("protonet", name, "", _PROTONET) for name in datasets]
+    cases += [
+        ("proto_maml", name, "proto_maml-", _PROTO_MAML)
+        for name in ("letters in fonts", "Caltech-101")
+    ]
+    for method, name, prefix, overrides in cases:
+        own = compare(folders[name], prefix, [*overrides, *datasets[name]], more)
+        comparison[f"{method}, {name}"] = own
+        write({"fonts": families, "selection": selection, "comparison": comparison})
 
 
 if __name__ == "__main__":
