@@ -4,7 +4,8 @@ python scripts/benchmark_scales.py caltech101=<folder or zip> cifar100=<folder> 
 
 The letters are rendered from the fonts of this system (Debian: packages fonts-*). Each run is in
 outputs/benchmark/scales/<dataset>/<scale>-seed<seed>/; a finished one with the same settings is
-skipped, an interrupted one resumed. The tables are written after each method and dataset. First, every scale of ProtoNet is trained with seed 0 and
+skipped, an interrupted one resumed. The tables are written after each method and dataset. First,
+every scale of ProtoNet is trained with seed 0 and
 compared on validation classes. Then the default and a temperature of 1 are trained with three seeds
 and compared on test classes. Writes benchmarks/scales.json and the tables in docs/results.md.
 """
