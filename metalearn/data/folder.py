@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
 from metalearn.data import files
@@ -143,10 +143,7 @@ class Folder(ImageDataset):
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image of any format and size to uint8 [C, H, W]."""
-        image = files.opaque(ImageOps.exif_transpose(image), self.background)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        image = image.convert("RGB" if self.colour == "rgb" else "L")
+        image = files.plain(image, self.background, "RGB" if self.colour == "rgb" else "L")
         size = self.image_size
         if image.size != (size, size):
             scale = size / min(image.size)

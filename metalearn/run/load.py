@@ -19,7 +19,7 @@ from metalearn.config import plugins as registry
 from metalearn.data.files import list_images, open_image
 from metalearn.data.images import with_channels
 from metalearn.report.folder import RunFolder
-from metalearn.run import checkpoint
+from metalearn.run import checkpoint, features
 from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
 from metalearn.run.parts import algorithm_of, device_of
 from metalearn.system.errors import UserError, first_line
@@ -119,7 +119,7 @@ class Model:
     @property
     def embeds_alone(self) -> bool:
         """True if the features of an input depend on no other input."""
-        return self._algorithm.embeds_alone
+        return features.embeds_alone(self._algorithm)
 
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
