@@ -145,7 +145,9 @@ def test_training_on_features_of_a_frozen_network_is_the_same(algo, run_of, tmp_
     fitted: list[Any] = []
     for run in run_of(*words, network=["train.meta_batch=4"]):
         counting = Counting()
-        fitted.append(loop.fit(run, counting, tmp_path / str(len(fitted))))
+        folder = tmp_path / str(len(fitted))
+        folder.mkdir()
+        fitted.append(loop.fit(run, counting, folder))
         assert bool(counting.inputs) is run.config.engine.features
     for name, value in fitted[1].state.params.items():
         torch.testing.assert_close(fitted[0].state.params[name], value, rtol=1e-3, atol=1e-5)
