@@ -146,11 +146,18 @@ def test_load_runs_no_code_and_names_the_fault(tmp_path):
     assert not (tmp_path / "executed").exists()
     arrays.write_bytes(intact)
     content = json.loads(document)
-    changes: list[dict] = [{"format": 99}, {"settings": {"plugin": "os"}}, {"notes": []}]
+    changes: list[dict] = [
+        {"format": 99}, {"settings": {"plugin": "os"}}, {"settings": {"backbone": {}}},
+        {"notes": []}, {"classes": [1, 2]}, {"head": "ridge"}, {"confidence": {"x": 1}},
+    ]  # fmt: skip
     for change in changes:
         (tmp_path / "classifier.json").write_text(json.dumps(content | change))
-        with pytest.raises(UserError, match=str(tmp_path)):
+        with pytest.raises(UserError, match=f"{tmp_path} is|backbone="):
             FewShotClassifier.load(tmp_path)
+    (tmp_path / "classifier.json").write_text(document)
+    arrays.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(UserError, match="is not a classifier"):
+        FewShotClassifier.load(tmp_path)
     (tmp_path / "classifier.json").write_text("[")
     with pytest.raises(UserError, match="is not a classifier"):
         FewShotClassifier.load(tmp_path)
