@@ -151,6 +151,18 @@ _BACKBONES = {
     "r2d2_conv": (["backbone.filters=[2,3,4]", "backbone.dropout=0"], InputSpec((1, 12, 12))),
     "resnet12": (["backbone.filters=[2,3,4]", "backbone.dropout=0"], InputSpec((1, 12, 12))),
     "resnet18": ([], InputSpec((3, 32, 32))),
+    "timm": (
+        ["backbone.model=test_resnet", "backbone.weights=null", "backbone.image_size=32"],
+        InputSpec((3, 32, 32)),
+    ),
+    "torchvision": (
+        ["backbone.model=shufflenet_v2_x0_5", "backbone.weights=null", "backbone.image_size=32"],
+        InputSpec((1, 32, 32)),
+    ),
+    "efficientnet_lite0": (
+        ["backbone.weights=null", "backbone.image_size=32"],
+        InputSpec((3, 32, 32)),
+    ),
 }
 
 

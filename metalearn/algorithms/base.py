@@ -58,14 +58,6 @@ class Algorithm:
         return None
 
     @property
-    def embeds_alone(self) -> bool:
-        """Return True if a test uses inputs only through embeddings that depend on nothing else.
-
-        Then the backbone embeds each input once for all tasks.
-        """
-        return False
-
-    @property
     def can_rematerialise(self) -> bool:
         """Return True if the backward pass can recompute inner steps (`engine.rematerialise`)."""
         return False

@@ -79,15 +79,6 @@ class EmbeddingAlgorithm(BatchTraining):
         )
 
     @property
-    def embeds_alone(self) -> bool:
-        """Return True unless the embedding depends on other inputs, or a subclass overrides it."""
-        is_own = all(
-            getattr(type(self), name) is getattr(EmbeddingAlgorithm, name)
-            for name in ("adapt", "forward", "loss")
-        )
-        return is_own and self.normalisation.is_independent
-
-    @property
     def supervised(self) -> Supervised:
         """Return the family, which for these methods always has labels."""
         assert isinstance(self.family, Supervised)

@@ -70,11 +70,6 @@ class GradientAdaptation(LinearHeadAlgorithm):
         """Return True if the support set's embeddings are the same at every inner step."""
         return self.adapted_part == "head" and self.family.predicts
 
-    @property
-    def embeds_alone(self) -> bool:
-        """Return True also if only the head adapts and nothing is normalised."""
-        return super().embeds_alone or (self.embeds_once and not self.backbone.normalises)
-
     def adapts(self, name: str) -> bool:
         """Return True if the inner loop adapts the weight with this name."""
         if name.startswith("head."):

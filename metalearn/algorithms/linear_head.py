@@ -48,15 +48,6 @@ class LinearHeadAlgorithm(Algorithm):
         extra = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
         return State(prefixed(params, "net") | head | extra, prefixed(population, "net"))
 
-    @property
-    def embeds_alone(self) -> bool:
-        """Return True if adaptation does not change embeddings, which depend on nothing else."""
-        is_own = all(
-            getattr(type(self), name) is getattr(LinearHeadAlgorithm, name)
-            for name in ("embed", "adapted", "forward")
-        )
-        return is_own and self.backbone.is_frozen and self.normalisation.is_independent
-
     def given(self, state: State) -> Params:
         """Return the statistics that normalise the support set in adaptation; {} for its own."""
         return self.normalisation.for_training(state) or {}

@@ -63,11 +63,6 @@ class MAMLPlusPlus(GradientAdaptation):
         """Return False if each step has its own normalisation weights."""
         return super().embeds_once and not self.normalisation_per_step
 
-    @property
-    def embeds_alone(self) -> bool:
-        """Return False also with `normalisation_per_step`: weights then depend on the step."""
-        return super().embeds_alone and not self.normalisation_per_step
-
     def adapts(self, name: str) -> bool:
         """Return True if the inner loop adapts this weight, with or without the prefix "step."."""
         return super().adapts(name.removeprefix("step."))

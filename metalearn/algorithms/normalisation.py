@@ -25,11 +25,6 @@ class Normalisation:
     #: True if meta-training collects population statistics.
     has_population: ClassVar[bool] = False
 
-    @property
-    def is_independent(self) -> bool:
-        """Return True if embeddings at prediction do not depend on other inputs."""
-        return self.has_population or not self.backbone.normalises
-
     def for_training(self, state: State) -> Params | None:
         """Return statistics for support sets and batches in meta-training; None for their own."""
         return None

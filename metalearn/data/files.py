@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from metalearn.data.images import ClassImages
@@ -209,6 +209,14 @@ def opaque(image: Image.Image, background: str) -> Image.Image:
     if background != "none":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def plain(image: Image.Image, background: str, mode: str) -> Image.Image:
+    """Return an image of any mode upright, without transparency (see `opaque`), in a mode."""
+    image = opaque(ImageOps.exif_transpose(image), background)
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    return image.convert(mode)
 
 
 def ink(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
 from metalearn.data.classes import ClassData
@@ -21,7 +21,7 @@ from metalearn.data.files import (
     files_hash,
     list_images,
     named,
-    opaque,
+    plain,
 )
 from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
 from metalearn.system.download import run_download
@@ -155,10 +155,7 @@ class Folder(ImageDataset):
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         """Convert an image of any format and size to uint8 [C, H, W]."""
-        image = opaque(ImageOps.exif_transpose(image), self.background)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        image = image.convert("RGB" if self.colour == "rgb" else "L")
+        image = plain(image, self.background, "RGB" if self.colour == "rgb" else "L")
         size = self.image_size
         if image.size != (size, size):
             scale = size / min(image.size)

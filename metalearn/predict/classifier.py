@@ -10,6 +10,7 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from threadpoolctl import threadpool_limits
 
 from metalearn.predict import heads, saved
 from metalearn.predict.confidence import MANY, Confidence, Outputs, Procedure, assess, hold_out
@@ -222,9 +223,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 # A rotation to as many features as examples: no head depends on it.
                 triangle: Any = np.linalg.qr(heads.scaled({}, x).T, mode="r")
                 x = triangle.T
-        self.head_ = "run" if self._is_run else self._chosen(x, y, way, 20)
         fits = 1 if self._is_run else 10 if self.head == "auto" else 20
-        held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
+        is_small = not self._is_run and len(x) <= MANY  # threads would only wait for each other
+        with threadpool_limits(1 if is_small else None):
+            self.head_ = "run" if self._is_run else self._chosen(x, y, way, 20)
+            held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
         self.confidence_ = assess(held_out, way, self.error_rate)
         if self._is_run:
             assert isinstance(self.network, AdaptingRun)

@@ -1,7 +1,7 @@
-"""Embed each input once: features for tests, for training with a frozen backbone, for `predict`.
+"""Embed each input once: for tests, for training with a frozen backbone, and for prediction.
 
 Where an embedding depends on its input alone, episodes gather features instead of images. Features
-of frozen networks are cached on disk, by the content of the input and the network.
+of frozen networks are cached on disk, by the content of the input and by the network.
 """
 
 import contextlib
@@ -16,15 +16,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from metalearn.algorithms.base import Algorithm
+from metalearn.algorithms.embedding import EmbeddingAlgorithm
+from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.algorithms.linear_head import LinearHeadAlgorithm
 from metalearn.algorithms.params import select
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.backbones.pretrained import Pretrained
 from metalearn.config import components
-from metalearn.data.files import opaque, open_image
+from metalearn.data.files import open_image, plain
 from metalearn.engine import Engine, channels_last
 from metalearn.report.progress import Listener
 from metalearn.run.build import Run
@@ -32,16 +36,13 @@ from metalearn.run.parts import cache_folder
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import Augmented, Store
+from metalearn.tasks.store import ArrayStore, Augmented, Store
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Inputs embedded at once. It never varies, so that features do not depend on what is cached.
 _BATCH = 32
-#: Features of a split that need more memory than this are not kept.
+#: Largest size of the features of a split in memory.
 _MAX_BYTES = 2**30
-
-#: Called with the numbers of inputs done and of all.
-Progress = Callable[[int, int], object]
 
 
 def embed(
@@ -49,19 +50,19 @@ def embed(
     backbone: dict[str, Any],
     device: torch.device,
     cache_dir: Path,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], object] | None = None,
     unreadable: dict[int, str] | None = None,
 ) -> Tensor:
     """Embed images with a pretrained network and its own preprocessing; cached on disk.
 
     Args:
-        images: Files of any format and size, or PIL images.
-        backbone: Settings with `_target_`, such as those of conf/backbone/efficientnet_lite0.yaml.
+        images: Files of any format and size, or PIL images, [M].
+        backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
         device: Where to compute.
         cache_dir: Folder of the cache.
         progress: Called with the numbers of images done and of all.
         unreadable: Gets the reason for each image that cannot be read, by its index; its features
-            are NaN. None: raise UserError for the first.
+            are NaN. None: the first one is an error.
 
     Returns:
         Features, float32 [M, D], on the CPU.
@@ -72,13 +73,9 @@ def embed(
     """
     network = components.make(backbone, "backbone")
     if not isinstance(network, Pretrained):
-        raise UserError(
-            f"backbone={type(network).__name__}: has no preprocessing of its own; use timm, "
-            "torchvision or efficientnet_lite0"
-        )
-    size = network.preprocessing.size
-    inputs = InputSpec((3, size, size))
-    params, population = network.init(inputs, prng.key_of(0, device=device))
+        raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")
+    inputs = InputSpec((3, network.preprocessing.size, network.preprocessing.size))
+    params, population = channels_last(network.init(inputs, prng.key_of(0, device=device)))
     failures: dict[int, str] = {}
 
     def read(index: int, how: Callable[[Any], Any], otherwise: Any) -> Any:
@@ -101,12 +98,12 @@ def embed(
         return torch.stack(pixels).to(device)
 
     keys = [read(index, _image_key, b"") for index in range(len(images))]
-    name = _network_key(network, params | population, device)
+    name = _network_key(network, params | population, device, "fp32")
     with _opened(cache_dir, name) as cache, torch.no_grad():
         z = _embed(
             keys,
             load,
-            lambda x: network.embed(params, x, population)[0],
+            lambda x: network.embed(params, channels_last(x), population)[0],
             math.prod(network.shape(inputs)),
             cache,
             progress,
@@ -125,15 +122,36 @@ def _image_key(image: Image.Image | Path) -> bytes:
 
 
 def _pixels(image: Image.Image | Path, network: Pretrained) -> Tensor:
-    """Return an image of any mode and size as the network's input in [0, 1], [3, size, size]."""
+    """Return an image as the network's input in [0, 1], [3, size, size]."""
     if isinstance(image, Path):
         with open_image(image) as opened:
             return _pixels(opened, network)
-    image = opaque(ImageOps.exif_transpose(image), "white")
-    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    array = np.asarray(network.preprocessing.read(image.convert("RGB")))
+    array = np.asarray(network.preprocessing.crop(plain(image, "white", "RGB")))
     return torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
+
+
+def embeds_alone(algorithm: Algorithm) -> bool:
+    """Return True if tests use inputs only through embeddings that depend on nothing else.
+
+    A method that overrides how its base class uses inputs does not count.
+    """
+
+    def is_own(base: type, *names: str) -> bool:
+        cls = type(algorithm)
+        return issubclass(cls, base) and all(getattr(cls, n) is getattr(base, n) for n in names)
+
+    backbone = algorithm.backbone
+    is_independent = algorithm.normalisation.has_population or not backbone.normalises
+    if is_own(EmbeddingAlgorithm, "adapt", "forward", "loss"):
+        return is_independent
+    if not is_own(LinearHeadAlgorithm, "embed", "adapted", "forward"):
+        return False
+    if isinstance(algorithm, GradientAdaptation):
+        if not is_own(GradientAdaptation, "at_step"):  # weights of the backbone for each step
+            return False
+        if algorithm.embeds_once and not backbone.normalises:
+            return True
+    return backbone.is_frozen and is_independent
 
 
 def with_features(
@@ -156,7 +174,9 @@ def with_features(
     """
     if not isinstance(source, EpisodeSampler) or not _is_possible(run, engine, source):
         return engine, source
-    drawn = dataclasses.replace(source, store=_RowNumbers(source.store))
+    size = len(source.store)
+    numbers = torch.arange(4 * size, device=source.key.device)  # rotated inputs are extra rows
+    drawn = dataclasses.replace(source, store=_Rows(numbers, size=size, position=numbers))
     rows = []
     for part in parts:
         task = drawn.draw(*part)
@@ -165,7 +185,7 @@ def with_features(
     store = _embedded(run, engine, source.store, state, torch.cat(rows).unique(), listener)
     if store is None:
         return engine, source
-    return _on_features(engine, source.store.spec), dataclasses.replace(source, store=store)
+    return _on_features(engine, source.store), dataclasses.replace(source, store=store)
 
 
 def for_training(run: Run, state: State, listener: Listener) -> Run:
@@ -177,36 +197,34 @@ def for_training(run: Run, state: State, listener: Listener) -> Run:
         and _is_possible(run, engine, source)
     ):
         return run
-    index = source.view.index
-    rows = index.rows.unique()
+    rows = source.view.index.rows.unique()
     if source.view.has_rotations:
         rows = torch.cat([rows + len(source.store) * turn for turn in range(4)])
     first = source.draw(0, 1)
-    each = first.x.shape[1] if isinstance(first, Batch) else first.query.x.shape[1]
+    each = (first.x if isinstance(first, Batch) else first.query.x).shape[1]
     if len(rows) > train.steps * train.meta_batch * each:
         return run
     store = _embedded(run, engine, source.store, state, rows, listener)
     if store is None:
         return run
+    engine = _on_features(engine, source.store)
     return dataclasses.replace(
-        run,
-        train=dataclasses.replace(source, store=store),
-        train_engine=_on_features(engine, source.store.spec),
+        run, train=dataclasses.replace(source, store=store), train_engine=engine
     )
 
 
 def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler) -> bool:
     return (
         run.config.engine.features
-        and engine.algorithm.embeds_alone
+        and embeds_alone(engine.algorithm)
         and source.store.spec.kind != "features"
         and not isinstance(source.store, Augmented)
     )
 
 
-def _on_features(engine: Engine, inputs: InputSpec) -> Engine:
-    """Return the engine of the same method on features of inputs."""
-    backbone = _Identity(of=engine.algorithm.backbone, inputs=inputs)
+def _on_features(engine: Engine, store: Store) -> Engine:
+    """Return the engine of the same method on features of the inputs of a store."""
+    backbone = _Identity(of=engine.algorithm.backbone, inputs=store.spec)
     algorithm = dataclasses.replace(engine.algorithm, backbone=backbone)
     return dataclasses.replace(engine, algorithm=algorithm)
 
@@ -236,57 +254,33 @@ class _Identity(Backbone):
         return x
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowNumbers:
-    """A store whose inputs are their row numbers."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows(ArrayStore):
+    """Values [M, *X] of some rows of a store with `size` inputs.
 
-    store: Store
+    position: int64 [R], the index in `values` of each row.
+    """
 
-    @property
-    def spec(self) -> InputSpec:
-        return InputSpec(())
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def load(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return x
-
-    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        return rows
-
-
-@dataclasses.dataclass(frozen=True)
-class _Features(_RowNumbers):
-    """Features [M, D] of some rows of a store; position: int64 [R], of each row in `values`."""
-
-    values: Tensor
+    size: int
     position: Tensor
 
-    @property
-    def spec(self) -> InputSpec:
-        return InputSpec(tuple(self.values.shape[1:]))
+    def __len__(self) -> int:
+        return self.size
 
     def load(self, rows: Tensor) -> Tensor:
         return self.values[self.position[rows]]
 
-    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        return self.load(rows)
-
 
 def _embedded(
     run: Run, engine: Engine, store: Store, state: State, rows: Tensor, listener: Listener
-) -> _Features | None:
+) -> _Rows | None:
     """Embed rows of a store, int64 [M]; None if their features need too much memory."""
-    backbone = engine.algorithm.backbone
+    backbone, indices = engine.algorithm.backbone, list(range(len(rows)))
     size = math.prod(backbone.shape(store.spec))
-    if 4 * len(rows) * size > _MAX_BYTES:
+    if (required := 4 * len(rows) * size) > _MAX_BYTES:
         listener.note(
-            f"{len(rows):,} inputs have features of {4 * len(rows) * size / 2**30:.1f} GiB; each "
-            "episode embeds its own"
+            f"features of {len(rows):,} inputs need {required / 2**30:.1f} GiB: too much to embed "
+            "each only once"
         )
         return None
     tensors = channels_last(select(state.params, "net"))
@@ -299,25 +293,19 @@ def _embedded(
         with engine.autocast(x.device):
             return backbone.embed(tensors, channels_last(x), given or None)[0]
 
-    keys: list[bytes] | None = None
+    keys = [b""] * len(rows)
     cache: contextlib.AbstractContextManager[_Cache | None] = contextlib.nullcontext()
-    if backbone.is_frozen:  # other networks change from run to run
-        chunks = range(0, len(rows), _BATCH)
-        indices = list(range(len(rows)))
-        keys = [
-            _digest(x.numpy())
-            for at in chunks
-            for x in load(indices[at : at + _BATCH]).cpu().contiguous()
-        ]
+    if backbone.is_frozen:  # the weights of others are of this run only
+        for at in range(0, len(rows), _BATCH):
+            chunk = load(indices[at : at + _BATCH]).cpu().contiguous()
+            keys[at : at + _BATCH] = [_digest(x.numpy()) for x in chunk]
         name = _network_key(backbone, tensors | given, rows.device, engine.precision)
         cache = _opened(cache_folder(run.config), name)
     with cache as opened, torch.no_grad():
-        values = _embed(
-            keys or [b""] * len(rows), load, network, size, opened, listener.embedding
-        ).to(rows.device)
+        values = _embed(keys, load, network, size, opened, listener.embedding).to(rows.device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
-    return _Features(store, values, position)
+    return _Rows(values, size=len(store), position=position)
 
 
 def _embed(
@@ -326,7 +314,7 @@ def _embed(
     network: Callable[[Tensor], Tensor],
     size: int,
     cache: "_Cache | None",
-    progress: Progress | None,
+    progress: Callable[[int, int], object] | None,
     failures: Mapping[int, str] = {},
 ) -> Tensor:
     """Embed inputs in batches, all of the same size; return float32 [M, D] on the CPU.
@@ -338,7 +326,7 @@ def _embed(
         size: D.
         cache: Where to look first, and to store.
         progress: Called with the numbers of inputs done and of all.
-        failures: Inputs that could not be loaded, which are not stored; `load` may add some.
+        failures: Inputs that cannot be loaded, which are not stored; `load` may add some.
     """
     z = torch.zeros(len(keys), size)
     missing = list(range(len(keys))) if cache is None else cache.read(keys, z)
@@ -361,15 +349,13 @@ def _digest(*parts: Any) -> bytes:
     return digest.digest()[:16]
 
 
-def _network_key(
-    backbone: Backbone, tensors: Params, device: torch.device, precision: str = "fp32"
-) -> str:
-    """Return a hash of everything but the input that features depend on, up to rounding."""
-    own = {
-        field.name: getattr(backbone, field.name)
+def _network_key(backbone: Backbone, tensors: Params, device: torch.device, precision: str) -> str:
+    """Return a hash of everything that features depend on except for the input."""
+    own = [
+        (field.name, getattr(backbone, field.name))
         for field in dataclasses.fields(backbone)
         if "runtime" not in field.metadata and field.name not in ("weights", "frozen")
-    }
+    ]
     preprocessing = getattr(backbone, "preprocessing", None)
     settings = (_BATCH, type(backbone).__name__, own, preprocessing, device.type, precision)
     parts: list[Any] = [repr((*settings, torch.__version__)).encode()]
@@ -388,44 +374,35 @@ class _Cache:
         """Write the stored features to their rows of z [M, D]; return the other rows."""
         missing = []
         for index, key in enumerate(keys):
-            row = self._connection.execute("SELECT value FROM features WHERE key = ?", (key,))
-            if (found := row.fetchone()) is None:
+            rows = self._connection.execute("SELECT value FROM features WHERE key = ?", (key,))
+            if (row := rows.fetchone()) is None:
                 missing.append(index)
             else:
-                z[index] = torch.frombuffer(bytearray(found[0]), dtype=torch.float32)
+                z[index] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
         return missing
 
     def write(self, rows: list[tuple[bytes, Tensor]]) -> None:
         """Store features [D] by key, all or none."""
+        values = [(key, value.numpy().tobytes()) for key, value in rows]
         with self._connection:
-            self._connection.executemany(
-                "INSERT OR REPLACE INTO features VALUES (?, ?)",
-                [(key, value.numpy().tobytes()) for key, value in rows],
-            )
+            self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", values)
 
 
 @contextlib.contextmanager
 def _opened(cache_dir: Path, name: str) -> Iterator[_Cache]:
-    """Open the cache of a network.
-
-    Raises:
-        UserError: If it cannot be read or written.
-    """
+    """Open the cache of a network; raise UserError if that is impossible."""
     path = cache_dir / f"features-{name}.sqlite"
+    hint = f"cache_dir={cache_dir} cannot be written"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_connected(path)) as connection:
             yield _Cache(connection)
     except sqlite3.OperationalError as error:
-        raise UserError(
-            f"cache_dir={cache_dir} cannot be used ({first_line(error)}); choose another folder"
-        ) from None
+        raise UserError(f"{hint} ({first_line(error)}); choose another folder") from None
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path} is corrupt ({first_line(error)}); remove it") from None
-    except OSError as error:
-        raise UserError(
-            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another folder"
-        ) from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"{hint} ({error.strerror}); choose another folder") from None
 
 
 def _connected(path: Path) -> sqlite3.Connection:
@@ -433,12 +410,11 @@ def _connected(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=60)
     try:
         connection.execute(create)
-    except sqlite3.OperationalError:
-        raise
-    except sqlite3.DatabaseError:
+    except sqlite3.DatabaseError as error:
         connection.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise
         print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
         path.unlink()
-        connection = sqlite3.connect(path, timeout=60)
-        connection.execute(create)
+        return _connected(path)
     return connection

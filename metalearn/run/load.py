@@ -106,7 +106,8 @@ class Model:
     @property
     def embeds_alone(self) -> bool:
         """True if the features of an input depend on no other input."""
-        return self._algorithm.embeds_alone
+        algorithm = self._algorithm
+        return algorithm.normalisation.has_population or not algorithm.backbone.normalises
 
     @staticmethod
     def files(folder: str | Path) -> list[Path]:

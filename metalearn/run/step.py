@@ -99,10 +99,11 @@ class Training:
         with record_function("optimiser"):
             values = pytree.tree_leaves((gradients, logs, statistics, new_buffers))
             finite = torch.stack([value.isfinite().all() for value in values]).all()
-            for leaf, gradient in zip(
-                self._leaves, clip_gradients(gradients, settings), strict=True
-            ):
-                leaf.grad = gradient
+            is_frozen = run.algorithm.backbone.is_frozen
+            for (name, leaf), gradient in zip(
+                self.state.params.items(), clip_gradients(gradients, settings), strict=True
+            ):  # without a gradient, weight decay does not change frozen weights
+                leaf.grad = None if is_frozen and name.startswith("net.") else gradient
             self._optimise(finite)
             statistics = {
                 name: torch.where(finite, value, buffers[name])
