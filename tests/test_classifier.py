@@ -200,7 +200,7 @@ def test_choice_of_the_head_is_nested(monkeypatch):
 
     def chosen(self, x, y, way, fits):
         seen.append(len(x))
-        return "prototype" if len(x) == 20 else "nearest"
+        return ("prototype", 1.0) if len(x) == 20 else ("nearest", 1.0)
 
     monkeypatch.setattr(FewShotClassifier, "_chosen", chosen)
     classifier = FewShotClassifier(normalise="standard").fit(x, y)

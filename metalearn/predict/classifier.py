@@ -13,7 +13,15 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from threadpoolctl import threadpool_limits
 
 from metalearn.predict import heads, saved
-from metalearn.predict.confidence import MANY, Confidence, Outputs, Procedure, assess, hold_out
+from metalearn.predict.confidence import (
+    MANY,
+    Confidence,
+    Outputs,
+    Procedure,
+    assess,
+    hold_out,
+    temperature,
+)
 from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.errors import UserError
 
@@ -226,7 +234,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         fits = 1 if self._is_run else 10 if self.head == "auto" else 20
         is_small = not self._is_run and len(x) <= MANY  # threads would only wait for each other
         with threadpool_limits(1 if is_small else None):
-            self.head_ = "run" if self._is_run else self._chosen(x, y, way, 20)
+            self.head_, self.scale_ = "run", 1.0
+            if not self._is_run:
+                self.head_, self.scale_ = self._chosen(x, y, way, 20)
             held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
         self.confidence_ = assess(held_out, way, self.error_rate)
         if self._is_run:
@@ -236,21 +246,25 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             x = self.examples_.astype(np.float64)
             self.learned_ = heads.learn(self.head_, self.normalise_, x, y, way, self.cost)
 
-    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> str:
-        """Return `head`, or the head of the best accuracy in stratified cross-validation."""
+    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> tuple[str, float]:
+        """Return `head` and 1, or the most accurate head in cross-validation and its temperature.
+
+        So logits of different heads have the same scale.
+        """
         if self.head != "auto":
-            return self.head
-        best, chosen = -1.0, _DEFAULT_HEAD
+            return self.head, 1.0
+        best, chosen = -1.0, (_DEFAULT_HEAD, 1.0)
         for head in heads.HEADS:
             held_out = hold_out(
                 lambda *data, head=head: self._outputs(head, *data), x, y, way, fits,
                 self.random_state,
             )  # fmt: skip
             if held_out is None:
-                return _DEFAULT_HEAD
+                return chosen
             accuracy = float((held_out.logits.argmax(1) == held_out.y).mean())
             if accuracy > best + 1e-9:
-                best, chosen = accuracy, head
+                degree = temperature(held_out.logits, held_out.y, held_out.examples)
+                best, chosen = accuracy, (head, degree)
         return chosen
 
     def _outputs(
@@ -274,8 +288,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         is_large = len(self.examples_) > MANY
 
         def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-            head = self.head_ if is_large else self._chosen(x, y, way, 1)
-            return self._outputs(head, x, y, way, queries)
+            chosen = self.head_, self.scale_
+            head, scale = chosen if is_large else self._chosen(x, y, way, 1)
+            outputs = self._outputs(head, x, y, way, queries)
+            return Outputs(outputs.logits / scale, outputs.novelty)
 
         return learn
 
@@ -290,7 +306,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             logits, novelty = self.network.outputs(x)
         else:
             x = x.astype(np.float64)
-            logits = heads.logits(self.head_, self.learned_, x)
+            logits = heads.logits(self.head_, self.learned_, x) / self.scale_
             novelty = heads.novelty(self.learned_, x)
         return Outputs(logits / self.confidence_.temperature, novelty)
 
@@ -339,6 +355,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             "network": self.network and self.network.identity,
             "classes": self.classes_.tolist(),
             "head": self.head_,
+            "scale": self.scale_,
             "normalise": self.normalise_,
             "confidence": dataclasses.asdict(self.confidence_),
             "notes": self.notes_,
@@ -356,7 +373,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])
             self.classes_, self.head_ = np.array(content["classes"]), content["head"]
-            self.normalise_ = content["normalise"]
+            self.normalise_, self.scale_ = content["normalise"], float(content["scale"])
             self.notes_ = [dict(note) for note in content["notes"]]
             self.confidence_ = Confidence(**content["confidence"])
             self.examples_, self.targets_ = arrays["examples"], arrays["targets"]
