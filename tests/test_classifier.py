@@ -146,11 +146,18 @@ def test_load_runs_no_code_and_names_the_fault(tmp_path):
     assert not (tmp_path / "executed").exists()
     arrays.write_bytes(intact)
     content = json.loads(document)
-    changes: list[dict] = [{"format": 99}, {"settings": {"plugin": "os"}}, {"notes": []}]
+    changes: list[dict] = [
+        {"format": 99}, {"settings": {"plugin": "os"}}, {"settings": {"backbone": {}}},
+        {"notes": []}, {"classes": [1, 2]}, {"head": "ridge"}, {"confidence": {"x": 1}},
+    ]  # fmt: skip
     for change in changes:
         (tmp_path / "classifier.json").write_text(json.dumps(content | change))
-        with pytest.raises(UserError, match=str(tmp_path)):
+        with pytest.raises(UserError, match=f"{tmp_path} is|backbone="):
             FewShotClassifier.load(tmp_path)
+    (tmp_path / "classifier.json").write_text(document)
+    arrays.write_bytes(intact[: len(intact) // 2])
+    with pytest.raises(UserError, match="is not a classifier"):
+        FewShotClassifier.load(tmp_path)
     (tmp_path / "classifier.json").write_text("[")
     with pytest.raises(UserError, match="is not a classifier"):
         FewShotClassifier.load(tmp_path)
@@ -193,7 +200,7 @@ def test_choice_of_the_head_is_nested(monkeypatch):
 
     def chosen(self, x, y, way, fits):
         seen.append(len(x))
-        return "prototype" if len(x) == 20 else "nearest"
+        return ("prototype", 1.0) if len(x) == 20 else ("nearest", 1.0)
 
     monkeypatch.setattr(FewShotClassifier, "_chosen", chosen)
     classifier = FewShotClassifier(normalise="standard").fit(x, y)

@@ -1,9 +1,6 @@
 """FewShotClassifier: a scikit-learn classifier that learns from a few images of each class."""
 
 import dataclasses
-import hashlib
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +10,21 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
+from threadpoolctl import threadpool_limits
 
-from metalearn.predict import heads
-from metalearn.predict.confidence import MANY, Confidence, Outputs, Procedure, assess, hold_out
+from metalearn.predict import heads, saved
+from metalearn.predict.confidence import (
+    MANY,
+    Confidence,
+    Outputs,
+    Procedure,
+    assess,
+    hold_out,
+    temperature,
+)
 from metalearn.predict.networks import AdaptingRun, Network, open_network
-from metalearn.system.atomic import atomic_writer, write_json
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError
 
-#: Version of the saved format.
-_FORMAT = 1
-_JSON = "classifier.json"
 #: The head that is used where there is nothing to choose it by.
 _DEFAULT_HEAD = "prototype"
 
@@ -107,14 +109,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if "_network" not in self.__dict__:
             network = open_network(self.backbone, self.run, self.head != "auto")
             if isinstance(network, AdaptingRun) and hasattr(self, "examples_"):
-                network.adapt(self.examples_, self._targets)
+                network.adapt(self.examples_, self.targets_)
             self._network = network
         return self._network
 
     @property
     def labels_(self) -> np.ndarray:
         """The class of each example [M]."""
-        labels: np.ndarray = self.classes_[self._targets]
+        labels: np.ndarray = self.classes_[self.targets_]
         return labels
 
     @property
@@ -208,7 +210,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise ValueError(f"the examples have {len(classes)} class; at least 2 are required")
         before = self.__getstate__()
-        self.classes_, self._targets, self.examples_ = classes, targets.astype(np.int64), x
+        self.classes_, self.targets_, self.examples_ = classes, targets.astype(np.int64), x
         self.notes_ = list(notes) if notes is not None else [{}] * len(x)
         try:
             self._learn()
@@ -218,49 +220,57 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _learn(self) -> None:
         """Choose and learn the head, and assess it."""
-        x, y, way, seed = self.examples_, self._targets, len(self.classes_), self.random_state
+        x, y, way, seed = self.examples_, self.targets_, len(self.classes_), self.random_state
         procedure = self._procedure()
+        self.normalise_, self.learned_ = self.normalise, {}
         if not self._is_run:
             x = x.astype(np.float64)
-            self._normalise = self.normalise
             if self.normalise == "auto":
-                self._normalise = "standard" if self.network is None else "l2"
-            if self._normalise == "l2" and len(x) < x.shape[1]:
+                self.normalise_ = "standard" if self.network is None else "l2"
+            if self.normalise_ == "l2" and len(x) < x.shape[1]:
                 # A rotation to as many features as examples: no head depends on it.
                 triangle: Any = np.linalg.qr(heads.scaled({}, x).T, mode="r")
                 x = triangle.T
-        self.head_ = "run" if self._is_run else self._chosen(x, y, way, 20)
         fits = 1 if self._is_run else 10 if self.head == "auto" else 20
-        held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
+        is_small = not self._is_run and len(x) <= MANY  # threads would only wait for each other
+        with threadpool_limits(1 if is_small else None):
+            self.head_, self.scale_ = "run", 1.0
+            if not self._is_run:
+                self.head_, self.scale_ = self._chosen(x, y, way, 20)
+            held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
         self.confidence_ = assess(held_out, way, self.error_rate)
         if self._is_run:
             assert isinstance(self.network, AdaptingRun)
             self.network.adapt(self.examples_, y)
         else:
             x = self.examples_.astype(np.float64)
-            self._learned = heads.learn(self.head_, self._normalise, x, y, way, self.cost)
+            self.learned_ = heads.learn(self.head_, self.normalise_, x, y, way, self.cost)
 
-    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> str:
-        """Return `head`, or the head of the best accuracy in stratified cross-validation."""
+    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> tuple[str, float]:
+        """Return `head` and 1, or the most accurate head in cross-validation and its temperature.
+
+        So logits of different heads have the same scale.
+        """
         if self.head != "auto":
-            return self.head
-        best, chosen = -1.0, _DEFAULT_HEAD
+            return self.head, 1.0
+        best, chosen = -1.0, (_DEFAULT_HEAD, 1.0)
         for head in heads.HEADS:
             held_out = hold_out(
                 lambda *data, head=head: self._outputs(head, *data), x, y, way, fits,
                 self.random_state,
             )  # fmt: skip
             if held_out is None:
-                return _DEFAULT_HEAD
+                return chosen
             accuracy = float((held_out.logits.argmax(1) == held_out.y).mean())
             if accuracy > best + 1e-9:
-                best, chosen = accuracy, head
+                degree = temperature(held_out.logits, held_out.y, held_out.examples)
+                best, chosen = accuracy, (head, degree)
         return chosen
 
     def _outputs(
         self, head: str, x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray
     ) -> Outputs:
-        learned = heads.learn(head, self._normalise, x, y, way, self.cost)
+        learned = heads.learn(head, self.normalise_, x, y, way, self.cost)
         return Outputs(heads.logits(head, learned, queries), heads.novelty(learned, queries))
 
     def _procedure(self) -> Procedure:
@@ -278,8 +288,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         is_large = len(self.examples_) > MANY
 
         def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-            head = self.head_ if is_large else self._chosen(x, y, way, 1)
-            return self._outputs(head, x, y, way, queries)
+            chosen = self.head_, self.scale_
+            head, scale = chosen if is_large else self._chosen(x, y, way, 1)
+            outputs = self._outputs(head, x, y, way, queries)
+            return Outputs(outputs.logits / scale, outputs.novelty)
 
         return learn
 
@@ -294,8 +306,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             logits, novelty = self.network.outputs(x)
         else:
             x = x.astype(np.float64)
-            logits = heads.logits(self.head_, self._learned, x)
-            novelty = heads.novelty(self._learned, x)
+            logits = heads.logits(self.head_, self.learned_, x) / self.scale_
+            novelty = heads.novelty(self.learned_, x)
         return Outputs(logits / self.confidence_.temperature, novelty)
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -335,37 +347,21 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             UserError: If the network is a Python function, which cannot be saved.
         """
         check_is_fitted(self)
-        network = self.network
-        if network is not None and network.identity is None:
+        if self.network is not None and self.network.identity is None:
             raise UserError("a classifier on a Python function cannot be saved; name a backbone")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = {"examples": self.examples_, "targets": self._targets}
-        if not self._is_run:
-            arrays |= {f"learned.{name}": value for name, value in self._learned.items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        name = f"arrays-{hashlib.sha256(buffer.getvalue()).hexdigest()[:16]}.npz"
-        with atomic_writer(folder / name) as stream:
-            stream.write(buffer.getvalue())
-        settings = self.get_params()
-        if self.run is not None:
-            settings["run"] = str(Path(self.run).absolute())
+        arrays = {"examples": self.examples_, "targets": self.targets_}
         content = {
-            "format": _FORMAT,
-            "settings": settings,
-            "network": network and network.identity,
+            "settings": self.get_params() | {"run": self.run and str(Path(self.run).absolute())},
+            "network": self.network and self.network.identity,
             "classes": self.classes_.tolist(),
             "head": self.head_,
-            "normalise": None if self._is_run else self._normalise,
+            "scale": self.scale_,
+            "normalise": self.normalise_,
             "confidence": dataclasses.asdict(self.confidence_),
-            "arrays": name,
             "notes": self.notes_,
         }
-        write_json(folder / _JSON, content)
-        for other in folder.glob("arrays-*.npz"):
-            if other.name != name:
-                other.unlink()
+        learned = {f"learned.{name}": value for name, value in self.learned_.items()}
+        saved.write(Path(folder), content, arrays | learned)
 
     @classmethod
     def load(cls, folder: str | Path) -> "FewShotClassifier":
@@ -374,31 +370,24 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             UserError: If it is not one, or its network has changed.
         """
-        folder = Path(folder)
-        try:
-            content = json.loads((folder / _JSON).read_text())
-            if content["format"] != _FORMAT:
-                raise ValueError(f"format {content['format']} is of a different version")
+        with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])
             self.classes_, self.head_ = np.array(content["classes"]), content["head"]
+            self.normalise_, self.scale_ = content["normalise"], float(content["scale"])
             self.notes_ = [dict(note) for note in content["notes"]]
             self.confidence_ = Confidence(**content["confidence"])
-            with np.load(folder / Path(content["arrays"]).name, allow_pickle=False) as arrays:
-                self.examples_, self._targets = arrays["examples"], arrays["targets"]
-                self._learned = {
-                    name.removeprefix("learned."): arrays[name]
-                    for name in arrays.files
-                    if name.startswith("learned.")
-                }
-            self._normalise = content["normalise"]
-            if not len(self.notes_) == len(self._targets) == len(self.examples_):
+            self.examples_, self.targets_ = arrays["examples"], arrays["targets"]
+            self.learned_ = {
+                name.partition(".")[2]: value
+                for name, value in arrays.items()
+                if name.startswith("learned.")
+            }
+            if not len(self.notes_) == len(self.targets_) == len(self.examples_):
                 raise ValueError("numbers of examples differ")
             if self.network is None:
                 self.n_features_in_ = self.examples_.shape[1]
-        except FileNotFoundError as error:
-            raise UserError(f"{error.filename}: no such file; {folder} is no classifier") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{folder} is not a classifier ({first_line(error)})") from None
+            if self._evaluate(self.examples_[:1]).logits.shape != (1, len(self.classes_)):
+                raise ValueError("the arrays do not fit the classes")
         if self.network is not None and self.network.identity != content["network"]:
             where = f"run={self.run}" if self.run else f"backbone={self.backbone}"
             raise UserError(

@@ -11,8 +11,8 @@ import torch
 
 from metalearn.algorithms.geometry import class_means, cosine, squared_distance
 
-#: Names of the heads.
-HEADS = ("logistic", "ridge", "prototype", "cosine", "nearest")
+#: Names of the heads. `auto` takes the first of those that are equally good.
+HEADS = ("ridge", "logistic", "prototype", "cosine", "nearest")
 #: Temperature of cosines and of halved squared distances between features of norm 1.
 _TEMPERATURE = 0.1
 

@@ -176,4 +176,6 @@ def open_network(
         return RunFeatures(run) if has_head else AdaptingRun(run)
     if isinstance(backbone, str):
         return PretrainedFeatures(backbone)
+    if backbone is not None and not callable(backbone):
+        raise UserError(f"backbone={backbone}: should be a name, a function of images, or None")
     return None if backbone is None else Function(backbone)
