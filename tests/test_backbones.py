@@ -286,6 +286,7 @@ def test_frozen_weights_and_their_statistics_never_change(
     for frozen in ("true", "false"):
         run = build(resnet18_settings(cache_dir, *overrides, f"backbone.frozen={frozen}"))
         before = {name: value.clone() for part in run.state for name, value in part.items()}
+        (tmp_path / frozen).mkdir()
         state = loop.fit(run, SILENT, tmp_path / frozen).state
         task = run.test.draw(0, 1)
         learner = run.algorithm.adapt(
