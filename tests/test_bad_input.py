@@ -166,6 +166,8 @@ def test_every_choice_composes_and_has_an_explanation(group):
         settings = [f"{group}={name}"]
         if group == "backbone" and name in ("efficientnet_lite0", "timm", "torchvision"):
             settings.append("statistics=population")  # they refuse the query statistics of MAML
+            model = {"timm": "test_resnet", "torchvision": "mobilenet_v3_small"}.get(name)
+            settings += [f"backbone.model={model}"] if model else []
         check(checking.check_config(composition.compose_config(settings)))
         assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
 
