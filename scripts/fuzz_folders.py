@@ -26,7 +26,7 @@ from metalearn.run import checkpoint
 from metalearn.run.train import resume
 from metalearn.system.errors import as_failure, exit_code
 
-_SECONDS = 30
+_SECONDS = 60
 _RUN = (
     "algo=protonet", "dataset=glyphs", "dataset.num_classes=60", "dataset.image_size=8",
     "backbone.filters=4", "backbone.blocks=2", "episode.query=2", "train.steps=4",
@@ -63,7 +63,7 @@ def time_limit(seconds: int) -> Iterator[None]:
     """Raise OutOfTime in the block after some seconds."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise OutOfTime
+        raise OutOfTime(f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "")
 
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -132,8 +132,8 @@ class Folders:
             ):
                 command()
             self.usual += 1
-        except OutOfTime:
-            return f"timeout after {_SECONDS} s"
+        except OutOfTime as error:
+            return f"in {error}: timeout after {_SECONDS} s"
         except Exception as error:
             error = as_failure(error)
             if exit_code(error) is None:

@@ -92,6 +92,7 @@ MISTAKES = [
         ["episode.train.distractors=1", "set episode.train.unlabelled"],
     ),
     (["+train.lr=1"], ["+train.lr: this setting exists; leave out the +"]),
+    (["dataset.fractions=[{},0.5,0.5]"], ["dataset.fractions=", "should be a list of numbers"]),
 ]
 
 

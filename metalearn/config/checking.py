@@ -243,6 +243,8 @@ def _check_bounds(settings: list[Setting], values: DictConfig, where: str) -> No
             hint = nearest(str(value), rule["choices"])
             raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
         for number in value if OmegaConf.is_list(value) else [value]:
+            if OmegaConf.is_config(number):
+                raise UserError(f"{name}={value}: should be a list of numbers")
             if isinstance(number, float) and number != number:
                 raise UserError(f"{name}={value}: should be a number")
             if "minimum" in rule and number < rule["minimum"]:
