@@ -15,6 +15,8 @@ from metalearn.predict import confidence, heads
 from metalearn.predict.confidence import Outputs, hold_out
 from metalearn.system.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 #: Checks of scikit-learn that are skipped here, with the reason.
 _SKIPPED = {
     "check_array_api_input": "needs a variable of the environment",

@@ -23,6 +23,8 @@ from tests import command
 from tests.fixtures import ALGORITHMS
 from tests.test_pretrained import GLYPHS, TINY
 
+pytestmark = pytest.mark.slow
+
 _POPULATION = ["statistics=population", "test.episodes=6", "val.episodes=4"]
 #: Methods whose embedding never changes with the task.
 _HEADS = (

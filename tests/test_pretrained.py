@@ -23,6 +23,8 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 from tests.fixtures import to_float64
 
+pytestmark = pytest.mark.slow
+
 _IMAGES = InputSpec((3, 32, 32))
 #: 16x16 images, and a tiny network of timm with random weights on 32x32 images.
 GLYPHS = [
