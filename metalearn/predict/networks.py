@@ -15,6 +15,7 @@ import numpy as np
 
 from metalearn.config import checking, components, paths
 from metalearn.config.composition import compose_config, options
+from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
 from metalearn.report.folder import RunFolder
 from metalearn.run import features, load
@@ -77,10 +78,12 @@ class PretrainedFeatures(Network):
             raise UserError(f"backbone={backbone}: {other[0]} is no setting of a backbone")
         words = [paths.literal(word, False) for word in settings]
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
+        device = device_of(config.device)
+        process.prepare(device, config.engine.threads, config.engine.precision)
         self._embed = functools.partial(
             features.embed,
             backbone=config.backbone,
-            device=device_of(config.device),
+            device=device,
             cache_dir=cache_folder(config),
             progress=_show if sys.stderr.isatty() else None,
         )
