@@ -91,10 +91,10 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
 
 def _unpack(path: Path, unpacked: Path) -> Iterator[Item]:
     """Unpack the images of a zip under numbers: no name in it becomes a path."""
-    images = list_images(path)
+    first = len(list(unpacked.iterdir()))
     with zipfile.ZipFile(path) as archive:
-        for image in images:
-            file = unpacked / f"{len(list(unpacked.iterdir()))}{Path(image.name).suffix}"
+        for number, image in enumerate(list_images(path), first):
+            file = unpacked / f"{number}{Path(image.name).suffix}"
             file.touch()
             try:
                 if archive.getinfo(image.name).file_size <= _MAX_BYTES:
