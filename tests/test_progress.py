@@ -114,6 +114,27 @@ def test_a_pipe_gets_a_line_now_and_then_also_in_a_validation(settings, monkeypa
     assert "val 25/50 episodes" in out.getvalue().splitlines()[-1]
 
 
+def test_after_a_validation_the_speed_is_of_training_and_the_time_counts_embedding(
+    settings, monkeypatch
+):
+    clock = Clock(monkeypatch)
+    display, _, console = shown(settings)
+    display.begin(Probe())
+    for step in range(1, 401):
+        clock.now += 1
+        display.step(step)
+    display.episodes("val", 0, 50)
+    clock.now += 9  # the inputs of all episodes are embedded
+    display.embedding(50, 50)
+    for done in (25, 50):
+        clock.now += 0.5
+        display.episodes("val", done, 50)
+    text = "".join(part.text for part in console.render_lines(display._line(), pad=False)[0])
+    assert f"400/1000 {settings.train.meta_batch:.0f} tasks/s" in text
+    # 600 steps, two validations of 10 s, and 200 episodes at 0.2 s each.
+    assert "11:00 left" in text
+
+
 def test_metrics_are_read_between_rows(make_run, tmp_path):
     run = make_run("algo=maml", "train.steps=3")
     training = Training(run)

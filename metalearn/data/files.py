@@ -223,6 +223,7 @@ def cached(
             if is_out_of_memory(error):
                 raise
             print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
+    print(f"preparing the images of {name} (only the first time)", file=sys.stderr, flush=True)
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

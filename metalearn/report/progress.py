@@ -137,7 +137,8 @@ class Progress(Listener):
         self._probe: Probe | None = None
         self._forecast = Forecast(settings)
         self._metrics: dict[str, float] = {}
-        self._speed = self._status = ""
+        self._speed: dict[str, str] = {}
+        self._status = ""
         self._began = self._printed = self._updated = time.monotonic()
         self._began -= seconds_before
         self._first_step = 0.0  # seconds of the first step, which is the slowest
@@ -147,6 +148,7 @@ class Progress(Listener):
         """Begin a phase. Its speed is measured from now on."""
         self._phase, self._done, self._total = phase, done, total
         self._since = done, time.monotonic()
+        self._entered = self._since[1]
         if phase == "train":
             self._forecast.step, self._forecast.episodes = done, 0
 
@@ -237,9 +239,10 @@ class Progress(Listener):
                 self._metrics |= self._probe.metrics()
             count *= self._settings.train.meta_batch
         else:
-            self._forecast.per_episode = seconds / count
+            # From the beginning of the phase, which may have embedded the inputs of all episodes.
+            self._forecast.per_episode = (now - self._entered) / self._done
         speed = count / seconds
-        self._speed = f"{speed:.0f} tasks/s" if speed >= 10 else f"{speed:.1f} tasks/s"
+        self._speed[self._phase] = f"{speed:.0f} tasks/s" if speed >= 10 else f"{speed:.1f} tasks/s"
         self._since = self._done, now
         self._updated = now
 
@@ -257,7 +260,13 @@ class Progress(Listener):
 
     def _print(self, result: str) -> None:
         count = f"step {self._forecast.step:>6}/{self._settings.train.steps}"
-        parts = [count, self._speed, *self._metric_parts(), result, self._times()]
+        parts = [
+            count,
+            self._speed.get(self._phase, ""),
+            *self._metric_parts(),
+            result,
+            self._times(),
+        ]
         print_line(self._console, "  ".join(part for part in parts if part))
         self._printed = time.monotonic()
 
@@ -281,7 +290,8 @@ class Progress(Listener):
 
     def _line(self) -> Table:
         """Return the live line, at most as wide as the console."""
-        parts = [self._count(), self._speed, *self._metric_parts(), self._times()]
+        speed = self._speed.get(self._phase, "")
+        parts = [self._count(), speed, *self._metric_parts(), self._times()]
         text = self._status or " ".join(part for part in parts if part)
         smallest, widest = _BAR_WIDTHS
         room = self._console.width - len(self._phase) - len(text) - 3

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import netrc
 import os
 import urllib.parse
@@ -104,6 +105,7 @@ class WandbRun:
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the exit waits for its reports
+        logging.raiseExceptions = False  # W&B writes a log, also on a full disk
         import wandb
 
         with _silent_children():
