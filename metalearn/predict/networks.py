@@ -3,7 +3,6 @@
 The only place that opens a backbone or a run for `FewShotClassifier`.
 """
 
-import functools
 import hashlib
 import shlex
 import sys
@@ -13,16 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from metalearn.config import checking, components, paths
+from metalearn.config import checking, paths
 from metalearn.config.composition import compose_config, options
 from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
+from metalearn.predict.embedder import ImageEmbedder
 from metalearn.report.folder import RunFolder
-from metalearn.run import features, load
+from metalearn.run import load
 from metalearn.run.parts import cache_folder, device_of
 from metalearn.system.errors import UserError, first_line, nearest
-from metalearn.tasks import prng
-from metalearn.tasks.types import InputSpec
 
 #: Files or PIL images.
 Images = Sequence[Any]
@@ -80,24 +78,16 @@ class PretrainedFeatures(Network):
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
         device = device_of(config.device)
         process.prepare(device, config.engine.threads, config.engine.precision)
-        self._embed = functools.partial(
-            features.embed,
-            backbone=config.backbone,
-            device=device,
-            cache_dir=cache_folder(config),
-            progress=_show if sys.stderr.isatty() else None,
-        )
-        digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
-        tensors, buffers = components.make(config.backbone, "backbone").init(
-            InputSpec((3, 32, 32)), prng.key_of(0)
-        )
-        for key, value in sorted((tensors | buffers).items()):
-            digest.update(key.encode() + value.numpy().tobytes())
-        self.identity = digest.hexdigest()
+        self._embedder = ImageEmbedder(config.backbone, device, cache_folder(config))
+        self._progress = _show if sys.stderr.isatty() else None
+        hashed = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
+        for key, value in sorted(self._embedder.tensors.items()):
+            hashed.update(key.encode() + value.cpu().numpy().tobytes())
+        self.identity = hashed.hexdigest()
 
     def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
-        return self._embed(images, unreadable=unreadable).numpy()
+        return self._embedder(images, self._progress, unreadable).numpy()
 
 
 def _show(done: int, count: int) -> None:
