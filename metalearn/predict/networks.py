@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from metalearn.config import checking, paths
 from metalearn.config.composition import compose_config, options
@@ -47,6 +49,18 @@ class Network:
             unreadable: Gets the reason for each image that cannot be read, by its index; its row
                 has no meaning. None: raise UserError for the first.
         """
+        raise NotImplementedError
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Return the shape of the images that `outputs_of` takes."""
+        raise UserError("a classifier on a Python function cannot be exported; name a backbone")
+
+    def preprocessing(self) -> dict[str, str]:
+        """Describe in words how an image becomes an input of `outputs_of`."""
+        return {"preprocessing": "as the dataset of the run reads its own images"}
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features [B, D], or logits of an adapted run, of images in [0, 1], float32."""
         raise NotImplementedError
 
 
@@ -89,6 +103,22 @@ class PretrainedFeatures(Network):
         """Embed images."""
         return self._embedder(images, self._progress, unreadable).numpy()
 
+    def image_shape(self) -> tuple[int, ...]:
+        """Return [3, size, size]."""
+        return self._embedder.inputs.shape
+
+    def preprocessing(self) -> dict[str, str]:
+        """Describe resizing and cropping."""
+        own = self._embedder.network.preprocessing
+        return {
+            "preprocessing": f"resize the shorter side to {own.resize} ({own.interpolation}, "
+            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255"
+        }
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features."""
+        return self._embedder.features(x)
+
 
 def _show(done: int, count: int) -> None:
     """Show the progress on a terminal."""
@@ -127,6 +157,14 @@ class RunFeatures(Network):
         """Embed images."""
         return self._model.embed(self._read(images, unreadable)).cpu().numpy()
 
+    def image_shape(self) -> tuple[int, ...]:
+        """Return the shape of the run's images."""
+        return self._model.spec.input_shape
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features."""
+        return self._model.tensor_outputs(x, embed=True)
+
 
 class AdaptingRun(RunFeatures):
     """A run that adapts to the examples as it was trained to."""
@@ -134,6 +172,11 @@ class AdaptingRun(RunFeatures):
     def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
         return self._read(images, unreadable)
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute logits, in the order of the sorted classes."""
+        order = np.argsort(np.array(self._model.classes))
+        return self._model.tensor_outputs(x)[:, torch.from_numpy(order)]
 
     def adapt(self, x: np.ndarray, y: np.ndarray) -> None:
         """Adapt to examples [M, C, H, W] of classes [M]."""
