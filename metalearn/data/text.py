@@ -157,8 +157,8 @@ class Text(Dataset):
                 fetch(self.urls[path.name], path.parent, self.md5[path.name])
             if not path.exists():
                 raise UserError(
-                    f"dataset.path={self.path}: there is no {path}; bring it there by hand (where "
-                    "from: the first lines of the dataset's YAML, or docs/data.md)"
+                    f"dataset.path={self.path}: there is no {path}; bring it there by hand (the "
+                    "first lines of the dataset's file in conf/dataset say what it is)"
                 )
             if path.name == "domains.json":
                 content = json.loads(path.read_text())
