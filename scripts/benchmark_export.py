@@ -70,7 +70,7 @@ def main() -> None:
     write_text(ROOT / "benchmarks/export.md", "\n".join([
         "# Export to ONNX", "",
         "Made by `python scripts/benchmark_export.py` at commit "
-        f"`{str(environment['commit'])[:7]}` on {environment['hardware']}, one thread; "
+        f"`{str(environment['commit'])[:7]}` on {environment['hardware']}; "
         f"{', '.join(versions)}. Each number is the largest absolute difference of a probability "
         "between onnxruntime and this package, over the inputs that `metalearn export` lists; "
         f"above {TOLERANCE:.0e} the command fails. Seconds include tracing and comparison.", "",
