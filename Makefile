@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
+.PHONY: help setup demo demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,10 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup  ## train and test MAML on built-in data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
+
+demo-label: setup  ## label 45 images of blood cells from five examples of each class
+	@metalearn predict support=examples/bccd/support query=examples/bccd/query out=outputs/demo-label
+	@echo "report: $(CURDIR)/outputs/demo-label/report.html"
 
 check: setup  ## quick checks: format, lint, types, fast tests (under a minute)
 	ruff format --check .

@@ -40,6 +40,8 @@ class Algorithm:
     uses_loss: ClassVar[bool] = True
     #: True if adaptation minimises the family's inner loss (`loss.inner`).
     uses_inner_loss: ClassVar[bool] = False
+    #: True if adaptation takes gradients of a loss, so it is no graph of plain operations.
+    takes_gradients: ClassVar[bool] = False
     #: True if `adapt` uses `support.unlabelled`.
     uses_unlabelled: ClassVar[bool] = False
     #: True if permuting the classes permutes the predictions in the same way.

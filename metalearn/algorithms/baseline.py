@@ -35,6 +35,7 @@ class Baseline(EmbeddingAlgorithm):
     sources: ClassVar[tuple[str, ...]] = ("batches",)
     is_iterative: ClassVar[bool] = True
     uses_inner_loss: ClassVar[bool] = True
+    takes_gradients: ClassVar[bool] = True
 
     head: str = choice("linear", "cosine")
     train_scale: float = above(0)

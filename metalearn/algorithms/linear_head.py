@@ -35,6 +35,7 @@ class LinearHeadAlgorithm(Algorithm):
     adapts_in_steps: ClassVar[bool] = True
     is_iterative: ClassVar[bool] = True
     uses_inner_loss: ClassVar[bool] = True
+    takes_gradients: ClassVar[bool] = True
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:

@@ -60,6 +60,7 @@ class MetaNet(EmbeddingAlgorithm):
     """
 
     fixed_way: ClassVar[bool] = True
+    takes_gradients: ClassVar[bool] = True
     class_equivariant: ClassVar[bool] = False  # the slow output weights differ from class to class
 
     hidden: int = at_least(1)

@@ -33,7 +33,7 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     gram = z @ z.T
     # torch solves no linear system in bfloat16.
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    gram = gram + strength * torch.eye(len(z), dtype=gram.dtype, device=z.device)
+    gram = gram + strength * torch.eye(z.shape[0], dtype=gram.dtype, device=z.device)
     # Unlike solve, solve_ex does not synchronise with the device to check for errors.
     return z.T @ torch.linalg.solve_ex(gram, y.to(gram.dtype))[0].to(z.dtype)
 
@@ -65,7 +65,9 @@ class R2D2(EmbeddingAlgorithm):
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Solve the ridge regression on the support set."""
         y = one_hot(support.y, support.way).to(z.dtype)
-        return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * weights["ridge.log_penalty"].exp())
+        return ridge(
+            F.pad(z, (0, 1), value=1.0), y, z.shape[0] * weights["ridge.log_penalty"].exp()
+        )
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
         """Compute scaled predictions of the ridge regression."""

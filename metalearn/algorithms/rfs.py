@@ -37,7 +37,7 @@ def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations:
     penalised = torch.ones_like(z[0]).unsqueeze(-1)
     penalised = torch.cat([penalised[:-1], torch.zeros_like(penalised[-1:])])
     # The Hessian of a cross-entropy is at most 1/2 z z', and |z|^2 is at most 2 with the constant.
-    step = 1 / (1 + cost * len(z))
+    step = 1 / (1 + cost * z.shape[0])
     weight = previous = z.new_zeros(z.shape[-1], way)
     for number in range(iterations):
         ahead = weight + number / (number + 3) * (weight - previous)

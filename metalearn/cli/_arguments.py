@@ -1,7 +1,12 @@
 """Parse the arguments of a command."""
 
+import contextlib
 import dataclasses
+import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from metalearn.system.errors import UserError
 
@@ -105,6 +110,26 @@ def take(words: list[str], key: str, default: str | None = None) -> str | None:
     for word in given:
         words.remove(word)
     return given[0].partition("=")[2] if given else default
+
+
+@contextlib.contextmanager
+def json_document(words: list[str]) -> Iterator[dict[str, Any]]:
+    """Remove `--json`; if it was given, print what the block collects, and nothing else, on stdout.
+
+    What the block prints goes to standard error then.
+
+    Yields:
+        The document, to be filled by the block.
+    """
+    content: dict[str, Any] = {}
+    if "--json" not in words:
+        yield content
+        return
+    while "--json" in words:
+        words.remove("--json")
+    with contextlib.redirect_stdout(sys.stderr):
+        yield content
+    print(json.dumps(content, indent=2))
 
 
 def take_plugins(words: list[str]) -> list[str]:

@@ -8,20 +8,21 @@ from typing import Any
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, visible
 
-HELP = """metalearn compare <folder> … [out=<folder>]
+HELP = """metalearn compare <folder> … [out=<folder>] [--json]
 
 Prints one table over runs, their evaluations, and the runs of multirun folders. Only results of
 equal protocols share a column; runs that differ only in their seed share a row. Columns are in the
 order of dataset, split, way, shot, queries and statistics. Runs that share few protocols, and
 tables that are too wide, have a row for each protocol and method instead. Differences are tested on
 the shared episodes. Writes comparison.md, .csv and .png into `out`; by default into the folder if
-only one is given, else into outputs/compare/<time>.
+only one is given, else into outputs/compare/<time>. --json prints one JSON document: measurements,
+methods under each protocol, notes, runs left out, files; everything else goes to standard error.
 
   metalearn compare outputs/multirun/<time>
   metalearn compare outputs/maml-omniglot/<time> outputs/protonet-omniglot/<time>
 """
 #: What shell completion offers.
-TAKES: tuple[str, ...] = ("{folder}", "out={folder}")
+TAKES: tuple[str, ...] = ("{folder}", "out={folder}", "--json")
 
 #: Characters of a line of comparison.md, beyond which it has a row for each protocol and method.
 _PAGE_WIDTH = 160
@@ -29,7 +30,13 @@ _PAGE_WIDTH = 160
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
-    folders = list(args)
+    words = list(args)
+    with _arguments.json_document(words) as document:
+        document |= _compare(words)
+    return 0
+
+
+def _compare(folders: list[str]) -> dict[str, Any]:
     out = _arguments.take(folders, "out")
     if wrong := [word for word in folders if not Path(word).is_dir()]:
         raise UserError(
@@ -40,17 +47,19 @@ def main(args: list[str]) -> int:
     from metalearn.report.console import open_console
 
     paths = [Path(word) for word in folders]
-    compare(paths, None if out is None else Path(out), open_console())
-    return 0
+    return compare(paths, None if out is None else Path(out), open_console())
 
 
-def compare(folders: list[Path], out: Path | None, console: Any) -> None:
+def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, Any]:
     """Print the table; write comparison.md, .csv and .png.
 
     Args:
         folders: Folders of runs, or folders that contain such folders.
         out: Where to write; None: the default of HELP.
         console: Where to print.
+
+    Returns:
+        The content of --json.
 
     Raises:
         UserError: If there is no finished run.
@@ -77,27 +86,24 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> None:
         out = folders[0] if len(folders) == 1 else Path("outputs/compare") / time
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files = _write(measurements, out, console)
+        content = _write(measurements, out, console)
     except OSError as error:
         raise UserError(
             f"{out} cannot be written ({error.strerror}); name another with out="
         ) from None
-    for line in unreadable:
-        print_line(console, f"  left out: {line}")
+    left_out = list(unreadable)
     untested = [folder for folder in others if RunFolder(folder).is_trained]
     if untested:
         more = f" and {len(untested) - 1} more" if len(untested) > 1 else ""
-        line = f"  left out: {untested[0]}{more}, not tested; to test it: metalearn resume <folder>"
-        print_line(console, line)
-    for folder, reason in others.items():
-        if folder not in untested:
-            print_line(console, f"  left out: {folder} {reason}")
-    for file in files:
-        print_line(console, f"  {file}")
+        left_out.append(f"{untested[0]}{more}, not tested; to test it: metalearn resume <folder>")
+    left_out += [f"{one} {reason}" for one, reason in others.items() if one not in untested]
+    for line in [*(f"left out: {line}" for line in left_out), *content["files"]]:
+        print_line(console, f"  {line}")
+    return {**content, "left_out": left_out}
 
 
-def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
-    """Print and write the comparison. Return the files."""
+def _write(measurements: list[Any], out: Path, console: Any) -> dict[str, Any]:
+    """Print and write the comparison. Return measurements, methods, notes and files."""
     from metalearn.report.comparison import Comparison
     from metalearn.report.console import print_line
     from metalearn.report.plots import draw_comparison
@@ -106,8 +112,11 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
     from metalearn.system.atomic import write_text
 
     table_file = out / "comparison.csv"
-    lines = [_csv_row(one) for one in measurements]
-    write_csv(table_file, lines[0], (line.values() for line in lines))
+    lines = [_row(one) for one in measurements]
+    cells = [{**line, "minutes": f"{line['minutes']:.2f}"}.values() for line in lines]
+    write_csv(table_file, lines[0], ([visible(str(cell)) for cell in row] for row in cells))
+    methods: list[dict[str, Any]] = []
+    all_notes: list[str] = []
     text: list[str] = []
     plots: list[Path] = []
     for metric in dict.fromkeys(one.result.metric for one in measurements):
@@ -118,6 +127,8 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
             row["test"], previous = "" if row["test"] == previous else row["test"], row["test"]
         console.print(result_table(rows, list(rows[0]).index("method") + 1))
         notes = comparison.notes()
+        all_notes += notes
+        methods += comparison.summary()
         for line in notes:
             print_line(console, f"  {line}")
         text += [*markdown_table(comparison.rows(_PAGE_WIDTH, ", ")), ""]
@@ -125,11 +136,13 @@ def _write(measurements: list[Any], out: Path, console: Any) -> list[Path]:
         plots.append(out / (f"comparison_{metric}.png" if plots else "comparison.png"))
         draw_comparison(comparison.panels(), metric, plots[-1])
     if line := _sampler_note(measurements):
+        all_notes.append(line)
         print_line(console, f"  {line}")
         text += [f"- {line}", ""]
     page = out / "comparison.md"
     write_text(page, "\n".join(map(visible, text)))
-    return [page, table_file, *plots]
+    files = [str(file) for file in (page, table_file, *plots)]
+    return {"measurements": lines, "methods": methods, "notes": all_notes, "files": files}
 
 
 def _sampler_note(measurements: list[Any]) -> str:
@@ -149,13 +162,12 @@ def _sampler_note(measurements: list[Any]) -> str:
     )
 
 
-def _csv_row(one: Any) -> dict[str, Any]:
+def _row(one: Any) -> dict[str, Any]:
     result, protocol = one.result, one.result.protocol
-    row = {
-        "run": one.folder, "algorithm": one.name, "variant": one.variant, "seed": result.seed,
+    return {
+        "run": str(one.folder), "algorithm": one.name, "variant": one.variant, "seed": result.seed,
         "dataset": one.data, "split": result.split, "protocol_id": result.protocol_id,
         **{name: protocol[name] for name in ("way", "shot", "query", "statistics")},
         "score": result.metric, "mean": result.test.mean, "ci95": result.test.ci95,
-        "minutes": f"{one.minutes:.2f}", "hardware": one.hardware,
+        "minutes": one.minutes, "hardware": one.hardware,
     }  # fmt: skip
-    return {name: visible(str(value)) for name, value in row.items()}

@@ -1,12 +1,13 @@
 """Test a trained run again, under the same or a different protocol."""
 
 from pathlib import Path
+from typing import Any
 
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
 HELP = """metalearn evaluate <folder> [key=value …] [split=train|val|test|all]
-                    [curve=shot|way|steps] [at=1,5,10]
+                    [curve=shot|way|steps] [at=1,5,10] [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
@@ -22,7 +23,8 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
 
-The folder can also be given as run=<folder>.
+The folder can also be given as run=<folder>. --json prints one JSON document with the results, or
+the points of the curve, and the files; everything else goes to standard error.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
@@ -31,11 +33,19 @@ TAKES: tuple[str, ...] = (
     "split=train|val|test|all",
     "curve=shot|way|steps",
     "{settings}",
+    "--json",
 )
 
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
+    words = list(args)
+    with _arguments.json_document(words) as document:
+        document |= _evaluate(words)
+    return 0
+
+
+def _evaluate(args: list[str]) -> dict[str, Any]:
     words = [
         f"run={word}" if word[:1] != "-" and ("=" not in word or Path(word).is_dir()) else word
         for word in args
@@ -53,5 +63,4 @@ def main(args: list[str]) -> int:
     from metalearn.report.console import open_console
     from metalearn.run.evaluate import evaluate
 
-    evaluate(Path(run), overrides, split, curve, open_console(), points)
-    return 0
+    return evaluate(Path(run), overrides, split, curve, open_console(), points)

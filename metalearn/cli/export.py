@@ -7,17 +7,21 @@ from metalearn.system.errors import UserError, nearest
 
 HELP = """metalearn export classifier=<folder>|run=<folder> [format=onnx] [out=<file.onnx>]
 
-Writes an ONNX file, and compares its probabilities with this package's in onnxruntime. Requires
-pip install 'metalearn-lab[export]'.
+Writes an ONNX file, and compares its probabilities in onnxruntime with this package's: a difference
+above 0.0001 is a failure (exit code 1). Requires pip install 'metalearn-lab[export]'.
 
   metalearn export classifier=outputs/predict/<time>/classifier out=cells.onnx
-      images [B, 3, H, W] -> probabilities [B, N]. Float32 in [0, 1]. The file's metadata name the
-      classes, and say how to resize and crop an image.
+      images [B, 3, H, W] -> probabilities [B, N], as `predict` computes them. Images are RGB,
+      float32 in [0, 1] (a file's bytes divided by 255), resized and cropped as the file's metadata
+      say: size, resize, interpolation, preprocessing, classes (a JSON list, in order), opset.
   metalearn export run=outputs/protonet-omniglot/<time> out=protonet.onnx
       support_images [M, C, H, W], support_labels [M, N] (one-hot), query_images [Q, C, H, W]
-      -> probabilities [Q, N]. Any number of classes, examples and queries. A method that adapts by
-      gradient steps cannot be exported like this; a classifier made with it can:
-      metalearn predict run=<folder> support=<examples> …
+      -> probabilities [Q, N]. Images as `metalearn.load` takes them, float32 in [0, 1]. Any number
+      of classes, examples and queries. A method that learns by gradients cannot be exported like
+      this (exit code 2); a classifier made with it can:
+      metalearn predict run=<folder> support=<examples> query=<images>
+
+A file that exists is replaced. out=<name of the folder>.onnx by default.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = ("classifier={folder}", "run={folder}", "format=onnx", "out=")
@@ -43,8 +47,11 @@ def main(args: list[str]) -> int:
 
     folder = Path(classifier or run or "").expanduser()
     file = Path(out or folder.name + ".onnx").expanduser()
-    worst = export_run(folder, file) if classifier is None else export_classifier(folder, file)
+    export = export_run if classifier is None else export_classifier
     console = open_console()
-    print_line(console, f"Largest difference of a probability in onnxruntime: {worst:.1e}")
+    differences = export(folder, file)
+    print_line(console, "Largest difference of a probability between onnxruntime and this package:")
+    for what, difference in differences.items():
+        print_line(console, f"  {difference:.1e}  {what}")
     print_line(console, f"  {file}")
     return 0

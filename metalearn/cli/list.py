@@ -1,14 +1,18 @@
 """List algorithms, datasets, backbones and other choices."""
 
+import itertools
+
+from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
-HELP = """metalearn list
+HELP = """metalearn list [--json]
 
 Lists algorithms, datasets, backbones, episodes, optimisers, losses, augmentations and experiments,
-with one line each.
+with one line each. --json prints one JSON document: group -> name -> description, and the family of
+an algorithm.
 """
 #: What shell completion offers.
-TAKES: tuple[str, ...] = ()
+TAKES: tuple[str, ...] = ("--json",)
 
 #: Headings of the families of algorithms.
 _FAMILIES = {
@@ -22,17 +26,26 @@ _GROUPS = ("dataset", "backbone", "episode", "optimiser", "loss", "augment", "ex
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
-    if args:
-        raise UserError(f"list {args[0]}: list takes no arguments")
+    if words := [word for word in args if word != "--json"]:
+        raise UserError(f"list {words[0]}: list takes no arguments except --json")
     from metalearn.config.composition import families, options
 
-    lines = options("algo")
-    groups = {
-        f"algo=    {_FAMILIES.get(family, family)}": {name: lines[name] for name in names}
-        for family, names in families().items()
+    choices = {
+        group: {name: {"description": line} for name, line in options(group).items()}
+        for group in ("algo", *_GROUPS)
     }
-    groups |= {f"{group}=": options(group) for group in _GROUPS}
-    width = max(len(name) for choices in groups.values() for name in choices)
-    for heading, choices in groups.items():
-        print(heading, *(f"  {name:<{width}} {line}" for name, line in choices.items()), sep="\n")
+    headings = {f"{group}=": list(choices[group]) for group in _GROUPS}
+    for family, names in reversed(families().items()):
+        headings = {f"algo=    {_FAMILIES.get(family, family)}": names, **headings}
+        for name in names:
+            choices["algo"][name]["family"] = family
+    with _arguments.json_document(list(args)) as document:
+        document |= choices
+    if "--json" in args:
+        return 0
+    width = max(map(len, itertools.chain(*choices.values())))
+    for heading, names in headings.items():
+        group = choices[heading.partition("=")[0]]
+        lines = (f"  {name:<{width}} {group[name]['description']}" for name in names)
+        print(heading, *lines, sep="\n")
     return 0

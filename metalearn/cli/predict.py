@@ -1,7 +1,6 @@
 """Label your own images from a few examples of each class, and say how far to trust the labels."""
 
 import datetime
-import json
 import shlex
 import tempfile
 from pathlib import Path
@@ -33,7 +32,7 @@ expect to be right. Needs no training.
   classifier=   a saved classifier, instead of support=; it is not changed
   add= remove=  more examples (as support=), also of new classes; classes to leave out (a,b)
   out=          folder to write to (default: outputs/predict/<time>)
-  --json        print predictions.json instead of the summary
+  --json        print predictions.json, and nothing else, on standard output
 
 Writes predictions.csv (file, label, probability, second, second_probability, unknown, plausible,
 error), predictions.json, report.html and classifier/. A file that cannot be read has an empty
@@ -56,7 +55,13 @@ _DEFAULT_BACKBONE = "efficientnet_lite0"
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
-    words = [word for word in args if word != "--json"]
+    words = list(args)
+    with _arguments.json_document(words) as document:
+        document |= _predict(words)
+    return 0
+
+
+def _predict(words: list[str]) -> dict[str, Any]:
     sources = [word.partition("=")[2] for word in words if word.startswith("query=")]
     sources += [word for word in words if "=" not in word and not word.startswith("-")]
     given: dict[str, str] = {}
@@ -82,9 +87,6 @@ def main(args: list[str]) -> int:
     if "run" in given and "backbone" in given:
         raise UserError(f"backbone={given['backbone']}: give it or run=, not both")
     result, out = predict(given, sources)
-    if "--json" in args:
-        print(json.dumps(result, indent=2))
-        return 0
     from metalearn.report.console import open_console, print_line
 
     console = open_console()
@@ -92,7 +94,7 @@ def main(args: list[str]) -> int:
         print_line(console, line)
     for file in sorted(out.iterdir()):
         print_line(console, f"  {file}")
-    return 0
+    return result
 
 
 def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], Path]:

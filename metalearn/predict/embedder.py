@@ -105,6 +105,10 @@ class ImageEmbedder:
             unreadable.update(failures)
         return z
 
+    def pixels(self, images: Sequence[Image.Image | Path]) -> Tensor:
+        """Return images as the network's inputs in [0, 1], float32 [B, 3, size, size]."""
+        return torch.stack([self._pixels(image) for image in images]).to(self._device)
+
     def _pixels(self, image: Image.Image | Path) -> Tensor:
         """Return an image as the network's input in [0, 1], [3, size, size]."""
         if isinstance(image, Path):

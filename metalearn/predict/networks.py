@@ -51,13 +51,13 @@ class Network:
         """
         raise NotImplementedError
 
-    def image_shape(self) -> tuple[int, ...]:
-        """Return the shape of the images that `outputs_of` takes."""
+    def pixels(self, images: Images) -> Tensor:
+        """Return what `outputs_of` takes for images: float32 in [0, 1], [B, C, H, W]."""
         raise UserError("a classifier on a Python function cannot be exported; name a backbone")
 
     def preprocessing(self) -> dict[str, str]:
         """Describe in words how an image becomes an input of `outputs_of`."""
-        return {"preprocessing": "as the dataset of the run reads its own images"}
+        return {"preprocessing": "as the dataset of the run reads its own images, divided by 255"}
 
     def outputs_of(self, x: Tensor) -> Tensor:
         """Compute features [B, D], or logits of an adapted run, of images in [0, 1], float32."""
@@ -103,16 +103,19 @@ class PretrainedFeatures(Network):
         """Embed images."""
         return self._embedder(images, self._progress, unreadable).numpy()
 
-    def image_shape(self) -> tuple[int, ...]:
-        """Return [3, size, size]."""
-        return self._embedder.inputs.shape
+    def pixels(self, images: Images) -> Tensor:
+        """Resize and crop images."""
+        return self._embedder.pixels(images)
 
     def preprocessing(self) -> dict[str, str]:
         """Describe resizing and cropping."""
         own = self._embedder.network.preprocessing
         return {
+            "size": str(own.size),
+            "resize": str(own.resize),
+            "interpolation": own.interpolation,
             "preprocessing": f"resize the shorter side to {own.resize} ({own.interpolation}, "
-            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255"
+            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255",
         }
 
     def outputs_of(self, x: Tensor) -> Tensor:
@@ -157,9 +160,9 @@ class RunFeatures(Network):
         """Embed images."""
         return self._model.embed(self._read(images, unreadable)).cpu().numpy()
 
-    def image_shape(self) -> tuple[int, ...]:
-        """Return the shape of the run's images."""
-        return self._model.spec.input_shape
+    def pixels(self, images: Images) -> Tensor:
+        """Read images as the run's dataset reads its own."""
+        return torch.from_numpy(self._read(images, None) / np.float32(255)).to(self._model.device)
 
     def outputs_of(self, x: Tensor) -> Tensor:
         """Compute features."""

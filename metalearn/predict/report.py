@@ -202,8 +202,11 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], paths: list[Pat
         for place, index in enumerate(order):
             one = result["predictions"][index]
             image = _image(thumbnail(paths[index]) if place < _SHOWN else "")
-            texts = [one["file"], one["error"] or one["label"], one["probability"], one["second"]]
-            texts += ["; ".join(map(str, one["plausible"] or [])), "yes" if one["unknown"] else ""]
+            second = f"{_shown(one['second'])} {_percent(one['second_probability'])}"
+            plausible = one["plausible"]
+            names_of = "none fits well" if plausible == [] else "; ".join(map(str, plausible or []))
+            texts = [one["file"], one["error"] or one["label"], _percent(one["probability"])]
+            texts += [second, names_of, "yes" if one["unknown"] else ""]
             rows.append(_row([image, *map(_cell, texts)]))
         sections.append(f"<h2>Predictions, least certain first</h2>\n{_table(head, rows)}")
     names = [str(name) for name in classifier.classes_.tolist()]
@@ -244,6 +247,10 @@ def _examples_section(classifier: FewShotClassifier, result: dict[str, Any]) -> 
 def _image(thumbnail: str, style: str = "") -> str:
     source = html.escape(thumbnail)
     return f'<img class="{style}" alt="" src="data:image/jpeg;base64,{source}">' if source else ""
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
 
 
 def _cell(value: Any) -> str:

@@ -193,6 +193,17 @@ class Comparison:
             lines.append(f"{text}: {'significant' if is_significant else 'not significant'}")
         return lines, has_single_seeds
 
+    def summary(self) -> list[dict[str, Any]]:
+        """Return a row for each method and protocol, as numbers."""
+        return [
+            {
+                "method": self.title(method), "metric": self.metric, "protocol_id": protocol,
+                "test": self.heading(protocol), "mean": cell.mean, "ci95": cell.ci95,
+                "seeds": len(cell.by_seed), "seeds_ci95": cell.seeds_ci95,
+            }
+            for (method, protocol), cell in self.cells.items()
+        ]  # fmt: skip
+
     def panels(self) -> dict[str, list[tuple[str, float, float]]]:
         """Return for each protocol the methods with the wider of their two intervals."""
         return {

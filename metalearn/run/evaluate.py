@@ -1,7 +1,9 @@
 """Test a finished run again, under its own or a different protocol, from its folder alone."""
 
+import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -32,7 +34,7 @@ def evaluate(
     curve: str | None,
     console: Console,
     points: str | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Test the best checkpoint of a run and write `evaluations/<protocol_id>.json`.
 
     If the backbone normalises, transductive and inductive statistics are both tested, on the same
@@ -46,6 +48,9 @@ def evaluate(
         curve: "shot", "way", "steps" or None.
         console: Where to print.
         points: Where to measure the curve, like "1,5,10"; None: the default of the curve.
+
+    Returns:
+        "results", as the files hold them, or the "curve" and its "points"; and the "files".
 
     Raises:
         UserError: If the run cannot be tested like this.
@@ -64,9 +69,8 @@ def evaluate(
             f"{request.files.evaluations} cannot be written ({error.strerror})"
         ) from None
     if curve is not None:
-        _curve(request, curve, numbers, console)
-    else:
-        _both(request, console)
+        return _curve(request, curve, numbers, console)
+    return _both(request, console)
 
 
 def _numbers(points: str, curve: str | None) -> list[int]:
@@ -80,7 +84,7 @@ def _numbers(points: str, curve: str | None) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _both(request: Request, console: Console) -> None:
+def _both(request: Request, console: Console) -> dict[str, Any]:
     """Test under the requested statistics and under their counterpart."""
     results: list[Result] = []
     scores: list[Tensor] = []
@@ -102,8 +106,8 @@ def _both(request: Request, console: Console) -> None:
             result.transductive_minus_inductive = difference
         text = tables.format_difference(results[0].metric, difference)
         lines.append(f"  transductive minus inductive, on the same episodes: {text}")
-    for result in results:
-        file = request.file(result.protocol_id, ".json")
+    files = [request.file(result.protocol_id, ".json") for result in results]
+    for result, file in zip(results, files, strict=True):
         result.write(file)
         lines.append(f"  {file}")
     name = " ".join([request.own.name, *request.variant])
@@ -111,9 +115,10 @@ def _both(request: Request, console: Console) -> None:
     tables.print_details(console, results[0])
     for line in lines:
         print_line(console, line)
+    return {"results": [one.to_dict() for one in results], "files": list(map(str, files))}
 
 
-def _curve(request: Request, curve: str, numbers: list[int], console: Console) -> None:
+def _curve(request: Request, curve: str, numbers: list[int], console: Console) -> dict[str, Any]:
     """Measure over shots, ways or inner steps; print a table, write a CSV and a PNG."""
     statistics = request.statistics[0]
     run = request.run(statistics)
@@ -172,5 +177,11 @@ def _curve(request: Request, curve: str, numbers: list[int], console: Console) -
     console.print(tables.result_table(rows))
     if note:
         print_line(console, note)
-    for file in (table_file, plot_file):
+    files = [table_file, plot_file]
+    for file in files:
         print_line(console, f"  {file}")
+    measured = [
+        {curve: x, **dataclasses.asdict(result.test), "protocol_id": result.protocol_id}
+        for x, result in results.items()
+    ]
+    return {"curve": curve, "metric": metric, "points": measured, "files": list(map(str, files))}

@@ -341,6 +341,11 @@ class Model:
         return self._algorithm.normalisation.embed_queries(self._state, net, {}, x, None)[0]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    @property
     def has_fixed_way(self) -> bool:
         """True if the number of classes is part of the weights."""
         return self._algorithm.fixed_way
@@ -350,8 +355,8 @@ class Model:
         """Why a task is no function of a few tensors that a graph can have; None if it is one."""
         if is_transductive(self._algorithm):
             return "its predictions depend on the other queries"
-        if self._algorithm.uses_inner_loss:
-            return "it adapts by gradient steps, which a graph of another runtime cannot take"
+        if self._algorithm.takes_gradients:
+            return "it learns by gradients of the support set's loss, which ONNX cannot compute"
         if self._algorithm.support_order_matters:
             return "it reads the support examples one after the other"
         return None
