@@ -20,6 +20,7 @@ from metalearn.run.parts import (
     data_folder,
     device_of,
     mixing_of,
+    support_augmentation_of,
 )
 from metalearn.system import processes
 from metalearn.system.errors import UserError
@@ -154,8 +155,7 @@ def build(
         train_shape = test_shape
     check_inputs(settings, algorithm, data.inputs)
     augmentation, mixing = augmentation_of(settings), mixing_of(settings)
-    copies = algorithm.support_copies
-    of_support = augmentation_of(settings, "support") if copies else None
+    of_support, copies = support_augmentation_of(settings, algorithm), algorithm.support_copies
     test_shape = dataclasses.replace(test_shape, copies=copies)
     test_split = only_test or "test"
     test = data.episodes(test_split, test_shape, settings.episode_seed, of_support)

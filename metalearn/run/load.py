@@ -21,7 +21,7 @@ from metalearn.data.images import with_channels
 from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint, features
 from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
-from metalearn.run.parts import algorithm_of, augmentation_of, device_of
+from metalearn.run.parts import algorithm_of, device_of, support_augmentation_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.system.reading import check_types
 from metalearn.tasks import prng
@@ -113,7 +113,7 @@ class Model:
         self._state = checkpoint.state(content, untrained, folder)
         self._standardisation = content["standardisation"]
         self._device = next(iter(self._state.params.values())).device
-        self._augment_support = augmentation_of(settings, "support")
+        self._augment_support = support_augmentation_of(settings, self._algorithm)
         self._learner: Any = None
         self._support: Tensor | None = None
 
@@ -264,9 +264,9 @@ class Model:
                 "least 1"
             )
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
-        if copies := self._algorithm.support_copies:
+        if self._augment_support is not None:
+            copies = self._algorithm.support_copies
             x, target = (part.repeat_interleave(copies, 0) for part in (x, target))
-            assert self._augment_support is not None
             x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
         x = self._normalise(x)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))

@@ -7,7 +7,14 @@ from metalearn.algorithms.normalisation import STATISTICS
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.run import optimisers
-from metalearn.run.parts import algorithm_of, augment_functions, device_of
+from metalearn.run.parts import (
+    algorithm_of,
+    augment_functions,
+    augmentation_of,
+    device_of,
+    mixing_of,
+    support_augmentation_of,
+)
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.augment import AUGMENTATIONS, input_kinds
 from metalearn.tasks.mixing import MIXINGS
@@ -91,18 +98,14 @@ def check(settings: RunConfig) -> None:
 
 def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
     own, name = settings.augment, type(algorithm).__name__
-    ops = {part: augment_functions(settings, part) for part in ("ops", "mix", "support")}
+    augmentation_of(settings)
     if (own.ops or own.mix) and target != "class":
         raise UserError(
             f"augment changes inputs of classes, but this dataset has {target_name(target)}; use "
             "augment=none"
         )
-    if algorithm.support_copies and not own.support:
-        raise UserError(
-            f"algo.support_copies={algorithm.support_copies}: augment.support has no augmentation "
-            "of the copies; choose augment=crop_flip, or support_copies=0"
-        )
-    if not ops["mix"]:
+    support_augmentation_of(settings, algorithm)
+    if not mixing_of(settings):
         return
     if not algorithm.accepts_soft_labels:
         raise UserError(

@@ -82,10 +82,27 @@ def augment_functions(settings: RunConfig, part: str) -> dict[str, Any]:
     return ops
 
 
-def augmentation_of(settings: RunConfig, part: str = "ops") -> Augmentation | None:
-    """Return the augmentation of training inputs, or of support copies ("support"), or None."""
-    ops = augment_functions(settings, part)
+def augmentation_of(settings: RunConfig) -> Augmentation | None:
+    """Return the augmentation of training inputs, or None."""
+    ops = augment_functions(settings, "ops")
     return chain(ops) if ops else None
+
+
+def support_augmentation_of(settings: RunConfig, algorithm: Algorithm) -> Augmentation | None:
+    """Return the augmentation of the method's copies of support examples; None if it uses none.
+
+    Raises:
+        UserError: If it uses some, but there is no augmentation of them.
+    """
+    ops = augment_functions(settings, "support")
+    if not algorithm.support_copies:
+        return None
+    if not ops:
+        raise UserError(
+            f"algo.support_copies={algorithm.support_copies}: augment.support has no augmentation "
+            "of the copies; choose augment=crop_flip, or support_copies=0"
+        )
+    return chain(ops)
 
 
 def mixing_of(settings: RunConfig) -> Mixing | None:
