@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.config.fields import above, at_least, between
+from metalearn.config.fields import at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.store import Augmentation
 
 Function = Callable[..., Any]
 Share = Annotated[float, between(0, 1)]
+Pair = Annotated[tuple[float, float], between(0, 1)]
+Angle = Annotated[float, between(0, 180)]
+Zoom = Annotated[float, between(0, 0.9)]
+Count = Annotated[int, at_least(1)]
 
 
 def takes(*kinds: str) -> Callable[[Function], Function]:
@@ -74,11 +78,7 @@ def grey(x: Tensor) -> Tensor:
 
 
 def affine(
-    x: Tensor,
-    key: Tensor,
-    degrees: Annotated[float, between(0, 180)] = 10.0,
-    translate: Share = 0.1,
-    scale: Annotated[float, between(0, 0.9)] = 0.1,
+    x: Tensor, key: Tensor, degrees: Angle = 10.0, translate: Share = 0.1, scale: Zoom = 0.1
 ) -> Tensor:
     """Rotate by up to `degrees`, shift by a share of the size, zoom by 1 - scale to 1 + scale."""
     aspect = x.shape[-2] / x.shape[-1]
@@ -99,28 +99,22 @@ def inside(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) 
     return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
 
 
-def cutout(
-    x: Tensor, key: Tensor, size: Annotated[int, at_least(1)] = 8, value: Share = 0.5
-) -> Tensor:
+def cutout(x: Tensor, key: Tensor, size: Count = 8, value: Share = 0.5) -> Tensor:
     """Fill a square around a random pixel (DeVries and Taylor 2017)."""
-    centre = (prng.uniform(key, (2,)) * torch.tensor(x.shape[-2:], device=x.device)).floor()
-    side = torch.full_like(centre[:, 0], size)
-    box = inside(x, centre[:, 0] - size // 2, centre[:, 1] - size // 2, side, side)
+    down, right = prng.uniform(key, (2,)).unbind(-1)
+    top, left = (down * x.shape[-2]).floor() - size // 2, (right * x.shape[-1]).floor() - size // 2
+    side = torch.full_like(top, size)
+    box = inside(x, top, left, side, side)
     return torch.where(box, value, x)
 
 
 def random_erasing(
-    x: Tensor,
-    key: Tensor,
-    probability: Share = 0.5,
-    area: Annotated[tuple[float, float], between(0, 1)] = (0.02, 0.33),
-    ratio: Annotated[tuple[float, float], above(0)] = (0.3, 3.3),
-    value: Share = 0.5,
+    x: Tensor, key: Tensor, probability: Share = 0.5, area: Pair = (0.02, 0.33), value: Share = 0.5
 ) -> Tensor:
-    """Fill a box of a random area and ratio of height to width (Zhong et al. 2020)."""
+    """Fill a box of a random share of the area, 0.3 to 3.3 times as high as wide (Zhong 2020)."""
     chance, share, shape, down, right = prng.uniform(key, (5,)).double().unbind(-1)
     pixels = (area[0] + (area[1] - area[0]) * share) * x.shape[-2] * x.shape[-1]
-    ratios = ratio[0] * (ratio[1] / ratio[0]) ** shape
+    ratios = 0.3 * (3.3 / 0.3) ** shape
     height = (pixels * ratios).sqrt().round().clamp_max(x.shape[-2])
     width = (pixels / ratios).sqrt().round().clamp_max(x.shape[-1])
     top, left = (down * (x.shape[-2] - height + 1)).floor(), right * (x.shape[-1] - width + 1)
