@@ -7,10 +7,11 @@ is the time to draw the tasks of a step with an augmentation minus that without,
 alternating calls, divided by the median time of a step without augmentation.
 """
 
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ def make_run(algo: str, overrides: list[str], *words: str) -> Run:
     return build(checking.check_config(composition.compose_config([*usual, *words, *overrides])))
 
 
-def seconds(calls: list[Callable[[], object]], device: torch.device, repeats: int) -> list[float]:
+def seconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int
+) -> list[float]:
     """Return the median seconds of each of several calls, which alternate."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(repeats + 2):
@@ -58,15 +61,13 @@ def table(overrides: list[str]) -> tuple[list[str], torch.device]:
         plain = make_run(algo, overrides)
         runs = [plain, *(make_run(algo, overrides, *words) for words in cases.values())]
         count = plain.config.train.meta_batch
-        calls = [lambda run=run: run.train.draw(0, count) for run in runs]
+        calls = [functools.partial(run.train.draw, 0, count) for run in runs]
         drawn = seconds(calls, plain.device, _REPEATS)
         (step,) = seconds([Training(plain).meta_step], plain.device, _STEPS)
-        settings = plain.config
-        size = (
-            f"{count} x {settings.train.batch_size} images"
-            if settings.train.source == "batches"
-            else f"{count} tasks, {settings.episode.train.way}-way {settings.episode.train.shot}-shot"
-        )
+        size = f"{count} x {plain.config.train.batch_size} images"
+        if plain.config.train.source == "episodes":
+            shape = plain.config.episode.train
+            size = f"{count} x {shape.way * (shape.shot + shape.query)} images"
         columns.append((f"{algo} ({size}, step {1000 * step:.0f} ms)", drawn, step))
     lines = [f"| augmentation | {' | '.join(name for name, _, _ in columns)} |", "|---|---|---|"]
     for number, name in enumerate(cases, start=1):
@@ -86,9 +87,9 @@ def main() -> None:
     head = [
         "# Cost of augmentation",
         "",
-        "`python scripts/benchmark_augment.py`: additional time to draw the tasks of a step, and its",
-        f"share of a training step on CIFAR-FS, Conv4-64. Commit {environment['commit'][:10]},",
-        f"{environment['hardware']}, {torch.get_num_threads()} threads, torch {torch.__version__}.",
+        "`python scripts/benchmark_augment.py`: additional time to draw the tasks of a step, and",
+        f"its share of a training step on CIFAR-FS, Conv4-64. Commit {environment['commit'][:10]},",
+        f"{environment['hardware']}, torch {environment['versions']['torch']}.",
         "",
     ]
     text = "\n".join([*head, *lines]) + "\n"
