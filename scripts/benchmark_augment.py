@@ -3,12 +3,11 @@
 python scripts/benchmark_augment.py [OVERRIDE ...]    for example data_dir=FOLDER device=cuda
 
 Writes benchmarks/augment-<device>.md. ProtoNet and rfs train on CIFAR-FS by their recipes. The cost
-is the time to draw the tasks of a step with an augmentation minus that without, medians of
-alternating calls, divided by the median time of a step without augmentation.
+is the time to draw the tasks of a step with an augmentation minus that without, each the fastest of
+alternating calls, divided by the fastest step without augmentation.
 """
 
 import functools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ def make_run(algo: str, overrides: list[str], *words: str) -> Run:
 def seconds(
     calls: Sequence[Callable[[], object]], device: torch.device, repeats: int
 ) -> list[float]:
-    """Return the median seconds of each of several calls, which alternate."""
+    """Return the seconds of the fastest of each of several calls, which alternate."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(repeats + 2):
         for call, own in zip(calls, times, strict=True):
@@ -47,7 +46,7 @@ def seconds(
                 torch.cuda.synchronize()
             if number >= 2:  # the first calls allocate memory
                 own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+    return [min(own) for own in times]
 
 
 def table(overrides: list[str]) -> tuple[list[str], torch.device]:

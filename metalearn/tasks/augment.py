@@ -44,13 +44,13 @@ def input_kinds(function: Function) -> tuple[str, ...]:
 
 def random_crop(x: Tensor, key: Tensor, padding: Annotated[int, at_least(0)] = 4) -> Tensor:
     """Pad with `padding` black pixels on each side and crop at random to the original size."""
-    _, _, height, width = x.shape
+    _, channels, height, width = x.shape
     offsets = prng.integers(key, (2,), 2 * padding + 1)
     rows = offsets[:, :1] + torch.arange(height, device=x.device)
     columns = offsets[:, 1:] + torch.arange(width, device=x.device)
-    images = torch.arange(len(x), device=x.device)[:, None, None]
-    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)
-    return padded[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    pixels = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    pixels = pixels.flatten(1)[:, None].expand(-1, channels, -1)
+    return F.pad(x, [padding] * 4).flatten(2).gather(2, pixels).view(x.shape)
 
 
 def horizontal_flip(x: Tensor, key: Tensor) -> Tensor:
