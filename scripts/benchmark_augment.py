@@ -83,10 +83,12 @@ def main() -> None:
     overrides = sys.argv[1:]
     lines, device = table(overrides)
     environment = describe_environment(str(device))
+    words = [word for word in overrides if not word.startswith(("data_dir=", "cache_dir="))]
+    command = " ".join(["python scripts/benchmark_augment.py", *words])
     head = [
         "# Cost of augmentation",
         "",
-        "`python scripts/benchmark_augment.py`: additional time to draw the tasks of a step, and",
+        f"`{command}`: additional time to draw the tasks of a step, and",
         f"its share of a training step on CIFAR-FS, Conv4-64. Commit {environment['commit'][:10]},",
         f"{environment['hardware']}, torch {environment['versions']['torch']}.",
         "",

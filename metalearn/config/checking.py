@@ -76,12 +76,13 @@ def _optimiser(name: str) -> dict[str, Any]:
 
 
 def _changed_settings(optimiser: Any) -> dict[str, Any]:
-    """Return the settings of an optimiser that differ from its YAML file."""
+    """Return the settings of an optimiser that differ from the YAML file with its class's name."""
     if not isinstance(optimiser, Mapping):
         return {}
-    files = [_optimiser(path.stem) for path in (conf_dir() / "optimiser").glob("*.yaml")]
     target = optimiser.get("_target_")
-    usual = next((one for one in files if one["_target_"] == target), {"_target_": target})
+    name = str(target).rpartition(".")[2].lower()
+    is_known = (conf_dir() / "optimiser" / f"{name}.yaml").is_file()
+    usual = _optimiser(name) if is_known else {"_target_": target}
     return {
         key: value for key, value in optimiser.items() if key not in usual or usual[key] != value
     }
