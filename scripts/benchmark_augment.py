@@ -24,7 +24,6 @@ from metalearn.tasks.mixing import MIXINGS
 
 _OUT = Path(__file__).parent.parent / "benchmarks"
 _REPEATS = 30
-_STEPS = 8
 
 
 def make_run(algo: str, overrides: list[str], *words: str) -> Run:
@@ -33,12 +32,10 @@ def make_run(algo: str, overrides: list[str], *words: str) -> Run:
     return build(checking.check_config(composition.compose_config([*usual, *words, *overrides])))
 
 
-def seconds(
-    calls: Sequence[Callable[[], object]], device: torch.device, repeats: int
-) -> list[float]:
+def seconds(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
     """Return the seconds of the fastest of each of several calls, which alternate."""
     times: list[list[float]] = [[] for _ in calls]
-    for number in range(repeats + 2):
+    for number in range(_REPEATS + 2):
         for call, own in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
@@ -61,8 +58,7 @@ def table(overrides: list[str]) -> tuple[list[str], torch.device]:
         runs = [plain, *(make_run(algo, overrides, *words) for words in cases.values())]
         count = plain.config.train.meta_batch
         calls = [functools.partial(run.train.draw, 0, count) for run in runs]
-        drawn = seconds(calls, plain.device, _REPEATS)
-        (step,) = seconds([Training(plain).meta_step], plain.device, _STEPS)
+        *drawn, step = seconds([*calls, Training(plain).meta_step], plain.device)
         size = f"{count} x {plain.config.train.batch_size} images"
         if plain.config.train.source == "episodes":
             shape = plain.config.episode.train

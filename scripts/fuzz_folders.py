@@ -179,7 +179,10 @@ class Folders:
 
     def _bytes(self, folder: Path) -> str:
         path, draw = self._file(folder), self._draw
-        content = bytearray(path.read_bytes()[:1_000_000] if path.is_file() else b"")
+        content = bytearray()
+        if path.is_file():
+            with path.open("rb") as stream:  # another mutation may have made it huge
+                content += stream.read(1_000_000)
         at = draw.randrange(len(content) + 1)
         kind = draw.choice(("flipped", "inserted", "truncated"))
         if kind == "flipped":

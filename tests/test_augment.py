@@ -1,17 +1,21 @@
 """Augmentations: contracts of all of them, closed forms of each, and the splits they apply to."""
 
 import inspect
+import io
 import math
 from typing import Any
 
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from rich.console import Console
 
+import metalearn
 from metalearn.config import checking, composition
 from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.run.step import Training
+from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import augment, mixing, prng
 from metalearn.tasks.augment import AUGMENTATIONS, input_kinds
@@ -307,6 +311,21 @@ def test_an_augmentation_can_have_a_name_of_its_own(make_run):
     assert torch.equal(run.train.draw(0, 1).query.x, plain.train.draw(0, 1).query.x)
     with pytest.raises(UserError, match=r"augment\.ops\.a\._target_=crop: there is no such name"):
         make_run("algo=protonet", "+augment.ops={a:{_target_:crop}}")
+
+
+@pytest.mark.slow
+def test_trained_run_adapts_to_augmented_copies(compose, tmp_path):
+    words = ["algo=rfs", "augment=crop_flip", "train.batch_size=6", "algo.support_copies=4"]
+    words += ["augment.support.random_crop.padding=0", "~augment.support.horizontal_flip"]
+    train(compose(*words), tmp_path / "run", "a run", words, Console(file=io.StringIO()))
+    x = torch.rand(15, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    model = metalearn.load(tmp_path / "run")
+    probabilities = model.adapt(x[:5], list("abcde")).probabilities(x)
+    config = tmp_path / "run/config.yaml"  # four equal copies are the example with 4 times the cost
+    text = config.read_text().replace("support_copies: 4", "support_copies: 0")
+    config.write_text(text.replace("cost: 1.0", "cost: 4.0"))
+    plain = metalearn.load(tmp_path / "run").adapt(x[:5], list("abcde"))
+    torch.testing.assert_close(plain.probabilities(x), probabilities)
 
 
 def test_rfs_can_learn_from_augmented_copies_of_the_support_set(make_run):

@@ -15,10 +15,14 @@ from PIL import Image
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.pretrained import Timm
 from metalearn.config import checking, components, composition
+from metalearn.predict.embedder import ImageEmbedder
 from metalearn.report.progress import SILENT, Listener
 from metalearn.run import features, loop
 from metalearn.run.build import build
+from metalearn.run.feature_cache import BATCH
 from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec
 from tests import command
 from tests.fixtures import ALGORITHMS
 from tests.test_pretrained import GLYPHS, TINY
@@ -133,7 +137,7 @@ def test_each_input_is_embedded_once(rotations, run_of, monkeypatch):
 
     monkeypatch.setattr(Conv4, "forward", counted)
     loop.test(run, run.state, None)
-    assert set(seen) == {features._BATCH} and total <= sum(seen) < total + features._BATCH
+    assert set(seen) == {BATCH} and total <= sum(seen) < total + features.BATCH
 
 
 def test_unlabelled_examples_are_embedded_as_well(run_of):
@@ -188,7 +192,7 @@ def files(tmp_path):
 def embed(images, cache_dir, **options):
     node = checking.check_config(composition.compose_config(TINY)).backbone
     node = node | {"weights": options.pop("weights", None)}
-    return features.embed(images, node, torch.device("cpu"), cache_dir, **options)
+    return ImageEmbedder(node, torch.device("cpu"), cache_dir)(images, **options)
 
 
 def test_images_are_embedded_by_their_content(files, tmp_path, monkeypatch):
@@ -205,7 +209,7 @@ def test_images_are_embedded_by_their_content(files, tmp_path, monkeypatch):
     opened = [Image.open(files[0]), files[0], str(files[1])]
     torch.testing.assert_close(embed(opened, tmp_path / "other"), z[[0, 0, 1]])
     network = components.make(composition.compose_config(TINY).backbone, "backbone")
-    params, population = network.init(features.InputSpec((3, 32, 32)), features.prng.key_of(0))
+    params, population = network.init(InputSpec((3, 32, 32)), prng.key_of(0))
     own = network.preprocessing.crop(Image.open(files[0]))
     x = torch.from_numpy(np.asarray(own).copy()).permute(2, 0, 1)[None] / 255
     torch.testing.assert_close(network.embed(params, x, population)[0], z[:1])
@@ -226,7 +230,7 @@ def test_no_images_and_other_networks(tmp_path):
     assert embed([], tmp_path).shape == (0, 96)
     settings = checking.check_config(composition.compose_config(["backbone=conv4"])).backbone
     with pytest.raises(UserError, match="should be a pretrained network"):
-        features.embed([], settings, torch.device("cpu"), tmp_path)
+        ImageEmbedder(settings, torch.device("cpu"), tmp_path)
 
 
 def test_corrupt_cache_is_rebuilt_and_unusable_folder_is_reported(files, tmp_path, capsys):
@@ -245,7 +249,7 @@ def _killed(images, cache):
     torch.set_num_threads(1)
 
     def progress(done, total):
-        if done >= 2 * features._BATCH:
+        if done >= 2 * BATCH:
             os.kill(os.getpid(), signal.SIGKILL)
 
     embed(images, cache, progress=progress)
@@ -262,7 +266,7 @@ def test_killed_process_leaves_an_intact_cache(tmp_path):
     with contextlib.closing(sqlite3.connect(file)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         stored = connection.execute("SELECT COUNT(*) FROM features").fetchone()[0]
-    assert stored == 2 * features._BATCH
+    assert stored == 2 * BATCH
     done = []
     z = embed(images, tmp_path / "cache", progress=lambda *counts: done.append(counts))
     assert [count for count, _ in done] == [96, 100]

@@ -3,13 +3,19 @@
 Legend of shapes: M examples, N ways or other examples, D features.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def one_hot(y_M: Tensor, way: int) -> Tensor:
+    """Compute one-hot labels: int64 [M] -> bool [M, N]. Unlike torch's, it exports any N."""
+    return y_M.unsqueeze(-1) == torch.arange(way, device=y_M.device)
+
+
 def class_sums(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
     """Compute the sum of the embeddings of each class: [M, D], int64 [M] -> [N, D]."""
-    return F.one_hot(y_M, way).to(z_MD.dtype).T @ z_MD
+    return one_hot(y_M, way).to(z_MD.dtype).T @ z_MD
 
 
 def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
@@ -17,7 +23,7 @@ def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
 
     Shapes are those of `class_sums`. Each class occurs at least once; shots may differ.
     """
-    return class_sums(z_MD, y_M, way) / F.one_hot(y_M, way).sum(0).unsqueeze(-1).to(z_MD.dtype)
+    return class_sums(z_MD, y_M, way) / one_hot(y_M, way).sum(0).unsqueeze(-1).to(z_MD.dtype)
 
 
 def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:

@@ -6,11 +6,10 @@ Vinyals et al. (2016), "Matching networks for one shot learning".
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import cosine
+from metalearn.algorithms.geometry import cosine, one_hot
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.params import prefixed, select
 from metalearn.config.fields import above, at_least
@@ -56,7 +55,7 @@ class MatchingNetwork(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         """Store the support embeddings, in full context if set, with one-hot labels."""
-        y = F.one_hot(support.y, support.way).to(z.dtype)
+        y = one_hot(support.y, support.way).to(z.dtype)
         return Examples(self.embed_in_context(weights, z) if self.full_context else z, y)
 
     def embed_in_context(self, weights: Params, z: Tensor) -> Tensor:

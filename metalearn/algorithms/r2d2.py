@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
+from metalearn.algorithms.geometry import one_hot
 from metalearn.config.fields import above
 from metalearn.tasks.types import Params, Spec, Support
 
@@ -63,7 +64,7 @@ class R2D2(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Solve the ridge regression on the support set."""
-        y = F.one_hot(support.y, support.way).to(z.dtype)
+        y = one_hot(support.y, support.way).to(z.dtype)
         return ridge(F.pad(z, (0, 1), value=1.0), y, len(z) * weights["ridge.log_penalty"].exp())
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
-from metalearn.algorithms.geometry import class_sums
+from metalearn.algorithms.geometry import class_sums, one_hot
 from metalearn.backbones.layers import init_weight
 from metalearn.config.fields import at_least
 from metalearn.system.errors import UserError
@@ -99,14 +99,14 @@ class RelationNetwork(EmbeddingAlgorithm):
             x = F.linear(
                 x if layer == 0 else x.relu(), weights[f"{name}.weight"], weights[f"{name}.bias"]
             )
-        return x.view(len(z), len(learned))
+        return x.view(z.shape[0], learned.shape[0])
 
     def embedding_loss(
         self, weights: Params, learned: Tensor, z: Tensor, query: Query, statistics: Params
     ) -> Loss:
         """Compute the mean squared error between r and the one-hot labels."""
         logits = self.compare(weights, learned, z)
-        target = F.one_hot(query.y, logits.shape[-1]).to(logits.dtype)
+        target = one_hot(query.y, logits.shape[-1]).to(logits.dtype)
         return self.supervised.make_loss(
             (logits.sigmoid() - target).square().mean(), logits, query.y, statistics
         )

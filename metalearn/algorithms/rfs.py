@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
+from metalearn.algorithms.geometry import one_hot
 from metalearn.config.fields import above, at_least
 from metalearn.tasks.types import Params, Support
 
@@ -32,7 +33,7 @@ def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations:
         W [D + 1, N].
     """
     z = F.pad(z, (0, 1), value=1.0)
-    target = F.one_hot(y, way).to(z.dtype)
+    target = one_hot(y, way).to(z.dtype)
     penalised = torch.ones_like(z[0]).unsqueeze(-1)
     penalised = torch.cat([penalised[:-1], torch.zeros_like(penalised[-1:])])
     # The Hessian of a cross-entropy is at most 1/2 z z', and |z|^2 is at most 2 with the constant.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
+from metalearn.algorithms.geometry import one_hot
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, Query, Spec, Support
 
@@ -38,7 +39,7 @@ class Siamese(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         """Store the support embeddings and one-hot labels."""
-        return Examples(z, F.one_hot(support.y, support.way).to(z.dtype))
+        return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
     def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
         """Compute the logits [Q, M] that a query and a support example have the same class."""
@@ -55,7 +56,7 @@ class Siamese(EmbeddingAlgorithm):
     ) -> Loss:
         """Compute the binary cross-entropy over all pairs of query and support."""
         pairs = self.pairs(weights, learned, z)
-        same = F.one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
+        same = one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)
         return self.supervised.make_loss(
             value, self.compare(weights, learned, z), query.y, statistics

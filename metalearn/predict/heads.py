@@ -4,10 +4,12 @@ A head's logits are a temperature away from log-probabilities; `confidence.py` f
 shapes: M examples, N classes, Q queries, D features.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metalearn.algorithms.geometry import class_means, cosine, squared_distance
 
@@ -33,13 +35,12 @@ def scaling(x: np.ndarray, normalise: str) -> Arrays:
     return {"shift": x.mean(0), "scale": np.where(std > 0, std, 1) * x.shape[1] ** 0.5}
 
 
-def scaled(learned: Arrays, x: np.ndarray) -> np.ndarray:
-    """Scale features [M, D] as `scaling` has learned; a vector of zeros stays so."""
+def scaled(learned: Mapping[str, Any], x: Any) -> Any:
+    """Scale features [M, D], an array or a tensor, as `scaling` has learned; 0 stays 0."""
     if "shift" in learned:
-        result: np.ndarray = (x - learned["shift"]) / learned["scale"]
-        return result
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norm > 0, norm, 1)
+        return (x - learned["shift"]) / learned["scale"]
+    norm = (x**2).sum(1)[:, None] ** 0.5
+    return x / (norm + (norm == 0))
 
 
 def learn(
@@ -84,18 +85,23 @@ def learn(
 
 def logits(head: str, learned: Arrays, x: np.ndarray) -> np.ndarray:
     """Compute the logits [Q, N] of queries [Q, D]."""
-    z = scaled(learned, x)
+    tensors = {name: torch.from_numpy(value) for name, value in learned.items()}
+    result: np.ndarray = tensor_logits(head, tensors, torch.from_numpy(x)).numpy()
+    return result
+
+
+def tensor_logits(head: str, learned: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Compute the logits [Q, N] of queries [Q, D]; all tensors have one type."""
+    z, means = scaled(learned, x), learned["means"]
     if head in ("logistic", "ridge"):
-        result: np.ndarray = z @ learned["weight"].T + learned["bias"]
-        return result
-    queries, means = torch.from_numpy(z), torch.from_numpy(learned["means"])
+        return z @ learned["weight"].T + learned["bias"]
     if head == "cosine":
-        return (cosine(queries, means) / _TEMPERATURE).numpy()
+        return cosine(z, means) / _TEMPERATURE
     if head == "prototype":
-        return (-squared_distance(queries, means) / (2 * _TEMPERATURE)).numpy()
-    distances = squared_distance(queries, torch.from_numpy(learned["points"])).numpy()
-    nearest = [distances[:, learned["classes"] == one].min(1) for one in range(len(means))]
-    return -np.stack(nearest, 1) / (2 * _TEMPERATURE)
+        return -squared_distance(z, means) / (2 * _TEMPERATURE)
+    distances = squared_distance(z, learned["points"])
+    nearest = [distances[:, learned["classes"] == one].amin(1) for one in range(len(means))]
+    return -torch.stack(nearest, 1) / (2 * _TEMPERATURE)
 
 
 def novelty(learned: Arrays, x: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 The only place that opens a backbone or a run for `FewShotClassifier`.
 """
 
-import functools
 import hashlib
 import shlex
 import sys
@@ -12,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from metalearn.config import checking, components, paths
+from metalearn.config import checking, paths
 from metalearn.config.composition import compose_config, options
 from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
+from metalearn.predict.embedder import ImageEmbedder
 from metalearn.report.folder import RunFolder
-from metalearn.run import features, load
+from metalearn.run import load
 from metalearn.run.parts import cache_folder, device_of
 from metalearn.system.errors import UserError, first_line, nearest
-from metalearn.tasks import prng
-from metalearn.tasks.types import InputSpec
 
 #: Files or PIL images.
 Images = Sequence[Any]
@@ -49,6 +49,18 @@ class Network:
             unreadable: Gets the reason for each image that cannot be read, by its index; its row
                 has no meaning. None: raise UserError for the first.
         """
+        raise NotImplementedError
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Return the shape of the images that `outputs_of` takes."""
+        raise UserError("a classifier on a Python function cannot be exported; name a backbone")
+
+    def preprocessing(self) -> dict[str, str]:
+        """Describe in words how an image becomes an input of `outputs_of`."""
+        return {"preprocessing": "as the dataset of the run reads its own images"}
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features [B, D], or logits of an adapted run, of images in [0, 1], float32."""
         raise NotImplementedError
 
 
@@ -80,24 +92,32 @@ class PretrainedFeatures(Network):
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
         device = device_of(config.device)
         process.prepare(device, config.engine.threads, config.engine.precision)
-        self._embed = functools.partial(
-            features.embed,
-            backbone=config.backbone,
-            device=device,
-            cache_dir=cache_folder(config),
-            progress=_show if sys.stderr.isatty() else None,
-        )
-        digest = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
-        tensors, buffers = components.make(config.backbone, "backbone").init(
-            InputSpec((3, 32, 32)), prng.key_of(0)
-        )
-        for key, value in sorted((tensors | buffers).items()):
-            digest.update(key.encode() + value.numpy().tobytes())
-        self.identity = digest.hexdigest()
+        self._embedder = ImageEmbedder(config.backbone, device, cache_folder(config))
+        self._progress = _show if sys.stderr.isatty() else None
+        hashed = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
+        for key, value in sorted(self._embedder.tensors.items()):
+            hashed.update(key.encode() + value.cpu().numpy().tobytes())
+        self.identity = hashed.hexdigest()
 
     def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Embed images."""
-        return self._embed(images, unreadable=unreadable).numpy()
+        return self._embedder(images, self._progress, unreadable).numpy()
+
+    def image_shape(self) -> tuple[int, ...]:
+        """Return [3, size, size]."""
+        return self._embedder.inputs.shape
+
+    def preprocessing(self) -> dict[str, str]:
+        """Describe resizing and cropping."""
+        own = self._embedder.network.preprocessing
+        return {
+            "preprocessing": f"resize the shorter side to {own.resize} ({own.interpolation}, "
+            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255"
+        }
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features."""
+        return self._embedder.features(x)
 
 
 def _show(done: int, count: int) -> None:
@@ -137,6 +157,14 @@ class RunFeatures(Network):
         """Embed images."""
         return self._model.embed(self._read(images, unreadable)).cpu().numpy()
 
+    def image_shape(self) -> tuple[int, ...]:
+        """Return the shape of the run's images."""
+        return self._model.spec.input_shape
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features."""
+        return self._model.tensor_outputs(x, embed=True)
+
 
 class AdaptingRun(RunFeatures):
     """A run that adapts to the examples as it was trained to."""
@@ -144,6 +172,11 @@ class AdaptingRun(RunFeatures):
     def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
         return self._read(images, unreadable)
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute logits, in the order of the sorted classes."""
+        order = np.argsort(np.array(self._model.classes))
+        return self._model.tensor_outputs(x)[:, torch.from_numpy(order)]
 
     def adapt(self, x: np.ndarray, y: np.ndarray) -> None:
         """Adapt to examples [M, C, H, W] of classes [M]."""

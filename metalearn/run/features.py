@@ -1,4 +1,4 @@
-"""Embed each input once: for tests, for training with a frozen backbone, and for prediction.
+"""Embed each input once: for tests, and for training with a frozen backbone.
 
 Where an embedding depends on its input alone, episodes gather features instead of images. Features
 of frozen networks are cached on disk, by the content of the input and by the network.
@@ -6,17 +6,10 @@ of frozen networks are cached on disk, by the content of the input and by the ne
 
 import contextlib
 import dataclasses
-import hashlib
 import math
-import sqlite3
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metalearn.algorithms.base import Algorithm
@@ -26,108 +19,18 @@ from metalearn.algorithms.linear_head import LinearHeadAlgorithm
 from metalearn.algorithms.params import select
 from metalearn.backbones.base import Backbone
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.backbones.pretrained import Pretrained
-from metalearn.config import components
-from metalearn.data.files import open_image, plain
 from metalearn.engine import Engine, channels_last
 from metalearn.report.progress import Listener
+from metalearn.run import feature_cache
 from metalearn.run.build import Run
+from metalearn.run.feature_cache import BATCH, FeatureCache, digest, embed_inputs, network_key
 from metalearn.run.parts import cache_folder
-from metalearn.system.errors import UserError, first_line, is_out_of_memory
-from metalearn.tasks import prng
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
 from metalearn.tasks.store import ArrayStore, Augmented, Store
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
-#: Inputs embedded at once. It never varies, so that features do not depend on what is cached.
-_BATCH = 32
 #: Largest size of the features of a split in memory.
 _MAX_BYTES = 2**30
-
-
-def embed(
-    images: Sequence[Image.Image | str | Path],
-    backbone: dict[str, Any],
-    device: torch.device,
-    cache_dir: Path,
-    progress: Callable[[int, int], object] | None = None,
-    unreadable: dict[int, str] | None = None,
-) -> Tensor:
-    """Embed images with a pretrained network and its own preprocessing; cached on disk.
-
-    Args:
-        images: Files of any format and size, or PIL images, [M].
-        backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
-        device: Where to compute.
-        cache_dir: Folder of the cache.
-        progress: Called with the numbers of images done and of all.
-        unreadable: Gets the reason for each image that cannot be read, by its index; its features
-            are NaN. None: the first one is an error.
-
-    Returns:
-        Features, float32 [M, D], on the CPU.
-
-    Raises:
-        UserError: If weights or images cannot be read, the cache cannot be written, or the network
-            has no preprocessing of its own.
-    """
-    network = components.make(backbone, "backbone")
-    if not isinstance(network, Pretrained):
-        raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")
-    inputs = InputSpec((3, network.preprocessing.size, network.preprocessing.size))
-    params, population = channels_last(network.init(inputs, prng.key_of(0, device=device)))
-    failures: dict[int, str] = {}
-
-    def read(index: int, how: Callable[[Any], Any], otherwise: Any) -> Any:
-        """Apply a function to an image, or record why that is impossible."""
-        image = images[index]
-        try:
-            return how(image if isinstance(image, Image.Image) else Path(image).expanduser())
-        except Exception as error:  # a corrupt file can raise any exception in Pillow
-            if is_out_of_memory(error):
-                raise
-            failures[index] = first_line(error)
-        if unreadable is None:
-            name = f"image {index}" if isinstance(image, Image.Image) else image
-            raise UserError(f"{name} is not a readable image ({failures[index]})")
-        return otherwise
-
-    def load(indices: list[int]) -> Tensor:
-        black = torch.zeros(inputs.shape)
-        pixels = [read(index, lambda one: _pixels(one, network), black) for index in indices]
-        return torch.stack(pixels).to(device)
-
-    keys = [read(index, _image_key, b"") for index in range(len(images))]
-    name = _network_key(network, params | population, device, "fp32")
-    with _opened(cache_dir, name) as cache, torch.no_grad():
-        z = _embed(
-            keys,
-            load,
-            lambda x: network.embed(params, channels_last(x), population)[0],
-            math.prod(network.shape(inputs)),
-            cache,
-            progress,
-            failures,
-        )
-    z[list(failures)] = torch.nan
-    if unreadable is not None:
-        unreadable.update(failures)
-    return z
-
-
-def _image_key(image: Image.Image | Path) -> bytes:
-    if isinstance(image, Path):
-        return _digest(image.read_bytes())
-    return _digest(repr((image.mode, image.size)).encode(), image.convert("RGBA").tobytes())
-
-
-def _pixels(image: Image.Image | Path, network: Pretrained) -> Tensor:
-    """Return an image as the network's input in [0, 1], [3, size, size]."""
-    if isinstance(image, Path):
-        with open_image(image) as opened:
-            return _pixels(opened, network)
-    array = np.asarray(network.preprocessing.crop(plain(image, "white", "RGB")))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
 
 
 def embeds_alone(algorithm: Algorithm) -> bool:
@@ -295,127 +198,15 @@ def _embedded(
             return backbone.embed(tensors, channels_last(x), given or None)[0]
 
     keys = [b""] * len(rows)
-    cache: contextlib.AbstractContextManager[_Cache | None] = contextlib.nullcontext()
+    cache: contextlib.AbstractContextManager[FeatureCache | None] = contextlib.nullcontext()
     if backbone.is_frozen:  # the weights of others are of this run only
-        for at in range(0, len(rows), _BATCH):
-            chunk = load(indices[at : at + _BATCH]).cpu().contiguous()
-            keys[at : at + _BATCH] = [_digest(x.numpy()) for x in chunk]
-        name = _network_key(backbone, tensors | given, rows.device, engine.precision)
-        cache = _opened(cache_folder(run.config), name)
+        for at in range(0, len(rows), BATCH):
+            chunk = load(indices[at : at + BATCH]).cpu().contiguous()
+            keys[at : at + BATCH] = [digest(x.numpy()) for x in chunk]
+        name = network_key(backbone, tensors | given, rows.device, engine.precision)
+        cache = feature_cache.opened(cache_folder(run.config), name)
     with cache as opened, torch.no_grad():
-        values = _embed(keys, load, network, size, opened, listener.embedding).to(rows.device)
+        values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(rows.device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
     return _Rows(values, size=len(store), position=position)
-
-
-def _embed(
-    keys: list[bytes],
-    load: Callable[[list[int]], Tensor],
-    network: Callable[[Tensor], Tensor],
-    size: int,
-    cache: "_Cache | None",
-    progress: Callable[[int, int], object] | None,
-    failures: Mapping[int, str] = {},
-) -> Tensor:
-    """Embed inputs in batches, all of the same size; return float32 [M, D] on the CPU.
-
-    Args:
-        keys: Key of the content of each input, [M].
-        load: Returns the inputs of these indices, [B, *X].
-        network: Inputs to features [B, D].
-        size: D.
-        cache: Where to look first, and to store.
-        progress: Called with the numbers of inputs done and of all.
-        failures: Inputs that cannot be loaded, which are not stored; `load` may add some.
-    """
-    z = torch.zeros(len(keys), size)
-    missing = list(range(len(keys))) if cache is None else cache.read(keys, z)
-    missing = [index for index in missing if index not in failures]
-    for start in range(0, len(missing), _BATCH):
-        chunk = missing[start : start + _BATCH]
-        padded = chunk + chunk[-1:] * (_BATCH - len(chunk))
-        z[chunk] = network(load(padded))[: len(chunk)].float().cpu()
-        if cache is not None:
-            cache.write([(keys[index], z[index]) for index in chunk if index not in failures])
-        if progress is not None:
-            progress(len(keys) - len(missing) + start + len(chunk), len(keys))
-    return z
-
-
-def _digest(*parts: Any) -> bytes:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.digest()[:16]
-
-
-def _network_key(backbone: Backbone, tensors: Params, device: torch.device, precision: str) -> str:
-    """Return a hash of everything that features depend on except for the input."""
-    own = [
-        (field.name, getattr(backbone, field.name))
-        for field in dataclasses.fields(backbone)
-        if "runtime" not in field.metadata and field.name not in ("weights", "frozen")
-    ]
-    preprocessing = getattr(backbone, "preprocessing", None)
-    settings = (_BATCH, type(backbone).__name__, own, preprocessing, device.type, precision)
-    parts: list[Any] = [repr((*settings, torch.__version__)).encode()]
-    for name, value in sorted(tensors.items()):
-        parts += [name.encode(), value.detach().cpu().contiguous().numpy()]
-    return _digest(*parts).hex()
-
-
-class _Cache:
-    """Features by the content of their inputs, in a database that survives a kill at any time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def read(self, keys: list[bytes], z: Tensor) -> list[int]:
-        """Write the stored features to their rows of z [M, D]; return the other rows."""
-        missing = []
-        for index, key in enumerate(keys):
-            rows = self._connection.execute("SELECT value FROM features WHERE key = ?", (key,))
-            if (row := rows.fetchone()) is None:
-                missing.append(index)
-            else:
-                z[index] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
-        return missing
-
-    def write(self, rows: list[tuple[bytes, Tensor]]) -> None:
-        """Store features [D] by key, all or none."""
-        values = [(key, value.numpy().tobytes()) for key, value in rows]
-        with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", values)
-
-
-@contextlib.contextmanager
-def _opened(cache_dir: Path, name: str) -> Iterator[_Cache]:
-    """Open the cache of a network; raise UserError if that is impossible."""
-    path = cache_dir / f"features-{name}.sqlite"
-    hint = f"cache_dir={cache_dir} cannot be written"
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(_connected(path)) as connection:
-            yield _Cache(connection)
-    except sqlite3.OperationalError as error:
-        raise UserError(f"{hint} ({first_line(error)}); choose another folder") from None
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path} is corrupt ({first_line(error)}); remove it") from None
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{hint} ({error.strerror}); choose another folder") from None
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    create = "CREATE TABLE IF NOT EXISTS features (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID"
-    connection = sqlite3.connect(path, timeout=60)
-    try:
-        connection.execute(create)
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        if isinstance(error, sqlite3.OperationalError):
-            raise
-        print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
-        path.unlink()
-        return _connected(path)
-    return connection

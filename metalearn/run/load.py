@@ -143,7 +143,7 @@ class Model:
         Raises:
             UserError: For inputs that the run does not accept, or a file that is not an image.
         """
-        return self._normalise(self._raw(x))
+        return self._standardised(self._raw(x))
 
     def _raw(self, x: Any) -> Tensor:
         """Convert inputs as `inputs` does, but do not normalise them."""
@@ -177,14 +177,14 @@ class Model:
             )
         return inputs
 
-    def _normalise(self, inputs: Tensor) -> Tensor:
-        if self._standardisation:
-            shift, scale = (
-                torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
-                for name in ("shift", "scale")
-            )
-            inputs = (inputs - shift) * scale
-        return inputs
+    def _standardised(self, inputs: Tensor) -> Tensor:
+        if not self._standardisation:
+            return inputs
+        shift, scale = (
+            torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
+            for name in ("shift", "scale")
+        )
+        return (inputs - shift) * scale
 
     def _items(self, x: Any) -> Any:
         """Return inputs as something with a length that can be sliced."""
@@ -264,15 +264,19 @@ class Model:
                 "least 1"
             )
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
-        if self._augment_support is not None:
-            copies = self._algorithm.support_copies
-            x, target = (part.repeat_interleave(copies, 0) for part in (x, target))
-            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
-        x = self._normalise(x)
+        x, target = self._support_inputs(x, target, key)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
         self.classes, self._support = classes, x
         return self
+
+    def _support_inputs(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the network's inputs and labels: augmented copies, if the method uses some."""
+        if self._augment_support is not None:
+            copies = self._algorithm.support_copies
+            x, y = x.repeat_interleave(copies, 0), y.repeat_interleave(copies, 0)
+            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
+        return self._standardised(x), y
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Any, size: int) -> Tensor:
         """Apply a function of inputs [Q, *X] that returns [Q, size]: to all at once if it must."""
@@ -307,6 +311,52 @@ class Model:
         return self._in_chunks(
             lambda x: normalisation.embed_queries(self._state, net, reference, x, None)[0], x, width
         )
+
+    def task_probabilities(self, support_x: Tensor, labels: Tensor, query_x: Tensor) -> Tensor:
+        """Compute probabilities [Q, N] of one task, as a function of tensors alone, for export.
+
+        Args:
+            support_x: Float32 [M, *X]; images are in [0, 1].
+            labels: One-hot, float32 [M, N].
+            query_x: Float32 [Q, *X].
+        """
+        key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
+        x, y = self._support_inputs(support_x, labels.argmax(-1), key)
+        support = Support(x, y, labels.shape[-1])
+        learner = self._algorithm.adapt(self._state, support, key=key)
+        return self._algorithm.predict(self._state, learner, self._standardised(query_x)).softmax(
+            -1
+        )
+
+    def tensor_outputs(self, x: Tensor, embed: bool = False) -> Tensor:
+        """Compute logits [Q, N] after `adapt`, or features [Q, D], as a function of a tensor.
+
+        Args:
+            x: Float32 [Q, *X]; images are in [0, 1].
+            embed: Whether to return the features of the meta-trained backbone, which must depend on
+                each input alone.
+        """
+        x = self._standardised(x)
+        if not embed:
+            return self._algorithm.predict(self._state, self._learner, x)
+        net = select(self._state.params, "net")
+        return self._algorithm.normalisation.embed_queries(self._state, net, {}, x, None)[0]
+
+    @property
+    def has_fixed_way(self) -> bool:
+        """True if the number of classes is part of the weights."""
+        return self._algorithm.fixed_way
+
+    @property
+    def why_not_alone(self) -> str | None:
+        """Why a task is no function of a few tensors that a graph can have; None if it is one."""
+        if is_transductive(self._algorithm):
+            return "its predictions depend on the other queries"
+        if self._algorithm.uses_inner_loss:
+            return "it adapts by gradient steps, which a graph of another runtime cannot take"
+        if self._algorithm.support_order_matters:
+            return "it reads the support examples one after the other"
+        return None
 
     @torch.no_grad()
     def _outputs(self, x: Any) -> Tensor:

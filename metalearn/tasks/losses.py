@@ -68,7 +68,8 @@ def probabilities(y: Tensor, prediction: Tensor) -> Tensor:
     """Return labels [Q] as probabilities [Q, N], as large as the prediction; others unchanged."""
     if y.is_floating_point():
         return y
-    return F.one_hot(y, prediction.shape[-1]).to(prediction.dtype)
+    classes = torch.arange(prediction.shape[-1], device=y.device)
+    return (y.unsqueeze(-1) == classes).to(prediction.dtype)  # unlike F.one_hot, exports any N
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
