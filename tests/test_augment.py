@@ -321,6 +321,7 @@ def test_trained_run_adapts_to_augmented_copies(compose, tmp_path):
     x = torch.rand(15, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     model = metalearn.load(tmp_path / "run")
     probabilities = model.adapt(x[:5], list("abcde")).probabilities(x)
+    assert "augmented copies" in str(model.why_not_alone)  # so it is not exported
     config = tmp_path / "run/config.yaml"  # four equal copies are the example with 4 times the cost
     text = config.read_text().replace("support_copies: 4", "support_copies: 0")
     config.write_text(text.replace("cost: 1.0", "cost: 4.0"))

@@ -264,19 +264,15 @@ class Model:
                 "least 1"
             )
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
-        x, target = self._support_inputs(x, target, key)
+        if self._augment_support is not None:
+            copies = self._algorithm.support_copies
+            x, target = x.repeat_interleave(copies, 0), target.repeat_interleave(copies, 0)
+            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
+        x = self._standardised(x)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
         self.classes, self._support = classes, x
         return self
-
-    def _support_inputs(self, x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the network's inputs and labels: augmented copies, if the method uses some."""
-        if self._augment_support is not None:
-            copies = self._algorithm.support_copies
-            x, y = x.repeat_interleave(copies, 0), y.repeat_interleave(copies, 0)
-            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
-        return self._standardised(x), y
 
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Any, size: int) -> Tensor:
         """Apply a function of inputs [Q, *X] that returns [Q, size]: to all at once if it must."""
@@ -321,8 +317,7 @@ class Model:
             query_x: Float32 [Q, *X].
         """
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
-        x, y = self._support_inputs(support_x, labels.argmax(-1), key)
-        support = Support(x, y, labels.shape[-1])
+        support = Support(self._standardised(support_x), labels.argmax(-1), labels.shape[-1])
         learner = self._algorithm.adapt(self._state, support, key=key)
         return self._algorithm.predict(self._state, learner, self._standardised(query_x)).softmax(
             -1
@@ -356,6 +351,8 @@ class Model:
             return "it adapts by gradient steps, which a graph of another runtime cannot take"
         if self._algorithm.support_order_matters:
             return "it reads the support examples one after the other"
+        if self._algorithm.support_copies:
+            return "it learns from augmented copies of the examples (algo.support_copies)"
         return None
 
     @torch.no_grad()
