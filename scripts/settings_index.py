@@ -16,6 +16,7 @@ from typing import Any
 from metalearn.config import components
 from metalearn.tasks.augment import AUGMENTATIONS
 from metalearn.tasks.losses import LOSSES
+from metalearn.tasks.mixing import MIXINGS
 
 #: Packages of components, and the method that identifies a component's class.
 _PACKAGES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
@@ -37,9 +38,11 @@ def index() -> dict[str, list[dict[str, object]]]:
 
 
 def names() -> dict[str, list[str]]:
-    """Return the names of the package's own losses and augmentations."""
+    """Return the names of the package's own losses, augmentations and ways of mixing."""
     losses = {name: loss for by_kind in LOSSES.values() for name, loss in by_kind.items()}
-    groups: dict[str, dict[str, Any]] = {"loss": losses, "augment": dict(AUGMENTATIONS)}
+    groups: dict[str, dict[str, Any]] = {
+        "loss": losses, "augment": dict(AUGMENTATIONS), "mix": dict(MIXINGS),
+    }  # fmt: skip
     return {
         group: [name for name, one in own.items() if one.__module__.startswith("metalearn.")]
         for group, own in groups.items()

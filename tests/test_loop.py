@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.config import checking, composition
 from metalearn.report.progress import Listener
-from metalearn.run import checkpoint, loop
+from metalearn.run import checkpoint, loop, optimisers
 from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.run.step import Training, clip_gradients
@@ -79,12 +79,14 @@ def test_population_statistics_follow_a_moving_average(make_run, tmp_path):
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]),
         ("step", [1, 1, 0.5, 0.5]),
+        ("milestones", [1, 1, 0.5, 0.25]),
     ],
 )
 def test_learning_rate_follows_its_schedule(schedule, expected, make_run, tmp_path, monkeypatch):
     run = make_run(
         "algo=reptile", "train.optimiser=sgd", "train.lr=2", f"train.schedule={schedule}",
         "train.steps=4", "train.schedule_every=2", "train.schedule_factor=0.5",
+        "train.milestones=[0.5,3]",
     )  # fmt: skip
     weights = [run.state.params["head.weight"].clone()]
     gradients = []
@@ -104,6 +106,48 @@ def test_learning_rate_follows_its_schedule(schedule, expected, make_run, tmp_pa
         torch.testing.assert_close(
             before[number] - weights[number + 1], 2 * expected[number + 1] * gradients[number + 1]
         )
+
+
+def test_warmup_multiplies_any_schedule():
+    train = checking.check_config(composition.compose_config([])).train
+
+    def rates(**settings):
+        changed = dataclasses.replace(train, steps=8, milestones=[0.25], **settings)
+        return torch.tensor([optimisers.learning_rate(changed, step) for step in range(8)])
+
+    share = torch.tensor([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+    for schedule in ("constant", "linear", "cosine", "step", "milestones"):
+        expected = share * rates(schedule=schedule)
+        torch.testing.assert_close(rates(schedule=schedule, warmup=4), expected)
+
+
+def test_moving_average_is_validated_tested_and_saved(make_run, tmp_path, monkeypatch):
+    run = make_run("algo=protonet", "train.ema=0.25", "train.steps=3", "train.log_every=1")
+    expected = State(*(pytree.tree_map(torch.clone, part) for part in run.state))
+    seen = []
+    original = Training.meta_step
+
+    def meta_step(training):
+        number = training.step
+        original(training)
+        decay = min(0.25, (1 + number) / (10 + number))
+        for part, new in zip(expected, training.state, strict=True):
+            for name, value in part.items():
+                value.mul_(decay).add_((1 - decay) * new[name].detach())
+        seen.append(training)
+
+    monkeypatch.setattr(Training, "meta_step", meta_step)
+    fitted = loop.fit(run, Rows(), tmp_path)
+    content = checkpoint.load(tmp_path / "checkpoints/best.pt", torch.device("cpu"))
+    for part, stored in zip(expected, (content["meta"], content["fixed"]), strict=True):
+        torch.testing.assert_close(part, stored)
+    assert difference(fitted.state.params, content["meta"]) is None
+    scores = loop.evaluate(run, fitted.state, run.val, 4)
+    torch.testing.assert_close(scores.mean().item(), fitted.best_val.mean)
+    last = checkpoint.load(tmp_path / "checkpoints/last.pt", torch.device("cpu"))
+    name = "net.conv0.weight"
+    assert torch.equal(last["meta"][name], seen[-1].state.params[name].detach())
+    assert not torch.equal(last["meta"][name], content["meta"][name])
 
 
 def test_gradients_are_clipped_by_value_and_norm():
@@ -126,7 +170,7 @@ def test_gradients_are_clipped_by_value_and_norm():
 @pytest.mark.parametrize(
     "optimiser",
     [
-        ["optimiser=adamw", "optimiser.weight_decay=0.1"],
+        ["optimiser=adamw", "optimiser.weight_decay=0.1", "train.ema=0.5"],
         ["optimiser=sgd", "optimiser.weight_decay=0.1"],
         ["optimiser=sgd", "optimiser.momentum=0.9", "optimiser.weight_decay=0.1"],
     ],
@@ -143,7 +187,8 @@ def test_nonfinite_step_changes_nothing(optimiser, reads_host, make_run, monkeyp
 
     def snapshot():
         content = training.state_dict()
-        return copy.deepcopy({name: content[name] for name in ("meta", "fixed", "optimiser")})
+        parts = ("meta", "fixed", "optimiser", "average")
+        return copy.deepcopy({name: content.get(name) for name in parts})
 
     def nan_step(*arguments):
         result = original(*arguments)
@@ -183,6 +228,7 @@ def test_nonfinite_step_changes_nothing(optimiser, reads_host, make_run, monkeyp
         (["+optimiser.momentum=0.9"], r"optimiser\.momentum: Adam has no such setting"),
         (["+optimiser.lr=0.9"], r"optimiser\.lr: Adam has no such setting"),
         (["optimiser.eps=-1"], "Adam refuses its settings"),
+        (["train.schedule=milestones"], r"set train\.milestones, like \[0\.6,0\.8\]"),
         (
             ["optimiser=sgd", "optimiser.nesterov=off"],
             r"optimiser\.nesterov=off: should be true or false",

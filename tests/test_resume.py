@@ -78,6 +78,15 @@ def interrupt(run, monkeypatch):
         pytest.param(["algo=baseline"], "killed", marks=pytest.mark.slow),
         pytest.param(["algo=protonet"], "killed", marks=pytest.mark.slow),
         pytest.param(
+            [
+                *("algo=rfs", "augment=crop_flip", "+augment.mix.mixup={}", "train.ema=0.8"),
+                *("train.warmup=5", "train.schedule=milestones", "train.milestones=[0.5,7]"),
+                "optimiser=sgd_momentum",
+            ],
+            "killed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["algo=protonet", "train.patience=2", "train.schedule=cosine"],
             "signal",
             marks=pytest.mark.slow,

@@ -37,6 +37,8 @@ def test_mistyped_name_is_reported_without_importing_torch():
         "loss.name=label_smothing": "did you mean label_smoothing",
         "loss.inner=squared_eror": "did you mean squared_error",
         "+augment.ops.random_crp.padding=1": "did you mean random_crop",
+        "+augment.mix.mixp.alpha=1": "did you mean mixup",
+        "optimiser._target_=torch.optim.AdmW": "did you mean torch.optim.Adam",
     }
     code = (
         "import sys; from metalearn.cli import _arguments, _launch\n"
@@ -94,6 +96,7 @@ def test_every_setting_has_a_role_and_a_value_in_yaml():
         ("optimiser.weight_decay", False, False, False, True),
         ("loss.name", False, False, False, True),
         ("augment.ops.random_crop.padding", False, False, False, True),
+        ("augment.support.random_crop.padding", False, True, False, True),
         ("engine.task_chunk", True, True, True, False),
         ("engine.threads", False, True, True, False),
         ("engine", False, True, True, False),
@@ -112,6 +115,29 @@ def test_roles_decide_what_commands_may_change(key, resume, evaluate, reproduce,
     assert roles.may_evaluate_with(key, described) is evaluate
     assert roles.may_reproduce_with(key, described) is reproduce
     assert roles.distinguishes_methods(key, described) is methods
+
+
+def test_optimisers_are_listed_without_torch_as_torch_has_them():
+    import torch
+
+    known = {
+        f"torch.optim.{name}"
+        for name, cls in vars(torch.optim).items()
+        if isinstance(cls, type)
+        and issubclass(cls, torch.optim.Optimizer)
+        and cls is not torch.optim.Optimizer
+    }
+    assert set(checking.optimiser_names()) == known
+
+
+def test_recipe_chooses_groups_and_the_command_line_replaces_them():
+    config = composition.compose_config(["algo=rfs", "dataset=cifar_fs"])
+    assert config.optimiser.weight_decay == 5e-4 and "colour_jitter" in config.augment.ops
+    words = ["algo=rfs", "dataset=cifar_fs", "optimiser=adamw", "augment=none"]
+    config = composition.compose_config(words)
+    assert config.optimiser._target_ == "torch.optim.AdamW" and not config.augment.ops
+    config = composition.compose_config(["algo=baseline", "dataset=cifar_fs"])
+    assert config.optimiser._target_ == "torch.optim.Adam" and not config.augment.ops
 
 
 def test_target_must_be_in_the_package_or_in_a_plugin():

@@ -38,6 +38,8 @@ class Algorithm:
     is_iterative: ClassVar[bool] = False
     #: True if training minimises the family's loss (`loss.name`).
     uses_loss: ClassVar[bool] = True
+    #: True if that loss can use probabilities as the labels of queries (`augment.mix`).
+    accepts_soft_labels: ClassVar[bool] = True
     #: True if adaptation minimises the family's inner loss (`loss.inner`).
     uses_inner_loss: ClassVar[bool] = False
     #: True if adaptation takes gradients of a loss, so it is no graph of plain operations.
@@ -58,6 +60,14 @@ class Algorithm:
     def training_steps(self) -> int | None:
         """Return the number of adaptation steps in meta-training; None means as in testing."""
         return None
+
+    @property
+    def support_copies(self) -> int:
+        """Return the number of augmented copies that replace each support example in tests.
+
+        They are changed by `augment.support`; 0 for the example itself.
+        """
+        return 0
 
     @property
     def can_rematerialise(self) -> bool:

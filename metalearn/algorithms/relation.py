@@ -40,6 +40,7 @@ class RelationNetwork(EmbeddingAlgorithm):
     """
 
     uses_loss: ClassVar[bool] = False
+    accepts_soft_labels: ClassVar[bool] = False
 
     filters: int = at_least(1)
     hidden: list[int] = at_least(1)

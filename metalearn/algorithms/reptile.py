@@ -34,6 +34,7 @@ class Reptile(LinearHeadAlgorithm):
 
     support_order_matters: ClassVar[bool] = True  # mini-batches are sampled by index
     uses_loss: ClassVar[bool] = False  # the query loss is only logged
+    accepts_soft_labels: ClassVar[bool] = False
 
     inner_lr: float = above(0)
     inner_steps: int = at_least(0, in_testing="test_inner_steps")

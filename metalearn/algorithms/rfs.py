@@ -55,6 +55,7 @@ class RFS(EmbeddingAlgorithm):
     Attributes:
         cost: Weight of the cross-entropies against 1/2 |W|^2 (theirs: 1).
         iterations: Number of iterations of the solver.
+        support_copies: Number of augmented copies of each support example (theirs: 5).
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -62,6 +63,7 @@ class RFS(EmbeddingAlgorithm):
 
     cost: float = above(0)
     iterations: int = at_least(1)
+    support_copies: int = at_least(0, default=0)  # type: ignore[assignment]
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Fit the logistic regression to the normalised support embeddings."""

@@ -30,6 +30,7 @@ class Siamese(EmbeddingAlgorithm):
     """
 
     uses_loss: ClassVar[bool] = False
+    accepts_soft_labels: ClassVar[bool] = False
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
         """Create alpha, negative at first so that near embeddings are similar, and the bias."""

@@ -5,8 +5,10 @@ A mistake raises UserError: what is wrong, where it was set, what would be right
 
 import dataclasses
 import functools
+import importlib.util
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -74,12 +76,13 @@ def _optimiser(name: str) -> dict[str, Any]:
 
 
 def _changed_settings(optimiser: Any) -> dict[str, Any]:
-    """Return the settings of an optimiser that differ from its YAML file."""
+    """Return the settings of an optimiser that differ from the YAML file with its class's name."""
     if not isinstance(optimiser, Mapping):
         return {}
-    files = [_optimiser(path.stem) for path in (conf_dir() / "optimiser").glob("*.yaml")]
     target = optimiser.get("_target_")
-    usual = next((one for one in files if one["_target_"] == target), {"_target_": target})
+    name = str(target).rpartition(".")[2].lower()
+    is_known = (conf_dir() / "optimiser" / f"{name}.yaml").is_file()
+    usual = _optimiser(name) if is_known else {"_target_": target}
     return {
         key: value for key, value in optimiser.items() if key not in usual or usual[key] != value
     }
@@ -130,12 +133,37 @@ def check_config(config: DictConfig) -> RunConfig:
 
 def _check_names(run: DictConfig) -> None:
     """Check the names of losses and augmentations; plugins can add some."""
-    given = [("loss.name", run.loss.name), ("loss.inner", run.loss.inner)]
-    given += [("augment.ops", str(name)) for name in run.augment.ops]
-    for where, name in given if not plugins.packages() else []:
-        known = names(where.partition(".")[0])
+    given = [("loss.name", run.loss.name, "loss"), ("loss.inner", run.loss.inner, "loss")]
+    for part, group in (("ops", "augment"), ("support", "augment"), ("mix", "mix")):
+        for name, own in run.augment[part].items():
+            if not (isinstance(own, Mapping) and "_target_" in own):
+                given.append((f"augment.{part}", str(name), group))
+    for where, name, group in given if not plugins.packages() else []:
+        known = names(group)
         if name is not None and "." not in name and name not in known:
             raise plugins.no_such_name(name, known, where)
+    optimiser = str(run.optimiser.get("_target_"))
+    if (known := optimiser_names()) and optimiser not in known:
+        raise no_such_optimiser(optimiser, known)
+
+
+def optimiser_names() -> list[str]:
+    """Return `torch.optim.…` of all optimisers, without importing torch; [] if that fails."""
+    spec = importlib.util.find_spec("torch")
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        if (file := Path(folder, "optim", "__init__.py")).is_file():
+            pattern = r"^from torch\.optim\.\w+ import (\w+) as \1$"
+            found = re.findall(pattern, file.read_text(), re.M)
+            return [f"torch.optim.{name}" for name in found if name != "Optimizer"]
+    return []
+
+
+def no_such_optimiser(target: str, known: list[str]) -> UserError:
+    """Return the error for an unknown optimiser."""
+    return UserError(
+        f"optimiser._target_={target}: should name an optimiser of torch, like "
+        f"torch.optim.AdamW{nearest(target, known)}"
+    )
 
 
 def plain(settings: RunConfig) -> dict[str, Any]:

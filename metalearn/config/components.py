@@ -116,7 +116,7 @@ def _index() -> dict[str, list[Setting]]:
 
 
 def names(group: str) -> list[str]:
-    """Return the names of the package's functions of a group: "loss" or "augment"."""
+    """Return the names of the package's functions of a group: "loss", "augment" or "mix"."""
     known: list[str] = _stored_index()["names"][group]
     return known
 

@@ -56,7 +56,18 @@ def _recipe(kind: str, algo: str, *others: str) -> str:
     return next((name for name in known if _file(f"recipe/{kind}", name) is not None), "none")
 
 
+def _recipe_choice(group: str, default: str, algo: str, dataset: str) -> str:
+    """Return the choice of a group that a comment `# <group>: …` in the recipe names.
+
+    A recipe cannot choose it in its defaults list, because Hydra finds the recipe itself last.
+    """
+    path = _file("recipe/data", _recipe("data", algo, dataset))
+    lines = [line.partition(":") for line in _comments(path)] if path else []
+    return next((text.strip() for name, _, text in lines if name == group), default)
+
+
 OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
+OmegaConf.register_new_resolver("recipe_choice", _recipe_choice, replace=True)
 
 
 def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:

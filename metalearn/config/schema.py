@@ -37,11 +37,14 @@ class TrainConfig:
     meta_batch: int = at_least(1)
     optimiser: str | None = choice("adam", "sgd", default=None)
     lr: float = above(0)
-    schedule: str = choice("constant", "linear", "cosine", "step")
+    schedule: str = choice("constant", "linear", "cosine", "step", "milestones")
     schedule_every: int = at_least(1)
+    milestones: list[float] = above(0, default=[])
+    warmup: int = at_least(0, default=0)
     schedule_factor: float = above(0)
     clip_value: float | None = above(0)
     clip_norm: float | None = above(0)
+    ema: float | None = between(0, 1, default=None)
     statistics_momentum: float = between(0, 1)
     log_every: int = at_least(1, role="presentation")
     patience: int = at_least(0)
@@ -107,18 +110,30 @@ class LossConfig:
         name: Loss of queries and batches.
         inner: Loss of inner loops.
         settings: Settings of `name`.
+        inner_settings: Settings of `inner`.
     """
 
     name: str | None = setting(default=None)
     inner: str | None = setting(default=None)
     settings: dict[str, Any] = setting(default={})
+    inner_settings: dict[str, Any] = setting(default={})
 
 
 @dataclasses.dataclass(kw_only=True)
 class AugmentConfig:
-    """Augmentations of training inputs in order; each name maps to its settings."""
+    """Random changes of inputs; each name maps to its settings.
+
+    A name of your own choice can stand for a plugin's function, given as the setting `_target_`.
+
+    Attributes:
+        ops: Augmentations of training inputs, in order.
+        mix: Ways to mix the examples of a training batch or query set; one is drawn for each.
+        support: Augmentations of the support copies of a method that uses some.
+    """
 
     ops: dict[str, Any] = setting(default={})
+    mix: dict[str, Any] = setting(default={})
+    support: dict[str, Any] = setting(default={}, role="identity protocol")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -50,7 +50,8 @@ class OpenDataset(Protocol):
             split: "train", "val" or "test".
             shape: Numbers of classes and examples of an episode.
             seed: Seed of the tasks.
-            augment: Random change of inputs, in training.
+            augment: Random change of inputs, in training; or with `shape.copies` of the copies of
+                the support set.
 
         Raises:
             UserError: If the split is too small for this shape.

@@ -76,9 +76,9 @@ class ClassData:
     ) -> EpisodeSampler:
         """Return a sampler of the episodes of a split."""
         try:
-            return EpisodeSampler(
-                self._store(split, augment), self.views[split], shape, self._key(split, seed)
-            )
+            changed = self._store(split, augment)
+            store, support = (self.stores[split], changed) if shape.copies else (changed, None)
+            return EpisodeSampler(store, self.views[split], shape, self._key(split, seed), support)
         except UserError as error:
             raise UserError(f"{split} episodes: {error}") from None
 

@@ -13,13 +13,22 @@ from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
-from metalearn.run.parts import algorithm_of, augmentation_of, cache_folder, data_folder, device_of
+from metalearn.run.parts import (
+    algorithm_of,
+    augmentation_of,
+    cache_folder,
+    data_folder,
+    device_of,
+    mixing_of,
+    support_augmentation_of,
+)
 from metalearn.system import processes
 from metalearn.system.errors import UserError
 from metalearn.system.processes import Processes
 from metalearn.tasks import prng
 from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.metrics import Metric
+from metalearn.tasks.mixing import Mixed
 from metalearn.tasks.sampling import SAMPLER_VERSION, BatchSource, Shape, TaskSource
 from metalearn.tasks.types import Spec, State
 
@@ -149,9 +158,11 @@ def build(
     if train_shape == test_shape:  # it usually follows the test's, so errors name that one
         train_shape = test_shape
     check_inputs(settings, algorithm, data.inputs)
-    augmentation = augmentation_of(settings)
+    augmentation, mixing = augmentation_of(settings), mixing_of(settings)
+    of_support, copies = support_augmentation_of(settings, algorithm), algorithm.support_copies
+    test_shape = dataclasses.replace(test_shape, copies=copies)
     test_split = only_test or "test"
-    test = data.episodes(test_split, test_shape, settings.episode_seed)
+    test = data.episodes(test_split, test_shape, settings.episode_seed, of_support)
     train: BatchSource = test  # a foreign dataset need not suffice for training
     val: TaskSource | None = None
     if not only_test:
@@ -160,7 +171,10 @@ def build(
             if settings.train.source == "episodes"
             else data.batches("train", settings.train.batch_size, settings.seed, augmentation)
         )
-        val = data.episodes("val", test_shape, settings.episode_seed)
+        if mixing is not None:
+            is_batch = settings.train.source == "batches"
+            train = Mixed(train, mixing, data.num_classes("train") if is_batch else train_shape.way)
+        val = data.episodes("val", test_shape, settings.episode_seed, of_support)
     inputs, outputs = data.inputs, data.outputs or episode.way
     spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
@@ -216,6 +230,7 @@ def build(
             "query": test_shape.query,
             **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
             **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
+            **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
             "statistics": settings.statistics if algorithm.backbone.normalises else "none",
             "transductive": is_transductive(algorithm),
             "sampler": SAMPLER_VERSION,

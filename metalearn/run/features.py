@@ -122,6 +122,7 @@ def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler
         and embeds_alone(engine.algorithm)
         and source.store.spec.kind != "features"
         and not isinstance(source.store, Augmented)
+        and (isinstance(source, BatchSampler) or source.support_store is None)
     )
 
 

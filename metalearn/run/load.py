@@ -21,7 +21,7 @@ from metalearn.data.images import with_channels
 from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint, features
 from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
-from metalearn.run.parts import algorithm_of, device_of
+from metalearn.run.parts import algorithm_of, device_of, support_augmentation_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.system.reading import check_types
 from metalearn.tasks import prng
@@ -113,6 +113,7 @@ class Model:
         self._state = checkpoint.state(content, untrained, folder)
         self._standardisation = content["standardisation"]
         self._device = next(iter(self._state.params.values())).device
+        self._augment_support = support_augmentation_of(settings, self._algorithm)
         self._learner: Any = None
         self._support: Tensor | None = None
 
@@ -142,6 +143,10 @@ class Model:
         Raises:
             UserError: For inputs that the run does not accept, or a file that is not an image.
         """
+        return self._standardised(self._raw(x))
+
+    def _raw(self, x: Any) -> Tensor:
+        """Convert inputs as `inputs` does, but do not normalise them."""
         items = self._items(x)
         kind, vocabulary = self.spec.inputs.kind, self.spec.vocabulary or 0
         if len(items) == 0:
@@ -172,7 +177,7 @@ class Model:
             raise UserError(
                 "x has values outside [0, 1]; give images as uint8, or as floats in [0, 1]"
             )
-        return self._standardised(inputs)
+        return inputs
 
     def _standardised(self, inputs: Tensor) -> Tensor:
         if not self._standardisation:
@@ -234,7 +239,7 @@ class Model:
         Raises:
             UserError: If the numbers of examples, labels or classes do not fit.
         """
-        x = self.inputs(x)
+        x = self._raw(x)
         if unlabelled is not None and not self._algorithm.uses_unlabelled:
             raise UserError(
                 "unlabelled: this run's method does not learn from unlabelled examples; leave it "
@@ -272,6 +277,11 @@ class Model:
                 "least 1"
             )
         key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
+        if self._augment_support is not None:
+            copies = self._algorithm.support_copies
+            x, target = x.repeat_interleave(copies, 0), target.repeat_interleave(copies, 0)
+            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
+        x = self._standardised(x)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
         self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
         self.classes, self._support = classes, x
@@ -359,6 +369,8 @@ class Model:
             return "it learns by gradients of the support set's loss, which ONNX cannot compute"
         if self._algorithm.support_order_matters:
             return "it reads the support examples one after the other"
+        if self._algorithm.support_copies:
+            return "it learns from augmented copies of the examples (algo.support_copies)"
         return None
 
     @torch.no_grad()

@@ -48,7 +48,9 @@ class Probe:
         assert self._run.val is not None
         for count in (1, 4):  # the first call is slower than the others
             start = time.perf_counter()
-            self._run.test_engine.scores(self._training.state, self._run.val.draw(0, count)).cpu()
+            self._run.test_engine.scores(
+                self._training.tested_state, self._run.val.draw(0, count)
+            ).cpu()
         return (time.perf_counter() - start) / count
 
 
@@ -122,7 +124,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             # Several processes would wait for each other's scores.
             at_once = run.processes.size == 1
             with signals.raised_at_once() if at_once else contextlib.nullcontext():
-                scores = evaluate(run, training.state, val, run.config.val.episodes, tracker)
+                scores = evaluate(run, training.tested_state, val, run.config.val.episodes, tracker)
         except signals.Stopped as stopped:
             save_last()
             raise signals.Stopped(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from metalearn.config.arguments import check_arguments
+from metalearn.config.checking import no_such_optimiser
 from metalearn.config.schema import TrainConfig
-from metalearn.system.errors import UserError, first_line, nearest
+from metalearn.system.errors import UserError, first_line
 
 #: Optimisers that cannot take one step per gradient, and why.
 _UNSUPPORTED = {
@@ -32,11 +33,7 @@ def _class(settings: dict[str, Any]) -> type[torch.optim.Optimizer]:
     ]
     name = target.removeprefix("torch.optim.")
     if not target.startswith("torch.optim.") or name not in known:
-        hint = nearest(target, [f"torch.optim.{name}" for name in known])
-        raise UserError(
-            f"optimiser._target_={target}: should name an optimiser of torch, like "
-            f"torch.optim.AdamW{hint}"
-        )
+        raise no_such_optimiser(target, [f"torch.optim.{name}" for name in known])
     if name in _UNSUPPORTED:
         raise UserError(
             f"optimiser._target_={target}: is not possible here, because {_UNSUPPORTED[name]}"
@@ -91,12 +88,19 @@ def can_be_captured(cls: type[torch.optim.Optimizer]) -> bool:
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0, by `train.lr` and `train.schedule`."""
+    """Return the learning rate of a step, counted from 0.
+
+    It is that of `train.lr` and `train.schedule`, times (step + 1) / warmup in the warm-up.
+    """
     progress = step / max(1, train.steps)
+    factor = 1.0
     if train.schedule == "linear":
-        return train.lr * (1 - progress)
-    if train.schedule == "cosine":
-        return train.lr * ((1 + math.cos(math.pi * step / max(1, train.steps))) / 2)
-    if train.schedule == "step":
-        return float(train.lr * train.schedule_factor ** (step // train.schedule_every))
-    return train.lr
+        factor = 1 - progress
+    elif train.schedule == "cosine":
+        factor = (1 + math.cos(math.pi * step / max(1, train.steps))) / 2
+    elif train.schedule == "step":
+        factor = train.schedule_factor ** (step // train.schedule_every)
+    elif train.schedule == "milestones":
+        steps = [one if one >= 1 else one * train.steps for one in train.milestones]
+        factor = train.schedule_factor ** sum(step >= one for one in steps)
+    return train.lr * (factor * min(1.0, (step + 1) / max(1, train.warmup)))

@@ -1,13 +1,24 @@
 """Check that the settings of a run fit together: method, dataset, backbone and statistics."""
 
+import torch
+
 from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.run import optimisers
-from metalearn.run.parts import algorithm_of, augmentation_of, device_of
-from metalearn.system.errors import UserError
-from metalearn.tasks.types import InputSpec
+from metalearn.run.parts import (
+    algorithm_of,
+    augment_functions,
+    augmentation_of,
+    device_of,
+    mixing_of,
+    support_augmentation_of,
+)
+from metalearn.system.errors import UserError, first_line
+from metalearn.tasks.augment import AUGMENTATIONS, input_kinds
+from metalearn.tasks.mixing import MIXINGS
+from metalearn.tasks.types import InputSpec, Query
 
 
 def check(settings: RunConfig) -> None:
@@ -77,8 +88,36 @@ def check(settings: RunConfig) -> None:
         if value is not None and not is_used:
             raise UserError(f"{key}={value}: {name} does not use this loss; leave it out")
     optimisers.check(settings.optimiser)
-    augmentation_of(settings)
+    if settings.train.schedule == "milestones" and not settings.train.milestones:
+        raise UserError("train.schedule=milestones: set train.milestones, like [0.6,0.8]")
+    _check_augment(settings, algorithm, target)
     device_of(settings.device)
+
+
+def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
+    own, name = settings.augment, type(algorithm).__name__
+    augmentation_of(settings)
+    if (own.ops or own.mix) and target != "class":
+        raise UserError(
+            f"augment changes inputs of classes, but this dataset has {target_name(target)}; use "
+            "augment=none"
+        )
+    support_augmentation_of(settings, algorithm)
+    if not mixing_of(settings):
+        return
+    if not algorithm.accepts_soft_labels:
+        raise UserError(
+            f"augment.mix: gives queries several labels, which {name}'s loss cannot use; leave it "
+            "out"
+        )
+    y = torch.full((2, 3), 1 / 3)
+    try:
+        algorithm.family.query_loss(lambda _, x: (x, {}), {}, Query(y, y), torch.tensor(0))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"augment.mix: gives examples several labels, which loss.name={settings.loss.name} "
+            f"cannot use ({first_line(error)})"
+        ) from None
 
 
 def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -> None:
@@ -89,10 +128,16 @@ def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -
             f"backbone={type(backbone).__name__} takes {' or '.join(backbone.input_kinds)}, but "
             f"this dataset has {inputs.kind}; choose another backbone"
         )
-    if settings.augment.ops and inputs.kind != "images":
-        raise UserError(
-            f"augment changes images, but this dataset has {inputs.kind}; use augment=none"
-        )
+    for part, known in (("ops", AUGMENTATIONS), ("mix", MIXINGS), ("support", AUGMENTATIONS)):
+        for op, (function, _) in augment_functions(settings, part).items():
+            if part == "support" and not algorithm.support_copies:
+                continue
+            if inputs.kind not in (kinds := input_kinds(function)):
+                fitting = [one for one, own in known.items() if inputs.kind in input_kinds(own)]
+                raise UserError(
+                    f"augment.{part}.{op}: changes {' or '.join(kinds)}, but this dataset has "
+                    f"{inputs.kind}; use augment=none or one of: {', '.join(fitting) or 'none'}"
+                )
 
 
 def check_population(settings: RunConfig, statistics: str) -> None:

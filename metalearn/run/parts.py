@@ -1,5 +1,6 @@
 """Make the parts of a run from its settings: method, task family, augmentation, device, folders."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from metalearn.config.arguments import check_arguments
 from metalearn.config.schema import RunConfig
 from metalearn.system import processes
 from metalearn.system.errors import UserError
-from metalearn.tasks import augment
+from metalearn.tasks.augment import AUGMENTATIONS, chain
 from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.losses import LOSSES
+from metalearn.tasks.mixing import MIXINGS, Mixing, one_of
 from metalearn.tasks.store import Augmentation
 
 
@@ -29,42 +31,84 @@ def family_of(settings: RunConfig) -> TaskFamily:
     """
     dataset = components.make(settings.dataset, "dataset")
     known: Any = LOSSES.get(dataset.target, {})
-    loss, inner = settings.loss.name, settings.loss.inner
-    functions: list[Any] = [
-        name and plugins.find(name, known, where)
-        for name, where in ((loss, "loss.name"), (inner, "loss.inner"))
-    ]
-    own = settings.loss.settings
-    if loss is not None:
-        own = _arguments(functions[0], own, "loss.settings", loss)
-    elif own:
-        raise UserError(f"loss.settings.{next(iter(own))}: applies to loss.name, which is not set")
-    family: TaskFamily = dataset.family(*functions, own)
+    functions, arguments = [], []
+    for part, settings_part in (("name", "settings"), ("inner", "inner_settings")):
+        name, own = getattr(settings.loss, part), getattr(settings.loss, settings_part)
+        function: Any = name and plugins.find(name, known, f"loss.{part}")
+        if function:
+            own = _arguments(function, own, f"loss.{settings_part}", name)
+        elif own:
+            raise UserError(
+                f"loss.{settings_part}.{next(iter(own))}: applies to loss.{part}, which is not set"
+            )
+        functions.append(function)
+        arguments.append(own)
+    if arguments[1]:
+        functions[1] = functools.partial(functions[1], **arguments[1])
+    family: TaskFamily = dataset.family(*functions, arguments[0])
     return family
 
 
 def _arguments(
-    function: Callable[..., Any], values: dict[str, Any], where: str, name: str
+    function: Callable[..., Any], values: dict[str, Any], where: str, name: str, count: int = 2
 ) -> dict[str, Any]:
-    """Check settings of a function whose first two parameters are tensors."""
-    tensors = list(inspect.signature(function).parameters)[:2]
+    """Check settings of a function whose first `count` parameters are tensors."""
+    tensors = list(inspect.signature(function).parameters)[:count]
     return check_arguments(function, values, where, name, tensors)
 
 
-def augmentation_of(settings: RunConfig) -> Augmentation | None:
-    """Return the augmentation of training inputs, or None.
+def augment_functions(settings: RunConfig, part: str) -> dict[str, Any]:
+    """Return the functions of "ops", "mix" or "support" of `augment`, with checked settings.
+
+    Returns:
+        (function, settings) by name.
 
     Raises:
-        UserError: For an unknown augmentation or setting.
+        UserError: For an unknown function or setting.
     """
     ops: dict[str, Any] = {}
-    known: Any = augment.AUGMENTATIONS
-    for name, own in settings.augment.ops.items():
-        function: Any = plugins.find(name, known, "augment.ops")
+    known: Any = MIXINGS if part == "mix" else AUGMENTATIONS
+    for name, own in getattr(settings.augment, part).items():
+        where = f"augment.{part}.{name}"
         if own is not None and not isinstance(own, dict):
-            raise UserError(f"augment.ops.{name}={own}: should hold settings, like {{}}")
-        ops[name] = (function, _arguments(function, own or {}, f"augment.ops.{name}", name))
-    return augment.chain(ops) if ops else None
+            raise UserError(f"{where}={own}: should hold settings, like {{}}")
+        own = dict(own or {})
+        is_named = "_target_" in own
+        path = str(own.pop("_target_", name))
+        function: Any = plugins.find(
+            path, known, f"{where}._target_" if is_named else f"augment.{part}"
+        )
+        ops[name] = function, _arguments(function, own, where, name, 3 if part == "mix" else 2)
+    return ops
+
+
+def augmentation_of(settings: RunConfig) -> Augmentation | None:
+    """Return the augmentation of training inputs, or None."""
+    ops = augment_functions(settings, "ops")
+    return chain(ops) if ops else None
+
+
+def support_augmentation_of(settings: RunConfig, algorithm: Algorithm) -> Augmentation | None:
+    """Return the augmentation of the method's copies of support examples; None if it uses none.
+
+    Raises:
+        UserError: If it uses some, but there is no augmentation of them.
+    """
+    ops = augment_functions(settings, "support")
+    if not algorithm.support_copies:
+        return None
+    if not ops:
+        raise UserError(
+            f"algo.support_copies={algorithm.support_copies}: augment.support has no augmentation "
+            "of the copies; choose augment=crop_flip, or support_copies=0"
+        )
+    return chain(ops)
+
+
+def mixing_of(settings: RunConfig) -> Mixing | None:
+    """Return how training examples are mixed, or None."""
+    ops = augment_functions(settings, "mix")
+    return one_of(ops) if ops else None
 
 
 def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:

@@ -47,6 +47,7 @@ class Training:
         optimiser: The meta-optimiser.
         step: Number of meta-steps taken.
         engine: The engine of the next step; a different object when the method enters a new stage.
+        average: The moving average of the state with `train.ema`; else None.
         best: The best state by validation so far.
         meter: Metrics since the last row.
         row: The row of this step while its validation is under way; None otherwise.
@@ -60,7 +61,9 @@ class Training:
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
         self._leaves = list(self.state.params.values())
-        self.optimiser = optimisers.make(run.config.optimiser, self._settings.lr, self._leaves)
+        lr = optimisers.learning_rate(self._settings, 0)
+        self.optimiser = optimisers.make(run.config.optimiser, lr, self._leaves)
+        self.average = None if self._settings.ema is None else _copied(self.state)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
         self.reads_host = run.device.type == "cpu"
         self.has_stepped = False
@@ -114,6 +117,8 @@ class Training:
                 buffers[name].copy_(
                     torch.where(finite, value.to(buffers[name].dtype), buffers[name])
                 )
+            if self.average is not None:
+                self._follow(self.average, finite)
             self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
 
@@ -142,6 +147,27 @@ class Training:
             for value, old in zip(tensors, before, strict=True):
                 value.copy_(torch.where(finite, value, old))
 
+    def _follow(self, average: State, finite: Tensor) -> None:
+        """Move the average towards the state if `finite`.
+
+        As in TensorFlow, step n has a decay of at most (1 + n) / (10 + n), so that the average
+        soon forgets the initial weights.
+        """
+        assert self._settings.ema is not None
+        decay = ((1 + self._steps_done) / (10 + self._steps_done)).clamp_max(self._settings.ema)
+        weight = torch.where(finite, 1 - decay, 0)
+        for old, new in zip(average, self.state, strict=True):
+            for name, value in old.items():
+                if value.is_floating_point():
+                    value.lerp_(new[name].detach(), weight.to(value.dtype))
+                else:
+                    value.copy_(new[name])
+
+    @property
+    def tested_state(self) -> State:
+        """The state to validate and test: with `train.ema` the average."""
+        return self.state if self.average is None else self.average
+
     def count(self) -> None:
         """Do the host's part of a meta-step: count it and set the next learning rate."""
         self.step += 1
@@ -169,10 +195,7 @@ class Training:
         ):
             self.best.since += 1
             return False
-        state = State(
-            *({name: value.detach().clone() for name, value in part.items()} for part in self.state)
-        )
-        self.best = Best(estimate, self.step, state)
+        self.best = Best(estimate, self.step, _copied(self.tested_state))
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,6 +208,7 @@ class Training:
             "row": self.row,
             "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
+            **({"average": _parts(self.average)} if self.average else {}),
         }
 
     def best_state_dict(self) -> dict[str, Any]:
@@ -197,8 +221,7 @@ class Training:
     def _weights(self, step: int, state: State) -> dict[str, Any]:
         return {
             "step": step,
-            "meta": state.params,
-            "fixed": state.buffers,
+            **_parts(state),
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
             "content_hash": self._run.content_hash,
@@ -233,6 +256,10 @@ class Training:
                     raise UserError("the checkpoint's weights do not fit this configuration")
                 for name, value in part.items():
                     value.copy_(stored[name])
+            if self.average is not None:
+                for key, own in _parts(self.average).items():
+                    for name, value in own.items():
+                        value.copy_(content["average"][key][name])
             groups = self.optimiser.param_groups
             rates = [group["lr"] for group in groups]
             own = self.optimiser.state_dict()["param_groups"]
@@ -259,6 +286,17 @@ class Training:
             ) from None
         self._steps_done.fill_(self.step)
         self._enter_stage()
+
+
+def _copied(state: State) -> State:
+    """Return a copy of a state, without gradients."""
+    parts = ({name: value.detach().clone() for name, value in part.items()} for part in state)
+    return State(*parts)
+
+
+def _parts(state: State) -> dict[str, Params]:
+    """Return the parts of a state by their names in a checkpoint."""
+    return {"meta": state.params, "fixed": state.buffers}
 
 
 def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:

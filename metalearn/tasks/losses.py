@@ -7,10 +7,11 @@ settings; an annotation such as `Annotated[float, between(0, 1)]` has their boun
 from collections.abc import Callable
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.config.fields import between
+from metalearn.config.fields import at_least, between
 
 #: (prediction [Q, N], y) -> [], the mean over the examples.
 LossFunction = Callable[..., Tensor]
@@ -28,10 +29,47 @@ def label_smoothing(
 
     Args:
         prediction: Logits [Q, N].
-        y: Labels [Q].
+        y: Labels [Q] or probabilities [Q, N].
         smoothing: Probability mass of each target that is spread over all classes.
     """
     return F.cross_entropy(prediction, y, label_smoothing=smoothing)
+
+
+def focal(prediction: Tensor, y: Tensor, power: Annotated[float, at_least(0)] = 2.0) -> Tensor:
+    """Compute the mean of -sum_n y_n (1 - p_n)^power log p_n (Lin et al. 2017, eq. 4).
+
+    Args:
+        prediction: Logits [Q, N] of p.
+        y: Labels [Q] or probabilities [Q, N].
+        power: 0 for cross-entropy; more for less weight on well classified examples.
+    """
+    log_p = F.log_softmax(prediction, -1)
+    # 1 - p, without its loss of digits at p = 1, where its power has no finite derivative.
+    rest = -torch.expm1(log_p.clamp_max(-1e-7))
+    return -(probabilities(y, prediction) * rest.pow(power) * log_p).sum(-1).mean()
+
+
+def class_weighted(
+    prediction: Tensor, y: Tensor, power: Annotated[float, between(0, 1)] = 1.0
+) -> Tensor:
+    """Compute the weighted mean cross-entropy, with weight count^-power for each class.
+
+    Args:
+        prediction: Logits [Q, N].
+        y: Labels [Q] or probabilities [Q, N]; they also give the counts.
+        power: 1: each class that occurs has the same total weight; 0: each example has.
+    """
+    mass = probabilities(y, prediction)
+    mass = mass * mass.sum(0).clamp_min(torch.finfo(mass.dtype).tiny).pow(-power)
+    return -(mass * F.log_softmax(prediction, -1)).sum() / mass.sum()
+
+
+def probabilities(y: Tensor, prediction: Tensor) -> Tensor:
+    """Return labels [Q] as probabilities [Q, N], as large as the prediction; others unchanged."""
+    if y.is_floating_point():
+        return y
+    classes = torch.arange(prediction.shape[-1], device=y.device)
+    return (y.unsqueeze(-1) == classes).to(prediction.dtype)  # unlike F.one_hot, exports any N
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -41,6 +79,11 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
 
 #: Losses by kind of target; the first of each kind is its default.
 LOSSES: dict[str, dict[str, LossFunction]] = {
-    "class": {"cross_entropy": cross_entropy, "label_smoothing": label_smoothing},
+    "class": {
+        "cross_entropy": cross_entropy,
+        "label_smoothing": label_smoothing,
+        "focal": focal,
+        "class_weighted": class_weighted,
+    },
     "value": {"squared_error": squared_error},
 }

@@ -27,7 +27,12 @@ class Metric:
 
 
 def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Compute the fraction of correct labels: logits [..., Q, N], labels [..., Q] -> [...]."""
+    """Compute the fraction of correct labels [...]: logits [..., Q, N], labels [..., Q].
+
+    Labels may be probabilities [..., Q, N]; the most probable one counts.
+    """
+    if y.is_floating_point():
+        y = y.argmax(-1)
     return (prediction.argmax(-1) == y).to(torch.float32).mean(-1)
 
 

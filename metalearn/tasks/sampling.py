@@ -33,6 +33,7 @@ class Shape:
         unlabelled: Unlabelled examples per class.
         distractors: Number of additional classes with unlabelled examples only.
         where: The settings that give the shape, for error messages.
+        copies: Number of augmented copies that replace each support example; 0 for the example.
     """
 
     way: int
@@ -41,6 +42,7 @@ class Shape:
     unlabelled: int = 0
     distractors: int = 0
     where: str = dataclasses.field(default="episode", compare=False)
+    copies: int = 0
 
 
 class BatchSource(Protocol):
@@ -81,6 +83,13 @@ class EpisodeSampler:
 
     Support, query and unlabelled examples share no input.
 
+    Attributes:
+        store: Inputs.
+        view: Classes.
+        shape: Shape of the episodes.
+        key: int64 [].
+        support_store: Inputs of support sets; None for those of `store`.
+
     Raises:
         UserError: The shape is impossible, or the split has too few classes or examples for it.
     """
@@ -89,6 +98,7 @@ class EpisodeSampler:
     view: ClassView
     shape: Shape
     key: Tensor
+    support_store: Store | None = None
 
     def __post_init__(self) -> None:
         shape, index = self.shape, self.view.index
@@ -133,7 +143,10 @@ class EpisodeSampler:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
         support, query, unlabelled = rows.split([shape.shot, shape.query, shape.unlabelled], -1)
-        x, y = self._shuffled(support[:, : shape.way], prng.fold_in(key_T, 3))
+        support = support[:, : shape.way]
+        if shape.copies:
+            support = support.repeat_interleave(shape.copies, -1)
+        x, y = self._shuffled(support, prng.fold_in(key_T, 3), self.support_store)
         query_x, query_y = self._shuffled(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = self._shuffled(unlabelled, prng.fold_in(key_T, 6))[0] if shape.unlabelled else None
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
@@ -145,11 +158,15 @@ class EpisodeSampler:
             :, : self.shape.way
         ]
 
-    def _shuffled(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
+    def _shuffled(
+        self, rows_TNK: Tensor, key_T: Tensor, store: Store | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return inputs and labels in random order, so that positions reveal no label."""
         _, way, each = rows_TNK.shape
         order = prng.permutation(key_T, way * each)
-        x = self.store.gather(rows_TNK.flatten(1).gather(1, order), prng.fold_in(key_T, 0))
+        x = (store or self.store).gather(
+            rows_TNK.flatten(1).gather(1, order), prng.fold_in(key_T, 0)
+        )
         return x, order // each
 
 
