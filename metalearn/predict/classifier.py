@@ -1,5 +1,6 @@
 """FewShotClassifier: a scikit-learn classifier that learns from a few images of each class."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,6 +113,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
                 network.adapt(self.examples_, self.targets_)
             self._network = network
         return self._network
+
+    def use(self, network: Network) -> "FewShotClassifier":
+        """Use an open network, instead of opening the same one again."""
+        self._network = copy.copy(network)
+        return self
 
     @property
     def labels_(self) -> np.ndarray:
@@ -343,6 +349,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | Path) -> None:
         """Save to a folder: JSON, and arrays without pickle. An interrupted save changes nothing.
 
+        The folder can be moved: it has a copy of what it needs of a run.
+
         Raises:
             UserError: If the network is a Python function, which cannot be saved.
         """
@@ -350,8 +358,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if self.network is not None and self.network.identity is None:
             raise UserError("a classifier on a Python function cannot be saved; name a backbone")
         arrays = {"examples": self.examples_, "targets": self.targets_}
+        run = self.run and saved.copy_run(Path(self.run), Path(folder), str(self.network.identity))
         content = {
-            "settings": self.get_params() | {"run": self.run and str(Path(self.run).absolute())},
+            "settings": self.get_params() | {"run": run},
             "network": self.network and self.network.identity,
             "classes": self.classes_.tolist(),
             "head": self.head_,
@@ -364,14 +373,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         saved.write(Path(folder), content, arrays | learned)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "FewShotClassifier":
+    def load(cls, folder: str | Path, run: str | Path | None = None) -> "FewShotClassifier":
         """Load a saved classifier; this runs no code from it.
+
+        Args:
+            folder: The folder of `save`.
+            run: Folder of its run, if it is not in `folder`, as earlier versions saved it.
 
         Raises:
             UserError: If it is not one, or its network has changed.
         """
         with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])
+            if self.run is not None:
+                self.run = Path(folder) / self.run if run is None else run
+            elif run is not None:
+                raise UserError(f"run={run}: the classifier in {folder} does not use a run")
             self.classes_, self.head_ = np.array(content["classes"]), content["head"]
             self.normalise_, self.scale_ = content["normalise"], float(content["scale"])
             self.notes_ = [dict(note) for note in content["notes"]]
