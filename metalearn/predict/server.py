@@ -203,7 +203,7 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
     @api.get("/classifiers")
     async def list_classifiers() -> list[dict[str, Any]]:
         """List all classifiers."""
-        return await run(store.list)  # type: ignore[no-any-return]
+        return await run(store.briefs)  # type: ignore[no-any-return]
 
     @api.post("/classifiers", status_code=201)
     async def create(

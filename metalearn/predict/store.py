@@ -173,7 +173,7 @@ class ClassifierStore:
         saved.write(self.folder / own, content, {"x": examples.x}, _JSON)
         self._all[own] = examples
 
-    def list(self) -> list[dict[str, Any]]:
+    def briefs(self) -> list[dict[str, Any]]:
         """Return id, name and number of examples of each class of all classifiers."""
         return [self._brief(own) for own in self._all]
 
