@@ -202,16 +202,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"{len(X)} examples have {len(labels)} labels")
         return X, labels
 
-    def _set_examples(
-        self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
-    ) -> None:
-        """Learn examples; a failure leaves the classifier as it was."""
+    def check_settings(self) -> None:
+        """Check the settings, as `fit` does; raise ValueError for a wrong one."""
         if self.head not in (*heads.HEADS, "auto"):
             raise ValueError(f"head={self.head}: should be auto, {', '.join(heads.HEADS)}")
         if self.normalise not in ("auto", "l2", "standard"):
             raise ValueError(f"normalise={self.normalise}: should be auto, l2 or standard")
         if not 0 < self.error_rate < 1:
             raise ValueError(f"error_rate={self.error_rate}: should be between 0 and 1")
+
+    def _set_examples(
+        self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
+    ) -> None:
+        """Learn examples; a failure leaves the classifier as it was."""
+        self.check_settings()
         classes, targets = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"the examples have {len(classes)} class; at least 2 are required")
@@ -355,13 +359,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             UserError: If the network is a Python function, which cannot be saved.
         """
         check_is_fitted(self)
-        if self.network is not None and self.network.identity is None:
+        identity = None if self.network is None else self.network.identity
+        if self.network is not None and identity is None:
             raise UserError("a classifier on a Python function cannot be saved; name a backbone")
         arrays = {"examples": self.examples_, "targets": self.targets_}
-        run = self.run and saved.copy_run(Path(self.run), Path(folder), str(self.network.identity))
+        run = self.run and saved.copy_run(Path(self.run), Path(folder), str(identity))
         content = {
             "settings": self.get_params() | {"run": run},
-            "network": self.network and self.network.identity,
+            "network": identity,
             "classes": self.classes_.tolist(),
             "head": self.head_,
             "scale": self.scale_,

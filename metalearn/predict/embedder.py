@@ -39,7 +39,9 @@ class ImageEmbedder:
         UserError: If weights cannot be read, or the network has no preprocessing of its own.
     """
 
-    def __init__(self, backbone: dict[str, Any], device: torch.device, cache_dir: Path | None) -> None:
+    def __init__(
+        self, backbone: dict[str, Any], device: torch.device, cache_dir: Path | None
+    ) -> None:
         network = components.make(backbone, "backbone")
         if not isinstance(network, Pretrained):
             raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")

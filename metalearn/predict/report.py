@@ -68,7 +68,9 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     rate = f"{100 * trust.error_rate:.0f}%"
     if trust.novelty_threshold is not None:
         unknown = sum(bool(label.unknown) for label in images)
-        count = f"Images that look like none of the classes (unknown): {unknown}. " if labels else ""
+        count = (
+            f"Images that look like none of the classes (unknown): {unknown}. " if labels else ""
+        )
         lines.append(
             f"{count}By mistake, about {rate} of the images of your classes are called unknown."
         )

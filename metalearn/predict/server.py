@@ -88,7 +88,9 @@ class _Guard:
         if self._token and is_api:
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._token.encode()):
-                return _refused(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+                return _refused(
+                    401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"}
+                )
         length = headers.get("content-length", "0")
         if not re.fullmatch("[0-9]{1,12}", length) or int(length) > self._limits.body:
             return _refused(413, f"a request has at most {self._limits.body:,} bytes")
@@ -193,6 +195,8 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
     labels_type = Annotated[list[str], Form(description="A class for each file, or one for all.")]
 
     def uploads(files: list[UploadFile]) -> list[Upload]:
+        if len(files) > limits.files:
+            raise Refused(413, f"a request has at most {limits.files} files")
         return [Upload((one.filename or "image")[: limits.name], one.file) for one in files]
 
     @api.get("/settings")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import secrets
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from PIL import Image
 from sklearn.base import clone
 
 from metalearn.data.files import open_image
@@ -125,10 +127,12 @@ class ClassifierStore:
         limits: See `Limits`.
 
     Raises:
+        ValueError: For a wrong setting of the classifier.
         UserError: For a network that does not exist, or a folder that cannot be read.
     """
 
     def __init__(self, folder: Path, settings: FewShotClassifier, limits: Limits) -> None:
+        settings.check_settings()
         self.limits = limits
         self._settings: FewShotClassifier = clone(settings)
         network = open_network(settings.backbone, settings.run, settings.head != "auto", False)
@@ -308,8 +312,6 @@ class ClassifierStore:
         Yields:
             Files of the images, what represents them, and why some cannot be read, by index.
         """
-        if len(uploads) > self.limits.files:
-            raise Refused(413, f"a request has at most {self.limits.files} files")
         with tempfile.TemporaryDirectory() as name:
             paths = [Path(name) / str(number) for number in range(len(uploads))]
             keys, errors, total = [], {}, 0
@@ -325,7 +327,9 @@ class ClassifierStore:
                         413, f"{upload.name} has too many pixels; at most {self.limits.pixels:,} "
                         f"are read, and {self.limits.all_pixels:,} in a request",
                     )  # fmt: skip
-            rows = [None if i in errors else self._represented.recall(k) for i, k in enumerate(keys)]
+            rows = [
+                None if i in errors else self._represented.recall(k) for i, k in enumerate(keys)
+            ]
             missing = [i for i, row in enumerate(rows) if row is None and i not in errors]
             failed: dict[int, str] = {}
             made = self.network.represent([paths[index] for index in missing], failed)
@@ -355,5 +359,7 @@ def _pixels(path: Path) -> int | None:
     try:
         with open_image(path) as image:
             return image.width * image.height if image.format in _FORMATS else None
+    except Image.DecompressionBombError:  # states more than Pillow ever decodes
+        return sys.maxsize
     except Exception:  # a corrupt file can raise any exception in Pillow
         return None
