@@ -550,6 +550,7 @@ def test_page_labels_images_and_corrects_a_label(browse, run_folder, tmp_path):
     queries = [tmp_path / name for name in ("=q.png", "wrong.png", "x.png")]
     page.locator("#queries").set_input_files(queries)
     card = page.get_by_role("article", name="=q.png")
+    card.locator(".bar.second").wait_for()
     assert card.locator(".label").inner_text() == "level" and "%" in card.inner_text()
     page.get_by_role("article", name="x.png").get_by_text("not readable").wait_for()
 

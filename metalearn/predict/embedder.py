@@ -28,7 +28,7 @@ class ImageEmbedder:
     Args:
         backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
         device: Where to compute.
-        cache_dir: Folder of the cache; None for no cache.
+        cache_dir: Folder of the cache; None for no cache, and batches as small as they are given.
 
     Attributes:
         network: The backbone.
@@ -102,7 +102,7 @@ class ImageEmbedder:
         opened = feature_cache.opened(folder, self._key) if folder else contextlib.nullcontext()
         with opened as cache, torch.no_grad():
             z = feature_cache.embed_inputs(
-                keys, load, self.features, size, cache, progress, failures
+                keys, load, self.features, size, cache, progress, failures, folder is not None
             )
         z[list(failures)] = torch.nan
         if unreadable is not None:
