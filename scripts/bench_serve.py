@@ -441,8 +441,8 @@ def main() -> None:
     text = "\n".join([
         "# metalearn serve under attack, load and kills", "",
         "`python scripts/bench_serve.py` (`make bench-serve`). Requests of the attack: invalid "
-        "HTTP, truncated and chunked bodies, 40 MB, wrong types, hosts, origins and tokens, names that "
-        "are paths, formulas or markup, PNG and zip bombs, corrupt images, and valid ones.",
+        "HTTP, truncated and chunked bodies, 40 MB, wrong types, hosts, origins and tokens, names "
+        "that are paths, formulas or markup, PNG and zip bombs, corrupt images, and valid ones.",
         "", *(f"- {line}" for line in lines), "",
         "Time of a prediction of one new image, a new connection each:", "",
         "| network | clients | requests | p50 | p99 |", "|---|---|---|---|---|", *rows, "",

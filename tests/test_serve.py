@@ -589,6 +589,7 @@ def test_page_labels_images_and_corrects_a_label(browse, run_folder, tmp_path):
 def test_page_recognises_drawings_by_mouse_and_keyboard(browse, run_folder):
     page = browse(f"run={run_folder}", "head=nearest")
     canvas = page.locator("#canvas")
+    page.get_by_text("0 of 2 classes").wait_for()
     box = canvas.bounding_box()
 
     def line(*points):
@@ -600,7 +601,7 @@ def test_page_recognises_drawings_by_mouse_and_keyboard(browse, run_folder):
         page.mouse.up()
 
     line((0.2, 0.5), (0.9, 0.5))
-    page.get_by_role("button", name="New class").click()
+    page.get_by_role("button", name="New class", exact=True).click()
     page.get_by_role("region", name="Class sign 1").wait_for()
     # The second class is drawn and named by keyboard alone.
     canvas.focus()
