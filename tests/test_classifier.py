@@ -303,7 +303,7 @@ def test_images_of_no_class_are_unknown_at_the_error_rate():
 def test_one_example_of_each_class_says_what_cannot_be_known():
     x, y, queries, _ = gaussian(shot=1)
     classifier = FewShotClassifier().fit(x, y)
-    assert classifier.confidence_.interval() is None and classifier.head_ == "prototype"
+    assert classifier.confidence_.interval() is None and classifier.head_ == "ridge"
     label = classifier.label(queries)[0]
     assert label.unknown is None and label.plausible is None
     assert module._DEFAULT_HEAD in heads.HEADS

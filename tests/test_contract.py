@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from metalearn import load, testing
+from metalearn.backbones.text import HashedTokens
 from metalearn.config import checking, components, composition
 from metalearn.engine import Engine
 from metalearn.run.evaluate import evaluate
@@ -123,6 +124,7 @@ _DATASETS = {
     "glyphs": ["dataset.num_classes=60", "dataset.image_size=16"],
     "sinusoid": [],
     "gaussians": [],
+    "text": ["dataset.path=toy.csv"],
 }
 
 
@@ -132,9 +134,12 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
         composition.compose_config([f"dataset={name}", *_DATASETS[name]])
     ).dataset
     shape = Shape(1, 3, 5) if name == "sinusoid" else Shape(5, 2, 3)
-    return testing.DatasetCase(
-        components.make(settings, "dataset"), cache_dir / "none", cache_dir, shape
-    )
+    if name == "text":
+        lines = [f"text {row},label{row % 30}" for row in range(600)]
+        (cache_dir / "toy.csv").write_text("\n".join(lines))
+    tokenizer = HashedTokens(1000, 8, str.split)
+    made = components.make(settings, "dataset", tokenizer=tokenizer)
+    return testing.DatasetCase(made, cache_dir, cache_dir, shape)
 
 
 @pytest.mark.parametrize("check", DATASET_CHECKS)
@@ -159,6 +164,8 @@ _BACKBONES = {
         ["backbone.model=shufflenet_v2_x0_5", "backbone.weights=null", "backbone.image_size=32"],
         InputSpec((1, 32, 32)),
     ),
+    "bag_of_ngrams": (["backbone.features=9", "backbone.frozen=false"], InputSpec((6,), 10)),
+    "text_transformer": (["backbone.width=8", "backbone.dropout=0"], InputSpec((6,), 10)),
     "efficientnet_lite0": (
         ["backbone.weights=null", "backbone.image_size=32"],
         InputSpec((3, 32, 32)),
@@ -180,7 +187,8 @@ def test_backbone(name, check):
 
 
 def test_every_backbone_is_checked():
-    assert sorted(_BACKBONES) == sorted(composition.options("backbone"))
+    apart = ["text_encoder"]  # tests/test_text.py
+    assert sorted([*_BACKBONES, *apart]) == sorted(composition.options("backbone"))
 
 
 @pytest.mark.parametrize("is_declared", [True, False])

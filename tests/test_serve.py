@@ -33,14 +33,15 @@ from metalearn.predict.store import ClassifierStore, Limits
 from metalearn.report.progress import SILENT
 from metalearn.run import loop
 from metalearn.run.build import build
+from metalearn.system.errors import UserError
 from tests.fixtures import SMALL
 
 _HOSTILE = '=1+<img src=x onerror="alert(1)">'
 _TOKEN = "a token of sufficient length"
 
 
-def train(folder, cache_dir, *overrides):
-    config = composition.compose_config([*SMALL, f"cache_dir={cache_dir}", *overrides])
+def train(folder, cache_dir, *overrides, base=SMALL):
+    config = composition.compose_config([*base, f"cache_dir={cache_dir}", *overrides])
     folder.mkdir()
     loop.fit(build(check_config(config)), SILENT, folder)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
@@ -438,6 +439,13 @@ def test_mistakes_are_one_line(words, message, tmp_path, run_folder, monkeypatch
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and "secret" not in lines[0]
+
+
+def test_a_run_without_images_is_refused(serve, tmp_path, cache_dir):
+    small = ["algo=protonet", "backbone=mlp", "train.steps=2", "val.episodes=2", "logger=none"]
+    run = train(tmp_path / "run", cache_dir, "dataset=gaussians", *small, base=[])
+    with pytest.raises(UserError, match="no images"):
+        serve(settings=FewShotClassifier(run=run))
 
 
 def test_help_and_completion_name_the_arguments(capsys):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import above, given_by_run
-from metalearn.tasks.types import InputSpec, Kernels, Params
+from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class Backbone:
     def is_frozen(self) -> bool:
         """True if parameters get no gradient and population statistics never change."""
         return False
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the network's inputs; None for a network without texts."""
+        return None
 
     def without_weights(self) -> "Backbone":
         """Return a copy that reads no pretrained weights, for a run whose checkpoint has them."""

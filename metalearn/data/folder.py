@@ -16,7 +16,7 @@ from metalearn.config.fields import at_least, choice, setting
 from metalearn.data import files
 from metalearn.data.classes import ClassData
 from metalearn.data.files import ImageFile, list_images
-from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
+from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares, split_file
 from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
 
@@ -183,7 +183,7 @@ class Folder(ImageDataset):
                 for split in ("train", "val", "test")
             }
         else:
-            splits = _split_file(Path(self.split).expanduser())
+            splits = split_file(Path(self.split).expanduser())
         if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
             raise UserError(
                 f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have"
@@ -196,28 +196,6 @@ def _cifar100(root: Path, **options: bool) -> Any:
     from torchvision.datasets import CIFAR100  # takes seconds to import
 
     return CIFAR100(str(root), **options)
-
-
-def _split_file(path: Path) -> dict[str, list[str]]:
-    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
-    try:
-        splits = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"dataset.split={path} should be random, cifar_fs or a file of {expected} ({error})"
-        ) from None
-    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
-    if not lists or set(splits) != {"train", "val", "test"}:
-        raise UserError(f"dataset.split={path} should be {expected}")
-    for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := [name for name in splits[first] if name in splits[second]]:
-            raise UserError(
-                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
-            )
-    return splits
 
 
 def _zips(root: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -76,6 +78,29 @@ def shares(total: int, fractions: list[float]) -> dict[str, int]:
         )
     val, test = (round(total * fraction) for fraction in fractions[1:])
     return {"train": total - val - test, "val": val, "test": test}
+
+
+def split_file(path: Path) -> dict[str, list[str]]:
+    """Read the names of the classes of each split; raise UserError if they overlap."""
+    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
+    try:
+        splits = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"dataset.split={path} should be the name of a split, or a file of {expected} ({error})"
+        ) from None
+    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
+    if not lists or set(splits) != {"train", "val", "test"}:
+        raise UserError(f"dataset.split={path} should be {expected}")
+    for split, names in splits.items():
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        if shared := [name for name in splits[first] if name in splits[second]]:
+            raise UserError(
+                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
+            )
+    return splits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

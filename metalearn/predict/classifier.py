@@ -27,7 +27,7 @@ from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.errors import UserError
 
 #: The head that is used where there is nothing to choose it by.
-_DEFAULT_HEAD = "prototype"
+_DEFAULT_HEAD = heads.HEADS[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,13 +257,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.learned_ = heads.learn(self.head_, self.normalise_, x, y, way, self.cost)
 
     def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> tuple[str, float]:
-        """Return `head` and 1, or the most accurate head in cross-validation and its temperature.
+        """Return `head` and 1, or the best head in cross-validation and its temperature.
 
-        So logits of different heads have the same scale.
+        The first head, unless another one is more accurate by at least a standard error (Breiman et
+        al. 1984). The temperature gives logits of different heads the same scale.
         """
         if self.head != "auto":
             return self.head, 1.0
-        best, chosen = -1.0, (_DEFAULT_HEAD, 1.0)
+        best, required, chosen = -1.0, 0.0, (_DEFAULT_HEAD, 1.0)
         for head in heads.HEADS:
             held_out = hold_out(
                 lambda *data, head=head: self._outputs(head, *data), x, y, way, fits,
@@ -272,9 +273,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             if held_out is None:
                 return chosen
             accuracy = float((held_out.logits.argmax(1) == held_out.y).mean())
-            if accuracy > best + 1e-9:
+            if accuracy > max(best, required):
                 degree = temperature(held_out.logits, held_out.y, held_out.examples)
                 best, chosen = accuracy, (head, degree)
+            if head == _DEFAULT_HEAD:
+                error = (accuracy * (1 - accuracy) / held_out.examples) ** 0.5
+                required = accuracy + error - 1e-9
         return chosen
 
     def _outputs(

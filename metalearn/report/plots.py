@@ -8,6 +8,9 @@ from typing import Any
 
 from metalearn.system.atomic import atomic_writer
 
+#: Longest label that is drawn, in characters.
+_LABEL_LENGTH = 60
+
 
 @contextlib.contextmanager
 def new_figure(path: Path, width: float = 6.4, height: float = 4.0) -> Iterator[Any]:
@@ -43,6 +46,12 @@ def _factor(score: str) -> int:
     return 100 if score.endswith("accuracy") else 1
 
 
+def _shown(text: str) -> str:
+    """Return a label that can be drawn: short, and without what no font has."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1] + "…"
+
+
 def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, title: str) -> None:
     """Plot training and validation scores over meta-training steps.
 
@@ -65,7 +74,7 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, titl
             [factor * row[f"val.{score}_ci95"] for row in val],
             marker="o", markersize=3, capsize=2, label="validation, 95% interval",
         )  # fmt: skip
-        axes.set(xlabel="meta-training step", ylabel=_label(score), title=title)
+        axes.set(xlabel="meta-training step", ylabel=_label(score), title=_shown(title))
         axes.legend()
 
 
@@ -86,7 +95,7 @@ def draw_lines(
             x, mean, ci95 = ([point[column] for point in points] for column in range(3))
             axes.errorbar(
                 x, [factor * value for value in mean], [factor * value for value in ci95],
-                marker="o", markersize=3, capsize=2, label=method,
+                marker="o", markersize=3, capsize=2, label=_shown(method),
             )  # fmt: skip
         axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
         axes.legend(fontsize=8)
@@ -113,8 +122,8 @@ def draw_comparison(
                 xerr=[factor * ci95 for *_, ci95 in rows],
                 fmt="o", markersize=4, capsize=3,
             )  # fmt: skip
-            axes.set_yticks(y, [name for name, *_ in rows], fontsize=8)
+            axes.set_yticks(y, [_shown(name) for name, *_ in rows], fontsize=8)
             axes.set_ylim(-0.6, len(rows) - 0.4)
-            axes.set_title(title, fontsize=9)
+            axes.set_title(_shown(title), fontsize=9)
             axes.grid(alpha=0.3, axis="x")
         panels[-1].set_xlabel(f"test {_label(score)}, 95% interval")

@@ -129,7 +129,11 @@ def build(
             )
     algorithm = algorithm_of(settings, is_restored)
     dataset = components.make(
-        settings.dataset, "dataset", channels=channels, raw=algorithm.backbone.is_external
+        settings.dataset,
+        "dataset",
+        channels=channels,
+        raw=algorithm.backbone.is_external,
+        tokenizer=algorithm.backbone.tokenizer(),
     )
     with group.leader_first():
         data = dataset.open(data_folder(settings), cache_folder(settings), device)

@@ -193,6 +193,8 @@ def _embedded(
         return store.normalise(store.load(rows[indices]))
 
     def network(x: Tensor) -> Tensor:
+        if store.spec.kind == "tokens":  # without the padding that all texts of the batch have
+            x = x[:, : max(1, int(x.count_nonzero(1).max()))]
         with engine.autocast(x.device):
             return backbone.embed(tensors, channels_last(x), given or None)[0]
 

@@ -4,7 +4,7 @@ This requires the run folder, but not the run's data.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Model:
             x: Image files, a folder (see `files`) or PIL images, which are read as the run's
                 dataset reads its own; or an array, tensor or nested list: images [M, C, H, W], grey
                 or in colour, uint8 or floats in [0, 1] (for handwriting, ink is 1); feature vectors
-                [M, D]; or tokens [M, L].
+                [M, D]; texts, or tokens [M, L].
 
         Raises:
             UserError: For inputs that the run does not accept, or a file that is not an image.
@@ -156,6 +156,8 @@ class Model:
         kind, vocabulary = self.spec.inputs.kind, self.spec.vocabulary or 0
         if len(items) == 0:
             items = torch.zeros(0, *self.spec.input_shape)
+        elif kind == "tokens" and all(isinstance(item, str) for item in items):
+            items = self._tokens(items)
         elif all(isinstance(item, str | Path | Image.Image) for item in items):
             items = torch.stack([self.read_image(item) for item in items])
         try:
@@ -191,8 +193,19 @@ class Model:
         )
         return (inputs - shift) * scale
 
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        """Return tokens [M, L] of texts, cut or padded to the run's length."""
+        tokenizer = self._algorithm.backbone.tokenizer()
+        if tokenizer is None:
+            raise UserError("x has texts, but this run's inputs are tokens of its own data")
+        length = self.spec.input_shape[0]
+        tokens = tokenizer(texts)[:, :length]
+        return torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
+
     def _items(self, x: Any) -> Any:
         """Return inputs as something with a length that can be sliced."""
+        if self.spec.inputs.kind == "tokens" and isinstance(x, str):
+            return [x]
         if isinstance(x, str | Path) and Path(x).expanduser().is_dir():
             return self.files(x)
         if isinstance(x, str | Path | Image.Image):

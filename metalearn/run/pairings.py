@@ -40,11 +40,9 @@ def check(settings: RunConfig) -> None:
             f"train.source={settings.train.source}: {name} trains on "
             f"{' or '.join(algorithm.sources)}; use train.source={algorithm.sources[0]}"
         )
-    if algorithm.normalisation.has_population and not algorithm.backbone.normalises:
-        raise UserError("statistics=population needs a backbone with normalisation")
     if algorithm.backbone.is_external:
         backbone = type(algorithm.backbone).__name__
-        if not algorithm.normalisation.has_population:
+        if algorithm.backbone.normalises and not algorithm.normalisation.has_population:
             raise UserError(
                 f"statistics={settings.statistics}: backbone={backbone} always uses the population "
                 "statistics of its weights; use statistics=population"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -118,6 +119,17 @@ class InputSpec(NamedTuple):
         if self.vocabulary is not None:
             return "tokens"
         return "images" if len(self.shape) == 3 else "features"
+
+
+class Tokenizer(Protocol):
+    """Converts texts to tokens, the same for training and prediction."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of different tokens; 0 is padding."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return tokens, int64 [I, L], padded with 0 on the right to the longest text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,215 @@
+"""Networks for texts without pretraining: hashed n-grams, and a small transformer.
+
+Legend of shapes: B texts, L tokens, D features, H heads.
+"""
+
+import dataclasses
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from metalearn.backbones.base import Backbone
+from metalearn.backbones.layers import init_weight
+from metalearn.backbones.normalisation import Normaliser
+from metalearn.config.fields import at_least, between, setting
+from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.types import InputSpec, Params, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class HashedTokens:
+    """Splits texts into parts, and numbers them by a hash: 1 to `vocabulary` - 1.
+
+    Attributes:
+        vocabulary: Number of tokens, padding included.
+        length: Largest number of tokens of a text; the others are left out.
+        split: Returns the parts of a text.
+    """
+
+    vocabulary: int
+    length: int
+    split: Callable[[str], Iterable[str]]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return tokens, int64 [I, L], padded with 0 to the longest text."""
+        rows = [torch.tensor(self._numbers(text), dtype=torch.int64) for text in texts]
+        return (
+            pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
+        )
+
+    def _numbers(self, text: str) -> list[int]:
+        parts = itertools.islice(self.split(text), self.length)
+        return [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+
+
+def character_ngrams(text: str, size: int) -> list[str]:
+    """Return all n-grams of the characters of a text in lower case, with a space on both sides."""
+    text = f" {' '.join(text.lower().split())} "
+    return [text[at : at + size] for at in range(max(1, len(text) - size + 1))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BagOfNGrams(Backbone):
+    """The square roots of the counts of hashed character n-grams, times a weight each, with norm 1.
+
+    Args:
+        ngram: Number of characters.
+        features: Number of hash values D.
+        length: Largest number of n-grams of a text; those after it are left out.
+        frozen: Whether the weights stay 1.
+    """
+
+    input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    ngram: int = at_least(1)
+    features: int = at_least(2)
+    length: int = at_least(1)
+    frozen: bool = setting()
+
+    @property
+    def normalises(self) -> bool:
+        """Return False."""
+        return False
+
+    @property
+    def is_frozen(self) -> bool:
+        """True if the `frozen` setting is."""
+        return self.frozen
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the hash of n-grams."""
+        return HashedTokens(
+            self.features + 1, self.length, lambda text: character_ngrams(text, self.ngram)
+        )
+
+    def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Return a weight of 1 for each hash value."""
+        return {"weight": torch.ones(self.features, device=key.device)}, {}
+
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return (D,)."""
+        return (self.features,)
+
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Count the tokens x [B, L], weigh and normalise."""
+        counts = torch.zeros(len(x), self.features + 1, device=x.device)
+        counts = counts.scatter_add(1, x, torch.ones_like(x, dtype=counts.dtype))[:, 1:]
+        return F.normalize(counts.sqrt() * params["weight"], dim=-1)
+
+
+def words(text: str) -> list[str]:
+    """Split a text into words and punctuation in lower case, without accents, as BERT does."""
+    try:
+        from tokenizers import normalizers, pre_tokenizers
+    except ModuleNotFoundError:
+        raise UserError(
+            "backbone=text_transformer: tokenizers is not installed; "
+            "pip install 'metalearn-lab[text]'"
+        ) from None
+    text = normalizers.BertNormalizer(lowercase=True).normalize_str(text)
+    return [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(text)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTransformer(Backbone):
+    """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
+
+    Attention is written out, so that an inner loop can differentiate through it twice (fused
+    attention has no second derivative).
+
+    Args:
+        layers: Number of layers.
+        width: Number of features D.
+        heads: Number of attention heads H, a divisor of D.
+        vocabulary: Number of hash values of words.
+        length: Largest number of words of a text; those after it are left out.
+        dropout: Probability that a word is left out in training (of all words; none is scaled).
+    """
+
+    input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    layers: int = at_least(1)
+    width: int = at_least(2)
+    heads: int = at_least(1)
+    vocabulary: int = at_least(1)
+    length: int = at_least(1)
+    dropout: float = between(0, 1)
+
+    @property
+    def normalises(self) -> bool:
+        """Return False: each token is normalised alone."""
+        return False
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the hash of words."""
+        return HashedTokens(self.vocabulary + 1, self.length, words)
+
+    def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
+        """Initialise the embeddings of tokens and positions, and the layers."""
+        width, device = self.width, key.device
+        if width % self.heads:
+            raise UserError(f"backbone.heads={self.heads}: should divide backbone.width={width}")
+
+        def layer_norm(name: str) -> Params:
+            return {
+                f"{name}.weight": torch.ones(width, device=device),
+                f"{name}.bias": torch.zeros(width, device=device),
+            }
+
+        vocabulary = inputs.vocabulary or self.vocabulary + 1
+        params: Params = {
+            "token.weight": prng.normal(prng.fold_in(key, 0), (vocabulary, width)) * width**-0.5,
+            "position.weight": prng.normal(prng.fold_in(key, 1), (inputs.shape[0], width)) * 0.02,
+            **layer_norm("last"),
+        }
+        shapes = {"qkv": (3 * width, width), "out": (width, width),
+                  "up": (4 * width, width), "down": (width, 4 * width)}  # fmt: skip
+        for layer in range(self.layers):
+            own = prng.fold_in(key, 2 + layer)
+            params |= layer_norm(f"layer{layer}.attend") | layer_norm(f"layer{layer}.feed")
+            for number, (name, (rows, columns)) in enumerate(shapes.items()):
+                weight = init_weight(prng.fold_in(own, number), rows, columns)
+                params[f"layer{layer}.{name}.weight"] = weight
+                params[f"layer{layer}.{name}.bias"] = torch.zeros(rows, device=device)
+        return params, {}
+
+    def shape(self, inputs: InputSpec) -> tuple[int, ...]:
+        """Return (D,)."""
+        return (self.width,)
+
+    def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
+        """Compute the mean output over the tokens x [B, L] that are no padding."""
+
+        def linear(name: str, z: Tensor) -> Tensor:
+            return F.linear(z, params[f"{name}.weight"], params[f"{name}.bias"])
+
+        def layer_norm(name: str, z: Tensor) -> Tensor:
+            return F.layer_norm(
+                z, z.shape[-1:], params[f"{name}.weight"], params[f"{name}.bias"], self.eps
+            )
+
+        is_word = x != 0
+        if key is not None and self.dropout:
+            is_word = is_word & (prng.uniform(key, tuple(x.shape)) >= self.dropout)
+        mask = torch.where(is_word, 0.0, -1e9)[:, None, None, :]  # a text without words: uniform
+        z = F.embedding(x, params["token.weight"]) + params["position.weight"]
+        for layer in range(self.layers):
+            name = f"layer{layer}"
+            qkv = linear(f"{name}.qkv", layer_norm(f"{name}.attend", z))
+            query, keys, value = (
+                part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)
+            )
+            scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+            read = ((scores + mask).softmax(-1) @ value).transpose(1, 2).flatten(2)
+            z = z + linear(f"{name}.out", read)
+            hidden = F.gelu(linear(f"{name}.up", layer_norm(f"{name}.feed", z)))
+            z = z + linear(f"{name}.down", hidden)
+        weight = is_word.to(z.dtype).unsqueeze(-1)
+        return (layer_norm("last", z) * weight).sum(1) / weight.sum(1).clamp_min(1)

@@ -1,0 +1,212 @@
+"""Texts with labels: published sets of intents and sentiments, and your own CSV files."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from metalearn.config.fields import at_least, given_by_run, setting
+from metalearn.data.base import Dataset
+from metalearn.data.classes import ClassData
+from metalearn.data.images import seeded_split, shares, split_file
+from metalearn.system.download import fetch
+from metalearn.system.errors import UserError, first_line
+from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
+from metalearn.tasks.types import Tokenizer
+
+#: Names of columns; without any of them in the first row, a file has no header.
+_COLUMNS = {
+    "text": ("text", "sentence", "utterance", "query"),
+    "label": ("label", "category", "intent", "class"),
+    "domain": ("domain",),
+}
+_PUBLISHED = ("clinc150", "banking77", "hwu64")
+
+
+class Row(NamedTuple):
+    """A text with its label, and perhaps its domain."""
+
+    text: str
+    label: str
+    domain: str
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
+
+    A CSV file may have a header or not, and any of the encodings UTF-8, UTF-16 and Windows-1252.
+
+    Raises:
+        UserError: If it cannot be read, or a row has no text or no label.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            sets = json.loads(content)
+            return [Row(text, label, "") for part in sets.values() for text, label in part]
+        rows = [row for row in csv.reader(_decoded(content).splitlines(), strict=True) if any(row)]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    columns = {
+        name: next((header.index(one) for one in names if one in header), None)
+        for name, names in _COLUMNS.items()
+    }
+    first = 2
+    if columns["text"] is None and columns["label"] is None:
+        columns, first = {"text": 0, "label": 1, "domain": 2}, 1
+    result = []
+    for number, row in enumerate(rows[first - 1 :], first):
+        cells = {
+            name: row[column].strip() if column is not None and column < len(row) else ""
+            for name, column in columns.items()
+        }
+        if not cells["text"] or not cells["label"]:
+            missing = "label" if cells["text"] else "text"
+            raise UserError(f"{path}: row {number} has no {missing}; complete or remove it")
+        result.append(Row(**cells))
+    return result
+
+
+def _decoded(content: bytes) -> str:
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text(Dataset):
+    """Texts with labels in one or several files.
+
+    A class is a label; where domains share labels, a label of a domain. A text that a class has
+    twice is left out.
+
+    Args:
+        path: A file, or the folder of `parts`; in `data_dir` unless absolute.
+        parts: Names of files in the folder; domains.json there maps a domain to its labels.
+        urls: Address of each file that can be downloaded, by name.
+        md5: Checksum of each.
+        split: "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5" for the
+            folds of Dopierre et al. (2021); or a JSON file as for `Folder`.
+        split_seed: Seed of a random split, of classes or of domains.
+        fractions: Fractions of the classes or domains for train, val and test.
+        domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
+        tokenizer: That of the backbone.
+    """
+
+    path: str = setting()
+    parts: list[str] = setting(default=[])
+    urls: dict[str, str] = setting(default={})
+    md5: dict[str, str] = setting(default={})
+    split: str = setting()
+    split_seed: int = setting()
+    fractions: list[float] = at_least(0)
+    domains: dict[str, str] = setting(default={})
+    tokenizer: Tokenizer | None = given_by_run(None)
+
+    def files(self, data_dir: Path) -> list[Path]:
+        """Return the files to read."""
+        root = data_dir / Path(self.path).expanduser()
+        return [root / name for name in self.parts] or [root]
+
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        """Read the files, tokenise the texts, and split the classes."""
+        if self.tokenizer is None:
+            raise UserError(
+                "dataset: has texts, which this backbone does not take; use "
+                "backbone=text_transformer, text_encoder or bag_of_ngrams"
+            )
+        texts, domain_of = self._read(self.files(data_dir))
+        splits = self._splits(sorted(texts), domain_of)
+        names = [name for chosen in splits.values() for name in chosen]
+        tokens = self.tokenizer([text for name in names for text in texts[name]])
+        store = ArrayStore(tokens.to(device), self.tokenizer.vocabulary)
+        sizes = torch.tensor([len(texts[name]) for name in names])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
+        views, first = {}, 0
+        for split, chosen in splits.items():
+            if not chosen:
+                raise UserError(
+                    f"dataset.split leaves no class for {split}; add classes or change the split"
+                )
+            part = slice(first, first := first + len(chosen))
+            counts = sizes[part]
+            column = torch.minimum(torch.arange(int(counts.max())), counts[:, None] - 1)
+            rows = starts[part, None] + column
+            views[split] = ClassView(ClassIndex(rows.to(device), counts.to(device), tuple(chosen)))
+        content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        return ClassData(dict.fromkeys(views, store), views, digest)
+
+    def _read(self, paths: list[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
+        """Return the texts and the domain of each class."""
+        rows: list[Row] = []
+        known: dict[str, str] = {}
+        for path in paths:
+            if not path.exists() and path.name in self.urls:
+                fetch(self.urls[path.name], path.parent, self.md5[path.name])
+            if not path.exists():
+                raise UserError(
+                    f"dataset.path={self.path}: there is no {path}; bring it there by hand (the "
+                    "first lines of the dataset's file in conf/dataset say what it is)"
+                )
+            if path.name == "domains.json":
+                content = json.loads(path.read_text())
+                known = {label: domain for domain, labels in content.items() for label in labels}
+            else:
+                rows += read_rows(path)
+        domains: dict[str, set[str]] = defaultdict(set)
+        for row in rows:
+            domains[row.label].add(row.domain)
+        texts: dict[str, list[str]] = defaultdict(list)
+        for row in dict.fromkeys(rows):
+            name = f"{row.domain}/{row.label}" if len(domains[row.label]) > 1 else row.label
+            texts[name].append(row.text)
+            known.setdefault(name, row.domain)
+        if repeated := len(rows) - sum(map(len, texts.values())):
+            logging.getLogger(__name__).warning(
+                f"{self.path}: {repeated} repeated texts are left out"
+            )
+        return texts, known
+
+    def _splits(self, names: list[str], domain_of: dict[str, str]) -> dict[str, list[str]]:
+        published, _, fold = self.split.partition("/")
+        if self.split == "random":
+            return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
+        if self.split == "domains":
+            chosen = {
+                split: [name.strip() for name in given.split(",")]
+                for split, given in self.domains.items()
+            }
+            domains = sorted(set(domain_of.values()))
+            chosen = chosen or seeded_split(
+                domains, shares(len(domains), self.fractions), self.split_seed
+            )
+            splits = {
+                split: [name for name in names if domain_of[name] in some]
+                for split, some in chosen.items()
+            }
+        elif published in _PUBLISHED:
+            folder = resources.files("metalearn.data") / "splits"
+            folds = json.loads((folder / f"{published}.json").read_text())
+            if fold not in folds:
+                raise UserError(f"dataset.split={self.split}: should be {published}/1 to 5")
+            splits = folds[fold]
+        else:
+            splits = split_file(Path(self.split).expanduser())
+        if unknown := [one for some in splits.values() for one in some if one not in names]:
+            raise UserError(
+                f"dataset.split={self.split} names class '{unknown[0]}', which {self.path} does "
+                "not have"
+            )
+        return splits

@@ -1,0 +1,101 @@
+"""Measure few-shot intent classification on published folds, without and with meta-training.
+
+python scripts/benchmark_text.py data=<folder> [folds=1] [steps=300] [key=value …]
+
+`data` has text/{clinc150,banking77,hwu64}. Prototypes (cosine) and logistic regression on hashed
+n-grams and on a frozen sentence encoder need no training; ProtoNet trains a small transformer.
+Further words are settings of every run. Writes benchmarks/text.json and benchmarks/text.md.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmark_methods import run
+
+from metalearn.report.environment import describe_environment
+from metalearn.system.atomic import write_json
+
+_OUT = Path(__file__).parent.parent / "benchmarks" / "text.json"
+_RUNS = Path("outputs/benchmark/text")
+_DATASETS = ("clinc150", "banking77", "hwu64")
+_UNTRAINED = ["train.steps=0", "test.episodes=1000"]
+_METHODS = {
+    "hashed n-grams, prototypes": [
+        "algo=protonet", "algo.distance=cosine", "backbone=bag_of_ngrams", *_UNTRAINED,
+    ],
+    "MiniLM, prototypes": [
+        "algo=protonet", "algo.distance=cosine", "backbone=text_encoder", *_UNTRAINED,
+    ],
+    "MiniLM, logistic regression": ["algo=rfs", "backbone=text_encoder", *_UNTRAINED],
+    "transformer, ProtoNet": [
+        "algo=protonet", "algo.distance=cosine", "backbone=text_transformer",
+        "val.every=100", "val.episodes=200", "test.episodes=1000",
+    ],
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run what is not finished, and write both files."""
+    given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+    data, folds = given.pop("data"), int(given.pop("folds", 1))
+    steps = given.pop("steps", "300")
+    common = ["engine.threads=1", f"data_dir={Path(data).absolute()}"]
+    common += [f"{key}={value}" for key, value in given.items()]
+    rows: list[dict[str, Any]] = []
+    for name, settings in _METHODS.items():
+        for dataset in _DATASETS:
+            for shot in (1, 5):
+                for fold in range(1, folds + 1 if "transformer" not in name else 2):
+                    words = [
+                        *settings, f"dataset={dataset}", f"dataset.split={dataset}/{fold}",
+                        f"episode=5w{shot}s", *common,
+                    ]  # fmt: skip
+                    if "train.steps=0" not in words:
+                        words.append(f"train.steps={steps}")
+                    folder = _RUNS / f"{name.replace(', ', '-').replace(' ', '_')}-{dataset}"
+                    result = run(folder / f"{shot}-fold{fold}", words, [])
+                    rows.append(
+                        {"method": name, "dataset": dataset, "shot": shot, "fold": fold,
+                         **result["test"]["accuracy"]}
+                    )  # fmt: skip
+                    print(json.dumps(rows[-1]), flush=True)
+    environment = describe_environment("cpu")
+    content = {"rows": rows, "steps": int(steps), "commit": environment["commit"],
+               "hardware": environment["hardware"]}  # fmt: skip
+    write_json(_OUT, content)
+    _OUT.with_suffix(".md").write_text(_page(content))
+
+
+def _page(content: dict[str, Any]) -> str:
+    cells: dict[str, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in content["rows"]:
+        cells[row["method"]][row["dataset"], row["shot"]].append(row)
+    columns = [(dataset, shot) for dataset in _DATASETS for shot in (1, 5)]
+    lines = [
+        "# Intents from a few texts",
+        "",
+        "Accuracy in %, 5-way, 1,000 test episodes a fold (Dopierre et al. 2021); mean over the",
+        "folds in brackets, else fold 1 with its 95% interval.",
+        "",
+        f"| method | {' | '.join(f'{dataset}, {shot}-shot' for dataset, shot in columns)} |",
+        f"|{'---|' * (len(columns) + 1)}",
+    ]
+    for method, own in cells.items():
+        texts = []
+        for column in columns:
+            means = [100 * row["mean"] for row in own[column]]
+            single = f"{means[0]:.1f} ± {100 * own[column][0]['ci95']:.1f}"
+            several = f"{statistics.mean(means):.1f} ({len(means)} folds)"
+            texts.append(single if len(means) == 1 else several)
+        lines.append(f"| {method} | {' | '.join(texts)} |")
+    lines += ["", f"`python scripts/benchmark_text.py data=<folder> steps={content['steps']}`,",
+              f"commit {content['commit']}, {content['hardware']}."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
