@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability wheel clean
+.PHONY: help setup demo demo-draw demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -25,12 +25,17 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,sweep,text]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,serve,sweep,text]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some need other Pythons
 	touch $@
 
 demo: setup  ## train and test MAML on built-in data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
+
+DEMO_RUN ?= outputs/demo-draw
+demo-draw: setup  ## draw characters in the browser; trains the model of `make demo` the first time
+	test -f $(DEMO_RUN)/result.json || metalearn train experiment=demo hydra.run.dir=$(DEMO_RUN) resume=auto
+	metalearn serve run=$(DEMO_RUN) $(DEMO)
 
 demo-label: setup  ## label 45 images of blood cells from five examples of each class
 	@metalearn predict support=examples/bccd/support query=examples/bccd/query out=outputs/demo-label
@@ -84,6 +89,9 @@ bench-faults: setup  ## inject faults (Linux, root); writes docs/reliability.md
 
 bench-long: setup  ## memory of 10,000 steps, comparison of 1,000 runs; writes docs/reliability.md
 	python scripts/bench_long.py
+
+bench-serve: setup  ## 10,000 hostile requests, latency, kill -9 of metalearn serve; writes benchmarks/serve.md
+	python scripts/bench_serve.py
 
 bench-reliability: bench-kills bench-fuzz bench-faults bench-long  ## run all four
 

@@ -187,18 +187,57 @@ def test_run_adapts_as_it_was_trained(images, run_folder, algo):
     assert trusted.predict(new).tolist() == classifier.predict(new).tolist()
 
 
+def test_a_saved_classifier_can_be_moved_without_its_run(images, run_folder, monkeypatch):
+    run, out = run_folder("algo=protonet", f"data_dir={images}/private"), images / "out"
+    words = [f"support={images}/examples", f"run={run}", "head=nearest"]
+    assert run_command(monkeypatch, *words, f"query={images}/new", f"out={out}") == 0
+    run.rename(images / "elsewhere")
+    moved = images / "moved"
+    (out / "classifier").rename(moved)
+    classifier, again = FewShotClassifier.load(moved), images / "again"
+    classifier.save(moved)
+    words = [f"classifier={moved}", f"query={images}/new", f"out={again}"]
+    assert run_command(monkeypatch, *words) == 0
+    assert (again / "predictions.csv").read_bytes() == (out / "predictions.csv").read_bytes()
+    names = {path.relative_to(moved).parts[-1] for path in moved.rglob("*") if path.is_file()}
+    assert {name for name in names if "arrays" not in name} == {
+        "classifier.json", "config.yaml", "best.pt",
+    }  # fmt: skip
+    settings = (next(moved.rglob("config.yaml"))).read_text()
+    assert str(images) not in settings + str(json.loads((moved / "classifier.json").read_text())[
+        "settings"])  # fmt: skip
+
+
+def test_a_classifier_of_an_earlier_version_takes_its_run_again(images, run_folder, monkeypatch):
+    run = run_folder("algo=protonet")
+    items = inputs.examples(str(images / "examples"), images)
+    classifier = FewShotClassifier(run=run, head="prototype")
+    classifier.fit([item.path for item in items], [item.label for item in items])
+    folder = images / "classifier"
+    classifier.save(folder)
+    content = json.loads((folder / "classifier.json").read_text())
+    content["settings"]["run"] = str(run)  # as it was saved
+    (folder / "classifier.json").write_text(json.dumps(content))
+    assert FewShotClassifier.load(folder).head_ == "prototype"
+    run.rename(images / "elsewhere")
+    with pytest.raises(UserError, match=str(run)):
+        FewShotClassifier.load(folder)
+    assert FewShotClassifier.load(folder, images / "elsewhere").head_ == "prototype"
+
+
 def test_changed_weights_are_refused(images, run_folder):
     folder = run_folder("algo=protonet")
     items = inputs.examples(str(images / "examples"), images)
     classifier = FewShotClassifier(run=folder, head="prototype")
     classifier.fit([item.path for item in items], [item.label for item in items])
     classifier.save(images / "classifier")
-    FewShotClassifier.load(images / "classifier")
-    best = folder / "checkpoints" / "best.pt"
-    with zipfile.ZipFile(best, "a") as archive:
-        archive.comment = b"changed"
-    with pytest.raises(UserError, match="other weights"):
+    for best in (folder / "checkpoints" / "best.pt", next((images / "classifier").rglob("*.pt"))):
         FewShotClassifier.load(images / "classifier")
+        with zipfile.ZipFile(best, "a") as archive:
+            archive.comment = b"changed"
+    for run in (None, folder):
+        with pytest.raises(UserError, match="other weights"):
+            FewShotClassifier.load(images / "classifier", run)
 
 
 def test_json_is_all_that_is_printed(images, run_folder, monkeypatch, capsys):

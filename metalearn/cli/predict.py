@@ -29,7 +29,8 @@ expect to be right. Needs no training.
                 prototype, cosine, logistic, ridge, nearest
   error_rate=0.1    how many images of your classes may be called unknown, or have a set of
                     plausible classes without the right one
-  classifier=   a saved classifier, instead of support=; it is not changed
+  classifier=   a saved classifier, instead of support=; it is not changed. run= names its run if
+                an earlier version saved it and the run has moved
   add= remove=  more examples (as support=), also of new classes; classes to leave out (a,b)
   out=          folder to write to (default: outputs/predict/<time>)
   --json        print predictions.json, and nothing else, on standard output
@@ -63,29 +64,17 @@ def main(args: list[str]) -> int:
 
 def _predict(words: list[str]) -> dict[str, Any]:
     sources = [word.partition("=")[2] for word in words if word.startswith("query=")]
-    sources += [word for word in words if "=" not in word and not word.startswith("-")]
-    given: dict[str, str] = {}
-    for key in _KEYS:
-        if key != "query" and (value := _arguments.take(words, key)) is not None:
-            given[key] = value
-    settings = [word for word in words if word.startswith("backbone.")]
-    if settings:
-        given["backbone"] = shlex.join([given.get("backbone", _DEFAULT_BACKBONE), *settings])
-    for word in words:
-        if not word.startswith(("query=", "backbone.")) and ("=" in word or word.startswith("-")):
-            raise UserError(
-                f"{word}: predict takes no such argument{nearest(word.partition('=')[0], _KEYS)}"
-            )
+    words = [word for word in words if not word.startswith("query=")]
+    given = take_settings("predict", words, _KEYS)
+    sources += words
     if ("support" in given) == ("classifier" in given):
         raise UserError(
             "predict: takes support=<examples> or classifier=<folder>; see metalearn predict --help"
         )
-    for key in ("add", "remove") if "support" in given else ("backbone", "run", "head"):
+    for key in ("add", "remove") if "support" in given else ("backbone", "head"):
         if key in given:
             other = "classifier=" if "support" in given else "support="
             raise UserError(f"{key}={given[key]}: applies to {other}")
-    if "run" in given and "backbone" in given:
-        raise UserError(f"backbone={given['backbone']}: give it or run=, not both")
     result, out = predict(given, sources)
     from metalearn.report.console import open_console, print_line
 
@@ -95,6 +84,25 @@ def _predict(words: list[str]) -> dict[str, Any]:
     for file in sorted(out.iterdir()):
         print_line(console, f"  {file}")
     return result
+
+
+def take_settings(command: str, words: list[str], keys: tuple[str, ...]) -> dict[str, str]:
+    """Remove a command's `key=…` from its words; settings of a backbone become part of backbone=.
+
+    Raises:
+        UserError: For another key or an option, or for run= and backbone= together.
+    """
+    given = {key: value for key in keys if (value := _arguments.take(words, key)) is not None}
+    settings = [word for word in words if word.startswith("backbone.")]
+    if settings:
+        given["backbone"] = shlex.join([given.get("backbone", _DEFAULT_BACKBONE), *settings])
+    words[:] = [word for word in words if word not in settings]
+    if other := [word for word in words if "=" in word or word.startswith("-")]:
+        hint = nearest(other[0].partition("=")[0], keys)
+        raise UserError(f"{other[0]}: {command} takes no such argument{hint}")
+    if "run" in given and "backbone" in given:
+        raise UserError(f"backbone={given['backbone']}: give it or run=, not both")
+    return given
 
 
 def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], Path]:
@@ -118,11 +126,7 @@ def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], 
         classifier = _classifier(given, unpacked)
         errors: dict[int, str] = {}
         x = classifier.represent([item.path for item in items], errors)
-        readable = [index for index in range(len(items)) if index not in errors]
-        labels: list[Any] = [None] * len(items)
-        for index, label in zip(readable, classifier.label(x[readable]), strict=True):
-            labels[index] = label
-        result = report.content(classifier, [item.name for item in items], labels, errors)
+        result = report.labelled(classifier, [item.name for item in items], x, errors)
         time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         out = Path(given.get("out", f"outputs/predict/{time}")).expanduser()
         try:
@@ -133,31 +137,35 @@ def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], 
     return result, out
 
 
+def open_classifier(given: dict[str, str]) -> Any:
+    """Load the classifier that the arguments name, or return one that has learned nothing."""
+    from metalearn.predict.classifier import FewShotClassifier
+
+    rate: dict[str, Any] = {}
+    if value := given.get("error_rate"):
+        try:
+            rate["error_rate"] = float(value)
+        except ValueError:
+            raise ValueError(f"error_rate={value}: should be between 0 and 1") from None
+    if "classifier" in given:
+        return FewShotClassifier.load(given["classifier"], given.get("run")).set_params(**rate)
+    backbone = None if "run" in given else given.get("backbone", _DEFAULT_BACKBONE)
+    return FewShotClassifier(backbone, given.get("head", "auto"), run=given.get("run"), **rate)
+
+
 def _classifier(given: dict[str, str], unpacked: Path) -> Any:
     """Learn a classifier from the arguments, or load and change one."""
     from metalearn.predict import inputs
-    from metalearn.predict.classifier import FewShotClassifier
 
     try:
-        rate: dict[str, Any] = {}
-        if value := given.get("error_rate"):
-            try:
-                rate["error_rate"] = float(value)
-            except ValueError:
-                raise ValueError(f"error_rate={value}: should be between 0 and 1") from None
+        classifier = open_classifier(given)
         if "support" in given:
-            backbone = None if "run" in given else given.get("backbone", _DEFAULT_BACKBONE)
-            classifier = FewShotClassifier(
-                backbone, given.get("head", "auto"), run=given.get("run"), **rate
-            )
             return _learn(classifier, inputs.examples(given["support"], unpacked))
-        classifier = FewShotClassifier.load(given["classifier"])
-        classifier.set_params(**rate)
         if "add" in given:
             _learn(classifier, inputs.examples(given["add"], unpacked))
         if "remove" in given:
             classifier.forget([name.strip() for name in given["remove"].split(",")])
-        elif rate and "add" not in given:
+        elif "error_rate" in given and "add" not in given:
             classifier.forget([])
     except ValueError as error:
         raise UserError(f"predict: {error}") from None

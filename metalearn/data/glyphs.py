@@ -6,6 +6,7 @@ with jittered control points, a random affine map and pen width, rendered with a
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ class Glyphs(ImageDataset):
         split_seed: Seed of the split.
         fractions: Fractions of the classes for train, val and test.
     """
+
+    pen: ClassVar[float | None] = 0.075
 
     num_classes: int = at_least(20)
     drawings: int = at_least(2)

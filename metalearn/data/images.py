@@ -118,6 +118,8 @@ class ImageDataset(Dataset):
     """
 
     reads_image_files: ClassVar[bool] = True
+    #: Width of a pen stroke, as a share of the image's, if the images are drawn in dark ink.
+    pen: ClassVar[float | None] = None
 
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = setting()

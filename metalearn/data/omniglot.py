@@ -4,6 +4,7 @@ import dataclasses
 from collections import defaultdict
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ class Omniglot(ImageDataset):
         url: Address of the folder with the two archives.
         md5: Checksum of each archive.
     """
+
+    pen: ClassVar[float | None] = 0.03
 
     image_size: int = at_least(8)
     resample: str = choice(*_RESAMPLING)

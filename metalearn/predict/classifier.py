@@ -1,5 +1,6 @@
 """FewShotClassifier: a scikit-learn classifier that learns from a few images of each class."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +114,11 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self._network = network
         return self._network
 
+    def use(self, network: Network) -> "FewShotClassifier":
+        """Use an open network, instead of opening the same one again."""
+        self._network = copy.copy(network)
+        return self
+
     @property
     def labels_(self) -> np.ndarray:
         """The class of each example [M]."""
@@ -196,16 +202,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"{len(X)} examples have {len(labels)} labels")
         return X, labels
 
-    def _set_examples(
-        self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
-    ) -> None:
-        """Learn examples; a failure leaves the classifier as it was."""
+    def check_settings(self) -> None:
+        """Check the settings, as `fit` does; raise ValueError for a wrong one."""
         if self.head not in (*heads.HEADS, "auto"):
             raise ValueError(f"head={self.head}: should be auto, {', '.join(heads.HEADS)}")
         if self.normalise not in ("auto", "l2", "standard"):
             raise ValueError(f"normalise={self.normalise}: should be auto, l2 or standard")
         if not 0 < self.error_rate < 1:
             raise ValueError(f"error_rate={self.error_rate}: should be between 0 and 1")
+
+    def _set_examples(
+        self, x: np.ndarray, labels: np.ndarray, notes: Sequence[dict[str, Any]] | None
+    ) -> None:
+        """Learn examples; a failure leaves the classifier as it was."""
+        self.check_settings()
         classes, targets = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"the examples have {len(classes)} class; at least 2 are required")
@@ -347,16 +357,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | Path) -> None:
         """Save to a folder: JSON, and arrays without pickle. An interrupted save changes nothing.
 
+        The folder can be moved: it has a copy of what it needs of a run.
+
         Raises:
             UserError: If the network is a Python function, which cannot be saved.
         """
         check_is_fitted(self)
-        if self.network is not None and self.network.identity is None:
+        identity = None if self.network is None else self.network.identity
+        if self.network is not None and identity is None:
             raise UserError("a classifier on a Python function cannot be saved; name a backbone")
         arrays = {"examples": self.examples_, "targets": self.targets_}
+        run = self.run and saved.copy_run(Path(self.run), Path(folder), str(identity))
         content = {
-            "settings": self.get_params() | {"run": self.run and str(Path(self.run).absolute())},
-            "network": self.network and self.network.identity,
+            "settings": self.get_params() | {"run": run},
+            "network": identity,
             "classes": self.classes_.tolist(),
             "head": self.head_,
             "scale": self.scale_,
@@ -368,14 +382,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         saved.write(Path(folder), content, arrays | learned)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "FewShotClassifier":
+    def load(cls, folder: str | Path, run: str | Path | None = None) -> "FewShotClassifier":
         """Load a saved classifier; this runs no code from it.
+
+        Args:
+            folder: The folder of `save`.
+            run: Folder of its run, if it is not in `folder`, as earlier versions saved it.
 
         Raises:
             UserError: If it is not one, or its network has changed.
         """
         with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])
+            if self.run is not None:
+                self.run = Path(folder) / self.run if run is None else run
+            elif run is not None:
+                raise UserError(f"run={run}: the classifier in {folder} does not use a run")
             self.classes_, self.head_ = np.array(content["classes"]), content["head"]
             self.normalise_, self.scale_ = content["normalise"], float(content["scale"])
             self.notes_ = [dict(note) for note in content["notes"]]

@@ -1,5 +1,6 @@
 """Embed images with a pretrained network and its own preprocessing; features are cached on disk."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ class ImageEmbedder:
     Args:
         backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
         device: Where to compute.
-        cache_dir: Folder of the cache.
+        cache_dir: Folder of the cache; None for no cache, and batches as small as they are given.
 
     Attributes:
         network: The backbone.
@@ -38,7 +39,9 @@ class ImageEmbedder:
         UserError: If weights cannot be read, or the network has no preprocessing of its own.
     """
 
-    def __init__(self, backbone: dict[str, Any], device: torch.device, cache_dir: Path) -> None:
+    def __init__(
+        self, backbone: dict[str, Any], device: torch.device, cache_dir: Path | None
+    ) -> None:
         network = components.make(backbone, "backbone")
         if not isinstance(network, Pretrained):
             raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")
@@ -95,10 +98,11 @@ class ImageEmbedder:
             return torch.stack(pixels).to(self._device)
 
         keys = [read(index, _content_key, b"") for index in range(len(images))]
-        size = math.prod(self.network.shape(self.inputs))
-        with feature_cache.opened(self._cache_dir, self._key) as cache, torch.no_grad():
+        size, folder = math.prod(self.network.shape(self.inputs)), self._cache_dir
+        opened = feature_cache.opened(folder, self._key) if folder else contextlib.nullcontext()
+        with opened as cache, torch.no_grad():
             z = feature_cache.embed_inputs(
-                keys, load, self.features, size, cache, progress, failures
+                keys, load, self.features, size, cache, progress, failures, folder is not None
             )
         z[list(failures)] = torch.nan
         if unreadable is not None:

@@ -3,6 +3,7 @@
 The only place that opens a backbone or a run for `FewShotClassifier`.
 """
 
+import copy
 import hashlib
 import shlex
 import sys
@@ -37,9 +38,13 @@ class Network:
 
     Attributes:
         identity: What a saved classifier must find again; None if it cannot be saved.
+        way: The number of classes that the examples must have; None for any.
+        pen: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
     """
 
     identity: str | None = None
+    way: int | None = None
+    pen: float | None = None
 
     def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
         """Compute what is learned from: features, float32 [M, D].
@@ -80,9 +85,10 @@ class PretrainedFeatures(Network):
 
     Args:
         backbone: Its name, followed by settings such as backbone.model=resnet18.
+        is_cached: False to store nothing on disk.
     """
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, is_cached: bool = True) -> None:
         name, *settings = shlex.split(backbone) or [""]
         if name not in (known := options("backbone")):
             raise UserError(f"backbone={name}: there is no such backbone{nearest(name, known)}")
@@ -92,8 +98,9 @@ class PretrainedFeatures(Network):
         config = checking.check_config(compose_config([f"backbone={name}", *words]))
         device = device_of(config.device)
         process.prepare(device, config.engine.threads, config.engine.precision)
-        self._embedder = ImageEmbedder(config.backbone, device, cache_folder(config))
-        self._progress = _show if sys.stderr.isatty() else None
+        cache = cache_folder(config) if is_cached else None
+        self._embedder = ImageEmbedder(config.backbone, device, cache)
+        self._progress = _show if is_cached and sys.stderr.isatty() else None
         hashed = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
         for key, value in sorted(self._embedder.tensors.items()):
             hashed.update(key.encode() + value.cpu().numpy().tobytes())
@@ -143,6 +150,8 @@ class RunFeatures(Network):
                 "them; leave out head="
             )
         self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
+        self.way = self._model.way if isinstance(self, AdaptingRun) else None
+        self.pen = self._model.pen
 
     def _read(self, images: Images, unreadable: Reasons) -> np.ndarray:
         arrays = []
@@ -182,8 +191,8 @@ class AdaptingRun(RunFeatures):
         return self._model.tensor_outputs(x)[:, torch.from_numpy(order)]
 
     def adapt(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Adapt to examples [M, C, H, W] of classes [M]."""
-        self._model.adapt(x, y.tolist())
+        """Adapt to examples [M, C, H, W] of classes [M]; a copy of this object stays as it was."""
+        self._model = copy.copy(self._model).adapt(x, y.tolist())
 
     def outputs(self, x: np.ndarray) -> Outputs:
         """Predict after `adapt`. The novelty is the probability of not being the likely class."""
@@ -194,7 +203,10 @@ class AdaptingRun(RunFeatures):
 
 
 def open_network(
-    backbone: str | Embedding | None, run: str | Path | None, has_head: bool
+    backbone: str | Embedding | None,
+    run: str | Path | None,
+    has_head: bool,
+    is_cached: bool = True,
 ) -> Network | None:
     """Open a network.
 
@@ -202,6 +214,7 @@ def open_network(
         backbone: Name of a pretrained backbone, a function that embeds images, or None.
         run: Folder of a trained run, or None.
         has_head: Whether a head learns from the run's features, instead of the run's own method.
+        is_cached: False to store no features on disk.
 
     Returns:
         The network; None if neither is given, for feature vectors.
@@ -214,7 +227,7 @@ def open_network(
     if run is not None:
         return RunFeatures(run) if has_head else AdaptingRun(run)
     if isinstance(backbone, str):
-        return PretrainedFeatures(backbone)
+        return PretrainedFeatures(backbone, is_cached)
     if backbone is not None and not callable(backbone):
         raise UserError(f"backbone={backbone}: should be a name, a function of images, or None")
     return None if backbone is None else Function(backbone)

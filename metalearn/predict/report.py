@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ImageOps
 
 from metalearn.data.files import opaque, open_image
@@ -67,9 +68,11 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
     rate = f"{100 * trust.error_rate:.0f}%"
     if trust.novelty_threshold is not None:
         unknown = sum(bool(label.unknown) for label in images)
+        count = (
+            f"Images that look like none of the classes (unknown): {unknown}. " if labels else ""
+        )
         lines.append(
-            f"Images that look like none of the classes (unknown): {unknown}. By mistake, about "
-            f"{rate} of the images of your classes are called so."
+            f"{count}By mistake, about {rate} of the images of your classes are called unknown."
         )
     elif interval is not None:
         lines.append(
@@ -151,10 +154,43 @@ def content(
     }  # fmt: skip
 
 
+def labelled(
+    classifier: FewShotClassifier, names: list[str], x: np.ndarray, errors: dict[int, str]
+) -> dict[str, Any]:
+    """Label represented images; return what predictions.json contains.
+
+    Args:
+        classifier: The classifier.
+        names: Name of each image.
+        x: What `represent` returned for them.
+        errors: Why an image cannot be read, by its index.
+    """
+    readable = [index for index in range(len(names)) if index not in errors]
+    labels: list[Any] = [None] * len(names)
+    for index, label in zip(readable, classifier.label(x[readable]), strict=True):
+        labels[index] = label
+    return content(classifier, names, labels, errors)
+
+
 def harmless(cell: Any) -> Any:
     """Return a cell that no spreadsheet takes for a formula: text that begins so gets a quote."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the predictions as CSV."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(_COLUMNS)
+    for row in result["predictions"]:
+        cells = {
+            **row,
+            "unknown": {True: "yes", False: "no"}.get(row["unknown"], ""),
+            "plausible": "; ".join(map(str, row["plausible"] or [])),
+        }
+        rows.writerow([harmless(_shown(cells[name])) for name in _COLUMNS])
+    return text.getvalue()
 
 
 def write(
@@ -168,19 +204,9 @@ def write(
         result: What `content` returned.
         paths: The file of each prediction.
     """
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(_COLUMNS)
-    for row in result["predictions"]:
-        cells = {
-            **row,
-            "unknown": {True: "yes", False: "no"}.get(row["unknown"], ""),
-            "plausible": "; ".join(map(str, row["plausible"] or [])),
-        }
-        table.writerow([harmless(_shown(cells[name])) for name in _COLUMNS])
     page = _page(classifier, result, paths)
     write_json(folder / "predictions.json", result)
-    for name, document in (("predictions.csv", text.getvalue()), ("report.html", page)):
+    for name, document in (("predictions.csv", table(result)), ("report.html", page)):
         with atomic_writer(folder / name) as stream:
             stream.write(document.encode("utf-8", "backslashreplace"))
 

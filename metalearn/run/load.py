@@ -122,6 +122,16 @@ class Model:
         """True if the features of an input depend on no other input."""
         return features.embeds_alone(self._algorithm)
 
+    @property
+    def way(self) -> int | None:
+        """Return the number of classes that `adapt` requires; None for any."""
+        return self.spec.way if self._algorithm.fixed_way else None
+
+    @property
+    def pen(self) -> float | None:
+        """Return `ImageDataset.pen` of the run's dataset."""
+        return getattr(self._dataset, "pen", None)
+
     @staticmethod
     def files(folder: str | Path) -> list[Path]:
         """Return the images in a folder and its subfolders, in the order of their predictions."""

@@ -34,7 +34,7 @@ def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except RuntimeError as error:
         cause = error.__context__
         while cause is not None and not isinstance(cause, OSError):
@@ -46,7 +46,7 @@ def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
         part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush the folder's entries to disk; otherwise a power cut may undo a rename."""
     if os.name == "nt":  # Windows cannot open folders
         return
