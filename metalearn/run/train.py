@@ -103,7 +103,7 @@ def train(
         tracker = Tracker(settings, run.metric, files, console, command["id"], step, lines)
         has_failed = True
         try:
-            with tracker.progress.live():
+            with tracker.live():
                 fitted = loop.fit(run, tracker, folder, stored)
                 draw_learning_curve(tracker.rows, run.metric.name, files.curve, name)
                 if is_tested:
