@@ -45,7 +45,6 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Descend from the trained weights, for classes with a new head."""
         params = {name: value for name, value in state.params.items() if name.startswith("net.")}
         head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
         if self.family.target == "class":

@@ -44,7 +44,6 @@ class IMAML(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
-        """Return `inner_steps`."""
         return self.inner_steps
 
     def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
@@ -71,7 +70,6 @@ class IMAML(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Solve the inner problem on the support set."""
         steps = self.test_inner_steps if steps is None else steps
         return self.adapted(self.solve(state, support, key, steps), support.x)
 

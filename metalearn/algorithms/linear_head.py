@@ -67,22 +67,17 @@ class LinearHeadAlgorithm(Algorithm):
     def forward(
         self, state: State, learner: Adapted, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Compute outputs [Q, N] with the adapted backbone and head."""
         net = select(learner.params, "net")
         z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics
 
     def query_loss(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Loss:
-        """Compute the family's loss of the adapted weights on queries."""
-
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.forward(state, learner._replace(params=params), x, key)
 
         return self.family.query_loss(net, learner.params, query, key)
 
     def score(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Tensor:
-        """Compute the family's score [] of the adapted weights on queries."""
-
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             return self.forward(state, learner._replace(params=params), x, None)
 

@@ -45,7 +45,6 @@ class Reptile(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
-        """Return `inner_steps`."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:
@@ -102,7 +101,6 @@ class Reptile(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Train on the support set from the meta-learned initialisation."""
         steps = self.test_inner_steps if steps is None else steps
         phi, _ = self._train(state, support, key, steps, self.test_inner_batch)
         return self.adapted(phi, support.x)

@@ -110,7 +110,6 @@ class Pretrained(Backbone):
 
     @property
     def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
         return self.frozen
 
     @property
@@ -125,11 +124,9 @@ class Pretrained(Backbone):
         return dataclasses.replace(self, kernels=Kernels(), **plain)
 
     def without_weights(self) -> "Pretrained":
-        """Return a copy that reads no weights."""
         return dataclasses.replace(self, is_restored=True)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise the network, then load `weights` where given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(key))
             module = self._network()
@@ -153,7 +150,6 @@ class Pretrained(Backbone):
         return (_width(self._untrained),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Preprocess images in [0, 1], and apply the network with its population statistics."""
         module = _module(self._untrained, x.device)
         tensors = {name: params[ours] for name, ours in _names(module).items()} | (norm.given or {})
         x = self.preprocessing(x.expand(-1, _COLOURS, -1, -1))
@@ -167,7 +163,6 @@ class Pretrained(Backbone):
         )
 
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what the weights were trained on, and the classes that it names as well."""
         if self.weights is None:
             return {}
         data = self._own_data() if self.weights == self._own_weights else None
@@ -346,7 +341,6 @@ class EfficientNetLite0(Pretrained):
 
     @property
     def name(self) -> str:
-        """Name of the network in its package."""
         return "efficientnet-lite0"
 
     def _network(self) -> nn.Module:

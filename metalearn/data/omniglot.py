@@ -59,7 +59,6 @@ class Omniglot(ImageDataset):
     md5: dict[str, str] = setting()
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read or download the two archives (or folders), cache the images, split the classes."""
         parts = [
             path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
             for part, path in zip(_PARTS, self.files(data_dir), strict=True)
@@ -107,7 +106,6 @@ class Omniglot(ImageDataset):
         return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert an image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size, _RESAMPLING[self.resample])
 
     def _splits(self, names: list[str]) -> dict[str, list[str]]:

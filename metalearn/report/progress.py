@@ -168,12 +168,10 @@ class Progress(Listener):
         self._status = line
 
     def begin(self, probe: Probe) -> None:
-        """Begin to measure the time of steps."""
         self._probe = probe
         self._enter("train", self._done, self._total)
 
     def step(self, step: int) -> None:
-        """Count a step; must be cheap."""
         now = time.monotonic()
         self._done = self._forecast.step = step
         if not self._first_step:
@@ -207,7 +205,6 @@ class Progress(Listener):
             print_line(self._console, line)
 
     def episodes(self, phase: str, done: int, total: int) -> None:
-        """Count episodes of the phase "val" or "test"; `done` is 0 at its beginning."""
         if done == 0:
             self.announce()
             self._enter(phase, 0, total)
@@ -220,7 +217,6 @@ class Progress(Listener):
             self._print_if_due()
 
     def embedding(self, done: int, total: int) -> None:
-        """Count inputs embedded once for all episodes."""
         line = "" if done == total else f"embedding input {done:,}/{total:,}"
         self._status = line
         is_due = time.monotonic() - self._printed > _QUIET_SECONDS

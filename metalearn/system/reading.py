@@ -168,7 +168,7 @@ def _check_setting(value: Any, name: str) -> None:
 
 def _loader(base: Any) -> Any:
     """Return a loader that does not merge mappings (`<<`): a small file could become very large."""
-    return type("Loader", (base,), {"flatten_mapping": lambda self, node: None})
+    return type("_Loader", (base,), {"flatten_mapping": lambda self, node: None})
 
 
 _LOADER = _loader(yaml.SafeLoader)

@@ -247,7 +247,6 @@ class RotatedClasses(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
-        """Return how rotations form classes, as plain data."""
         return {
             "rotations": "classes",
             "rotations_may_meet": self.may_meet,
@@ -256,16 +255,13 @@ class RotatedClasses(ClassView):
 
     @property
     def num_classes(self) -> int:
-        """Return four times the number of original classes."""
         return 4 * len(self.index.rows)
 
     @property
     def max_way(self) -> int:
-        """Return the number of rotated classes if they may meet, else of original classes."""
         return self.num_classes if self.may_meet else len(self.index.rows)
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Draw rotated classes, or distinct original classes with one rotation each."""
         size = len(self.index.rows)
         if self.may_meet:
             chosen = prng.choice(prng.fold_in(key, 0), 4 * size, count)
@@ -274,13 +270,11 @@ class RotatedClasses(ClassView):
         return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
 
     def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
-        """Return one id per class, or one per class and rotation."""
         if self.share_drawings or rotations is None:
             return classes
         return classes + len(self.index.rows) * rotations
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Draw rotations, and label each rotation as its own class."""
         rotations = prng.integers(prng.fold_in(key, 1), (count,), 4)
         return rotations, classes + rotations * len(self.index.rows)
 
@@ -293,7 +287,6 @@ class RotatedEpisodes(ClassView):
 
     @property
     def protocol(self) -> dict[str, object]:
-        """Return that rotations are drawn per episode, as plain data."""
         return {
             "rotations": "episode",
             "rotations_may_meet": None,
@@ -301,10 +294,8 @@ class RotatedEpisodes(ClassView):
         }
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Draw classes, and one rotation per class."""
         classes, _ = super().choose(key, count)
         return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Draw one rotation per input; the labels stay the original classes."""
         return prng.integers(prng.fold_in(key, 1), (count,), 4), classes
