@@ -6,8 +6,6 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from metalearn.config.checking import conform
 from metalearn.config.components import TYPES, Setting
 from metalearn.system.errors import UserError, nearest
@@ -56,8 +54,7 @@ def check_arguments(
                     f"{where}.{key}={value}: should be {len(default)} numbers, like {list(default)}"
                 )
     given = [one for one in settings.values() if one.name in values or not one.default]
-    typed: Any = OmegaConf.to_container(conform(given, OmegaConf.create(dict(values)), f"{where}."))
-    return dict(typed)
+    return conform(given, values, f"{where}.")
 
 
 def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:

@@ -186,13 +186,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     complete = checking.complete(config, is_strict=False)
     known = roles.roles(complete, is_strict=False)
     return {
-        key: value for key, value in _leaves(complete) if roles.distinguishes_methods(key, known)
+        key: visible(value) if isinstance(value, str) else value
+        for key, value in checking.leaves(complete).items()
+        if roles.distinguishes_methods(key, known)
     }
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", visible(value) if isinstance(value, str) else value

@@ -198,7 +198,7 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
         )
     current = checking.plain(settings)
     stored = composition.load_config(folder)
-    before, now = (dict(_leaves(node)) for node in (stored, OmegaConf.create(current)))
+    before, now = checking.leaves(stored), checking.leaves(current)
     described = roles.roles(current)
     keys = sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS)
     for key in keys:
@@ -208,12 +208,6 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
                 f"unchanged (metalearn resume {folder}), or choose another hydra.run.dir"
             )
     return True
-
-
-def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    resolved: Any = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
-    for key in checking.leaves(resolved):
-        yield key, OmegaConf.select(resolved, key)
 
 
 def _with_stored_choices(settings: RunConfig, files: RunFolder) -> RunConfig:
