@@ -20,7 +20,6 @@ from metalearn.config.components import (
     Setting,
     component_settings,
     conf_dir,
-    known_settings,
     names,
     nested,
     settings_of,
@@ -62,7 +61,7 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     for name in COMPONENTS:
         node = plain.get(name)
         if isinstance(node, Mapping) and "_target_" in node:
-            plain[name] = _with_defaults(known_settings(node, name, is_strict), node)
+            plain[name] = _with_defaults(component_settings(node, name, is_strict), node)
     return _with_defaults(settings_of(RunConfig), plain)
 
 

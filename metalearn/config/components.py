@@ -108,8 +108,12 @@ def _stored_index() -> dict[str, Any]:
 
 @functools.cache
 def _index() -> dict[str, list[Setting]]:
+    def setting(name: str, type: str, **rule: Any) -> Setting:
+        default = (rule.pop("default"),) if "default" in rule else ()
+        return Setting(name, TYPES[type], rule, default)
+
     return {
-        target: [_from_plain(one) for one in settings]
+        target: [setting(**one) for one in settings]
         for target, settings in _stored_index().items()
         if target != "names"
     }
@@ -119,24 +123,6 @@ def names(group: str) -> list[str]:
     """Return the names of the package's functions of a group: "loss" or "augment"."""
     known: list[str] = _stored_index()["names"][group]
     return known
-
-
-def _from_plain(one: dict[str, Any]) -> Setting:
-    rule = {name: value for name, value in one.items() if name not in ("name", "type", "default")}
-    return Setting(
-        one["name"], TYPES[one["type"]], rule, (one["default"],) if "default" in one else ()
-    )
-
-
-def to_plain(setting: Setting) -> dict[str, Any]:
-    """Return a setting of a component as plain data for the index."""
-    name = next(name for name, kind in TYPES.items() if kind == setting.kind)
-    default = {"default": setting.default[0]} if setting.default else {}
-    rule = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in setting.rule.items()
-    }
-    return {"name": setting.name, "type": name, **default, **rule}
 
 
 @functools.cache
@@ -157,23 +143,28 @@ def settings_of(cls: type) -> list[Setting]:
     return settings
 
 
-def component_settings(node: Any, where: str) -> list[Setting]:
+def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Setting]:
     """Return the settings of a group's class, without importing a class of this package.
 
     Args:
         node: Settings of the group.
         where: Name of the group.
+        is_strict: Whether an unknown class is an error; otherwise it has no settings.
 
     Raises:
         UserError: If `_target_` names no class.
     """
-    target = _target(node, where)
-    known = _index()
-    if target in known:
-        return known[target]
-    if target.startswith("metalearn."):
-        raise UserError(f"{where}._target_={target}: there is no such class")
-    return settings_of(component(node, where))
+    try:
+        target = _target(node, where)
+        if target in _index():
+            return _index()[target]
+        if target.startswith("metalearn."):
+            raise UserError(f"{where}._target_={target}: there is no such class")
+        return settings_of(component(node, where))
+    except UserError:
+        if is_strict:
+            raise
+        return []
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
@@ -199,13 +190,3 @@ def nested(kind: Any) -> type | None:
     return next(
         (one for one in parts if isinstance(one, type) and dataclasses.is_dataclass(one)), None
     )
-
-
-def known_settings(node: Any, where: str, is_strict: bool) -> list[Setting]:
-    """Return the settings of a group's class; if not `is_strict`, [] for an unknown class."""
-    try:
-        return component_settings(node, where)
-    except UserError:
-        if is_strict:
-            raise
-        return []

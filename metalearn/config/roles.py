@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metalearn.config.components import Setting, known_settings, nested, settings_of
+from metalearn.config.components import Setting, component_settings, nested, settings_of
 from metalearn.config.schema import COMPONENTS, RunConfig
 
 
@@ -25,7 +25,9 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
             own = str(setting.rule.get("role") or role)
             kind = nested(setting.kind)
             if where == "" and setting.name in COMPONENTS:
-                walk(known_settings(value, setting.name, is_strict), value or {}, f"{name}.", own)
+                walk(
+                    component_settings(value, setting.name, is_strict), value or {}, f"{name}.", own
+                )
                 described[f"{name}._target_"] = Setting("_target_", str, {"role": "identity"})
             elif kind is not None and isinstance(value, Mapping):
                 walk(settings_of(kind), value, f"{name}.", own)
