@@ -26,10 +26,9 @@ class Arguments:
     @property
     def settings(self) -> list[str]:
         """Return everything that Hydra composes."""
-        from metalearn.config import composition, plugins
+        from metalearn.config import composition
 
-        folders = composition.search_path(self.folders + plugins.conf_dirs())
-        return composition.with_optimiser(self.overrides) + folders
+        return composition.completed(self.overrides, self.folders)
 
     @property
     def is_multirun(self) -> bool:
