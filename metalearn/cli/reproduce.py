@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from metalearn.cli import _arguments, _launch
+from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, nearest
 
 HELP = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
@@ -35,9 +35,10 @@ def main(args: list[str]) -> int:
     recipe = Recipe(names[0], str(budget))
     given = _arguments.parse_settings("reproduce", rest)
     arguments = _arguments.Arguments(recipe.overrides(given))
-    _launch.check(arguments)
+    from metalearn.cli import _launch
     from metalearn.report.console import open_console, print_line
 
+    _launch.check(arguments)
     console = open_console()
     for line in recipe.announcement().splitlines():
         print_line(console, line)
