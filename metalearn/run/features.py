@@ -36,7 +36,7 @@ from metalearn.run.parts import cache_folder
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import ArrayStore, Augmented, Store
+from metalearn.tasks.store import ArrayStore, Augmented
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Inputs embedded at once. It never varies, so that features do not depend on what is cached.
@@ -182,10 +182,7 @@ def with_features(
         task = drawn.draw(*part)
         examples = (task.support.x, task.query.x, task.support.unlabelled)
         rows.append(torch.cat([x.flatten() for x in examples if x is not None]).unique())
-    store = _embedded(run, engine, source.store, state, torch.cat(rows).unique(), listener)
-    if store is None:
-        return engine, source
-    return _on_features(engine, source.store), dataclasses.replace(source, store=store)
+    return _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
 
 
 def for_training(run: Run, state: State, listener: Listener) -> Run:
@@ -204,13 +201,8 @@ def for_training(run: Run, state: State, listener: Listener) -> Run:
     each = (first.x if isinstance(first, Batch) else first.query.x).shape[1]
     if len(rows) > train.steps * train.meta_batch * each:
         return run
-    store = _embedded(run, engine, source.store, state, rows, listener)
-    if store is None:
-        return run
-    engine = _on_features(engine, source.store)
-    return dataclasses.replace(
-        run, train=dataclasses.replace(source, store=store), train_engine=engine
-    )
+    engine, source = _on_features(run, engine, source, state, rows, listener)
+    return dataclasses.replace(run, train=source, train_engine=engine)
 
 
 def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler) -> bool:
@@ -220,13 +212,6 @@ def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler
         and source.store.spec.kind != "features"
         and not isinstance(source.store, Augmented)
     )
-
-
-def _on_features(engine: Engine, store: Store) -> Engine:
-    """Return the engine of the same method on features of the inputs of a store."""
-    backbone = _Identity(of=engine.algorithm.backbone, inputs=store.spec)
-    algorithm = dataclasses.replace(engine.algorithm, backbone=backbone)
-    return dataclasses.replace(engine, algorithm=algorithm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,33 +256,37 @@ class _Rows(ArrayStore):
         return self.values[self.position[rows]]
 
 
-def _embedded(
-    run: Run, engine: Engine, store: Store, state: State, rows: Tensor, listener: Listener
-) -> _Rows | None:
-    """Embed rows of a store, int64 [M]; None if their features need too much memory."""
-    backbone, indices = engine.algorithm.backbone, list(range(len(rows)))
+def _on_features(
+    run: Run, engine: Engine, source: Any, state: State, rows: Tensor, listener: Listener
+) -> tuple[Engine, Any]:
+    """Embed rows of a source, int64 [M]; return the engine and the source of their features.
+
+    If these need too much memory, engine and source are returned as they are.
+    """
+    backbone, store = engine.algorithm.backbone, source.store
     size = math.prod(backbone.shape(store.spec))
     if (required := 4 * len(rows) * size) > _MAX_BYTES:
         listener.note(
             f"features of {len(rows):,} inputs need {required / 2**30:.1f} GiB: too much to embed "
             "each only once"
         )
-        return None
+        return engine, source
     tensors = channels_last(select(state.params, "net"))
     given = select(state.buffers, "net")
 
     def load(indices: list[int]) -> Tensor:
-        return store.normalise(store.load(rows[indices]))
+        x: Tensor = store.normalise(store.load(rows[indices]))
+        return x
 
     def network(x: Tensor) -> Tensor:
         with engine.autocast(x.device):
             return backbone.embed(tensors, channels_last(x), given or None)[0]
 
     keys = [b""] * len(rows)
-    cache: contextlib.AbstractContextManager[_Cache | None] = contextlib.nullcontext()
+    cache: contextlib.AbstractContextManager[sqlite3.Connection | None] = contextlib.nullcontext()
     if backbone.is_frozen:  # the weights of others are of this run only
         for at in range(0, len(rows), _BATCH):
-            chunk = load(indices[at : at + _BATCH]).cpu().contiguous()
+            chunk = load(list(range(at, min(at + _BATCH, len(rows))))).cpu().contiguous()
             keys[at : at + _BATCH] = [_digest(x.numpy()) for x in chunk]
         name = _network_key(backbone, tensors | given, rows.device, engine.precision)
         cache = _opened(cache_folder(run.config), name)
@@ -305,7 +294,14 @@ def _embedded(
         values = _embed(keys, load, network, size, opened, listener.embedding).to(rows.device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
-    return _Rows(values, size=len(store), position=position)
+    features = _Rows(values, size=len(store), position=position)
+    algorithm = dataclasses.replace(
+        engine.algorithm, backbone=_Identity(of=backbone, inputs=store.spec)
+    )
+    return (
+        dataclasses.replace(engine, algorithm=algorithm),
+        dataclasses.replace(source, store=features),
+    )
 
 
 def _embed(
@@ -313,7 +309,7 @@ def _embed(
     load: Callable[[list[int]], Tensor],
     network: Callable[[Tensor], Tensor],
     size: int,
-    cache: "_Cache | None",
+    cache: sqlite3.Connection | None,
     progress: Callable[[int, int], object] | None,
     failures: Mapping[int, str] = {},
 ) -> Tensor:
@@ -329,14 +325,21 @@ def _embed(
         failures: Inputs that cannot be loaded, which are not stored; `load` may add some.
     """
     z = torch.zeros(len(keys), size)
-    missing = list(range(len(keys))) if cache is None else cache.read(keys, z)
-    missing = [index for index in missing if index not in failures]
+    missing = []
+    for index, key in enumerate(keys):
+        found = cache and cache.execute("SELECT value FROM features WHERE key = ?", (key,))
+        if row := found and found.fetchone():
+            z[index] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
+        elif index not in failures:
+            missing.append(index)
     for start in range(0, len(missing), _BATCH):
         chunk = missing[start : start + _BATCH]
         padded = chunk + chunk[-1:] * (_BATCH - len(chunk))
         z[chunk] = network(load(padded))[: len(chunk)].float().cpu()
         if cache is not None:
-            cache.write([(keys[index], z[index]) for index in chunk if index not in failures])
+            stored = [(keys[i], z[i].numpy().tobytes()) for i in chunk if i not in failures]
+            with cache:  # all or none
+                cache.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", stored)
         if progress is not None:
             progress(len(keys) - len(missing) + start + len(chunk), len(keys))
     return z
@@ -364,39 +367,19 @@ def _network_key(backbone: Backbone, tensors: Params, device: torch.device, prec
     return _digest(*parts).hex()
 
 
-class _Cache:
-    """Features by the content of their inputs, in a database that survives a kill at any time."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def read(self, keys: list[bytes], z: Tensor) -> list[int]:
-        """Write the stored features to their rows of z [M, D]; return the other rows."""
-        missing = []
-        for index, key in enumerate(keys):
-            rows = self._connection.execute("SELECT value FROM features WHERE key = ?", (key,))
-            if (row := rows.fetchone()) is None:
-                missing.append(index)
-            else:
-                z[index] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
-        return missing
-
-    def write(self, rows: list[tuple[bytes, Tensor]]) -> None:
-        """Store features [D] by key, all or none."""
-        values = [(key, value.numpy().tobytes()) for key, value in rows]
-        with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", values)
-
-
 @contextlib.contextmanager
-def _opened(cache_dir: Path, name: str) -> Iterator[_Cache]:
-    """Open the cache of a network; raise UserError if that is impossible."""
+def _opened(cache_dir: Path, name: str) -> Iterator[sqlite3.Connection]:
+    """Open the cache of a network: a database, which survives a kill at any time.
+
+    Raises:
+        UserError: If that is impossible.
+    """
     path = cache_dir / f"features-{name}.sqlite"
     hint = f"cache_dir={cache_dir} cannot be written"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_connected(path)) as connection:
-            yield _Cache(connection)
+            yield connection
     except sqlite3.OperationalError as error:
         raise UserError(f"{hint} ({first_line(error)}); choose another folder") from None
     except sqlite3.DatabaseError as error:
