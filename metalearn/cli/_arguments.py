@@ -42,11 +42,7 @@ class Arguments:
 
 
 def parse(words: list[str]) -> Arguments:
-    """Parse the arguments of `metalearn train`.
-
-    Raises:
-        UserError: For a word that is neither a setting nor one of Hydra's options.
-    """
+    """Parse the arguments of `metalearn train`: settings and Hydra's options, else UserError."""
     arguments = Arguments([])
     queue = list(words)
     while queue:
@@ -78,11 +74,7 @@ def parse(words: list[str]) -> Arguments:
 
 
 def parse_settings(command: str, words: list[str]) -> list[str]:
-    """Parse the arguments of a command that takes key=value settings only.
-
-    Raises:
-        UserError: For an option.
-    """
+    """Parse the arguments of a command that takes key=value settings only, else raise UserError."""
     arguments = parse(words)
     if other := arguments.options + (["--config-dir"] if arguments.folders else []):
         raise UserError(f"{command}: takes key=value settings only, not {other[0]}")
@@ -90,13 +82,9 @@ def parse_settings(command: str, words: list[str]) -> list[str]:
 
 
 def take(words: list[str], key: str, default: str | None = None) -> str | None:
-    """Remove `key=…`, which the command reads itself, from its arguments.
+    """Remove `key=…`, which the command reads itself, from its arguments; return its value.
 
-    Returns:
-        The value, or the default.
-
-    Raises:
-        UserError: If it is given twice.
+    Raise UserError if it is given twice.
     """
     given = [word for word in words if word.startswith(f"{key}=")]
     if len(given) > 1:
@@ -107,13 +95,9 @@ def take(words: list[str], key: str, default: str | None = None) -> str | None:
 
 
 def take_plugins(words: list[str]) -> list[str]:
-    """Remove `plugins=[package, …]` from the arguments, and import and allow these packages.
+    """Import and allow the packages of `plugins=[package, …]`; return the other arguments.
 
-    Returns:
-        The other arguments.
-
-    Raises:
-        UserError: For a package that cannot be imported.
+    Raise UserError for a package that cannot be imported.
     """
     from metalearn.config import plugins
 

@@ -27,11 +27,7 @@ from metalearn.system.errors import UserError, as_failure, exit_code, first_line
 
 
 def check(arguments: Arguments) -> None:
-    """Check all that can be known before data are read: names, types, impossible combinations.
-
-    Raises:
-        UserError: For the first mistake.
-    """
+    """Check all that can be known before data are read; raise UserError for the first mistake."""
     if arguments.is_multirun:
         _check_multirun(arguments.settings)
     else:
@@ -153,10 +149,8 @@ def _check(config: Any) -> None:
 def _check_multirun(overrides: list[str]) -> None:
     """Check each value of each axis once.
 
-    A mistyped name ends a multirun before it starts; an impossible run only fails itself.
-
-    Raises:
-        UserError: For an unknown name, or if none of the checked runs is possible.
+    A mistyped name ends a multirun before it starts; an impossible run only fails itself, unless
+    none of the checked runs is possible.
     """
     errors: list[UserError] = []
     count = 0

@@ -37,12 +37,8 @@ def worst_score(config: Any) -> float:
 def trial_folder(files: Any, overrides: list[str], config: Any) -> Any:
     """Return the folder of an earlier trial with the same settings, else one without a trial.
 
-    So a repeated search resumes a trial that now has another number, as in a larger grid.
-
-    Args:
-        files: The folder that Hydra made for the trial.
-        overrides: The settings of the trial.
-        config: Its composed configuration.
+    So a repeated search resumes a trial that now has another number, as in a larger grid. `files`
+    is the folder that Hydra made.
     """
     plain: Any = OmegaConf.to_container(config)
     described = roles.roles(checking.complete(plain, is_strict=False), is_strict=False)

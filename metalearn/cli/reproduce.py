@@ -75,11 +75,7 @@ class Recipe:
         self.measured = settings.measured.get(budget)
 
     def overrides(self, more: list[str]) -> list[str]:
-        """Return the overrides to train with.
-
-        Raises:
-            UserError: If `more` changes the experiment.
-        """
+        """Return the overrides to train with; raise UserError if `more` changes the experiment."""
         from metalearn.config import checking, composition, roles
 
         groups = [*composition.groups(), *vars(self._composed), "hydra"]
@@ -135,11 +131,8 @@ class Recipe:
     def verdict(self, folder: Path, console: Any) -> int:
         """Compare the result in `folder` with the target: mean + ci95 >= target - its ci95.
 
-        The verdict is written to reproduction.json.
-
-        Returns:
-            The exit code: 0 for PASS, 1 for FAIL, 3 if this budget has no target with this version
-            of the sampler.
+        Write reproduction.json. Return 0 for PASS, 1 for FAIL, 3 if this budget has no target with
+        this version of the sampler.
         """
         from metalearn.report.console import print_line
         from metalearn.report.folder import RunFolder

@@ -97,12 +97,9 @@ def _explain(overrides: list[str]) -> int:
 
 
 def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
-    """Print one table over the runs of a multirun, and name the failed ones.
+    """Print one table over the runs of a multirun, and name the failed ones; return their number.
 
     The table of a search has validation scores. Its best trial is tested, if it is not, and shown.
-
-    Returns:
-        The number of failed runs.
     """
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder

@@ -66,14 +66,9 @@ def conf_dir() -> Path:
 
 
 def component(node: Any, where: str) -> Any:
-    """Return the class that a group's `_target_` names, in this package or in a plugin.
+    """Return the class that the `_target_` of the group `where` names, here or in a plugin.
 
-    Args:
-        node: Settings of the group.
-        where: Name of the group: "algo", "dataset" or "backbone".
-
-    Raises:
-        UserError: If it names anything else.
+    Raise UserError if it names anything else.
     """
     target = _target(node, where)
     cls = plugins.import_object(target, f"{where}._target_")
@@ -144,15 +139,9 @@ def settings_of(cls: type) -> list[Setting]:
 
 
 def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Setting]:
-    """Return the settings of a group's class, without importing a class of this package.
+    """Return the settings of the class of the group `where`, without importing one of this package.
 
-    Args:
-        node: Settings of the group.
-        where: Name of the group.
-        is_strict: Whether an unknown class is an error; otherwise it has no settings.
-
-    Raises:
-        UserError: If `_target_` names no class.
+    Raise UserError if there is no such class; if not `is_strict`, it has no settings.
     """
     try:
         target = _target(node, where)

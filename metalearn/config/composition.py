@@ -154,14 +154,9 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
 
 
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """Compose the configuration.
+    """Compose the configuration, optionally with Hydra's own settings.
 
-    Args:
-        overrides: Overrides as on the command line.
-        with_hydra: Whether to include Hydra's own settings.
-
-    Raises:
-        UserError: For a wrong override; names it and the nearest right one.
+    Raise UserError for a wrong override; it names the nearest right one.
     """
     with hydra_errors(overrides), initialised() as compose:
         return compose(overrides, return_hydra_config=with_hydra)
@@ -175,8 +170,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
 def load_config(folder: Path) -> DictConfig:
     """Load the configuration of a run folder, with defaults for settings newer than the run.
 
-    Raises:
-        UserError: If there is no configuration, or one that this version cannot read.
+    Raise UserError if there is none, or one that this version cannot read.
     """
     path = folder / "config.yaml"
     content = read_yaml(path)

@@ -35,15 +35,10 @@ def literal(override: str, is_multirun: bool) -> str:
 
 
 def make_absolute(config: Any, overrides: list[str], data_dir: Path) -> None:
-    """Make `dataset.path` absolute if the command gave it.
+    """Make `dataset.path` absolute, in place, if the command gave it.
 
     It is relative to the working directory or, if nothing is there, to the data directory. A path
     that exists in neither stays as it is, for the dataset to report.
-
-    Args:
-        config: A composed configuration, changed in place.
-        overrides: The command's overrides.
-        data_dir: The data directory.
     """
     if not any(word.lstrip("+").startswith("dataset.path=") for word in overrides):
         return

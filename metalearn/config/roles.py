@@ -11,11 +11,8 @@ from metalearn.config.schema import COMPONENTS, RunConfig
 def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting]:
     """Return the setting of each value of a complete configuration, by its dotted name.
 
-    The rule of each setting contains its role, or else the role of its group.
-
-    Args:
-        plain: Complete configuration as plain data.
-        is_strict: Whether an unknown class is an error.
+    The rule of each setting contains its role, or else the role of its group. If not `is_strict`,
+    an unknown class has no settings.
     """
     described: dict[str, Setting] = {}
 
@@ -42,9 +39,7 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
 def role_of(key: str, described: Mapping[str, Setting]) -> tuple[set[str], bool]:
     """Return the roles of a dotted key, and whether results may differ by rounding.
 
-    Args:
-        key: A setting, a key inside a setting, or a group: then the roles are those of all of it.
-        described: Settings as `roles` returns them.
+    A key inside a setting has the setting's roles, a group those of all of it.
     """
     inside = [setting for name, setting in described.items() if name.startswith(f"{key}.")]
     name = key

@@ -67,8 +67,7 @@ def list_images(container: Path) -> list[ImageFile]:
 def files_hash(containers: list[Path]) -> str:
     """Hash the content of archives, and the names, sizes and times of files in folders.
 
-    Raises:
-        UserError: For a file that cannot be read.
+    Raise UserError for a file that cannot be read.
     """
     digest = hashlib.sha256()
     for container in containers:

@@ -88,8 +88,7 @@ class Cell:
 def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
     """Find runs: the folders themselves, or those below them; links below them are not followed.
 
-    Returns:
-        The folders of finished runs, and why each other folder is left out.
+    Return the folders of finished runs, and why each other folder is left out.
     """
     finished: set[Path] = set()
     others: dict[Path, str] = {}
@@ -115,8 +114,7 @@ def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
 def measurements_of(folder: Path) -> Iterator[Measurement]:
     """Yield the run's own test, and its evaluations that differ from it.
 
-    Raises:
-        UserError: If the run is not readable, or scores and result disagree.
+    Raise UserError if the run is not readable, or scores and result disagree.
     """
     files = RunFolder(folder)
     own = files.read_result()

@@ -100,8 +100,7 @@ class WandbRun:
     def _start(self, mode: str | None = None) -> Any:
         """Start a W&B run: online if a key is configured, else offline; never prompt.
 
-        Args:
-            mode: The mode to use after a failure; None: choose.
+        `mode` is the mode to use after a failure.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the exit waits for its reports

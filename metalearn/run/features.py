@@ -164,13 +164,7 @@ def with_features(
 ) -> tuple[Engine, TaskSource]:
     """Return engine and source for tasks of features, or the given ones if that is impossible.
 
-    Args:
-        run: The run.
-        engine: The engine of the tasks.
-        source: The tasks.
-        state: Parameters and buffers that embed the inputs.
-        parts: (first, count) of the tasks that will be drawn; only their inputs are embedded.
-        listener: Receives the number of inputs embedded.
+    Only the inputs of the tasks that will be drawn are embedded: parts of (first, count).
     """
     if not isinstance(source, EpisodeSampler) or not _is_possible(run, engine, source):
         return engine, source
@@ -369,11 +363,7 @@ def _network_key(backbone: Backbone, tensors: Params, device: torch.device, prec
 
 @contextlib.contextmanager
 def _opened(cache_dir: Path, name: str) -> Iterator[sqlite3.Connection]:
-    """Open the cache of a network: a database, which survives a kill at any time.
-
-    Raises:
-        UserError: If that is impossible.
-    """
+    """Open the cache of a network, which survives a kill at any time, or raise UserError."""
     path = cache_dir / f"features-{name}.sqlite"
     hint = f"cache_dir={cache_dir} cannot be written"
     try:

@@ -205,18 +205,7 @@ def evaluate(
     episodes: int,
     listener: Listener = SILENT,
 ) -> Tensor:
-    """Return the score of each episode.
-
-    Args:
-        run: The run.
-        state: Parameters and buffers.
-        source: Where the episodes come from.
-        episodes: Their number E.
-        listener: Receives the number of episodes done.
-
-    Returns:
-        float32 [E] on the host.
-    """
+    """Return the score of each episode, float32 [E] on the host."""
     parts = _drawn(run, state, source, episodes, "val", listener)
     return _gathered(run, [engine.scores(state, tasks) for _, engine, tasks in parts], episodes)
 
@@ -226,8 +215,7 @@ def _drawn(
 ) -> Iterator[tuple[tuple[int, int], Engine, Task]]:
     """Yield this process's share of the episodes in chunks, each counted when it is done.
 
-    Yields:
-        First episode and number of episodes, the engine to use, and the tasks.
+    A chunk is its first episode and number of episodes, the engine to use, and the tasks.
     """
     first, total = run.processes.share(episodes)
     batch, end = run.config.engine.evaluation_batch, first + total
@@ -262,16 +250,9 @@ def test(
     steps: int | None,
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
 ) -> Tested:
-    """Test on the fixed test episodes.
+    """Test on the fixed test episodes, with the method's number of adaptation steps or another.
 
-    Args:
-        run: The run.
-        state: Parameters and buffers.
-        steps: Number of adaptation steps; None: the method's number for testing.
-        listener: Receives the number of episodes done.
-
-    Raises:
-        RunFailed: If a prediction is not finite.
+    Raise RunFailed if a prediction is not finite.
     """
     episodes = run.config.test.episodes
     columns: dict[str, list[Tensor]] = {}

@@ -22,11 +22,7 @@ from metalearn.tasks.store import Augmentation
 
 
 def family_of(settings: RunConfig) -> TaskFamily:
-    """Return the task family of the dataset with the losses of `loss`.
-
-    Raises:
-        UserError: For an unknown loss or loss setting.
-    """
+    """Return the task family of the dataset with the losses of `loss`, or raise UserError."""
     dataset = components.make(settings.dataset, "dataset")
     known: Any = LOSSES.get(dataset.target, {})
     loss, inner = settings.loss.name, settings.loss.inner
@@ -52,11 +48,7 @@ def _arguments(
 
 
 def augmentation_of(settings: RunConfig) -> Augmentation | None:
-    """Return the augmentation of training inputs, or None.
-
-    Raises:
-        UserError: For an unknown augmentation or setting.
-    """
+    """Return the augmentation of training inputs, or None; raise UserError for an unknown one."""
     ops: dict[str, Any] = {}
     known: Any = augment.AUGMENTATIONS
     for name, own in settings.augment.ops.items():
@@ -68,12 +60,7 @@ def augmentation_of(settings: RunConfig) -> Augmentation | None:
 
 
 def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
-    """Return the method with its backbone.
-
-    Args:
-        settings: The run's settings.
-        is_restored: Whether a checkpoint has the weights, so that no pretrained ones are read.
-    """
+    """Return the method with its backbone, without pretrained weights if a checkpoint has them."""
     backbone: Backbone = components.make(settings.backbone, "backbone")
     algorithm: Algorithm = components.make(
         settings.algo,
@@ -88,11 +75,7 @@ def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "cuda".
-
-    Raises:
-        UserError: If there is no such device.
-    """
+    """Return the device for "auto", "cpu" or "cuda"; raise UserError if there is none."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError(

@@ -183,8 +183,7 @@ def _count(number: int, noun: str) -> str:
 def _config_to_resume(files: RunFolder, settings: RunConfig) -> DictConfig | None:
     """Return the stored configuration of the run in the folder, which is to be resumed, or None.
 
-    Raises:
-        UserError: If it holds a run that should not be resumed, or one of another configuration.
+    Raise UserError for a run that should not be resumed, or one of another configuration.
     """
     if not files.is_started:
         return None
@@ -241,11 +240,7 @@ def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
 
 
 def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Save the command and working directory, unless the run has already started.
-
-    Returns:
-        The content of command.json.
-    """
+    """Save the command and working directory, unless the run has started; return command.json."""
     stored = files.read_command() if files.command.exists() else {}
     command = {"id": uuid.uuid4().hex[:8], **stored}
     if not stored or not files.is_started:
@@ -255,11 +250,7 @@ def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str,
 
 
 def resume(folder: Path, console: Console) -> None:
-    """Resume the interrupted run in a folder, or show a finished one again.
-
-    Raises:
-        UserError: If the folder does not hold a run.
-    """
+    """Resume the interrupted run in a folder, or show a finished one; raise UserError for none."""
     files = RunFolder(folder)
     if not files.command.exists():
         several = any(folder.glob(f"*/{files.command.name}"))

@@ -83,12 +83,9 @@ def run_download(
 def connection_error(
     url: str, any_answer: bool = False, seconds: float = _CONNECT_SECONDS
 ) -> str | None:
-    """Return why an address does not answer, or None.
+    """Return why an address does not answer within some seconds, or None.
 
-    Args:
-        url: Address to check.
-        any_answer: Whether a refusal of this page, as by a server without one, is an answer.
-        seconds: How long to wait.
+    With `any_answer`, a refusal of this page, as by a server without one, is an answer.
     """
     answer = [f"no answer in {seconds:.0f} s"]
 

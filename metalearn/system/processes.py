@@ -28,10 +28,9 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
-        """Return this process's share of `count` tasks; the sizes differ by one at most.
+        """Return this process's share of `count` tasks: the first one, and their number.
 
-        Returns:
-            Index of the first task, number of tasks.
+        The sizes differ by one at most.
         """
         first, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         return first, end - first
