@@ -55,14 +55,8 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
             }
         params |= head
 
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
-        def loss(params: Params, key: Tensor) -> Tensor:
-            return self.family.support_loss(net, params, support, key)
-
         for step in range(self.test_inner_steps if steps is None else steps):
-            gradient = grad(loss)(params, prng.fold_in(key, step))
+            gradient = grad(self.support_loss)(params, support, given, prng.fold_in(key, step))
             params = {
                 name: value - self.inner_lr * gradient[name] for name, value in params.items()
             }

@@ -46,14 +46,6 @@ class IMAML(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
-    def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
-        """Compute L_support []; `given` as in `embed`; key: int64 []."""
-
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
-        return self.family.support_loss(net, params, support, key)
-
     def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:
         """Approximate phi by gradient descent from theta."""
         theta, given = state.params, self.given(state)

@@ -70,12 +70,9 @@ class Reptile(LinearHeadAlgorithm):
             or [key[None]]
         )
 
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
         def batch_loss(params: Params, indices: Tensor, key: Tensor) -> Tensor:
             batch = dataclasses.replace(support, x=support.x[indices], y=support.y[indices])
-            return self.family.support_loss(net, params, batch, key)
+            return self.support_loss(params, batch, given, key)
 
         phi, moment, weight = (
             start.params,
