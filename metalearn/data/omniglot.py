@@ -99,10 +99,8 @@ class Omniglot(ImageDataset):
                     f"not {_NUM_IMAGES}; use the official archives"
                 )
 
-        images, _, _ = decode(
-            [file for name in names for file in sorted(images_of[name], key=_file_name)],
-            self.to_array,
-        )
+        files = [sorted(images_of[name], key=lambda file: Path(file.name).name) for name in names]
+        images, _, _ = decode([file for own in files for file in own], self.to_array)
         return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
@@ -126,7 +124,3 @@ class Omniglot(ImageDataset):
 
 def _alphabet(name: str) -> str:
     return name.split("/")[0]
-
-
-def _file_name(file: ImageFile) -> str:
-    return PurePosixPath(file.name).name

@@ -161,11 +161,8 @@ class Progress(Listener):
         line = Live(
             get_renderable=self._line, console=self._console, refresh_per_second=4, transient=True
         )
-        with line, signals.announced_by(self._set_status):
+        with line, signals.announced_by(lambda line: setattr(self, "_status", line)):
             yield
-
-    def _set_status(self, line: str) -> None:
-        self._status = line
 
     def begin(self, probe: Probe) -> None:
         self._probe = probe
