@@ -24,10 +24,7 @@ class Measurement:
     """One test of one run.
 
     Attributes:
-        folder: The run folder.
-        name: Name of the run.
         settings: Settings that distinguish its method from others, by dotted name.
-        result: The result of the test.
         variant: How the adaptation differs from the run's own test, or "".
         dataset: Settings of the tested dataset, as far as the files of the run have them.
         minutes: Training time.
@@ -82,7 +79,8 @@ class Cell:
     @property
     def seeds_ci95(self) -> float | None:
         """Half-width of the 95% interval over seeds, if there are several."""
-        return stats.over_seeds(self.by_seed).ci95 if len(self.by_seed) > 1 else None
+        means = torch.tensor(self.by_seed, dtype=torch.float64)
+        return stats.estimate(means).ci95 if len(means) > 1 else None
 
 
 def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
