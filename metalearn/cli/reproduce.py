@@ -46,15 +46,7 @@ def main(args: list[str]) -> int:
 
 
 class Recipe:
-    """One experiment at one budget.
-
-    Args:
-        name: Name of the experiment.
-        budget: Name of the budget.
-
-    Raises:
-        UserError: If there is no such experiment or budget.
-    """
+    """One experiment at one budget; raises UserError if there is no such one."""
 
     def __init__(self, name: str, budget: str) -> None:
         from metalearn.config.checking import check_config

@@ -9,11 +9,7 @@ from metalearn.system.reading import read_json
 
 
 class RunFolder:
-    """The files of one training run.
-
-    Args:
-        path: The folder, which does not need to exist.
-    """
+    """The files of one training run; the folder does not need to exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -69,9 +69,6 @@ SILENT = Listener()
 class Forecast:
     """Seconds that a run still needs, from the times of its steps and episodes so far.
 
-    Args:
-        settings: The run's settings.
-
     Attributes:
         step: Number of the last step.
         episodes: Episodes done in the validation or test under way.
@@ -113,9 +110,7 @@ class Progress(Listener):
     """Steps, speed, metrics, elapsed and remaining time of a run.
 
     Args:
-        settings: The run's settings.
         score: Name of the metric.
-        console: Where to print.
         announcement: Lines to print with the expected duration, as soon as it is known.
         step: The step to resume from, or 0; the number of steps for a test alone.
         seconds_before: Seconds that the run took before it was interrupted.

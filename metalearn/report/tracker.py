@@ -29,10 +29,7 @@ class Tracker(Progress):
     """A progress display that also writes each row of metrics to metrics.jsonl and to W&B.
 
     Args:
-        settings: The configuration.
         metric: What validation and test report.
-        files: The run folder.
-        console: Where to print.
         identifier: Identifier of the run at W&B.
         step: The step to resume from, later rows are removed; -1: a new run.
         first_lines: Lines to print with the time that the run will take, once it is known.

@@ -20,14 +20,7 @@ from metalearn.system.errors import first_line
 
 
 class WandbRun:
-    """A run at W&B: after a failure it continues offline, after another one not at all.
-
-    Args:
-        settings: The configuration.
-        folder: The run folder.
-        identifier: Identifier of the run at W&B.
-        note: Prints a line for the user.
-    """
+    """A run at W&B: after a failure it continues offline, after another one not at all."""
 
     def __init__(
         self, settings: RunConfig, folder: Path, identifier: str, note: Callable[[str], None]

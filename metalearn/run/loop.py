@@ -28,12 +28,7 @@ from metalearn.tasks.types import Estimate, State, Task
 
 
 class Probe:
-    """What a tracker may ask the loop between two steps.
-
-    Args:
-        run: The run.
-        training: Its state.
-    """
+    """What a tracker may ask the loop between two steps; see the protocol in `progress`."""
 
     def __init__(self, run: Run, training: Training) -> None:
         self._run, self._training = run, training
