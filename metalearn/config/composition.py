@@ -105,12 +105,18 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     return f"{first_line(error)} (in: {' '.join(overrides)})"
 
 
-def _is_readable(override: str) -> bool:
+def parsed(overrides: list[str]) -> list[Any]:
+    """Parse overrides by Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def _is_readable(override: str) -> bool:
     from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(override)
+        parsed([override])
     except HydraException:
         return False
     return True
@@ -190,12 +196,10 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: For an unknown key or several values.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     result: Any = OmegaConf.create(OmegaConf.to_container(stored))
     with hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    for override in parsed:
+        changes = parsed(overrides)
+    for override in changes:
         key, value = override.key_or_group, override.value()
         if key == "dataset":
             result.dataset = compose_config([f"dataset={value}"]).dataset

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, first_line
 
 _CONNECT_SECONDS = 6.0
 
@@ -60,12 +60,9 @@ def run_download(
     Raises:
         UserError: If the address does not answer or the download fails.
     """
-    way_out = (
-        way_out
-        or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
-    )
-    problem = connection_error(url)
-    if problem:
+    by_hand = f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
+    way_out = way_out or by_hand
+    if problem := connection_error(url):
         raise UserError(f"{url} cannot be reached ({problem}), no copy in {folder}; {way_out}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -74,8 +71,7 @@ def run_download(
         download()
     # torchvision raises RuntimeError for a wrong checksum.
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"download of {url} failed ({reason}); {way_out}") from None
+        raise UserError(f"download of {url} failed ({first_line(error)}); {way_out}") from None
     finally:
         socket.setdefaulttimeout(before)
 
