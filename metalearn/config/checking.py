@@ -45,9 +45,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     """Add the defaults of settings that a configuration lacks, as runs of older versions do.
 
-    Args:
-        plain: Configuration as plain data.
-        is_strict: Whether an unknown class is an error; otherwise its settings stay as they are.
+    If not `is_strict`, the settings of an unknown class stay as they are, else it is an error.
     """
     train = plain.get("train")
     short = train.get("optimiser") if isinstance(train, dict) else None

@@ -157,15 +157,10 @@ def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Se
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
-    """Create the method, dataset or backbone that checked settings describe.
+    """Create the method, dataset or backbone that the settings of the group `where` describe.
 
-    Args:
-        settings: Settings with `_target_`.
-        where: Name of the group.
-        runtime: Values for fields declared with `given_by_run`; others are ignored.
-
-    Raises:
-        UserError: If `_target_` names no such class.
+    `runtime` has the values of fields declared with `given_by_run`; others are ignored. Raise
+    UserError if `_target_` names no such class.
     """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)

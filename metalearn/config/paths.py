@@ -18,11 +18,9 @@ _FUNCTION = re.compile(r"[a-z_]+\(.*\)", re.DOTALL)
 
 
 def literal(override: str, is_multirun: bool) -> str:
-    """Quote the path in an override, so that Hydra reads it as it is.
+    """Quote the path in `key=value`, so that Hydra reads it as it is, if the setting holds one.
 
-    Args:
-        override: `key=value`; returned as it is if the setting holds no path.
-        is_multirun: Whether commas separate several values, and functions like glob(*) exist.
+    In a multirun, commas separate several values, and functions like glob(*) exist.
     """
     key, _, value = override.partition("=")
     if key.lstrip("+") not in PATHS or not value or (is_multirun and _FUNCTION.fullmatch(value)):

@@ -15,19 +15,10 @@ _CONNECT_SECONDS = 6.0
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
-    """Download `url` into `folder` and verify its checksum.
+    """Download `url` into `folder`, which is created, and verify its checksum, if there is one.
 
-    Args:
-        url: Address of the file.
-        folder: Created if it does not exist.
-        md5: Checksum; None to skip the verification.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        UserError: If the address cannot be reached (within ten seconds) or the checksum differs.
-            The message names the address, the folder and the built-in dataset.
+    Raise UserError, which names the address, the folder and the built-in dataset, if the address
+    cannot be reached (within ten seconds) or the checksum differs.
     """
     target = folder / url.rsplit("/", 1)[-1]
     part = target.with_suffix(".part")
@@ -49,16 +40,10 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 def run_download(
     url: str, folder: Path, download: Callable[[], object], way_out: str | None = None
 ) -> None:
-    """Run a torchvision download after checking that its address answers.
+    """Run a torchvision download into `folder`, which is created, if its address answers.
 
-    Args:
-        url: Address to check.
-        folder: Created before the download.
-        download: Function that downloads.
-        way_out: What the user can do without a network; None for the advice about datasets.
-
-    Raises:
-        UserError: If the address does not answer or the download fails.
+    Raise UserError if it does not answer or the download fails, with `way_out`: what the user can
+    do without a network, by default the advice about datasets.
     """
     by_hand = f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
     way_out = way_out or by_hand

@@ -127,13 +127,8 @@ def check_limits(
 ) -> None:
     """Check the number and the depth of parsed values; those of an alias count wherever it is used.
 
-    Args:
-        content: The values.
-        most: Largest number of values.
-        check: Called with each value and its dotted name.
-
-    Raises:
-        ValueError: If there are too many values or levels.
+    `check` is called with each value and its dotted name. Raise ValueError if there are more than
+    `most` values or too many levels.
     """
     waiting, count = [(content, "", 0)], 0
     while waiting:
