@@ -13,7 +13,6 @@ import http.server
 import io
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -84,7 +83,6 @@ class Sandbox:
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """Wait for a process; return its exit code and its error or warning line."""
         output, errors = process.communicate(timeout=300)
-        errors = re.sub(r"^preparing .*\n", "", errors, flags=re.M)
         if "Traceback" in errors or (process.returncode == 1 and len(errors.splitlines()) != 1):
             raise RuntimeError(errors)
         lines = [

@@ -22,6 +22,17 @@ from metalearn.tasks.mixing import MIXINGS
 _PACKAGES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
 
 
+def plain(setting: components.Setting) -> dict[str, Any]:
+    """Return a setting of a component as plain data."""
+    name = next(name for name, kind in components.TYPES.items() if kind == setting.kind)
+    default = {"default": setting.default[0]} if setting.default else {}
+    rule = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in setting.rule.items()
+    }
+    return {"name": setting.name, "type": name, **default, **rule}
+
+
 def index() -> dict[str, list[dict[str, object]]]:
     """Return the settings of each class by its `_target_`."""
     classes = {}
@@ -32,7 +43,7 @@ def index() -> dict[str, list[dict[str, object]]]:
                 if not isinstance(cls, type) or cls.__module__ != module.name:
                     continue
                 if dataclasses.is_dataclass(cls) and hasattr(cls, method):
-                    settings = [components.to_plain(one) for one in components.settings_of(cls)]
+                    settings = [plain(one) for one in components.settings_of(cls)]
                     classes[f"{module.name}.{name}"] = settings
     return dict(sorted(classes.items()))
 

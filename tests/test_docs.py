@@ -1,11 +1,15 @@
-"""Every method has a page, and the commands of the table of methods are valid."""
+"""Every method has a page and docstrings, and the commands of the table of methods are valid."""
 
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import metalearn
 from metalearn.config import checking, composition
 from metalearn.run.pairings import check
 from tests.fixtures import ALGORITHMS
@@ -29,6 +33,20 @@ def test_every_method_has_a_complete_page(name):
     has_reference = any("published" in table["methods"].get(name, {}) for table in _TABLES.values())
     assert has_reference or "**Published**" in page
     assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
+
+
+def test_public_methods_have_docstrings_of_their_own_or_of_the_method_they_override():
+    names = [one.name for one in pkgutil.walk_packages(metalearn.__path__, "metalearn.")]
+    assert not [
+        f"{module}.{cls.__name__}.{name}"
+        for module in names
+        if not module.endswith("__main__")
+        for cls in vars(importlib.import_module(module)).values()
+        if isinstance(cls, type) and cls.__module__ == module and cls.__name__[0] != "_"
+        for name, member in vars(cls).items()
+        if name[0] != "_" and (inspect.isroutine(member) or isinstance(member, property))
+        if not inspect.getdoc(member)
+    ]
 
 
 def test_table_of_methods_is_complete():

@@ -354,7 +354,7 @@ def test_without_cuda_the_step_is_called_directly():
     )
     for _ in range(5):
         step()
-    assert (len(calls), notes, step.captured) == (5, [], False)
+    assert (len(calls), notes, step._graph) == (5, [], None)
 
 
 def on_cuda(make_run, *overrides):
@@ -420,7 +420,7 @@ def test_failed_capture_continues_and_reports_why():
     for _ in range(6):
         captured()
     assert value.item() == 6
-    assert not captured.captured
+    assert captured._graph is None
     assert notes[0].startswith("no CUDA graph: capture failed (")
 
 

@@ -93,7 +93,7 @@ def check_run(folder, run, file):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "protonet" else pytest.mark.slow)
+    [pytest.param(name, marks=pytest.mark.slow)
      for name in ALGORITHMS],
 )  # fmt: skip
 def test_every_method_is_exported_or_says_why_not(name, run_folder, export, tmp_path):

@@ -142,7 +142,7 @@ def test_hostile_configuration_is_one_line(text, reason, folder):
 def test_number_of_very_many_digits_is_one_line(compose):
     config = compose()
     config.train.lr = int("9" * 400)
-    with pytest.raises(UserError, match="train: has too large a number"):
+    with pytest.raises(UserError, match=r"train\.lr: has too large a number"):
         check_config(config)
 
 

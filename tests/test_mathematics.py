@@ -13,7 +13,7 @@ from metalearn.algorithms.reptile import Reptile
 from metalearn.backbones.mlp import MLP
 from metalearn.engine import Engine
 from metalearn.tasks import prng
-from metalearn.tasks.family import REGRESSION
+from metalearn.tasks.family import supervised
 from metalearn.tasks.types import InputSpec, Query, Spec, State, Support, Task
 from tests.fixtures import to_float64
 
@@ -57,7 +57,7 @@ def test_maml_gradient_of_a_quadratic_has_a_closed_form(steps, first_order):
     shrink = torch.linalg.matrix_power(step, steps)
     theta = state.params["head.weight"][0]
     expected = hessian @ shrink @ theta if first_order else shrink @ hessian @ shrink @ theta
-    algorithm = maml(inner_steps=steps, first_order=first_order, family=REGRESSION)
+    algorithm = maml(inner_steps=steps, first_order=first_order, family=supervised("value"))
     for strategy in ("vmap", "loop", "mixed"):
         gradients = Engine(algorithm, strategy, 1).step(state, task, _PROGRESS).gradients
         torch.testing.assert_close(gradients["head.weight"][0], expected, rtol=1e-12, atol=1e-12)

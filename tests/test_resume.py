@@ -390,6 +390,7 @@ def test_changed_chunk_persists_after_resume(run, interrupt, tmp_path):
     train.resume(tmp_path / "x", Console(file=io.StringIO()))
     assert json.loads((tmp_path / "x/engine.json").read_text())["train"]["chunk"] == 1
     assert json.loads((tmp_path / "x/result.json").read_text())["engine"]["train"]["chunk"] == 1
+    assert "task_chunk: 1\n" in (tmp_path / "x/config.yaml").read_text()
 
 
 @pytest.mark.slow

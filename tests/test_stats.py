@@ -5,6 +5,7 @@ import torch
 from scipy import stats as scipy_stats
 
 from metalearn.report import stats
+from metalearn.report.measurements import Cell
 
 
 def test_interval_equals_a_worked_example():
@@ -19,13 +20,10 @@ def test_interval_equals_a_worked_example():
 
 
 def test_each_seed_is_one_value():
-    estimate = stats.over_seeds([0.97, 0.98])
-    assert estimate.mean == pytest.approx(0.975)
     # t(0.975, 1) * 0.01 / sqrt(2) / sqrt(2)
-    assert estimate.ci95 == pytest.approx(12.7062047 * 0.005, rel=1e-6)
-    assert estimate.seeds == 2
-    with pytest.raises(ValueError, match="at least two"):
-        stats.over_seeds([0.97])
+    interval = Cell(0.975, 0.1, [0.97, 0.98], torch.zeros(2)).seeds_ci95
+    assert interval == pytest.approx(12.7062047 * 0.005, rel=1e-6)
+    assert Cell(0.97, 0.1, [0.97], torch.zeros(2)).seeds_ci95 is None
 
 
 def test_paired_difference_is_the_paired_t_test():

@@ -61,19 +61,16 @@ class Baseline(EmbeddingAlgorithm):
         )
 
     def classify(self, params: Params, z: Tensor) -> Tensor:
-        """Compute linear or scaled cosine logits [B, C] over all training classes."""
         if self.head == "linear":
             return super().classify(params, z)
         return self.train_scale * F.linear(F.normalize(z, dim=-1), params["global.weight"])
 
     def compare(self, weights: Params, learned: Params, z: Tensor) -> Tensor:
-        """Apply the fitted linear or cosine head to the queries."""
         if self.head == "linear":
             return F.linear(z, learned["weight"], learned["bias"])
         return self.head_scale * cosine(z, learned["weight"])
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Params:
-        """Fit the head to the support embeddings by gradient descent."""
         z = z.detach()
         shape = (support.way, z.shape[-1])
         if self.head == "linear":

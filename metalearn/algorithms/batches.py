@@ -37,8 +37,6 @@ class BatchTraining(Algorithm):
         return F.linear(z, params["global.weight"], params["global.bias"])
 
     def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
-        """Compute the family's loss of classifying a batch."""
-
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
             z, statistics = self.normalisation.embed_batch(
                 state, select(params, "net"), x, batch.key

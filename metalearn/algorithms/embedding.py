@@ -96,7 +96,6 @@ class EmbeddingAlgorithm(BatchTraining):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> EmbeddingLearner:
-        """Embed the support set and learn from its embeddings."""
         z, reference = self.normalisation.embed_support(state, self._support_inputs(support))
         return EmbeddingLearner(
             self.learn(state.params | state.buffers, z, support, key), reference
@@ -105,13 +104,11 @@ class EmbeddingAlgorithm(BatchTraining):
     def forward(
         self, state: State, learner: EmbeddingLearner, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed the queries and compare them with the support set."""
         net = select(state.params, "net")
         z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.compare(state.params | state.buffers, learner.head, z), statistics
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        """Compute `embedding_loss` of the task's queries."""
         support, query = task.support, task.query
         net, weights = select(state.params, "net"), state.params | state.buffers
         if self.normalisation.has_population:

@@ -45,7 +45,6 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Descend from the trained weights, for classes with a new head."""
         params = {name: value for name, value in state.params.items() if name.startswith("net.")}
         head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
         if self.family.target == "class":
@@ -56,14 +55,8 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
             }
         params |= head
 
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
-        def loss(params: Params, key: Tensor) -> Tensor:
-            return self.family.support_loss(net, params, support, key)
-
         for step in range(self.test_inner_steps if steps is None else steps):
-            gradient = grad(loss)(params, prng.fold_in(key, step))
+            gradient = grad(self.support_loss)(params, support, given, prng.fold_in(key, step))
             params = {
                 name: value - self.inner_lr * gradient[name] for name, value in params.items()
             }

@@ -57,7 +57,6 @@ class GradientAdaptation(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
-        """Return `inner_steps`."""
         return self.inner_steps
 
     @property
@@ -83,7 +82,6 @@ class GradientAdaptation(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Take `steps` gradient steps on the support set."""
         steps = self.test_inner_steps if steps is None else steps
         return self.after(self.trajectory(state, support, key, steps), steps, support)
 

@@ -44,16 +44,7 @@ class IMAML(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
-        """Return `inner_steps`."""
         return self.inner_steps
-
-    def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
-        """Compute L_support []; `given` as in `embed`; key: int64 []."""
-
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
-        return self.family.support_loss(net, params, support, key)
 
     def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:
         """Approximate phi by gradient descent from theta."""
@@ -71,7 +62,6 @@ class IMAML(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Solve the inner problem on the support set."""
         steps = self.test_inner_steps if steps is None else steps
         return self.adapted(self.solve(state, support, key, steps), support.x)
 

@@ -12,7 +12,8 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.layers import init_weight
 from metalearn.tasks import prng
-from metalearn.tasks.types import Loss, Params, Query, Spec, State
+from metalearn.tasks.family import Net
+from metalearn.tasks.types import Loss, Params, Query, Spec, State, Support
 
 
 class Adapted(NamedTuple):
@@ -68,23 +69,25 @@ class LinearHeadAlgorithm(Algorithm):
     def forward(
         self, state: State, learner: Adapted, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Compute outputs [Q, N] with the adapted backbone and head."""
         net = select(learner.params, "net")
         z, statistics = self.normalisation.embed_queries(state, net, learner.reference, x, key)
         return self.head(learner.params, z), statistics
 
     def query_loss(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Loss:
-        """Compute the family's loss of the adapted weights on queries."""
-
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.forward(state, learner._replace(params=params), x, key)
-
+        net = self._net(state, learner, key)
         return self.family.query_loss(net, learner.params, query, key)
 
     def score(self, state: State, learner: Adapted, query: Query, key: Tensor) -> Tensor:
-        """Compute the family's score [] of the adapted weights on queries."""
+        return self.family.score(self._net(state, learner, None), learner.params, query, key)
+
+    def _net(self, state: State, learner: Adapted, key: Tensor | None) -> Net:
+        """Return `forward` as a function of the adapted weights."""
+        return lambda params, x: self.forward(state, learner._replace(params=params), x, key)
+
+    def support_loss(self, params: Params, support: Support, given: Params, key: Tensor) -> Tensor:
+        """Compute the family's loss [] of a support set; `given` as in `embed`; key: int64 []."""
 
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.forward(state, learner._replace(params=params), x, None)
+            return self.head(params, self.embed(params, x, given)), {}
 
-        return self.family.score(net, learner.params, query, key)
+        return self.family.support_loss(net, params, support, key)

@@ -42,7 +42,6 @@ class MAMLPlusPlus(GradientAdaptation):
     first_order_share: float = between(0, 1)
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create MAML's state, with rates and normalisation weights for each step."""
         state = super().init(spec, key)
         steps = max(1, self.inner_steps)
         params = dict(state.params)
@@ -60,7 +59,6 @@ class MAMLPlusPlus(GradientAdaptation):
 
     @property
     def embeds_once(self) -> bool:
-        """Return False if each step has its own normalisation weights."""
         return super().embeds_once and not self.normalisation_per_step
 
     def adapts(self, name: str) -> bool:
@@ -68,7 +66,6 @@ class MAMLPlusPlus(GradientAdaptation):
         return super().adapts(name.removeprefix("step."))
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
-        """Return the learned rate of the weight in `step`."""
         if not self.learned_rates:
             return super().rate(slow, name, step)
         rates = slow[f"rate.{name}"]
@@ -84,7 +81,6 @@ class MAMLPlusPlus(GradientAdaptation):
         return params | {name: value[min(step, len(value) - 1)] for name, value in per_step.items()}
 
     def stage(self, progress: float) -> "MAMLPlusPlus":
-        """Return the method with only the losses and derivatives that count from now on."""
         return dataclasses.replace(
             self,
             multi_step_share=self.multi_step_share if progress < self.multi_step_share else 0.0,
@@ -93,7 +89,6 @@ class MAMLPlusPlus(GradientAdaptation):
         )
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
-        """Compute the weighted sum of the query losses after each step."""
         trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
         losses = [

@@ -60,5 +60,4 @@ class MappingNetwork(EmbeddingAlgorithm):
         return out + F.pad(means, (0, 1))
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        """Apply the predicted classifier, divided by sqrt(D)."""
         return F.pad(z, (0, 1), value=1.0) @ learned.T * z.shape[-1] ** -0.5

@@ -54,7 +54,6 @@ class MatchingNetwork(EmbeddingAlgorithm):
         }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        """Store the support embeddings, in full context if set, with one-hot labels."""
         y = one_hot(support.y, support.way).to(z.dtype)
         return Examples(self.embed_in_context(weights, z) if self.full_context else z, y)
 
@@ -91,7 +90,6 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return hidden
 
     def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
-        """Compute log p of each class."""
         if self.full_context:
             z = self.attending(weights, z, learned.z)
         attention = (cosine(z, learned.z) / self.temperature).log_softmax(-1)

@@ -32,7 +32,6 @@ class MetaSGD(GradientAdaptation):
             )
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create MAML's state and a random rate for each adapted weight."""
         state = super().init(spec, key)
         width = self.inner_lr_max - self.inner_lr
         rates = {
@@ -44,5 +43,4 @@ class MetaSGD(GradientAdaptation):
         return State(state.params | rates, state.buffers)
 
     def rate(self, slow: Params, name: str, step: int) -> Tensor:
-        """Return the learned rates of a weight tensor, the same in every step."""
         return slow[f"rate.{name}"]

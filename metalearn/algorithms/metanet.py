@@ -108,8 +108,6 @@ class MetaNet(EmbeddingAlgorithm):
         return F.linear(hidden, weights["out"]).squeeze(-1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
-        """Compute the fast weights of the task and of each support example."""
-
         def represent_loss(params: Params) -> Tensor:
             return cross_entropy(
                 F.linear(F.linear(z, params["layer"]).relu(), params["output"]), support.y
@@ -139,7 +137,6 @@ class MetaNet(EmbeddingAlgorithm):
         return F.linear(z, weights["represent.layer"]) + F.linear(z, fast)
 
     def compare(self, weights: Params, learned: Memory, z: Tensor) -> Tensor:
-        """Apply the base learner with the fast weights that each query attends to."""
         attention = cosine(
             self.represented(weights, learned.representation, z), learned.keys
         ).softmax(-1)

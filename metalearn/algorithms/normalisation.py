@@ -80,13 +80,11 @@ class SupportStatistics(Normalisation):
     is_transductive: ClassVar[bool] = False
 
     def reference(self, params: Params, support_x: Tensor) -> Params:
-        """Compute the statistics of the support set."""
         return self.backbone.embed(params, support_x, collect=True)[1]
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed queries with the statistics of the support set."""
         return self.backbone.embed(params, x, given=reference, key=key)[0], {}
 
 
@@ -97,14 +95,11 @@ class SupportPlusOneStatistics(Normalisation):
     is_transductive: ClassVar[bool] = False
 
     def reference(self, params: Params, support_x: Tensor) -> Params:
-        """Return the support set itself."""
         return {"x": support_x}
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed each query in a batch with the support set."""
-
         def embed_one(x_one: Tensor) -> Tensor:
             return self.backbone.embed(params, torch.cat([reference["x"], x_one[None]]), key=key)[
                 0
@@ -124,18 +119,15 @@ class PopulationStatistics(Normalisation):
     has_population: ClassVar[bool] = True
 
     def for_training(self, state: State) -> Params | None:
-        """Return the population statistics for a frozen or external backbone, else None."""
         is_fixed = self.backbone.is_frozen or self.backbone.is_external
         return self.for_support(state) if is_fixed else None
 
     def for_support(self, state: State) -> Params | None:
-        """Return the population statistics."""
         return select(state.buffers, "net")
 
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed queries with population statistics, or in meta-training as a batch."""
         if key is not None:
             return self.embed_batch(state, params, x, key)
         return self.backbone.embed(params, x, given=self.for_support(state))[0], {}

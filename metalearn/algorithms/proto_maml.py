@@ -35,7 +35,6 @@ class ProtoMAML(GradientAdaptation):
     temperature: float | None = above(0, default=1.0)
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create MAML's state without a head."""
         state = super().init(spec, key)
         params = {
             name: value for name, value in state.params.items() if not name.startswith("head.")
@@ -43,7 +42,6 @@ class ProtoMAML(GradientAdaptation):
         return State(params, state.buffers)
 
     def head(self, params: Params, z: Tensor) -> Tensor:
-        """Compute logits [M, N] for embeddings z [M, D]."""
         return super().head(params, self.scaled(z))
 
     def scaled(self, z: Tensor) -> Tensor:
@@ -51,7 +49,6 @@ class ProtoMAML(GradientAdaptation):
         return z * (self.temperature or distance_scale(z)) ** -0.5
 
     def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
-        """Compute MAML's trajectory from the head given by the class means."""
         z = self.embed(state.params, support.x, self.given(state))
         c = class_means(self.scaled(z), support.y, support.way)
         head = {"head.weight": 2 * c, "head.bias": -c.square().sum(-1)}

@@ -46,7 +46,6 @@ class ProtoNet(EmbeddingAlgorithm):
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        """Compute the similarity of each query to each class mean, divided by the temperature."""
         if self.distance == "cosine":
             return cosine(z, learned) / (self.temperature or _COSINE_TEMPERATURE)
         return -squared_distance(z, learned) / (self.temperature or distance_scale(z))

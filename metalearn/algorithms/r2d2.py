@@ -63,12 +63,10 @@ class R2D2(EmbeddingAlgorithm):
         }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Solve the ridge regression on the support set."""
         y = one_hot(support.y, support.way).to(z.dtype)
         return ridge(
             F.pad(z, (0, 1), value=1.0), y, z.shape[0] * weights["ridge.log_penalty"].exp()
         )
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        """Compute scaled predictions of the ridge regression."""
         return weights["ridge.log_scale"].exp() * (F.pad(z, (0, 1), value=1.0) @ learned)

@@ -71,11 +71,9 @@ class RelationNetwork(EmbeddingAlgorithm):
         return params
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Sum the embeddings of each class."""
         return class_sums(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        """Compute g for each pair of query and class: [Q, N]."""
         first = weights["relation.conv0.weight"]
         channels = first.shape[1] // 2
         side = math.isqrt(z.shape[-1] // channels)
@@ -104,7 +102,6 @@ class RelationNetwork(EmbeddingAlgorithm):
     def embedding_loss(
         self, weights: Params, learned: Tensor, z: Tensor, query: Query, statistics: Params
     ) -> Loss:
-        """Compute the mean squared error between r and the one-hot labels."""
         logits = self.compare(weights, learned, z)
         target = one_hot(query.y, logits.shape[-1]).to(logits.dtype)
         return self.supervised.make_loss(

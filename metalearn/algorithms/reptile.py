@@ -46,7 +46,6 @@ class Reptile(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:
-        """Return `inner_steps`."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:
@@ -72,12 +71,9 @@ class Reptile(LinearHeadAlgorithm):
             or [key[None]]
         )
 
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            return self.head(params, self.embed(params, x, given)), {}
-
         def batch_loss(params: Params, indices: Tensor, key: Tensor) -> Tensor:
             batch = dataclasses.replace(support, x=support.x[indices], y=support.y[indices])
-            return self.family.support_loss(net, params, batch, key)
+            return self.support_loss(params, batch, given, key)
 
         phi, moment, weight = (
             start.params,
@@ -103,7 +99,6 @@ class Reptile(LinearHeadAlgorithm):
     def adapt(
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
-        """Train on the support set from the meta-learned initialisation."""
         steps = self.test_inner_steps if steps is None else steps
         phi, _ = self._train(state, support, key, steps, self.test_inner_batch)
         return self.adapted(phi, support.x)

@@ -66,11 +66,9 @@ class RFS(EmbeddingAlgorithm):
     support_copies: int = at_least(0, default=0)  # type: ignore[assignment]
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Fit the logistic regression to the normalised support embeddings."""
         return logistic_regression(
             F.normalize(z.detach(), dim=-1), support.y, support.way, self.cost, self.iterations
         )
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
-        """Compute the logits of the normalised query embeddings."""
         return F.pad(F.normalize(z, dim=-1), (0, 1), value=1.0) @ learned

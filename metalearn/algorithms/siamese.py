@@ -38,7 +38,6 @@ class Siamese(EmbeddingAlgorithm):
         return {"pair.alpha": alpha, "pair.bias": torch.ones((), device=key.device)}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        """Store the support embeddings and one-hot labels."""
         return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
     def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
@@ -47,14 +46,12 @@ class Siamese(EmbeddingAlgorithm):
         return distance @ weights["pair.alpha"] + weights["pair.bias"]
 
     def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
-        """Compute the maximum logit over the support examples of each class."""
         pairs = self.pairs(weights, learned, z)
         return torch.where(learned.y.T > 0, pairs[:, None, :], -torch.inf).amax(-1)
 
     def embedding_loss(
         self, weights: Params, learned: Examples, z: Tensor, query: Query, statistics: Params
     ) -> Loss:
-        """Compute the binary cross-entropy over all pairs of query and support."""
         pairs = self.pairs(weights, learned, z)
         same = one_hot(query.y, learned.y.shape[-1]).to(pairs.dtype) @ learned.y.T
         value = F.binary_cross_entropy_with_logits(pairs, same)

@@ -43,11 +43,9 @@ class Conv4(Backbone):
 
     @property
     def normalises(self) -> bool:
-        """True unless `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise a convolution, and a normalisation or a bias, for each block."""
         params: Params = {}
         population: Params = {}
         channels = inputs.shape[0]
@@ -85,7 +83,6 @@ class Conv4(Backbone):
         return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Apply the blocks, then flatten or average over positions."""
         activation = ACTIVATIONS[self.activation]
         for block in range(self.blocks):
             weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")

@@ -35,11 +35,9 @@ class MLP(Backbone):
 
     @property
     def normalises(self) -> bool:
-        """True unless `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise a weight, and a normalisation or a bias, for each layer."""
         params: Params = {}
         population: Params = {}
         width = math.prod(inputs.shape)
@@ -59,7 +57,6 @@ class MLP(Backbone):
         return (self.hidden[-1] if self.hidden else math.prod(inputs.shape),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Flatten the inputs and apply the layers."""
         x = x.flatten(1)
         for layer in range(len(self.hidden)):
             x = F.linear(x, params[f"linear{layer}.weight"], params.get(f"linear{layer}.bias"))

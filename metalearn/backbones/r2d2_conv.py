@@ -37,7 +37,6 @@ class R2D2Conv(Backbone):
     dropout: float = between(0, 0.9)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise a convolution and a normalisation for each block."""
         params: Params = {}
         population: Params = {}
         for block, (channels, filters) in enumerate(
@@ -63,7 +62,6 @@ class R2D2Conv(Backbone):
         return (sum(self.filters[-_OUTPUT_BLOCKS:]) * (height - 1) * (width - 1),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Apply the blocks and concatenate the outputs of the last two."""
         last = len(self.filters) - 1
         outputs = []
         for block in range(last + 1):

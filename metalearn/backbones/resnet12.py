@@ -40,7 +40,6 @@ class ResNet12(Backbone):
     block_size: int = at_least(1)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise three convolutions and a shortcut, with normalisations, for each block."""
         params: Params = {}
         population: Params = {}
         channels = inputs.shape[0]
@@ -75,7 +74,6 @@ class ResNet12(Backbone):
         )
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Apply the residual blocks, then flatten or average over positions."""
         for block in range(len(self.filters)):
             shortcut = conv_norm(norm, f"{block}_beside", x)
             for number in range(_CONVOLUTIONS):

@@ -74,15 +74,12 @@ class ResNet18(Backbone):
 
     @property
     def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
         return self.frozen
 
     def without_weights(self) -> "ResNet18":
-        """Return a copy with random weights."""
         return dataclasses.replace(self, weights=None)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise all layers, then load `weights` where given."""
         params: Params = {}
         population: Params = {}
         for number, layer in enumerate(_layers()):
@@ -125,7 +122,6 @@ class ResNet18(Backbone):
         return (_FILTERS[-1],)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Apply the stem and the residual blocks, then average over positions."""
         x = F.relu(conv_norm(norm, "_stem", x.expand(-1, _COLOURS, -1, -1), stride=2))
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         for group in range(1, len(_FILTERS) + 1):

@@ -83,8 +83,7 @@ def tensor(
 ) -> Tensor:
     """Return a tensor of a state dict, with the shape, dtype and device of `like`.
 
-    Raises:
-        UserError: If it is missing or has a different shape; `weights` and `network` are named.
+    Raise UserError, with `weights` and `network`, if it is missing or has a different shape.
     """
     value = state_dict.get(name)
     if not isinstance(value, Tensor) or value.shape != like.shape:

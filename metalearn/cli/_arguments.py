@@ -31,10 +31,9 @@ class Arguments:
     @property
     def settings(self) -> list[str]:
         """Return everything that Hydra composes."""
-        from metalearn.config import composition, plugins
+        from metalearn.config import composition
 
-        folders = composition.search_path(self.folders + plugins.conf_dirs())
-        return composition.with_optimiser(self.overrides) + folders
+        return composition.completed(self.overrides, self.folders)
 
     @property
     def is_multirun(self) -> bool:
@@ -48,11 +47,7 @@ class Arguments:
 
 
 def parse(words: list[str]) -> Arguments:
-    """Parse the arguments of `metalearn train`.
-
-    Raises:
-        UserError: For a word that is neither a setting nor one of Hydra's options.
-    """
+    """Parse the arguments of `metalearn train`: settings and Hydra's options, else UserError."""
     arguments = Arguments([])
     queue = list(words)
     while queue:
@@ -84,11 +79,7 @@ def parse(words: list[str]) -> Arguments:
 
 
 def parse_settings(command: str, words: list[str]) -> list[str]:
-    """Parse the arguments of a command that takes key=value settings only.
-
-    Raises:
-        UserError: For an option.
-    """
+    """Parse the arguments of a command that takes key=value settings only, else raise UserError."""
     arguments = parse(words)
     if other := arguments.options + (["--config-dir"] if arguments.folders else []):
         raise UserError(f"{command}: takes key=value settings only, not {other[0]}")
@@ -96,13 +87,9 @@ def parse_settings(command: str, words: list[str]) -> list[str]:
 
 
 def take(words: list[str], key: str, default: str | None = None) -> str | None:
-    """Remove `key=…`, which the command reads itself, from its arguments.
+    """Remove `key=…`, which the command reads itself, from its arguments; return its value.
 
-    Returns:
-        The value, or the default.
-
-    Raises:
-        UserError: If it is given twice.
+    Raise UserError if it is given twice.
     """
     given = [word for word in words if word.startswith(f"{key}=")]
     if len(given) > 1:
@@ -133,13 +120,9 @@ def json_document(words: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def take_plugins(words: list[str]) -> list[str]:
-    """Remove `plugins=[package, …]` from the arguments, and import and allow these packages.
+    """Import and allow the packages of `plugins=[package, …]`; return the other arguments.
 
-    Returns:
-        The other arguments.
-
-    Raises:
-        UserError: For a package that cannot be imported.
+    Raise UserError for a package that cannot be imported.
     """
     from metalearn.config import plugins
 

@@ -5,25 +5,29 @@ import contextlib
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+
 from metalearn.cli._arguments import Arguments
 from metalearn.cli._search import sampling, trial_folder, worst_score
+from metalearn.cli.main import exit_siblings, rank
+from metalearn.config import composition, paths, plugins, sweeps
+from metalearn.config.checking import check_config
+from metalearn.config.components import conf_dir
+from metalearn.report.console import open_console, print_line
+from metalearn.system.atomic import write_text
 from metalearn.system.errors import UserError, as_failure, exit_code, first_line
 
-# Nothing heavy is imported here, as in main.py.
+# torch is imported only for runs that are possible, so that a mistyped word is answered fast.
 
 
 def check(arguments: Arguments) -> None:
-    """Check all that can be known before data are read: names, types, impossible combinations.
-
-    Raises:
-        UserError: For the first mistake.
-    """
-    from metalearn.config import composition
-
+    """Check all that can be known before data are read; raise UserError for the first mistake."""
     if arguments.is_multirun:
         _check_multirun(arguments.settings)
     else:
@@ -49,9 +53,6 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
     from hydra._internal.callbacks import Callbacks
     from hydra.core.utils import run_job
     from hydra.types import HydraContext, RunMode
-    from omegaconf import open_dict
-
-    from metalearn.config import composition
 
     config = composition.compose_config(arguments.settings, with_hydra=True)
     hydra = config.hydra
@@ -74,8 +75,6 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
 
 def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
     """Check each value of each axis, then let Hydra's sweeper run. Return the multirun folder."""
-    from metalearn.config import composition, sweeps
-
     _check_multirun(arguments.settings)
     if "RANK" in os.environ:
         raise UserError("--multirun: a sweep uses one process; start it without torchrun")
@@ -108,8 +107,6 @@ def _is_basic(plugin: Any) -> bool:
 
 def print_config(arguments: Arguments) -> None:
     """Let Hydra print a configuration."""
-    from metalearn.config import composition
-
     _check_hydra(composition.compose_config(arguments.settings, with_hydra=True).hydra)
     hydra_main(_must_not_run, [*arguments.options, *arguments.settings])
 
@@ -120,8 +117,6 @@ def _must_not_run(config: Any) -> None:
 
 def _check_hydra(hydra: Any) -> None:
     """Raise UserError for settings with which Hydra would call anything a configuration names."""
-    from omegaconf import OmegaConf
-
     if hydra.callbacks:
         name = next(iter(hydra.callbacks))
         raise UserError(f"hydra.callbacks.{name}: callbacks are not supported")
@@ -133,14 +128,8 @@ def _check_hydra(hydra: Any) -> None:
             )
 
 
-def rank() -> int:
-    """Return the number that torchrun gave this process; 0 leads, and alone prints and writes."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _follow(config: Any, folder: Path, overrides: list[str]) -> NoReturn:
     """Compute a non-leading process's share, and exit."""
-    from metalearn.config import paths
     from metalearn.run.parts import data_folder
     from metalearn.run.train import follow
 
@@ -151,11 +140,7 @@ def _follow(config: Any, folder: Path, overrides: list[str]) -> NoReturn:
 
 
 def _check(config: Any) -> None:
-    from metalearn.config.checking import check_config
-
-    settings = check_config(
-        config
-    )  # does not import torch, so that a mistyped word is answered fast
+    settings = check_config(config)
     from metalearn.run import pairings
 
     pairings.check(settings)
@@ -164,13 +149,9 @@ def _check(config: Any) -> None:
 def _check_multirun(overrides: list[str]) -> None:
     """Check each value of each axis once.
 
-    A mistyped name ends a multirun before it starts; an impossible run only fails itself.
-
-    Raises:
-        UserError: For an unknown name, or if none of the checked runs is possible.
+    A mistyped name ends a multirun before it starts; an impossible run only fails itself, unless
+    none of the checked runs is possible.
     """
-    from metalearn.config import sweeps
-
     errors: list[UserError] = []
     count = 0
     for config in sweeps.one_config_per_value(overrides):
@@ -187,8 +168,6 @@ class _Job:
     """The function that Hydra calls for each run; picklable, so that launchers can send it."""
 
     def __init__(self, is_multirun: bool) -> None:
-        from metalearn.config import plugins
-
         self.is_multirun = is_multirun
         self.axes: list[str] = []  # the settings that a multirun varies
         self.is_search, self.is_tested = False, True  # whether each run is tested
@@ -198,11 +177,6 @@ class _Job:
 
     def __call__(self, config: Any) -> float:
         """Train one run. Return its validation score for sweepers."""
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import OmegaConf
-
-        from metalearn.config import composition, paths, plugins, sweeps
-        from metalearn.report.console import open_console, print_line
         from metalearn.report.folder import RunFolder
         from metalearn.run.parts import data_folder
         from metalearn.run.train import save_command, train
@@ -242,14 +216,10 @@ class _Job:
 
 def _save_error(error: Exception, files: Any) -> str:
     """Save why a run of a multirun failed, with a traceback for a bug. Return the line."""
-    from metalearn.system.atomic import write_text
-
     error = as_failure(error)
     line = first_line(error)
     with contextlib.suppress(OSError):  # a full disk must not end the other runs
         if exit_code(error) is None:
-            import traceback
-
             line = f"{type(error).__name__}: {line}"
             write_text(files.traceback, traceback.format_exc())
         write_text(files.error, line + "\n")
@@ -259,8 +229,6 @@ def _save_error(error: Exception, files: Any) -> str:
 def hydra_main(job: Any, words: list[str]) -> None:
     """Call Hydra's main for the entry point in `conf/`; its errors are exceptions."""
     import hydra
-
-    from metalearn.config.components import conf_dir
 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["metalearn", *words]
@@ -293,14 +261,3 @@ def _folder(folder: Path) -> Iterator[None]:
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
-
-
-def exit_siblings(code: int) -> None:
-    """Exit one of several processes at once.
-
-    Threads of torch.distributed sometimes outlive the interpreter's regular exit, which aborts the
-    process (torch 2.15: "terminate called without an active exception").
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stderr.flush()
-        os._exit(code)

@@ -3,9 +3,10 @@
 import contextlib
 from typing import Any
 
-from metalearn.system.errors import UserError
+from omegaconf import OmegaConf
 
-# Nothing heavy is imported here, as in main.py.
+from metalearn.config import checking, composition, roles, sweeps
+from metalearn.system.errors import UserError
 
 
 def sampling(config: Any, overrides: list[str]) -> list[str]:
@@ -13,8 +14,6 @@ def sampling(config: Any, overrides: list[str]) -> list[str]:
 
     With a seed, a repeated search proposes the same trials.
     """
-    from metalearn.config import composition
-
     sweeper, more = config.hydra.sweeper, []
     if "direction" in sweeper and "hydra.sweeper.direction=" not in " ".join(overrides):
         is_maximum = worst_score(composition.without_hydra(config)) < 0
@@ -26,11 +25,10 @@ def sampling(config: Any, overrides: list[str]) -> list[str]:
 
 def worst_score(config: Any) -> float:
     """Return the score of a failed trial: minus infinity if a higher score is better."""
-    from metalearn.config.checking import check_config
     from metalearn.run.parts import family_of
 
     try:
-        metric = family_of(check_config(config)).metric
+        metric = family_of(checking.check_config(config)).metric
     except UserError:
         return float("-inf")
     return float("-inf") if metric.higher_is_better else float("inf")
@@ -39,17 +37,9 @@ def worst_score(config: Any) -> float:
 def trial_folder(files: Any, overrides: list[str], config: Any) -> Any:
     """Return the folder of an earlier trial with the same settings, else one without a trial.
 
-    So a repeated search resumes a trial that now has another number, as in a larger grid.
-
-    Args:
-        files: The folder that Hydra made for the trial.
-        overrides: The settings of the trial.
-        config: Its composed configuration.
+    So a repeated search resumes a trial that now has another number, as in a larger grid. `files`
+    is the folder that Hydra made.
     """
-    from omegaconf import OmegaConf
-
-    from metalearn.config import checking, roles, sweeps
-
     plain: Any = OmegaConf.to_container(config)
     described = roles.roles(checking.complete(plain, is_strict=False), is_strict=False)
 

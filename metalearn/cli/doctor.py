@@ -42,15 +42,7 @@ def main(args: list[str]) -> int:
 
 
 def doctor(overrides: list[str], console: Any) -> bool:
-    """Print the report.
-
-    Args:
-        overrides: `data_dir`, `cache_dir` and `device`.
-        console: Where to print.
-
-    Returns:
-        Whether the self-test passed.
-    """
+    """Print the report; return whether the self-test passed."""
     from metalearn.config.checking import check_config
     from metalearn.config.composition import compose_config
     from metalearn.report.console import print_line

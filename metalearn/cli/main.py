@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import os
 import pkgutil
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 from metalearn import __version__
-from metalearn.cli import _launch
 from metalearn.cli._arguments import take_plugins
 from metalearn.system import output, signals
 from metalearn.system.errors import UserError, as_failure, exit_code, leave_unread, nearest
@@ -46,7 +46,7 @@ def main() -> None:
         signals.listen()
         code = _dispatch(words)
         sys.stdout.flush()
-        _launch.exit_siblings(code)
+        exit_siblings(code)
         sys.exit(code)
     except BrokenPipeError:  # the reader has exited, as in `metalearn list | head -1`
         leave_unread(sys.stdout)
@@ -75,6 +75,22 @@ def commands() -> list[str]:
     return [name for name in names if not name.startswith("_") and name != "main"]
 
 
+def rank() -> int:
+    """Return the number that torchrun gave this process; 0 leads, and alone prints and writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def exit_siblings(code: int) -> None:
+    """Exit one of several processes at once.
+
+    Threads of torch.distributed sometimes outlive the interpreter's regular exit, which aborts the
+    process (torch 2.15: "terminate called without an active exception").
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _command(name: str) -> ModuleType:
     return importlib.import_module(f"metalearn.cli.{name}")
 
@@ -82,7 +98,7 @@ def _command(name: str) -> ModuleType:
 def _print_error(error: BaseException) -> None:
     """Print why the command ends, in the leading process only."""
     output.Unfailing(sys.stdout).flush()  # else what it holds fails again at exit
-    if _launch.rank() == 0:
+    if rank() == 0:
         print(f"metalearn: {error}", file=sys.stderr, flush=True)
 
 

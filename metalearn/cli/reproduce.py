@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from metalearn.cli import _arguments, _launch
+from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, nearest
 
 HELP = """metalearn reproduce <experiment> [budget=smoke|quick|paper] [seed=…] [key=value …]
@@ -35,9 +35,10 @@ def main(args: list[str]) -> int:
     recipe = Recipe(names[0], str(budget))
     given = _arguments.parse_settings("reproduce", rest)
     arguments = _arguments.Arguments(recipe.overrides(given))
-    _launch.check(arguments)
+    from metalearn.cli import _launch
     from metalearn.report.console import open_console, print_line
 
+    _launch.check(arguments)
     console = open_console()
     for line in recipe.announcement().splitlines():
         print_line(console, line)
@@ -45,15 +46,7 @@ def main(args: list[str]) -> int:
 
 
 class Recipe:
-    """One experiment at one budget.
-
-    Args:
-        name: Name of the experiment.
-        budget: Name of the budget.
-
-    Raises:
-        UserError: If there is no such experiment or budget.
-    """
+    """One experiment at one budget; raises UserError if there is no such one."""
 
     def __init__(self, name: str, budget: str) -> None:
         from metalearn.config.checking import check_config
@@ -74,11 +67,7 @@ class Recipe:
         self.measured = settings.measured.get(budget)
 
     def overrides(self, more: list[str]) -> list[str]:
-        """Return the overrides to train with.
-
-        Raises:
-            UserError: If `more` changes the experiment.
-        """
+        """Return the overrides to train with; raise UserError if `more` changes the experiment."""
         from metalearn.config import checking, composition, roles
 
         groups = [*composition.groups(), *vars(self._composed), "hydra"]
@@ -134,11 +123,8 @@ class Recipe:
     def verdict(self, folder: Path, console: Any) -> int:
         """Compare the result in `folder` with the target: mean + ci95 >= target - its ci95.
 
-        The verdict is written to reproduction.json.
-
-        Returns:
-            The exit code: 0 for PASS, 1 for FAIL, 3 if this budget has no target with this version
-            of the sampler.
+        Write reproduction.json. Return 0 for PASS, 1 for FAIL, 3 if this budget has no target with
+        this version of the sampler.
         """
         from metalearn.report.console import print_line
         from metalearn.report.folder import RunFolder

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metalearn.cli import _arguments, _launch
+from metalearn.cli import _arguments
 
 HELP = """metalearn train [key=value …] [-m] [--cfg job]
 
@@ -57,12 +57,13 @@ TAKES: tuple[str, ...] = ("{settings}",)
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
+    from metalearn.cli import _launch
+    from metalearn.config import sweeps
+
     arguments = _arguments.parse(args)
     if arguments.only_prints:
         _launch.print_config(arguments)
         return 0
-    from metalearn.config import sweeps
-
     keys = {word.partition("=")[0] for word in arguments.overrides}
     if not keys & {"algo", "dataset", "experiment"}:
         _launch.check(arguments)
@@ -96,12 +97,9 @@ def _explain(overrides: list[str]) -> int:
 
 
 def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
-    """Print one table over the runs of a multirun, and name the failed ones.
+    """Print one table over the runs of a multirun, and name the failed ones; return their number.
 
     The table of a search has validation scores. Its best trial is tested, if it is not, and shown.
-
-    Returns:
-        The number of failed runs.
     """
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder

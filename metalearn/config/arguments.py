@@ -6,8 +6,6 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from metalearn.config.checking import conform
 from metalearn.config.components import TYPES, Setting
 from metalearn.system.errors import UserError, nearest
@@ -22,17 +20,9 @@ def check_arguments(
 ) -> dict[str, Any]:
     """Convert settings to the types that a function's annotations or defaults have.
 
-    An annotation can have bounds: `Annotated[int, at_least(0)]`.
-
-    Args:
-        function: Function whose arguments the settings become.
-        values: Settings by name.
-        where: Prefix of the settings, for errors.
-        name: Name of the function, for errors.
-        reserved: Parameters that are not settings.
-
-    Raises:
-        UserError: For an unknown setting, a wrong type, a missing value or one out of bounds.
+    An annotation can have bounds: `Annotated[int, at_least(0)]`. Parameters in `reserved` are not
+    settings; errors contain `where`, the prefix of the settings, and the function's `name`. Raise
+    UserError for an unknown setting, a wrong type, a missing value or one out of bounds.
     """
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     try:
@@ -56,8 +46,7 @@ def check_arguments(
                     f"{where}.{key}={value}: should be {len(default)} numbers, like {list(default)}"
                 )
     given = [one for one in settings.values() if one.name in values or not one.default]
-    typed: Any = OmegaConf.to_container(conform(given, OmegaConf.create(dict(values)), f"{where}."))
-    return dict(typed)
+    return conform(given, values, f"{where}.")
 
 
 def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:

@@ -6,13 +6,16 @@ A mistake raises UserError: what is wrong, where it was set, what would be right
 import dataclasses
 import functools
 import importlib.util
+import operator
 import re
-from collections.abc import Iterator, Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, nodes
 from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.config import plugins
@@ -20,36 +23,32 @@ from metalearn.config.components import (
     Setting,
     component_settings,
     conf_dir,
-    known_settings,
     names,
     nested,
     settings_of,
 )
-from metalearn.config.schema import COMPONENTS, RunConfig
+from metalearn.config.schema import COMPONENTS, AugmentConfig, LossConfig, RunConfig
 from metalearn.system.errors import UserError, first_line, nearest
 
-#: OmegaConf's names of types, in its error messages, as a user would say them.
-_TYPE_NAMES = {
-    "Integer": "a whole number", "Float": "a number", "Boolean": "true or false",
-    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
-}  # fmt: skip
-#: Types of whole numbers.
-_WHOLE = (int, int | None)
-#: What to report for OmegaConf's other error messages, by a part of their text.
-_REASONS = {
-    "not a valid bool": "should be true or false",
-    "not a ListConfig": "should be a list",
-    "Dict[": "should hold settings",
-    "not Optional": "should have a value",
+#: What converts a value to each type, and the type as a user would say it.
+_TYPES: dict[type, tuple[nodes.ValueNode, str]] = {
+    int: (nodes.IntegerNode(), "a whole number"),
+    float: (nodes.FloatNode(), "a number"),
+    bool: (nodes.BooleanNode(), "true or false"),
+    str: (nodes.StringNode(), "text"),
+}
+#: Bounds in the rule of a setting: how a number compares with them, and in words.
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (operator.ge, "at least"),
+    "maximum": (operator.le, "at most"),
+    "above": (operator.gt, "greater than"),
 }
 
 
 def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     """Add the defaults of settings that a configuration lacks, as runs of older versions do.
 
-    Args:
-        plain: Configuration as plain data.
-        is_strict: Whether an unknown class is an error; otherwise its settings stay as they are.
+    If not `is_strict`, the settings of an unknown class stay as they are, else it is an error.
     """
     train = plain.get("train")
     short = train.get("optimiser") if isinstance(train, dict) else None
@@ -63,7 +62,7 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
     for name in COMPONENTS:
         node = plain.get(name)
         if isinstance(node, Mapping) and "_target_" in node:
-            plain[name] = _with_defaults(known_settings(node, name, is_strict), node)
+            plain[name] = _with_defaults(component_settings(node, name, is_strict), node)
     return _with_defaults(settings_of(RunConfig), plain)
 
 
@@ -110,39 +109,29 @@ def check_config(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from None
     resolved = complete(resolved)
-    parts: dict[str, Any] = {}
     own = [setting for setting in settings_of(RunConfig) if setting.name not in COMPONENTS]
-    plain = OmegaConf.create(
-        {key: value for key, value in resolved.items() if key not in COMPONENTS}
-    )
-    run = conform(own, plain, "")
-    for key, value in run.items():
-        if key == "optimiser":
-            parts["optimiser"] = OmegaConf.to_container(value)
-        else:
-            parts[str(key)] = OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
-    _check_names(run)
+    values = {key: value for key, value in resolved.items() if key not in COMPONENTS}
+    parts = conform(own, values, "")
+    _check_names(parts["loss"], parts["augment"], str(parts["optimiser"].get("_target_")))
     for name in COMPONENTS:
         node = resolved.get(name)
         settings = component_settings(node, name)
-        values = OmegaConf.create({key: value for key, value in node.items() if key != "_target_"})
-        content: Any = OmegaConf.to_container(conform(settings, values, f"{name}."))
-        parts[name] = {"_target_": node["_target_"], **content}
+        values = {key: value for key, value in node.items() if key != "_target_"}
+        parts[name] = {"_target_": node["_target_"], **conform(settings, values, f"{name}.")}
     return RunConfig(**parts)
 
 
-def _check_names(run: DictConfig) -> None:
+def _check_names(loss: LossConfig, augment: AugmentConfig, optimiser: str) -> None:
     """Check the names of losses and augmentations; plugins can add some."""
-    given = [("loss.name", run.loss.name, "loss"), ("loss.inner", run.loss.inner, "loss")]
+    given = [("loss.name", loss.name, "loss"), ("loss.inner", loss.inner, "loss")]
     for part, group in (("ops", "augment"), ("support", "augment"), ("mix", "mix")):
-        for name, own in run.augment[part].items():
+        for name, own in getattr(augment, part).items():
             if not (isinstance(own, Mapping) and "_target_" in own):
                 given.append((f"augment.{part}", str(name), group))
     for where, name, group in given if not plugins.packages() else []:
         known = names(group)
         if name is not None and "." not in name and name not in known:
             raise plugins.no_such_name(name, known, where)
-    optimiser = str(run.optimiser.get("_target_"))
     if (known := optimiser_names()) and optimiser not in known:
         raise no_such_optimiser(optimiser, known)
 
@@ -171,115 +160,100 @@ def plain(settings: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def _schema(settings: list[Setting]) -> DictConfig:
-    """Return settings as an OmegaConf schema in which every value is missing."""
-    fields = [(setting.name, setting.kind) for setting in settings]
-    return OmegaConf.structured(dataclasses.make_dataclass("Settings", fields))
+def leaves(node: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    """Return all values of a configuration by their dotted names; {} counts as a value."""
+    values: dict[str, Any] = {}
+    plain: Any = OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
+    for key, value in plain.items():
+        is_inner = isinstance(value, Mapping) and value
+        values |= leaves(value, f"{where}{key}.") if is_inner else {f"{where}{key}": value}
+    return values
 
 
-def _kinds(settings: list[Setting], where: str = "") -> dict[str, Any]:
-    """Return the type of each setting by its dotted name."""
-    kinds: dict[str, Any] = {}
+def _names(settings: list[Setting]) -> list[str]:
+    """Return the dotted names of settings, and of those inside them instead of their groups."""
+    names = []
     for setting in settings:
         kind = nested(setting.kind)
-        name = f"{where}{setting.name}"
-        if kind is setting.kind and kind is not None:
-            kinds |= _kinds(settings_of(kind), f"{name}.")
-        else:
-            kinds[name] = setting.kind
-    return kinds
+        inner = [f".{name}" for name in _names(settings_of(kind))] if kind else [""]
+        names += [setting.name + name for name in inner]
+    return names
 
 
-def conform(settings: list[Setting], values: DictConfig, where: str) -> DictConfig:
-    """Return values converted to the types of their settings.
+def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return values converted to the types of their settings; groups become dataclasses.
 
     Args:
         settings: All settings that there are; each must have a value.
-        values: Values by name.
+        values: Values by name, as plain data.
         where: Prefix of the names in messages.
 
     Raises:
         UserError: For an unknown key, a wrong type, a missing value or one out of bounds.
     """
-    known = _kinds(settings)
-    for key in list(leaves(values)):
-        value = OmegaConf.select(values, key)
-        if isinstance(value, float) and known.get(key) in _WHOLE and value.is_integer():
-            OmegaConf.update(values, key, int(value))  # written like 1e3
-        if inside := [name for name in known if name.startswith(f"{key}.")]:
+    known = _names(settings)
+    for key, value in leaves(values).items():
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        if inside and value is not None:
             raise UserError(f"{where}{key}: should hold settings, like {where}{inside[0]}")
-        if not any(key == name or key.startswith(f"{name}.") for name in known):
+        if not inside and not any(key == name or key.startswith(f"{name}.") for name in known):
             hint = nearest(where + key, [where + name for name in known])
             raise UserError(f"{where}{key}: there is no such setting{hint}")
-    merged: Any = _schema(settings)
-    for key in map(str, values):  # one at a time, so that the error can name the key
-        if OmegaConf.is_missing(values, key):
-            raise UserError(f"{where}{key}: has no value")
-        try:
-            merged.merge_with({key: values[key]})
-        except OverflowError:
-            raise UserError(f"{where}{key}: has too large a number") from None
-        except OmegaConfBaseException as error:
-            full = getattr(error, "full_key", None) or str(key)
-            given = OmegaConf.select(values, full, default=values[key])
-            raise UserError(f"{where}{full}={given}: {_reason(error)}") from None
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise UserError(f"{where}{missing[0]}: has no value")
-    _check_bounds(settings, merged, where)
-    return merged
-
-
-def leaves(node: DictConfig, where: str = "") -> Iterator[str]:
-    """Yield the dotted names of all values of a configuration."""
-    for key in map(str, node):
-        if (
-            not OmegaConf.is_missing(node, key)
-            and isinstance(node[key], DictConfig)
-            and len(node[key])
-        ):
-            yield from leaves(node[key], f"{where}{key}.")
-        else:
-            yield f"{where}{key}"
-
-
-def _reason(error: Exception) -> str:
-    line = first_line(error)
-    for text, reason in _REASONS.items():
-        if text in line:
-            return reason
-    match = re.search(r"could not be converted to (\w+)|'None' for field of type '(\w+)'", line)
-    if match:
-        name = match[1] or match[2]
-        return f"should be {_TYPE_NAMES.get(name, name)}"
-    return line
-
-
-def _check_bounds(settings: list[Setting], values: DictConfig, where: str) -> None:
+    converted = {}
     for setting in settings:
-        if setting.name not in values:
-            continue
-        value, rule = values[setting.name], setting.rule
-        name = f"{where}{setting.name}"
-        if isinstance(value, DictConfig):
-            kind = nested(setting.kind)
-            if kind is not None:
-                _check_bounds(settings_of(kind), value, f"{name}.")
-            continue
+        name, value = f"{where}{setting.name}", values.get(setting.name, MISSING)
+        if value == MISSING:
+            raise UserError(f"{name}: has no value")
+        converted[setting.name] = _converted(value, setting.kind, name)
+        _check_bounds(converted[setting.name], setting.rule, name)
+    return converted
+
+
+def _converted(value: Any, kind: Any, name: str) -> Any:
+    """Return a value as one of a type; raise UserError if that is impossible."""
+    if isinstance(kind, types.UnionType):
         if value is None:
-            continue
-        if "choices" in rule and value not in rule["choices"]:
-            hint = nearest(str(value), rule["choices"])
-            raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
-        for number in value if OmegaConf.is_list(value) else [value]:
-            if OmegaConf.is_config(number):
-                raise UserError(f"{name}={value}: should be a list of numbers")
-            if isinstance(number, float) and number != number:
-                raise UserError(f"{name}={value}: should be a number")
-            if "minimum" in rule and number < rule["minimum"]:
-                raise UserError(f"{name}={value}: should be at least {rule['minimum']}")
-            if "maximum" in rule and number > rule["maximum"]:
-                raise UserError(f"{name}={value}: should be at most {rule['maximum']}")
-            if "above" in rule and not number > rule["above"]:
-                raise UserError(f"{name}={value}: should be greater than {rule['above']}")
-            if isinstance(number, int) and not -(2**31) <= number < 2**31:
-                raise UserError(f"{name}={value}: is too large a number")
+            return None
+        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+    if kind is Any:
+        return value
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name}={value}: should be a list")
+        if any(isinstance(one, list | dict) for one in value):
+            raise UserError(f"{name}={value}: should be a list of numbers")
+        return [_converted(one, arguments[0], f"{name}[{at}]") for at, one in enumerate(value)]
+    if origin is dict or dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}={value}: should hold settings")
+        if origin is not dict:
+            return kind(**conform(settings_of(kind), value, f"{name}."))
+        return {str(k): _converted(one, arguments[1], f"{name}.{k}") for k, one in value.items()}
+    node, words = _TYPES[kind]
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # written like 1e3
+    try:
+        if value is not None:
+            return node.validate_and_convert(value)
+    except OverflowError:
+        raise UserError(f"{name}: has too large a number") from None
+    except OmegaConfBaseException:
+        pass
+    raise UserError(f"{name}={value}: should be {words}")
+
+
+def _check_bounds(value: Any, rule: Mapping[str, Any], name: str) -> None:
+    if value is None:
+        return
+    if "choices" in rule and value not in rule["choices"]:
+        hint = nearest(str(value), rule["choices"])
+        raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and number != number:
+            raise UserError(f"{name}={value}: should be a number")
+        for bound, (holds, words) in _BOUNDS.items():
+            if bound in rule and not holds(number, rule[bound]):
+                raise UserError(f"{name}={value}: should be {words} {rule[bound]}")
+        if isinstance(number, int) and not -(2**31) <= number < 2**31:
+            raise UserError(f"{name}={value}: is too large a number")

@@ -66,14 +66,9 @@ def conf_dir() -> Path:
 
 
 def component(node: Any, where: str) -> Any:
-    """Return the class that a group's `_target_` names, in this package or in a plugin.
+    """Return the class that the `_target_` of the group `where` names, here or in a plugin.
 
-    Args:
-        node: Settings of the group.
-        where: Name of the group: "algo", "dataset" or "backbone".
-
-    Raises:
-        UserError: If it names anything else.
+    Raise UserError if it names anything else.
     """
     target = _target(node, where)
     cls = plugins.import_object(target, f"{where}._target_")
@@ -108,8 +103,12 @@ def _stored_index() -> dict[str, Any]:
 
 @functools.cache
 def _index() -> dict[str, list[Setting]]:
+    def setting(name: str, type: str, **rule: Any) -> Setting:
+        default = (rule.pop("default"),) if "default" in rule else ()
+        return Setting(name, TYPES[type], rule, default)
+
     return {
-        target: [_from_plain(one) for one in settings]
+        target: [setting(**one) for one in settings]
         for target, settings in _stored_index().items()
         if target != "names"
     }
@@ -119,24 +118,6 @@ def names(group: str) -> list[str]:
     """Return the names of the package's functions of a group: "loss", "augment" or "mix"."""
     known: list[str] = _stored_index()["names"][group]
     return known
-
-
-def _from_plain(one: dict[str, Any]) -> Setting:
-    rule = {name: value for name, value in one.items() if name not in ("name", "type", "default")}
-    return Setting(
-        one["name"], TYPES[one["type"]], rule, (one["default"],) if "default" in one else ()
-    )
-
-
-def to_plain(setting: Setting) -> dict[str, Any]:
-    """Return a setting of a component as plain data for the index."""
-    name = next(name for name, kind in TYPES.items() if kind == setting.kind)
-    default = {"default": setting.default[0]} if setting.default else {}
-    rule = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in setting.rule.items()
-    }
-    return {"name": setting.name, "type": name, **default, **rule}
 
 
 @functools.cache
@@ -157,35 +138,29 @@ def settings_of(cls: type) -> list[Setting]:
     return settings
 
 
-def component_settings(node: Any, where: str) -> list[Setting]:
-    """Return the settings of a group's class, without importing a class of this package.
+def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Setting]:
+    """Return the settings of the class of the group `where`, without importing one of this package.
 
-    Args:
-        node: Settings of the group.
-        where: Name of the group.
-
-    Raises:
-        UserError: If `_target_` names no class.
+    Raise UserError if there is no such class; if not `is_strict`, it has no settings.
     """
-    target = _target(node, where)
-    known = _index()
-    if target in known:
-        return known[target]
-    if target.startswith("metalearn."):
-        raise UserError(f"{where}._target_={target}: there is no such class")
-    return settings_of(component(node, where))
+    try:
+        target = _target(node, where)
+        if target in _index():
+            return _index()[target]
+        if target.startswith("metalearn."):
+            raise UserError(f"{where}._target_={target}: there is no such class")
+        return settings_of(component(node, where))
+    except UserError:
+        if is_strict:
+            raise
+        return []
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
-    """Create the method, dataset or backbone that checked settings describe.
+    """Create the method, dataset or backbone that the settings of the group `where` describe.
 
-    Args:
-        settings: Settings with `_target_`.
-        where: Name of the group.
-        runtime: Values for fields declared with `given_by_run`; others are ignored.
-
-    Raises:
-        UserError: If `_target_` names no such class.
+    `runtime` has the values of fields declared with `given_by_run`; others are ignored. Raise
+    UserError if `_target_` names no such class.
     """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)
@@ -199,13 +174,3 @@ def nested(kind: Any) -> type | None:
     return next(
         (one for one in parts if isinstance(one, type) and dataclasses.is_dataclass(one)), None
     )
-
-
-def known_settings(node: Any, where: str, is_strict: bool) -> list[Setting]:
-    """Return the settings of a group's class; if not `is_strict`, [] for an unknown class."""
-    try:
-        return component_settings(node, where)
-    except UserError:
-        if is_strict:
-            raise
-        return []

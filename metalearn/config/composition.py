@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from metalearn.system.reading import read_yaml
 def conf_dirs() -> list[Path]:
     """Return the `conf/` folders of the package and of plugins."""
     return [conf_dir(), *plugins.conf_dirs()]
-
-
-def search_path(folders: list[Path]) -> list[str]:
-    """Return the override that adds folders to Hydra's search path; [] if there are none."""
-    if not folders:
-        return []
-    paths = ",".join(quoted(f"file://{folder}") for folder in folders)
-    return [f"hydra.searchpath=[{paths}]"]
 
 
 def quoted(text: str) -> str:
@@ -48,10 +40,7 @@ def _recipe(kind: str, algo: str, *others: str) -> str:
     A method without a recipe uses the first that exists of the methods that a comment
     `# recipes: …` in its file names.
     """
-    names = [algo]
-    if (path := _file("algo", algo)) is not None:
-        lines = [line for line in _comments(path) if line.startswith("recipes:")]
-        names += [name.strip() for line in lines for name in line.partition(":")[2].split(",")]
+    names = [algo, *re.findall(r"[^\s,]+", _tag(algo, "recipes"))]
     known = ["-".join([name, *others]) for name in names]
     return next((name for name in known if _file(f"recipe/{kind}", name) is not None), "none")
 
@@ -127,12 +116,18 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     return f"{first_line(error)} (in: {' '.join(overrides)})"
 
 
-def _is_readable(override: str) -> bool:
+def parsed(overrides: list[str]) -> list[Any]:
+    """Parse overrides by Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def _is_readable(override: str) -> bool:
     from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(override)
+        parsed([override])
     except HydraException:
         return False
     return True
@@ -153,35 +148,32 @@ def initialised() -> Iterator[Any]:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
-        yield lambda overrides, **options: compose(
-            "config", overrides=with_plugins(with_optimiser(overrides)), **options
-        )
+        yield lambda overrides, **options: compose("config", completed(overrides), **options)
 
 
-def with_plugins(overrides: list[str]) -> list[str]:
-    """Add the configuration folders of plugins to overrides."""
-    if any(word.startswith("hydra.searchpath=") for word in overrides):
-        return overrides
-    return [*overrides, *search_path(plugins.conf_dirs())]
+def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
+    """Return overrides with what others imply; nothing more is added to the result.
 
-
-def with_optimiser(overrides: list[str]) -> list[str]:
-    """Add `optimiser=…` for `train.optimiser=…`, so that the optimiser's settings exist."""
+    Args:
+        overrides: Overrides as on the command line. For `train.optimiser=…`, `optimiser=…` is
+            added, so that the optimiser's settings exist.
+        folders: Configuration folders to read, in addition to those of plugins.
+    """
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
-    name = given.get("train.optimiser")
-    is_needed = name in ("adam", "sgd") and "optimiser" not in given
-    return [*overrides, f"optimiser={name}"] if is_needed else overrides
+    name, more = given.get("train.optimiser"), []
+    if name in ("adam", "sgd") and "optimiser" not in given:
+        more.append(f"optimiser={name}")
+    folders = [*folders, *plugins.conf_dirs()]
+    if folders and "hydra.searchpath" not in given:
+        paths = ",".join(quoted(f"file://{folder}") for folder in folders)
+        more.append(f"hydra.searchpath=[{paths}]")
+    return [*overrides, *more]
 
 
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """Compose the configuration.
+    """Compose the configuration, optionally with Hydra's own settings.
 
-    Args:
-        overrides: Overrides as on the command line.
-        with_hydra: Whether to include Hydra's own settings.
-
-    Raises:
-        UserError: For a wrong override; names it and the nearest right one.
+    Raise UserError for a wrong override; it names the nearest right one.
     """
     with hydra_errors(overrides), initialised() as compose:
         return compose(overrides, return_hydra_config=with_hydra)
@@ -195,8 +187,7 @@ def without_hydra(config: DictConfig) -> DictConfig:
 def load_config(folder: Path) -> DictConfig:
     """Load the configuration of a run folder, with defaults for settings newer than the run.
 
-    Raises:
-        UserError: If there is no configuration, or one that this version cannot read.
+    Raise UserError if there is none, or one that this version cannot read.
     """
     path = folder / "config.yaml"
     content = read_yaml(path)
@@ -216,12 +207,10 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: For an unknown key or several values.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     result: Any = OmegaConf.create(OmegaConf.to_container(stored))
     with hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    for override in parsed:
+        changes = parsed(overrides)
+    for override in changes:
         key, value = override.key_or_group, override.value()
         if key == "dataset":
             result.dataset = compose_config([f"dataset={value}"]).dataset
@@ -271,14 +260,17 @@ def families() -> dict[str, list[str]]:
     """Return the methods of each family, by the comment `# family: …` in its file, or "other"."""
     names: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
     for name in options("algo"):
-        path = _file("algo", name)
-        comments = _comments(path) if path else []
-        family = next(
-            (line.partition(":")[2].strip() for line in comments if line.startswith("family:")),
-            "other",
-        )
-        names.setdefault(family, []).append(name)
+        names.setdefault(_tag(name, "family") or "other", []).append(name)
     return names
+
+
+def _tag(algo: str, tag: str) -> str:
+    """Return what a comment `# tag: …` in the file of a method says, or ""."""
+    path = _file("algo", algo)
+    lines = _comments(path) if path else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith(f"{tag}:")), ""
+    )
 
 
 def _comments(path: Path) -> list[str]:

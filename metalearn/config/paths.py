@@ -18,11 +18,9 @@ _FUNCTION = re.compile(r"[a-z_]+\(.*\)", re.DOTALL)
 
 
 def literal(override: str, is_multirun: bool) -> str:
-    """Quote the path in an override, so that Hydra reads it as it is.
+    """Quote the path in `key=value`, so that Hydra reads it as it is, if the setting holds one.
 
-    Args:
-        override: `key=value`; returned as it is if the setting holds no path.
-        is_multirun: Whether commas separate several values, and functions like glob(*) exist.
+    In a multirun, commas separate several values, and functions like glob(*) exist.
     """
     key, _, value = override.partition("=")
     if key.lstrip("+") not in PATHS or not value or (is_multirun and _FUNCTION.fullmatch(value)):
@@ -35,15 +33,10 @@ def literal(override: str, is_multirun: bool) -> str:
 
 
 def make_absolute(config: Any, overrides: list[str], data_dir: Path) -> None:
-    """Make `dataset.path` absolute if the command gave it.
+    """Make `dataset.path` absolute, in place, if the command gave it.
 
     It is relative to the working directory or, if nothing is there, to the data directory. A path
     that exists in neither stays as it is, for the dataset to report.
-
-    Args:
-        config: A composed configuration, changed in place.
-        overrides: The command's overrides.
-        data_dir: The data directory.
     """
     if not any(word.lstrip("+").startswith("dataset.path=") for word in overrides):
         return

@@ -28,13 +28,9 @@ def installed() -> tuple[str, ...]:
 
 
 def add(names: Iterable[str]) -> None:
-    """Import packages and allow their classes and functions.
+    """Import packages and allow their classes and functions; a string is one name.
 
-    Args:
-        names: Names of packages; a string is one name.
-
-    Raises:
-        UserError: If a package cannot be imported.
+    Raise UserError if a package cannot be imported.
     """
     for name in [names] if isinstance(names, str) else names:
         try:
@@ -59,15 +55,9 @@ def packages() -> set[str]:
 
 
 def check_allowed(path: str, where: str, otherwise: str) -> None:
-    """Check that a dotted name belongs to a plugin.
+    """Raise UserError if `package.module.name`, the value of a setting, belongs to no plugin.
 
-    Args:
-        path: `package.module.name`.
-        where: The setting, for the error.
-        otherwise: What else would be right, for the error.
-
-    Raises:
-        UserError: If it does not.
+    The message ends with `otherwise`: what else would be right.
     """
     package = path.partition(".")[0]
     if not any(f"{path}.".startswith(f"{one}.") for one in packages()):
@@ -78,17 +68,9 @@ def check_allowed(path: str, where: str, otherwise: str) -> None:
 
 
 def import_object(path: str, where: str) -> object:
-    """Import `package.module.name`.
+    """Import `package.module.name`, the value of a setting; return None if there is none.
 
-    Args:
-        path: Dotted name.
-        where: The setting, for the error.
-
-    Returns:
-        The object, or None if there is none of this name.
-
-    Raises:
-        UserError: If importing the module raises an ImportError.
+    Raise UserError if importing the module raises an ImportError.
     """
     module, _, name = path.rpartition(".")
     try:
@@ -115,15 +97,9 @@ def conf_dirs() -> list[Path]:
 
 
 def find(name: str, known: dict[str, object], where: str) -> object:
-    """Return the function of this name, or for `package.module.name` that of a plugin.
+    """Return the function that a setting names in `known`, or as `package.module.name` of a plugin.
 
-    Args:
-        name: Value of the setting.
-        known: Functions by name.
-        where: The setting, for the error.
-
-    Raises:
-        UserError: If there is none.
+    Raise UserError if there is none.
     """
     if name in known:
         return known[name]

@@ -4,18 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from metalearn.config.components import Setting, known_settings, nested, settings_of
+from metalearn.config.components import Setting, component_settings, nested, settings_of
 from metalearn.config.schema import COMPONENTS, RunConfig
 
 
 def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting]:
     """Return the setting of each value of a complete configuration, by its dotted name.
 
-    The rule of each setting contains its role, or else the role of its group.
-
-    Args:
-        plain: Complete configuration as plain data.
-        is_strict: Whether an unknown class is an error.
+    The rule of each setting contains its role, or else the role of its group. If not `is_strict`,
+    an unknown class has no settings.
     """
     described: dict[str, Setting] = {}
 
@@ -25,7 +22,9 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
             own = str(setting.rule.get("role") or role)
             kind = nested(setting.kind)
             if where == "" and setting.name in COMPONENTS:
-                walk(known_settings(value, setting.name, is_strict), value or {}, f"{name}.", own)
+                walk(
+                    component_settings(value, setting.name, is_strict), value or {}, f"{name}.", own
+                )
                 described[f"{name}._target_"] = Setting("_target_", str, {"role": "identity"})
             elif kind is not None and isinstance(value, Mapping):
                 walk(settings_of(kind), value, f"{name}.", own)
@@ -40,9 +39,7 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
 def role_of(key: str, described: Mapping[str, Setting]) -> tuple[set[str], bool]:
     """Return the roles of a dotted key, and whether results may differ by rounding.
 
-    Args:
-        key: A setting, a key inside a setting, or a group: then the roles are those of all of it.
-        described: Settings as `roles` returns them.
+    A key inside a setting has the setting's roles, a group those of all of it.
     """
     inside = [setting for name, setting in described.items() if name.startswith(f"{key}.")]
     name = key

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config.composition import apply_overrides, compose_config, groups, hydra_errors
+from metalearn.config.composition import (
+    apply_overrides,
+    compose_config,
+    groups,
+    hydra_errors,
+    parsed,
+)
 
 #: Settings that a grid search varies.
 _SEARCHED = ("algo.", "backbone.", "train.", "optimiser.", "loss.", "augment.")
@@ -12,9 +18,7 @@ _SEARCHED = ("algo.", "backbone.", "train.", "optimiser.", "loss.", "augment.")
 
 def is_sweep(override: str) -> bool:
     """Return True if an override gives several values."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_override(override).is_sweep_override()
+    return bool(parsed([override])[0].is_sweep_override())
 
 
 def key_of(override: str) -> str:
@@ -36,13 +40,11 @@ def one_run_per_value(overrides: list[str]) -> list[list[str]]:
     The first run has the first value of each axis; each other run differs in one value. Search
     ranges (of sweepers with a strategy) are left out.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Glob
 
     with hydra_errors(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
         axes: list[list[str]] = []
-        for override in parsed:
+        for override in parsed(overrides):
             if not override.is_sweep_override():
                 axes.append([str(override.input_line)])
             elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):

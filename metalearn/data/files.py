@@ -67,8 +67,7 @@ def list_images(container: Path) -> list[ImageFile]:
 def files_hash(containers: list[Path]) -> str:
     """Hash the content of archives, and the names, sizes and times of files in folders.
 
-    Raises:
-        UserError: For a file that cannot be read.
+    Raise UserError for a file that cannot be read.
     """
     digest = hashlib.sha256()
     for container in containers:
@@ -223,7 +222,8 @@ def cached(
             if is_out_of_memory(error):
                 raise
             print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
-    print(f"preparing the images of {name} (only the first time)", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"preparing the images of {name} (only the first time)", file=sys.stderr, flush=True)
     pictures = make()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,6 @@ class Folder(ImageDataset):
     download: str = choice("none", "cifar100")
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read and cache the images, and split their classes."""
         if self.background != "none":
             try:
                 ImageColor.getrgb(self.background)
@@ -77,7 +76,6 @@ class Folder(ImageDataset):
         )
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the folder or zip to read."""
         return [data_dir / Path(self.path).expanduser()]
 
     def _containers(self, root: Path) -> list[Path]:
@@ -142,7 +140,6 @@ class Folder(ImageDataset):
         return ClassImages(pixels, [counts[name] for name in names], names, notes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert an image of any format and size to uint8 [C, H, W]."""
         image = files.plain(image, self.background, "RGB" if self.colour == "rgb" else "L")
         size = self.image_size
         if image.size != (size, size):

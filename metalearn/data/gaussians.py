@@ -34,7 +34,6 @@ class Gaussians(Dataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Generate the vectors on the CPU, copy them to the device, and split the classes."""
         key = prng.key_of(self.data_seed)
         means = prng.normal(prng.fold_in(key, 0), (self.num_classes, 1, self.informative))
         size = (self.num_classes, self.examples, self.features)

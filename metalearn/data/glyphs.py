@@ -51,7 +51,6 @@ class Glyphs(ImageDataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Render all images, or load them from the cache, and split the classes."""
         settings = (
             "3",
             self.num_classes,

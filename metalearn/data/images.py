@@ -163,16 +163,13 @@ class ImageDataset(Dataset):
             first = torch.tensor([starts[index_of[name]] for name in names])
             rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
             index = ClassIndex(rows.to(device), counts.to(device), tuple(names))
-            if self.rotations == "classes" or (
-                self.rotations == "train_classes" and split == "train"
-            ):
+            if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
                     index, self.rotations_may_meet, self.rotations_share_drawings
                 )
             else:
-                views[split] = (
-                    RotatedEpisodes(index) if self.rotations == "episode" else ClassView(index)
-                )
+                kind = RotatedEpisodes if self.rotations == "episode" else ClassView
+                views[split] = kind(index)
         images = with_channels(pictures.images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:

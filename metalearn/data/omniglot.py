@@ -62,7 +62,6 @@ class Omniglot(ImageDataset):
     md5: dict[str, str] = setting()
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read or download the two archives (or folders), cache the images, split the classes."""
         parts = [
             path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
             for part, path in zip(_PARTS, self.files(data_dir), strict=True)
@@ -103,14 +102,11 @@ class Omniglot(ImageDataset):
                     f"not {_NUM_IMAGES}; use the official archives"
                 )
 
-        images, _, _ = decode(
-            [file for name in names for file in sorted(images_of[name], key=_file_name)],
-            self.to_array,
-        )
+        files = [sorted(images_of[name], key=lambda file: Path(file.name).name) for name in names]
+        images, _, _ = decode([file for own in files for file in own], self.to_array)
         return ClassImages(images, [_NUM_IMAGES] * len(names), names)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert an image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size, _RESAMPLING[self.resample])
 
     def _splits(self, names: list[str]) -> dict[str, list[str]]:
@@ -131,7 +127,3 @@ class Omniglot(ImageDataset):
 
 def _alphabet(name: str) -> str:
     return name.split("/")[0]
-
-
-def _file_name(file: ImageFile) -> str:
-    return PurePosixPath(file.name).name

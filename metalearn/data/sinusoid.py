@@ -47,7 +47,6 @@ class Sinusoid(Dataset):
                 )
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "SinusoidData":
-        """Return the task source; there is nothing to read."""
         return SinusoidData(self, device)
 
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -196,19 +196,20 @@ class Engine:
         if self.strategy == "loop" or isinstance(tasks, Batch):
             state = channels_last(state)
             return _stack([loss(state, task, progress) for task in _unbind(tasks)])
-        learners = self._adapt(state, tasks, algorithm.training_steps)
-        each = zip(_unbind(learners), _unbind(tasks.query), tasks.key.unbind(), strict=True)
-        return _stack(
-            [algorithm.query_loss(state, learner, query, key) for learner, query, key in each]
-        )
+        each = self._adapted(state, tasks, algorithm.training_steps)
+        return _stack([algorithm.query_loss(state, *one) for one in each])
 
-    def _adapt(self, state: State, tasks: Task, steps: int | None) -> Any:
+    def _adapted(
+        self, state: State, tasks: Task, steps: int | None
+    ) -> Iterator[tuple[Any, Query, Tensor]]:
+        """Adapt to T tasks in one batch; return learner, queries and key of each."""
         algorithm = self._with_kernels(batched=True)
 
         def adapt(task: Task) -> Any:
             return algorithm.adapt(state, task.support, key=task.key, steps=steps)
 
-        return vmap(adapt)(tasks)
+        learners = _unbind(vmap(adapt)(tasks))
+        return zip(learners, _unbind(tasks.query), tasks.key.unbind(), strict=True)
 
     def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
         """Adapt to the support sets of T tasks and predict their queries.
@@ -268,12 +269,7 @@ class Engine:
         elif self.strategy == "loop":
             outputs = torch.stack([adapt_and_output(task) for task in _unbind(tasks)])
         else:
-            each = zip(
-                _unbind(self._adapt(state, tasks, steps)),
-                _unbind(tasks.query),
-                tasks.key.unbind(),
-                strict=True,
-            )
+            each = self._adapted(state, tasks, steps)
             outputs = torch.stack([output(algorithm, *one) for one in each])
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 

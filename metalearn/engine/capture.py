@@ -38,11 +38,6 @@ class Captured:
         if device.type == "cuda" and reason_not_captured is not None:
             report(f"no CUDA graph: {reason_not_captured}")
 
-    @property
-    def captured(self) -> bool:
-        """Return True if a graph has been captured."""
-        return self._graph is not None
-
     def __call__(self) -> None:
         """Take one step."""
         if self._stage() is not self._graph_stage:

@@ -19,13 +19,7 @@ def suggest_chunk(
 ) -> Iterator[None]:
     """Turn an out-of-memory error into a `RunFailed` that names an `engine.task_chunk` that fits.
 
-    Args:
-        attempt: (chunk, tasks) -> result; called again with smaller chunks.
-        tasks: Tasks or batches with a leading T.
-        chunk: The chunk size of the failed attempt.
-
-    Raises:
-        RunFailed: Out of memory.
+    `attempt` maps (chunk, tasks) to a result; it is called again with smaller chunks than `chunk`.
     """
     try:
         yield

@@ -37,12 +37,14 @@ class Network:
     """A frozen network; heads learn from its features.
 
     Attributes:
+        takes_images: False for a run on other inputs.
         identity: What a saved classifier must find again; None if it cannot be saved.
         way: The number of classes that the examples must have; None for any.
         pen: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
     """
 
     identity: str | None = None
+    takes_images: bool = True
     way: int | None = None
     pen: float | None = None
 
@@ -142,6 +144,7 @@ class RunFeatures(Network):
 
     def __init__(self, run: str | Path) -> None:
         self._model = load.load(run)
+        self.takes_images = self._model.spec.inputs.kind == "images"
         if self._model.spec.target != "class":
             raise UserError(f"run={run}: predicts values, not classes")
         if not isinstance(self, AdaptingRun) and not self._model.embeds_alone:

@@ -138,7 +138,7 @@ class ClassifierStore:
         network = open_network(settings.backbone, settings.run, settings.head != "auto", False)
         if network is None or network.identity is None:
             raise UserError("a classifier of feature vectors cannot be served; it takes no images")
-        if len(network.image_shape()) != 3:
+        if not network.takes_images:
             raise UserError(f"run={settings.run}: its inputs are no images; serve takes images")
         self.network = network
         self.folder = folder / network.identity[:16]

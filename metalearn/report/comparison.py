@@ -159,8 +159,7 @@ class Comparison:
     def _differences(self, protocol: str, cells: dict[Method, Cell]) -> tuple[list[str], bool]:
         """Test the differences to the best method, with p adjusted for all pairs.
 
-        Returns:
-            The lines, and whether a method of a pair has a single seed.
+        Return the lines, and whether a method of a pair has a single seed.
         """
         pairs = list(itertools.combinations(cells, 2))
         differences = {

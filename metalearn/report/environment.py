@@ -11,11 +11,7 @@ import metalearn
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """Return the commit, versions and hardware, which a result depends on too.
-
-    Args:
-        device: A torch device, such as "cpu" or "cuda:0".
-    """
+    """Return the commit, versions and hardware, which a result on a torch device depends on too."""
     import torch
 
     cuda = torch.device(device).type == "cuda"

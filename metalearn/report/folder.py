@@ -9,11 +9,7 @@ from metalearn.system.reading import read_json
 
 
 class RunFolder:
-    """The files of one training run.
-
-    Args:
-        path: The folder, which does not need to exist.
-    """
+    """The files of one training run; the folder does not need to exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,20 +66,15 @@ class RunFolder:
                 yield file
 
     def read_result(self) -> Result:
-        """Read the result of the run's own test, or of validation if it is trained but not tested.
+        """Read the result of the run's own test, or of validation if it is not tested.
 
-        Raises:
-            UserError: If there is none, or it is not a result.
+        Raise UserError if there is none, or it is not a result.
         """
         is_untested = self.is_trained and not self.is_finished
         return Result.read(self.validation if is_untested else self.result, is_own_test=True)
 
     def read_command(self) -> dict[str, Any]:
-        """Read command.json.
-
-        Raises:
-            UserError: If it does not exist or is not readable.
-        """
+        """Read command.json; raise UserError if it does not exist or is not readable."""
         types = {"name": str, "overrides": [str], "directory?": str, "id?": str}
         return read_json(self.command, types)
 

@@ -24,10 +24,7 @@ class Measurement:
     """One test of one run.
 
     Attributes:
-        folder: The run folder.
-        name: Name of the run.
         settings: Settings that distinguish its method from others, by dotted name.
-        result: The result of the test.
         variant: How the adaptation differs from the run's own test, or "".
         dataset: Settings of the tested dataset, as far as the files of the run have them.
         minutes: Training time.
@@ -82,14 +79,14 @@ class Cell:
     @property
     def seeds_ci95(self) -> float | None:
         """Half-width of the 95% interval over seeds, if there are several."""
-        return stats.over_seeds(self.by_seed).ci95 if len(self.by_seed) > 1 else None
+        means = torch.tensor(self.by_seed, dtype=torch.float64)
+        return stats.estimate(means).ci95 if len(means) > 1 else None
 
 
 def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
     """Find runs: the folders themselves, or those below them; links below them are not followed.
 
-    Returns:
-        The folders of finished runs, and why each other folder is left out.
+    Return the folders of finished runs, and why each other folder is left out.
     """
     finished: set[Path] = set()
     others: dict[Path, str] = {}
@@ -115,8 +112,7 @@ def runs_in(folders: list[Path]) -> tuple[list[Path], dict[Path, str]]:
 def measurements_of(folder: Path) -> Iterator[Measurement]:
     """Yield the run's own test, and its evaluations that differ from it.
 
-    Raises:
-        UserError: If the run is not readable, or scores and result disagree.
+    Raise UserError if the run is not readable, or scores and result disagree.
     """
     files = RunFolder(folder)
     own = files.read_result()
@@ -186,13 +182,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     complete = checking.complete(config, is_strict=False)
     known = roles.roles(complete, is_strict=False)
     return {
-        key: value for key, value in _leaves(complete) if roles.distinguishes_methods(key, known)
+        key: visible(value) if isinstance(value, str) else value
+        for key, value in checking.leaves(complete).items()
+        if roles.distinguishes_methods(key, known)
     }
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", visible(value) if isinstance(value, str) else value

@@ -53,14 +53,7 @@ def _shown(text: str) -> str:
 
 
 def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, title: str) -> None:
-    """Plot training and validation scores over meta-training steps.
-
-    Args:
-        rows: Logged metrics of each step, as in metrics.jsonl.
-        score: Name of the score; validation points have 95% intervals.
-        path: PNG file to write.
-        title: Title of the plot.
-    """
+    """Plot training and validation scores, with 95% intervals, over the steps of metrics.jsonl."""
     with _axes(path) as axes:
         factor = _factor(score)
         train_key = "train.accuracy" if score == "accuracy" else "train.loss"
@@ -81,13 +74,9 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, titl
 def draw_lines(
     lines: dict[str, list[tuple[float, float, float]]], label: str, score: str, path: Path
 ) -> None:
-    """Plot a score of several methods against a number.
+    """Plot a score of several methods against a number with a label.
 
-    Args:
-        lines: Maps each method to points (x, mean, half-width of the 95% interval).
-        label: Label of the x axis.
-        score: Name of the score.
-        path: PNG file to write.
+    Points are (x, mean, half-width of the 95% interval).
     """
     with _axes(path) as axes:
         factor = _factor(score)
@@ -106,10 +95,7 @@ def draw_comparison(
 ) -> None:
     """Plot scores with error bars, one panel per protocol.
 
-    Args:
-        columns: Maps each panel title to rows (method, mean, half-width of the 95% interval).
-        score: Name of the score.
-        path: PNG file to write.
+    Rows are (method, mean, half-width of the 95% interval).
     """
     heights = [0.35 * len(rows) + 0.9 for rows in columns.values()]
     with new_figure(path, 7.5, sum(heights)) as figure:

@@ -69,9 +69,6 @@ SILENT = Listener()
 class Forecast:
     """Seconds that a run still needs, from the times of its steps and episodes so far.
 
-    Args:
-        settings: The run's settings.
-
     Attributes:
         step: Number of the last step.
         episodes: Episodes done in the validation or test under way.
@@ -113,9 +110,7 @@ class Progress(Listener):
     """Steps, speed, metrics, elapsed and remaining time of a run.
 
     Args:
-        settings: The run's settings.
         score: Name of the metric.
-        console: Where to print.
         announcement: Lines to print with the expected duration, as soon as it is known.
         step: The step to resume from, or 0; the number of steps for a test alone.
         seconds_before: Seconds that the run took before it was interrupted.
@@ -161,19 +156,14 @@ class Progress(Listener):
         line = Live(
             get_renderable=self._line, console=self._console, refresh_per_second=4, transient=True
         )
-        with line, signals.announced_by(self._set_status):
+        with line, signals.announced_by(lambda line: setattr(self, "_status", line)):
             yield
 
-    def _set_status(self, line: str) -> None:
-        self._status = line
-
     def begin(self, probe: Probe) -> None:
-        """Begin to measure the time of steps."""
         self._probe = probe
         self._enter("train", self._done, self._total)
 
     def step(self, step: int) -> None:
-        """Count a step; must be cheap."""
         now = time.monotonic()
         self._done = self._forecast.step = step
         if not self._first_step:
@@ -207,7 +197,6 @@ class Progress(Listener):
             print_line(self._console, line)
 
     def episodes(self, phase: str, done: int, total: int) -> None:
-        """Count episodes of the phase "val" or "test"; `done` is 0 at its beginning."""
         if done == 0:
             self.announce()
             self._enter(phase, 0, total)
@@ -220,7 +209,6 @@ class Progress(Listener):
             self._print_if_due()
 
     def embedding(self, done: int, total: int) -> None:
-        """Count inputs embedded once for all episodes."""
         line = "" if done == total else f"embedding input {done:,}/{total:,}"
         self._status = line
         is_due = time.monotonic() - self._printed > _QUIET_SECONDS

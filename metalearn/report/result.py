@@ -99,11 +99,7 @@ class Result:
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> "Result":
-        """Return the result that a JSON file holds; results of earlier versions are understood.
-
-        Args:
-            content: The content of the file, with values of the right types.
-        """
+        """Return the result in the content of a JSON file, also of an earlier version."""
         rest = dict(content)
         ((metric, estimate),) = rest.pop("test").items()
         better = {one.name: one.higher_is_better for one in METRICS.values()}.get(metric, True)
@@ -123,14 +119,9 @@ class Result:
 
     @staticmethod
     def read(path: Path, is_own_test: bool = False) -> "Result":
-        """Read a JSON file.
+        """Read a JSON file; the result of a run's own test must have a validation score.
 
-        Args:
-            path: The file.
-            is_own_test: Whether it is the result of a run's own test, which has a validation score.
-
-        Raises:
-            UserError: If the file does not exist or is not a result.
+        Raise UserError if the file does not exist or is not a result.
         """
         content = read_json(path, _TYPES)
         metric = next(iter(content["test"]), "")

@@ -30,11 +30,7 @@ def write_scores(path: Path, metric: str, scores: Tensor) -> None:
 
 
 def read_scores(path: Path) -> Tensor:
-    """Read the scores [E] that `write_scores` wrote, float64.
-
-    Raises:
-        UserError: If the file is missing or foreign.
-    """
+    """Read the scores [E] that `write_scores` wrote, float64; raise UserError for another file."""
     lines = read_text(path).splitlines()[1:]
     try:
         scores = torch.tensor([float(line.split(",")[1]) for line in lines], dtype=torch.float64)

@@ -15,15 +15,6 @@ from metalearn.tasks.types import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
-class SeedEstimate:
-    """A mean over seeds with the half-width of its 95% interval."""
-
-    mean: float
-    ci95: float
-    seeds: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Difference:
     """A mean paired difference, the half-width of its 95% interval, and its two-sided p-value."""
 
@@ -46,27 +37,15 @@ def _t_interval(values: Tensor) -> tuple[float, float]:
 
 
 def estimate(scores: Tensor) -> Estimate:
-    """Compute the mean and its 95% interval over independent episodes (Student's t).
+    """Compute the mean and its 95% interval over independent episodes or seeds (Student's t).
 
     Args:
-        scores: One score per episode [E], E >= 2.
+        scores: One score per episode [E], or one mean per seed, E >= 2.
 
     Raises:
         ValueError: If there are fewer than two scores.
     """
     return Estimate(*_t_interval(scores), scores.numel())
-
-
-def over_seeds(means: Sequence[float]) -> SeedEstimate:
-    """Compute the mean and its 95% interval over runs that differ only in the seed (Student's t).
-
-    Args:
-        means: Mean score of each seed; at least two.
-
-    Raises:
-        ValueError: If there are fewer than two seeds.
-    """
-    return SeedEstimate(*_t_interval(torch.tensor(means, dtype=torch.float64)), len(means))
 
 
 def paired_difference(a: Tensor, b: Tensor) -> Difference:

@@ -29,11 +29,9 @@ def format_score(metric: str, score: Estimate | None) -> str:
 
 
 def result_table(rows: list[dict[str, Any]], wrapping: int = 1) -> Table:
-    """Return a console table.
+    """Return a console table of rows: column heading -> value.
 
-    Args:
-        rows: Column heading -> value.
-        wrapping: Number of leading columns that may wrap; numbers are never cut.
+    The first `wrapping` columns may wrap; numbers are never cut.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(rows[0]):

@@ -20,14 +20,7 @@ from metalearn.system.errors import first_line
 
 
 class WandbRun:
-    """A run at W&B: after a failure it continues offline, after another one not at all.
-
-    Args:
-        settings: The configuration.
-        folder: The run folder.
-        identifier: Identifier of the run at W&B.
-        note: Prints a line for the user.
-    """
+    """A run at W&B: after a failure it continues offline, after another one not at all."""
 
     def __init__(
         self, settings: RunConfig, folder: Path, identifier: str, note: Callable[[str], None]
@@ -100,8 +93,7 @@ class WandbRun:
     def _start(self, mode: str | None = None) -> Any:
         """Start a W&B run: online if a key is configured, else offline; never prompt.
 
-        Args:
-            mode: The mode to use after a failure; None: choose.
+        `mode` is the mode to use after a failure.
         """
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the exit waits for its reports

@@ -189,17 +189,10 @@ def build(
             f"backbone.frozen=true: {type(algorithm).__name__} has no other parameters to train; "
             "test it as it is with train.steps=0"
         )
-    can_time = (
-        settings.engine.convolution == "auto" and device.type == "cuda" and algorithm.training_steps
-    )
+    can_time = settings.engine.convolution == "auto" and device.type == "cuda"
+    can_time = can_time and bool(algorithm.training_steps) and train_engine.strategy != "loop"
     # Several processes could each choose a different convolution.
-    if (
-        can_time
-        and not choices
-        and not only_test
-        and train_engine.strategy != "loop"
-        and group.size == 1
-    ):
+    if can_time and not choices and not only_test and group.size == 1:
         train_engine = train_engine.time_convolutions(
             state, train.draw(0, settings.train.meta_batch)
         )

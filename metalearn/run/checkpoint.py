@@ -27,13 +27,7 @@ class CorruptCheckpoint(UserError):
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Write a checkpoint with its checksum, atomically.
-
-    Args:
-        path: The file.
-        content: Tensors and plain data.
-        previous: Where to move the checkpoint that `path` holds now.
-    """
+    """Write a checkpoint with its checksum, atomically; move an older one to `previous`."""
     make_folder(path.parent)
     with atomic_writer(path, previous) as stream:
         torch.save(content | {"checksum": _checksum(content)}, stream)
@@ -42,8 +36,7 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a checkpoint without executing code from it.
 
-    Raises:
-        UserError: If the file is missing, corrupt or foreign, or does not match its checksum.
+    Raise UserError if the file is missing, corrupt or foreign, or does not match its checksum.
     """
     data = read_bytes(path, _MAX_BYTES)
     try:
@@ -82,10 +75,8 @@ def channels(path: Path) -> int | None:
 def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """Return the last intact checkpoint of a run, on the CPU, or None if there is none.
 
-    A corrupt one is renamed to `damaged-….pt`, and `tell` gets a line.
-
-    Raises:
-        UserError: If all checkpoints are corrupt, or one cannot be read.
+    A corrupt one is renamed to `damaged-….pt`, and `tell` gets a line. Raise UserError if all are
+    corrupt, or one cannot be read.
     """
     damaged: list[Path] = []
     for path in (files.last, files.previous):
@@ -148,16 +139,7 @@ def _checksum(content: Any) -> str:
 
 
 def state(content: dict[str, Any], expected: State, folder: Path) -> State:
-    """Return the state in a checkpoint.
-
-    Args:
-        content: The checkpoint.
-        expected: A state with the same names and shapes.
-        folder: The run folder, for error messages.
-
-    Raises:
-        UserError: If names or shapes differ.
-    """
+    """Return the state in a checkpoint; raise UserError for other names or shapes than expected."""
     for part, own in zip(("meta", "fixed"), expected, strict=True):
         stored = content[part]
         if missing := sorted(own.keys() - stored.keys()):

@@ -28,18 +28,9 @@ def make_engines(
     num_processes: int,
     choices: dict[str, Any] | None,
 ) -> tuple[Engine, Engine]:
-    """Return the engines of training and of testing.
+    """Return the engines of training and of testing, for tasks of these shapes.
 
-    Args:
-        settings: The run's settings.
-        algorithm: The method.
-        train: A training task or batch of the expected shape.
-        test: A test task of the expected shape.
-        num_processes: Number of processes that share a meta-batch.
-        choices: See `stored_choices`.
-
-    Raises:
-        UserError: If stored choices do not suit the method.
+    Processes share a meta-batch. Raise UserError if stored choices do not suit the method.
     """
     if choices:
         engines = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
@@ -60,8 +51,7 @@ def make_engines(
 def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
     """Read the choices of another run's engine from `engine.choices`; None without it.
 
-    Raises:
-        UserError: If the file is not valid, or if other settings contradict it.
+    Raise UserError if the file is not valid, or if other settings contradict it.
     """
     if settings.choices is None:
         return None

@@ -7,7 +7,7 @@ of frozen networks are cached on disk, by the content of the input and by the ne
 import contextlib
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from metalearn.run.build import Run
 from metalearn.run.feature_cache import BATCH, FeatureCache, digest, embed_inputs, network_key
 from metalearn.run.parts import cache_folder
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import ArrayStore, Augmented, Store
+from metalearn.tasks.store import ArrayStore, Augmented
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Largest size of the features of a split in memory.
@@ -67,13 +67,7 @@ def with_features(
 ) -> tuple[Engine, TaskSource]:
     """Return engine and source for tasks of features, or the given ones if that is impossible.
 
-    Args:
-        run: The run.
-        engine: The engine of the tasks.
-        source: The tasks.
-        state: Parameters and buffers that embed the inputs.
-        parts: (first, count) of the tasks that will be drawn; only their inputs are embedded.
-        listener: Receives the number of inputs embedded.
+    Only the inputs of the tasks that will be drawn are embedded: parts of (first, count).
     """
     if not isinstance(source, EpisodeSampler) or not _is_possible(run, engine, source):
         return engine, source
@@ -85,10 +79,7 @@ def with_features(
         task = drawn.draw(*part)
         examples = (task.support.x, task.query.x, task.support.unlabelled)
         rows.append(torch.cat([x.flatten() for x in examples if x is not None]).unique())
-    store = _embedded(run, engine, source.store, state, torch.cat(rows).unique(), listener)
-    if store is None:
-        return engine, source
-    return _on_features(engine, source.store), dataclasses.replace(source, store=store)
+    return _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
 
 
 def for_training(run: Run, state: State, listener: Listener) -> Run:
@@ -107,13 +98,8 @@ def for_training(run: Run, state: State, listener: Listener) -> Run:
     each = (first.x if isinstance(first, Batch) else first.query.x).shape[1]
     if len(rows) > train.steps * train.meta_batch * each:
         return run
-    store = _embedded(run, engine, source.store, state, rows, listener)
-    if store is None:
-        return run
-    engine = _on_features(engine, source.store)
-    return dataclasses.replace(
-        run, train=dataclasses.replace(source, store=store), train_engine=engine
-    )
+    engine, source = _on_features(run, engine, source, state, rows, listener)
+    return dataclasses.replace(run, train=source, train_engine=engine)
 
 
 def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler) -> bool:
@@ -124,13 +110,6 @@ def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler
         and not isinstance(source.store, Augmented)
         and (isinstance(source, BatchSampler) or source.support_store is None)
     )
-
-
-def _on_features(engine: Engine, store: Store) -> Engine:
-    """Return the engine of the same method on features of the inputs of a store."""
-    backbone = _Identity(of=engine.algorithm.backbone, inputs=store.spec)
-    algorithm = dataclasses.replace(engine.algorithm, backbone=backbone)
-    return dataclasses.replace(engine, algorithm=algorithm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,23 +154,27 @@ class _Rows(ArrayStore):
         return self.values[self.position[rows]]
 
 
-def _embedded(
-    run: Run, engine: Engine, store: Store, state: State, rows: Tensor, listener: Listener
-) -> _Rows | None:
-    """Embed rows of a store, int64 [M]; None if their features need too much memory."""
-    backbone, indices = engine.algorithm.backbone, list(range(len(rows)))
+def _on_features(
+    run: Run, engine: Engine, source: Any, state: State, rows: Tensor, listener: Listener
+) -> tuple[Engine, Any]:
+    """Embed rows of a source, int64 [M]; return the engine and the source of their features.
+
+    If these need too much memory, engine and source are returned as they are.
+    """
+    backbone, store = engine.algorithm.backbone, source.store
     size = math.prod(backbone.shape(store.spec))
     if (required := 4 * len(rows) * size) > _MAX_BYTES:
         listener.note(
             f"features of {len(rows):,} inputs need {required / 2**30:.1f} GiB: too much to embed "
             "each only once"
         )
-        return None
+        return engine, source
     tensors = channels_last(select(state.params, "net"))
     given = select(state.buffers, "net")
 
     def load(indices: list[int]) -> Tensor:
-        return store.normalise(store.load(rows[indices]))
+        x: Tensor = store.normalise(store.load(rows[indices]))
+        return x
 
     def network(x: Tensor) -> Tensor:
         if store.spec.kind == "tokens":  # without the padding that all texts of the batch have
@@ -203,7 +186,7 @@ def _embedded(
     cache: contextlib.AbstractContextManager[FeatureCache | None] = contextlib.nullcontext()
     if backbone.is_frozen:  # the weights of others are of this run only
         for at in range(0, len(rows), BATCH):
-            chunk = load(indices[at : at + BATCH]).cpu().contiguous()
+            chunk = load(list(range(at, min(at + BATCH, len(rows))))).cpu().contiguous()
             keys[at : at + BATCH] = [digest(x.numpy()) for x in chunk]
         name = network_key(backbone, tensors | given, rows.device, engine.precision)
         cache = feature_cache.opened(cache_folder(run.config), name)
@@ -211,4 +194,11 @@ def _embedded(
         values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(rows.device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
-    return _Rows(values, size=len(store), position=position)
+    features = _Rows(values, size=len(store), position=position)
+    algorithm = dataclasses.replace(
+        engine.algorithm, backbone=_Identity(of=backbone, inputs=store.spec)
+    )
+    return (
+        dataclasses.replace(engine, algorithm=algorithm),
+        dataclasses.replace(source, store=features),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalearn.engine import Engine
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
@@ -23,16 +24,11 @@ from metalearn.system import signals
 from metalearn.system.atomic import make_folder
 from metalearn.system.errors import RunFailed
 from metalearn.tasks.sampling import TaskSource
-from metalearn.tasks.types import Estimate, State
+from metalearn.tasks.types import Estimate, State, Task
 
 
 class Probe:
-    """What a tracker may ask the loop between two steps.
-
-    Args:
-        run: The run.
-        training: Its state.
-    """
+    """What a tracker may ask the loop between two steps; see the protocol in `progress`."""
 
     def __init__(self, run: Run, training: Training) -> None:
         self._run, self._training = run, training
@@ -206,37 +202,26 @@ def evaluate(
     episodes: int,
     listener: Listener = SILENT,
 ) -> Tensor:
-    """Return the score of each episode.
+    """Return the score of each episode, float32 [E] on the host."""
+    parts = _drawn(run, state, source, episodes, "val", listener)
+    return _gathered(run, [engine.scores(state, tasks) for _, engine, tasks in parts], episodes)
 
-    Args:
-        run: The run.
-        state: Parameters and buffers.
-        source: Where the episodes come from.
-        episodes: Their number E.
-        listener: Receives the number of episodes done.
 
-    Returns:
-        float32 [E] on the host.
+def _drawn(
+    run: Run, state: State, source: TaskSource, episodes: int, phase: str, listener: Listener
+) -> Iterator[tuple[tuple[int, int], Engine, Task]]:
+    """Yield this process's share of the episodes in chunks, each counted when it is done.
+
+    A chunk is its first episode and number of episodes, the engine to use, and the tasks.
     """
-    own = _own_parts(run, episodes)
-    engine, source = features.with_features(run, run.test_engine, source, state, own, listener)
-    parts = {
-        part: engine.scores(state, source.draw(*part)) for part in _counted(own, "val", listener)
-    }
-    return _gathered(run, parts, episodes).cpu()
-
-
-def _counted(
-    parts: list[tuple[int, int]], phase: str, listener: Listener
-) -> Iterator[tuple[int, int]]:
-    """Yield the parts, and count their episodes before the first and after each."""
-    total = sum(size for _, size in parts)
-    done = 0
-    listener.episodes(phase, done, total)
+    first, total = run.processes.share(episodes)
+    batch, end = run.config.engine.evaluation_batch, first + total
+    parts = [(at, min(batch, end - at)) for at in range(first, end, batch)]
+    engine, source = features.with_features(run, run.test_engine, source, state, parts, listener)
+    listener.episodes(phase, 0, total)
     for part in parts:
-        yield part
-        done += part[1]
-        listener.episodes(phase, done, total)
+        yield part, engine, source.draw(*part)
+        listener.episodes(phase, sum(part) - first, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,23 +247,13 @@ def test(
     steps: int | None,
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
 ) -> Tested:
-    """Test on the fixed test episodes.
+    """Test on the fixed test episodes, with the method's number of adaptation steps or another.
 
-    Args:
-        run: The run.
-        state: Parameters and buffers.
-        steps: Number of adaptation steps; None: the method's number for testing.
-        listener: Receives the number of episodes done.
-
-    Raises:
-        RunFailed: If a prediction is not finite.
+    Raise RunFailed if a prediction is not finite.
     """
     episodes = run.config.test.episodes
-    columns: dict[str, dict[tuple[int, int], Tensor]] = {}
-    own = _own_parts(run, episodes)
-    engine, source = features.with_features(run, run.test_engine, run.test, state, own, listener)
-    for part in _counted(own, "test", listener):
-        tasks = source.draw(*part)
+    columns: dict[str, list[Tensor]] = {}
+    for part, engine, tasks in _drawn(run, state, run.test, episodes, "test", listener):
         answers = (engine.predictions if run.family.predicts else engine.scores)(
             state, tasks, steps
         )
@@ -298,26 +273,17 @@ def test(
                 "confidence": confidence,
             }
         for name, value in outcome.items():
-            columns.setdefault(name, {})[part] = value
-    return Tested(
-        **{name: _gathered(run, parts, episodes).cpu() for name, parts in columns.items()}
-    )
+            columns.setdefault(name, []).append(value)
+    return Tested(**{name: _gathered(run, parts, episodes) for name, parts in columns.items()})
 
 
-def _own_parts(run: Run, episodes: int) -> list[tuple[int, int]]:
-    """Return (first, count) of each chunk of this process's share of the episodes."""
-    first, count = run.processes.share(episodes)
-    batch = run.config.engine.evaluation_batch
-    return [(at, min(batch, first + count - at)) for at in range(first, first + count, batch)]
-
-
-def _gathered(run: Run, parts: dict[tuple[int, int], Tensor], episodes: int) -> Tensor:
-    """Return the values of all processes in the order of the episodes, [E, …]."""
-    values = torch.cat(list(parts.values()))
-    if run.processes.size == 1:
-        return values
-    wide = values.double()  # exact for every integer here
-    return run.processes.all_reduce_sum(run.processes.scatter(wide, episodes)).to(values.dtype)
+def _gathered(run: Run, parts: list[Tensor], episodes: int) -> Tensor:
+    """Return the values of all processes in the order of the episodes, [E, …], on the host."""
+    values = torch.cat(parts)
+    if run.processes.size > 1:
+        wide = run.processes.scatter(values.double(), episodes)  # exact for every integer here
+        values = run.processes.all_reduce_sum(wide).to(values.dtype)
+    return values.cpu()
 
 
 def _why_no_graph(run: Run) -> str | None:
@@ -327,8 +293,5 @@ def _why_no_graph(run: Run) -> str | None:
     if run.processes.size > 1:
         return "several processes exchange gradients within a step"
     name = run.config.optimiser["_target_"].rpartition(".")[2]
-    return (
-        None
-        if optimisers.can_be_captured(getattr(torch.optim, name))
-        else f"{name} cannot be captured"
-    )
+    is_possible = optimisers.can_be_captured(getattr(torch.optim, name))
+    return None if is_possible else f"{name} cannot be captured"

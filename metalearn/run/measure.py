@@ -33,7 +33,7 @@ def measure(
     steps: int | None = None,
     listener: Listener = SILENT,
 ) -> tuple[Result, Tensor]:
-    """Test a state once.
+    """Test a state once; return the result, and the score of each episode, [E].
 
     Args:
         run: The run.
@@ -43,12 +43,6 @@ def measure(
         prefix: Write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
         steps: Adaptation steps; None: as in the settings.
         listener: Receives the number of episodes done.
-
-    Returns:
-        The result, and the score of each episode, [E].
-
-    Raises:
-        RunFailed: If a prediction is not finite.
     """
     start = time.perf_counter()
     tested = loop.test(run, state, steps, listener)
@@ -100,11 +94,7 @@ def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any])
 
 
 def trained_state(run: Run, folder: Path) -> State:
-    """Load the best state of the run in a folder.
-
-    Raises:
-        UserError: If its weights do not fit the run.
-    """
+    """Load the best state of the run in a folder; raise UserError if it does not fit."""
     content = checkpoint.load(RunFolder(folder).best, run.device)
     spec = {**dataclasses.asdict(run.spec), **content.get("spec", {})}
     known = dataclasses.replace(run.spec, train_classes=spec["train_classes"])

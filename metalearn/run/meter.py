@@ -61,11 +61,9 @@ class Meter:
         self._clock = time.perf_counter()
 
     def skipped(self) -> tuple[int, int, int | None]:
-        """Return the non-finite steps since the last `read`.
+        """Return the number of non-finite steps since the last `read`, and the first one.
 
-        Returns:
-            Their number, the first one, and its first task with a non-finite loss, from 0; None if
-            every loss is finite.
+        Also its first task with a non-finite loss, from 0; None if every loss is finite.
         """
         step, task = self._first_skipped.tolist()
         return int(self._skipped), step, task if task >= 0 else None

@@ -23,16 +23,8 @@ _MAX_SAVED_TASKS = 10
 def check_steps(run: Run, meter: Meter, folder: Path, note: Callable[[str], None]) -> None:
     """Check the steps since the meter was last read.
 
-    The first task with a non-finite loss is saved to `nonfinite/`.
-
-    Args:
-        run: The run.
-        meter: Its meter.
-        folder: The run folder.
-        note: Called with a line about skipped steps.
-
-    Raises:
-        RunFailed: If a step is not finite, unless `train.nonfinite=skip`.
+    The first task with a non-finite loss is saved to `nonfinite/`. Raise RunFailed if a step is not
+    finite; with `train.nonfinite=skip`, `note` gets a line.
     """
     skipped, step, task = meter.skipped()
     if not skipped:

@@ -22,11 +22,7 @@ from metalearn.tasks.types import InputSpec, Query
 
 
 def check(settings: RunConfig) -> None:
-    """Check everything that is known before any data is read.
-
-    Raises:
-        UserError: If settings do not fit together.
-    """
+    """Check all that is known before any data is read; raise UserError for what does not fit."""
     algorithm = algorithm_of(settings)
     target = components.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
@@ -141,12 +137,7 @@ def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -
 
 
 def check_population(settings: RunConfig, statistics: str) -> None:
-    """Raise UserError if a trained run has no population statistics but a test requires them.
-
-    Args:
-        settings: Settings of the training.
-        statistics: Statistics of the test.
-    """
+    """Raise UserError if a test requires population statistics that a run with settings has not."""
     if STATISTICS[statistics].has_population and not STATISTICS[settings.statistics].has_population:
         raise UserError(
             "statistics=population: this run has no population statistics; train with "

@@ -24,11 +24,7 @@ from metalearn.tasks.store import Augmentation
 
 
 def family_of(settings: RunConfig) -> TaskFamily:
-    """Return the task family of the dataset with the losses of `loss`.
-
-    Raises:
-        UserError: For an unknown loss or loss setting.
-    """
+    """Return the task family of the dataset with the losses of `loss`, or raise UserError."""
     dataset = components.make(settings.dataset, "dataset")
     known: Any = LOSSES.get(dataset.target, {})
     functions, arguments = [], []
@@ -112,12 +108,7 @@ def mixing_of(settings: RunConfig) -> Mixing | None:
 
 
 def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
-    """Return the method with its backbone.
-
-    Args:
-        settings: The run's settings.
-        is_restored: Whether a checkpoint has the weights, so that no pretrained ones are read.
-    """
+    """Return the method with its backbone, without pretrained weights if a checkpoint has them."""
     backbone: Backbone = components.make(settings.backbone, "backbone")
     algorithm: Algorithm = components.make(
         settings.algo,
@@ -132,11 +123,7 @@ def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device for "auto", "cpu" or "cuda".
-
-    Raises:
-        UserError: If there is no such device.
-    """
+    """Return the device for "auto", "cpu" or "cuda"; raise UserError if there is none."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError(

@@ -101,8 +101,7 @@ class Request:
     def run(self, statistics: str, **episode: int) -> Run:
         """Build the run under the requested protocol.
 
-        Raises:
-            UserError: If tested classes were used for training or validation.
+        Raise UserError if tested classes were used for training or validation.
         """
         settings: Any = OmegaConf.merge(
             self.changed, {"statistics": statistics, "episode": episode}

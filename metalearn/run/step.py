@@ -230,8 +230,7 @@ class Training:
     def load_state_dict(self, content: dict[str, Any]) -> None:
         """Restore the training state from a checkpoint, on any device.
 
-        Raises:
-            UserError: If the data or the format differ.
+        Raise UserError if the data or the format differ.
         """
         device = self._run.device
         if content.get("format") != FORMAT:

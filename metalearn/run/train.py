@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,38 +72,43 @@ def train(
         Stopped: On a signal, after everything is saved.
     """
     settings, files = check_config(config), RunFolder(folder)
-    is_resumed = _is_resumed(files, settings)
-    if is_resumed and (files.is_finished or (files.is_trained and not is_tested)):
+    before = _config_to_resume(files, settings)
+    if before is not None and (files.is_finished or (files.is_trained and not is_tested)):
         return _show_again(files, console, title)
     if title:
         print_line(console, title)
-    if is_resumed:
-        settings = _with_stored_choices(settings, files)
+    chunk = settings.engine.task_chunk  # in the command
+    if before is not None:
+        settings = _with_stored_choices(settings, files, before)
     start = time.perf_counter()
-    run = build(settings, is_restored=is_resumed and files.last.exists())
+    run = build(settings, is_restored=before is not None and files.last.exists())
     # Now, because the checkout may change during the run.
     environment = describe_environment(str(run.device))
     folder.mkdir(parents=True, exist_ok=True)
     with _explain_interruptions(folder), alone_in(folder):
         remove_abandoned(folder)
-        if not is_resumed and files.is_started:
+        if before is None and files.is_started:
             raise UserError(
                 f"{folder}: another process has started a run here; choose another hydra.run.dir"
             )
-        stored = checkpoint.latest(files, _printer(console)) if is_resumed else None
+        stored = None
+        if before is not None:
+            stored = checkpoint.latest(files, lambda line: print_line(console, line))
         command = save_command(files, name, overrides)
-        if is_resumed:
+        if before is not None:
             _check_choices(files, run.choices)
-            _save_chunk(files, settings, run.choices)
-        else:
+        if before is None or before.engine.task_chunk != chunk:
             write_json(files.engine, run.choices)
-            _save_config(files, checking.plain(settings))  # last: it marks the run as started
+            kept = OmegaConf.create(checking.plain(settings)) if before is None else before
+            kept.engine.task_chunk = chunk
+            with atomic_writer(files.config) as stream:  # last: it marks the run as started
+                stream.write(OmegaConf.to_yaml(kept).encode())
         step = stored["step"] if stored else -1
         lines = _first_lines(run, name, recipe, stored, folder, is_tested)
         tracker = Tracker(settings, run.metric, files, console, command["id"], step, lines)
         has_failed = True
         try:
-            with tracker.progress.live():
+            with tracker.live():
                 fitted = loop.fit(run, tracker, folder, stored)
                 draw_learning_curve(tracker.rows, run.metric.name, files.curve, name)
                 if is_tested:
@@ -175,14 +180,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
-    """Return True if the folder holds a run of this configuration that should be resumed.
+def _config_to_resume(files: RunFolder, settings: RunConfig) -> DictConfig | None:
+    """Return the stored configuration of the run in the folder, which is to be resumed, or None.
 
-    Raises:
-        UserError: If it holds a run that should not be resumed, or one of another configuration.
+    Raise UserError for a run that should not be resumed, or one of another configuration.
     """
     if not files.is_started:
-        return False
+        return None
     folder = files.path
     if is_in_use(folder):
         raise UserError(
@@ -198,7 +202,7 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
         )
     current = checking.plain(settings)
     stored = composition.load_config(folder)
-    before, now = (dict(_leaves(node)) for node in (stored, OmegaConf.create(current)))
+    before, now = checking.leaves(stored), checking.leaves(current)
     described = roles.roles(current)
     keys = sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS)
     for key in keys:
@@ -207,23 +211,16 @@ def _is_resumed(files: RunFolder, settings: RunConfig) -> bool:
                 f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; resume it "
                 f"unchanged (metalearn resume {folder}), or choose another hydra.run.dir"
             )
-    return True
+    return stored
 
 
-def _leaves(node: DictConfig) -> Iterator[tuple[str, Any]]:
-    resolved: Any = OmegaConf.create(OmegaConf.to_container(node, resolve=True))
-    for key in checking.leaves(resolved):
-        yield key, OmegaConf.select(resolved, key)
-
-
-def _with_stored_choices(settings: RunConfig, files: RunFolder) -> RunConfig:
+def _with_stored_choices(settings: RunConfig, files: RunFolder, before: DictConfig) -> RunConfig:
     """Return settings that repeat the engine's choices before the interruption.
 
     A different `engine.task_chunk` in the command replaces them.
     """
     engine = settings.engine
-    is_same = composition.load_config(files.path).engine.task_chunk == engine.task_chunk
-    if files.engine.exists() and is_same:
+    if files.engine.exists() and before.engine.task_chunk == engine.task_chunk:
         engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(files.engine))
     return dataclasses.replace(settings, engine=engine)
 
@@ -242,27 +239,8 @@ def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
             )
 
 
-def _save_chunk(files: RunFolder, settings: RunConfig, choices: dict[str, Any]) -> None:
-    """Save the number of tasks in flight if this command has changed it."""
-    stored = composition.load_config(files.path)
-    if stored.engine.task_chunk == settings.engine.task_chunk:
-        return
-    stored.engine.task_chunk = settings.engine.task_chunk
-    write_json(files.engine, choices)
-    _save_config(files, stored)
-
-
-def _save_config(files: RunFolder, config: Any) -> None:
-    with atomic_writer(files.config) as stream:
-        stream.write(OmegaConf.to_yaml(OmegaConf.create(config)).encode())
-
-
 def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Save the command and working directory, unless the run has already started.
-
-    Returns:
-        The content of command.json.
-    """
+    """Save the command and working directory, unless the run has started; return command.json."""
     stored = files.read_command() if files.command.exists() else {}
     command = {"id": uuid.uuid4().hex[:8], **stored}
     if not stored or not files.is_started:
@@ -272,11 +250,7 @@ def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str,
 
 
 def resume(folder: Path, console: Console) -> None:
-    """Resume the interrupted run in a folder, or show a finished one again.
-
-    Raises:
-        UserError: If the folder does not hold a run.
-    """
+    """Resume the interrupted run in a folder, or show a finished one; raise UserError for none."""
     files = RunFolder(folder)
     if not files.command.exists():
         several = any(folder.glob(f"*/{files.command.name}"))
@@ -292,10 +266,6 @@ def resume(folder: Path, console: Console) -> None:
         os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
     config: Any = OmegaConf.merge(composition.load_config(folder), {"resume": "auto"})
     train(config, folder, command["name"], command["overrides"], console)
-
-
-def _printer(console: Console) -> Callable[[str], None]:
-    return lambda line: print_line(console, line)
 
 
 @contextlib.contextmanager
@@ -340,7 +310,7 @@ def follow(config: DictConfig, folder: Path) -> None:
     if settings.resume == "auto" and files.is_finished:
         return
     if settings.resume == "auto" and files.is_started:
-        settings = _with_stored_choices(settings, files)
+        settings = _with_stored_choices(settings, files, composition.load_config(folder))
     run = build(settings, is_restored=files.last.exists())
     assert not run.processes.is_leader
     loop.test(run, loop.fit(run, SILENT, Path()).state, None)

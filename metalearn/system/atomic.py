@@ -61,9 +61,7 @@ def sync_folder(folder: Path) -> None:
 def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
     """Remove unfinished files of killed processes anywhere below a folder.
 
-    Args:
-        folder: Folder to search.
-        older_than: Minimum age in seconds; another process may still write younger files.
+    Another process may still write files younger than `older_than`, in seconds.
     """
     for part in folder.rglob(".*.part"):
         with contextlib.suppress(OSError):
@@ -74,8 +72,7 @@ def remove_abandoned(folder: Path, older_than: float = 0.0) -> None:
 def make_folder(path: Path) -> None:
     """Make a folder in a folder that exists, unless it exists.
 
-    Raises:
-        UserError: If it is a link: what is written into a run folder must stay there.
+    Raise UserError if it is a link: what is written into a run folder must stay there.
     """
     if path.is_symlink():
         raise UserError(f"{path} is a link; replace it by a folder, as nothing is written through")

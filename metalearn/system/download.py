@@ -9,25 +9,16 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, first_line
 
 _CONNECT_SECONDS = 6.0
 
 
 def fetch(url: str, folder: Path, md5: str | None) -> Path:
-    """Download `url` into `folder` and verify its checksum.
+    """Download `url` into `folder`, which is created, and verify its checksum, if there is one.
 
-    Args:
-        url: Address of the file.
-        folder: Created if it does not exist.
-        md5: Checksum; None to skip the verification.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        UserError: If the address cannot be reached (within ten seconds) or the checksum differs.
-            The message names the address, the folder and the built-in dataset.
+    Raise UserError, which names the address, the folder and the built-in dataset, if the address
+    cannot be reached (within ten seconds) or the checksum differs.
     """
     target = folder / url.rsplit("/", 1)[-1]
     part = target.with_suffix(".part")
@@ -49,23 +40,14 @@ def fetch(url: str, folder: Path, md5: str | None) -> Path:
 def run_download(
     url: str, folder: Path, download: Callable[[], object], way_out: str | None = None
 ) -> None:
-    """Run a torchvision download after checking that its address answers.
+    """Run a torchvision download into `folder`, which is created, if its address answers.
 
-    Args:
-        url: Address to check.
-        folder: Created before the download.
-        download: Function that downloads.
-        way_out: What the user can do without a network; None for the advice about datasets.
-
-    Raises:
-        UserError: If the address does not answer or the download fails.
+    Raise UserError if it does not answer or the download fails, with `way_out`: what the user can
+    do without a network, by default the advice about datasets.
     """
-    way_out = (
-        way_out
-        or f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
-    )
-    problem = connection_error(url)
-    if problem:
+    by_hand = f"bring the files to {folder} by hand, or use dataset=glyphs, which needs no download"
+    way_out = way_out or by_hand
+    if problem := connection_error(url):
         raise UserError(f"{url} cannot be reached ({problem}), no copy in {folder}; {way_out}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -74,8 +56,7 @@ def run_download(
         download()
     # torchvision raises RuntimeError for a wrong checksum.
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"download of {url} failed ({reason}); {way_out}") from None
+        raise UserError(f"download of {url} failed ({first_line(error)}); {way_out}") from None
     finally:
         socket.setdefaulttimeout(before)
 
@@ -83,12 +64,9 @@ def run_download(
 def connection_error(
     url: str, any_answer: bool = False, seconds: float = _CONNECT_SECONDS
 ) -> str | None:
-    """Return why an address does not answer, or None.
+    """Return why an address does not answer within some seconds, or None.
 
-    Args:
-        url: Address to check.
-        any_answer: Whether a refusal of this page, as by a server without one, is an answer.
-        seconds: How long to wait.
+    With `any_answer`, a refusal of this page, as by a server without one, is an answer.
     """
     answer = [f"no answer in {seconds:.0f} s"]
 

@@ -28,10 +28,9 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> tuple[int, int]:
-        """Return this process's share of `count` tasks; the sizes differ by one at most.
+        """Return this process's share of `count` tasks: the first one, and their number.
 
-        Returns:
-            Index of the first task, number of tasks.
+        The sizes differ by one at most.
         """
         first, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         return first, end - first
@@ -52,14 +51,9 @@ class Processes:
         return pytree.tree_unflatten(sums, spec)
 
     def scatter(self, own: torch.Tensor, count: int) -> torch.Tensor:
-        """Place this process's values in a tensor of all tasks; `all_reduce_sum` then gives all.
+        """Place this process's values [own, …] in a tensor of all tasks [count, …], else 0.
 
-        Args:
-            own: Values of this process's share [own, …].
-            count: Number of tasks of all processes.
-
-        Returns:
-            [count, …], zero for the tasks of other processes.
+        `all_reduce_sum` then gives the values of all processes.
         """
         if self.size == 1:
             return own

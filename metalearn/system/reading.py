@@ -25,8 +25,7 @@ _KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a regular file of at most `limit` bytes, or what a link to one leads to.
 
-    Raises:
-        UserError: If it does not exist, is a folder, pipe or device, is too large, or unreadable.
+    Raise UserError if it does not exist, is a folder, pipe or device, is too large, or unreadable.
     """
     try:
         status = path.stat()
@@ -60,15 +59,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON file of named values.
-
-    Args:
-        path: The file.
-        types: See `check_types`.
-
-    Raises:
-        UserError: If it cannot be read, or is not such a file.
-    """
+    """Read a JSON file of named values, of types as `check_types` has them, or raise UserError."""
     text = read_text(path)
     try:
         content: dict[str, Any] = parse_json(text)
@@ -81,8 +72,7 @@ def read_json(path: Path, types: Mapping[str, Any] | None = None) -> dict[str, A
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of resolved settings.
 
-    Raises:
-        UserError: If it cannot be read, is not such a file, or holds an interpolation.
+    Raise UserError if it cannot be read, is not such a file, or holds an interpolation.
     """
     text = read_text(path, _YAML_BYTES)
     # The C parser refuses the escapes of lone surrogates, which stand for bytes of a file name.
@@ -137,13 +127,8 @@ def check_limits(
 ) -> None:
     """Check the number and the depth of parsed values; those of an alias count wherever it is used.
 
-    Args:
-        content: The values.
-        most: Largest number of values.
-        check: Called with each value and its dotted name.
-
-    Raises:
-        ValueError: If there are too many values or levels.
+    `check` is called with each value and its dotted name. Raise ValueError if there are more than
+    `most` values or too many levels.
     """
     waiting, count = [(content, "", 0)], 0
     while waiting:
@@ -168,7 +153,7 @@ def _check_setting(value: Any, name: str) -> None:
 
 def _loader(base: Any) -> Any:
     """Return a loader that does not merge mappings (`<<`): a small file could become very large."""
-    return type("Loader", (base,), {"flatten_mapping": lambda self, node: None})
+    return type("_Loader", (base,), {"flatten_mapping": lambda self, node: None})
 
 
 _LOADER = _loader(yaml.SafeLoader)

@@ -56,8 +56,7 @@ def received_signal() -> int | None:
 def deferred() -> Iterator[None]:
     """Record the first signal instead of raising; the code inside polls `received_signal`.
 
-    Raises:
-        Stopped: At the end, if a signal was received.
+    Raise Stopped at the end if a signal was received.
     """
     global _is_deferred
     before, _is_deferred = _is_deferred, True
@@ -86,8 +85,7 @@ def raised_at_once() -> Iterator[None]:
 def announced_by(announce: Callable[[str], None]) -> Iterator[None]:
     """Give the line about a deferred signal to a function instead of printing it.
 
-    Args:
-        announce: Called inside the signal handler, so it must only store the line.
+    It is called inside the signal handler, so it must only store the line.
     """
     global _announce
     before, _announce = _announce, announce

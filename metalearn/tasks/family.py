@@ -126,4 +126,4 @@ def supervised(
     return Supervised(target, METRICS[target], outer, function(inner_loss))
 
 
-CLASSIFICATION, REGRESSION = supervised("class"), supervised("value")
+CLASSIFICATION = supervised("class")

@@ -21,9 +21,9 @@ class Metric:
     higher_is_better: bool
     of: Callable[[Tensor, Tensor], Tensor]
 
-    def better(self, new: float, old: float | None) -> bool:
-        """Return True if `new` is better than `old`, or if there is no `old`."""
-        return old is None or (new > old if self.higher_is_better else new < old)
+    def better(self, new: float, old: float) -> bool:
+        """Return True if `new` is better than `old`."""
+        return new > old if self.higher_is_better else new < old
 
 
 def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Legend: I inputs, C classes, M inputs of the largest class, T tasks, B inputs pe
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,21 +15,24 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 
 
-class Store(Protocol):
-    """All inputs of a dataset, addressed by row number."""
+class Store:
+    """All inputs of a dataset, addressed by row number. A store has `spec`, `len` and `load`."""
 
     @property
     def spec(self) -> InputSpec:
         """Return the shape of one input, and the vocabulary size for tokens."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
-        """Return the number of inputs."""
+        raise NotImplementedError
 
     def load(self, rows: Tensor) -> Tensor:
         """Return inputs [*rows, *X] before normalisation, as augmentations see them."""
+        raise NotImplementedError
 
     def normalise(self, x: Tensor) -> Tensor:
         """Normalise loaded inputs for the network."""
+        return x
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
         """Return normalised inputs [T, B, *X].
@@ -38,10 +41,11 @@ class Store(Protocol):
             rows: Row numbers, int64 [T, B].
             key: int64 [T], for stores that apply random augmentations.
         """
+        return self.normalise(self.load(rows))
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayStore:
+class ArrayStore(Store):
     """Feature vectors or token sequences.
 
     Attributes:
@@ -54,27 +58,17 @@ class ArrayStore:
 
     @property
     def spec(self) -> InputSpec:
-        """Return the shape of one row of `values`, and the vocabulary size."""
         return InputSpec(tuple(self.values.shape[1:]), self.vocabulary)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def load(self, rows: Tensor) -> Tensor:
-        """Return the rows of `values`."""
         return self.values[rows]
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """Return `x` unchanged."""
-        return x
-
-    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Return the rows of `values`; `key` is unused."""
-        return self.load(rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageStore:
+class ImageStore(Store):
     """Images and their normalisation, (x / 255 - shift) * scale.
 
     Attributes:
@@ -92,7 +86,6 @@ class ImageStore:
 
     @property
     def spec(self) -> InputSpec:
-        """Return the shape [C, H, W] of one image."""
         return InputSpec(tuple(self.images.shape[1:]))
 
     def __len__(self) -> int:
@@ -109,12 +102,7 @@ class ImageStore:
         return x.to(torch.float32) / 255
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Compute (x - shift) * scale."""
         return (x - self.shift) * self.scale
-
-    def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Return normalised images; `key` is unused."""
-        return self.normalise(self.load(rows))
 
 
 #: (x [B, *X], key int64 [B]) -> x [B, *X]; a function of x and key alone.
@@ -122,33 +110,30 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Augmented:
-    """A store that augments its inputs at random, for training."""
+class Augmented(Store):
+    """A store that augments its inputs at random, for training; `load` does not."""
 
     store: Store
     augment: Augmentation
 
     @property
     def spec(self) -> InputSpec:
-        """Return the spec of the underlying store."""
         return self.store.spec
 
     def __len__(self) -> int:
         return len(self.store)
 
     def load(self, rows: Tensor) -> Tensor:
-        """Return inputs without augmentation."""
         return self.store.load(rows)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Normalise as the underlying store does."""
         return self.store.normalise(x)
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
         """Load inputs, augment each with its own key, and normalise them."""
         key_TB = prng.fold_in(key[:, None], torch.arange(rows.shape[1], device=rows.device))
-        x = self.augment(self.store.load(rows).flatten(0, 1), key_TB.flatten())
-        return self.store.normalise(x.unflatten(0, rows.shape))
+        x = self.augment(self.load(rows).flatten(0, 1), key_TB.flatten())
+        return self.normalise(x.unflatten(0, rows.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,13 +161,18 @@ class ClassView:
     """Use the classes of an index in tasks without rotation.
 
     Attributes:
-        has_rotations: True if inputs may be rotated.
+        rotations: What is rotated, for the protocol.
         index: The classes.
     """
 
-    has_rotations: ClassVar[bool] = False
+    rotations: ClassVar[str] = "none"
 
     index: ClassIndex
+
+    @property
+    def has_rotations(self) -> bool:
+        """Return True if inputs may be rotated."""
+        return self.rotations != "none"
 
     @property
     def num_classes(self) -> int:
@@ -192,7 +182,11 @@ class ClassView:
     @property
     def protocol(self) -> dict[str, object]:
         """Return the settings that affect a measurement, apart from the classes, as plain data."""
-        return {"rotations": "none", "rotations_may_meet": None, "rotations_share_drawings": None}
+        return {
+            "rotations": self.rotations,
+            "rotations_may_meet": None,
+            "rotations_share_drawings": None,
+        }
 
     @property
     def max_way(self) -> int:
@@ -231,7 +225,21 @@ class ClassView:
 
 
 @dataclasses.dataclass(frozen=True)
-class RotatedClasses(ClassView):
+class RotatedEpisodes(ClassView):
+    """Rotate each class of each episode at random, without changing its label."""
+
+    rotations: ClassVar[str] = "episode"
+
+    def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        classes, _ = super().choose(key, count)
+        return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
+
+    def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
+        return prng.integers(prng.fold_in(key, 1), (count,), 4), classes
+
+
+@dataclasses.dataclass(frozen=True)
+class RotatedClasses(RotatedEpisodes):
     """Split each class into four, one per rotation by 0, 90, 180 and 270 degrees.
 
     Attributes:
@@ -240,71 +248,37 @@ class RotatedClasses(ClassView):
             support set of one and in the query set of the other.
     """
 
-    has_rotations: ClassVar[bool] = True
+    rotations: ClassVar[str] = "classes"
 
     may_meet: bool
     share_drawings: bool
 
     @property
     def protocol(self) -> dict[str, object]:
-        """Return how rotations form classes, as plain data."""
-        return {
-            "rotations": "classes",
-            "rotations_may_meet": self.may_meet,
-            "rotations_share_drawings": self.share_drawings if self.may_meet else None,
-        }
+        share_drawings = self.share_drawings if self.may_meet else None
+        return super().protocol | {
+            "rotations_may_meet": self.may_meet, "rotations_share_drawings": share_drawings
+        }  # fmt: skip
 
     @property
     def num_classes(self) -> int:
-        """Return four times the number of original classes."""
         return 4 * len(self.index.rows)
 
     @property
     def max_way(self) -> int:
-        """Return the number of rotated classes if they may meet, else of original classes."""
         return self.num_classes if self.may_meet else len(self.index.rows)
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Draw rotated classes, or distinct original classes with one rotation each."""
-        size = len(self.index.rows)
-        if self.may_meet:
-            chosen = prng.choice(prng.fold_in(key, 0), 4 * size, count)
-            return chosen % size, chosen // size
-        classes = prng.choice(prng.fold_in(key, 0), size, count)
-        return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
+        if not self.may_meet:
+            return super().choose(key, count)
+        chosen = prng.choice(prng.fold_in(key, 0), self.num_classes, count)
+        return chosen % len(self.index.rows), chosen // len(self.index.rows)
 
     def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
-        """Return one id per class, or one per class and rotation."""
         if self.share_drawings or rotations is None:
             return classes
         return classes + len(self.index.rows) * rotations
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Draw rotations, and label each rotation as its own class."""
         rotations = prng.integers(prng.fold_in(key, 1), (count,), 4)
         return rotations, classes + rotations * len(self.index.rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class RotatedEpisodes(ClassView):
-    """Rotate each class of each episode at random, without changing its label."""
-
-    has_rotations: ClassVar[bool] = True
-
-    @property
-    def protocol(self) -> dict[str, object]:
-        """Return that rotations are drawn per episode, as plain data."""
-        return {
-            "rotations": "episode",
-            "rotations_may_meet": None,
-            "rotations_share_drawings": None,
-        }
-
-    def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Draw classes, and one rotation per class."""
-        classes, _ = super().choose(key, count)
-        return classes, prng.integers(prng.fold_in(key, 1), (count,), 4)
-
-    def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Draw one rotation per input; the labels stay the original classes."""
-        return prng.integers(prng.fold_in(key, 1), (count,), 4), classes

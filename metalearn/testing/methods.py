@@ -218,7 +218,6 @@ class _Shuffled:
     part: str
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw tasks and shuffle their labels."""
         task = self.source.draw(first, count)
         labelled = getattr(task, self.part)
         order = prng.permutation(prng.fold_in(task.key, 77), labelled.y.shape[1])
@@ -226,7 +225,6 @@ class _Shuffled:
         return dataclasses.replace(task, **{self.part: changed})
 
     def classes(self, first: int, count: int) -> Tensor | None:
-        """Return the classes of the tasks."""
         return self.source.classes(first, count)
 
 
@@ -291,7 +289,6 @@ class _Fixed:
     tasks: Task | Batch
 
     def draw(self, first: int | Tensor, count: int) -> Task | Batch:
-        """Return the tasks."""
         return self.tasks
 
 
