@@ -27,7 +27,7 @@ def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
 
 
 def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:
-    """Compute squared Euclidean distances [M, N] of two sets of embeddings (Snell et al. 2017, 2.4).
+    """Compute squared Euclidean distances [M, N] between embeddings (Snell et al. 2017, 2.4).
 
     Args:
         a_MD: Embeddings [M, D].
