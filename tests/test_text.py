@@ -92,6 +92,17 @@ def test_published_folds_name_classes_that_may_be_missing(tmp_path):
         opened(path, tokenizer=None)
 
 
+@pytest.mark.parametrize("name", ["bag_of_ngrams", "text_transformer"])
+def test_padding_changes_nothing(name):
+    words = [f"backbone={name}", *(["backbone.width=16"] if "transformer" in name else [])]
+    node = checking.check_config(composition.compose_config(words)).backbone
+    backbone = components.make(node, "backbone")
+    params, _ = backbone.init(InputSpec((9,), 30), prng.key_of(0))
+    tokens = prng.integers(prng.key_of(1), (4, 6), 29) + 1
+    padded = torch.nn.functional.pad(tokens, (0, 3))
+    torch.testing.assert_close(backbone.embed(params, padded)[0], backbone.embed(params, tokens)[0])
+
+
 def test_bag_of_ngrams_counts(tmp_path):
     backbone = BagOfNGrams(ngram=3, features=50, length=20, frozen=True)
     text = "banana ban"

@@ -199,7 +199,8 @@ class TextTransformer(Backbone):
         if key is not None and self.dropout:
             is_word = is_word & (prng.uniform(key, tuple(x.shape)) >= self.dropout)
         mask = torch.where(is_word, 0.0, -1e9)[:, None, None, :]  # a text without words: uniform
-        z = F.embedding(x, params["token.weight"]) + params["position.weight"]
+        position = params["position.weight"][: x.shape[1]]
+        z = F.embedding(x, params["token.weight"]) + position
         for layer in range(self.layers):
             name = f"layer{layer}"
             qkv = linear(f"{name}.qkv", layer_norm(f"{name}.attend", z))
