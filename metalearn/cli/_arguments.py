@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def parse(words: list[str]) -> Arguments:
                 raise UserError(f"{word} {value}: should be one of {', '.join(choices)}")
             arguments.options.extend([word, queue.pop(0)])
         elif word in ("--config-dir", "-cd"):
-            if not queue or not Path(queue[0]).is_dir():
+            if not queue or not os.path.isdir(queue[0]):
                 value = queue[0] if queue else ""
                 raise UserError(f"{word} {value}: should name a folder of configuration files")
             arguments.folders.append(Path(queue.pop(0)).absolute())

@@ -1,6 +1,7 @@
 """Compare runs in one table, with tests of significance."""
 
 import datetime
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def main(args: list[str]) -> int:
 
 def _compare(folders: list[str]) -> dict[str, Any]:
     out = _arguments.take(folders, "out")
-    if wrong := [word for word in folders if not Path(word).is_dir()]:
+    if wrong := [word for word in folders if not os.path.isdir(word)]:
         raise UserError(
             f"{wrong[0]}: there is no such folder; compare takes folders of runs, and out=<folder>"
         )

@@ -1,5 +1,6 @@
 """Test a trained run again, under the same or a different protocol."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main(args: list[str]) -> int:
 
 def _evaluate(args: list[str]) -> dict[str, Any]:
     words = [
-        f"run={word}" if word[:1] != "-" and ("=" not in word or Path(word).is_dir()) else word
+        f"run={word}" if word[:1] != "-" and ("=" not in word or os.path.isdir(word)) else word
         for word in args
     ]
     overrides = _arguments.parse_settings("evaluate", words)
