@@ -41,7 +41,6 @@ MISTAKES = [
     (["algo.inner_loss=median"], ["algo.inner_loss=median", "mean, sum"]),
     (["algo=protonet", "dataset=sinusoid"], ["ProtoNet", "regression"]),
     (["episode.train.way=20"], ["episode.train.way=20", "episode.way=5", "MAML"]),
-    (["statistics=population", "backbone.normalisation=none"], ["population", "normalisation"]),
     (["algo._target_=os.system"], ["algo._target_=os.system", "metalearn.algorithms"]),
     (
         ["algo._target_=metalearn.cli.main"],

@@ -11,6 +11,7 @@ from metalearn.backbones.text_encoder import TextEncoder
 from metalearn.cli import train
 from metalearn.config import checking, components, composition
 from metalearn.data.text import Text, read_rows
+from metalearn.run.build import build
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
@@ -101,6 +102,21 @@ def test_padding_changes_nothing(name):
     tokens = prng.integers(prng.key_of(1), (4, 6), 29) + 1
     padded = torch.nn.functional.pad(tokens, (0, 3))
     torch.testing.assert_close(backbone.embed(params, padded)[0], backbone.embed(params, tokens)[0])
+
+
+def test_statistics_do_not_matter_without_normalisation(tmp_path):
+    path = write_csv(tmp_path / "a.csv")
+    words = [
+        "algo=protonet", "dataset=text", f"dataset.path={path}", "backbone=bag_of_ngrams",
+        "backbone.frozen=false", "episode.way=2", "episode.query=3", "train.meta_batch=2",
+    ]  # fmt: skip
+    runs = [
+        build(checking.check_config(composition.compose_config([*words, f"statistics={one}"])))
+        for one in ("population", "support")
+    ]
+    assert {run.protocol["statistics"] for run in runs} == {"none"}
+    scores = [run.test_engine.scores(run.state, run.test.draw(0, 4)) for run in runs]
+    assert torch.equal(*scores)
 
 
 def test_bag_of_ngrams_counts(tmp_path):
