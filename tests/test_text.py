@@ -55,6 +55,14 @@ def test_bad_rows_are_named(tmp_path, content, message):
         read_rows(tmp_path / "a.csv")
 
 
+def test_a_text_may_have_several_lines_and_files_may_be_corrupt(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"two\nlines",a\nb,b\n')
+    assert [row.text for row in read_rows(tmp_path / "a.csv")] == ["two\nlines", "b"]
+    (tmp_path / "domains.json").write_text("[1")
+    with pytest.raises(UserError, match=r"domains\.json cannot be read"):
+        opened(tmp_path, parts=["a.csv", "domains.json"])
+
+
 def opened(path, **settings):
     tokenizer = HashedTokens(1000, 16, str.split)
     given = {

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 from collections import defaultdict
@@ -50,8 +51,14 @@ def read_rows(path: Path) -> list[Row]:
         content = path.read_bytes()
         if path.suffix == ".json":
             sets = json.loads(content)
-            return [Row(text, label, "") for part in sets.values() for text, label in part]
-        rows = [row for row in csv.reader(_decoded(content).splitlines(), strict=True) if any(row)]
+            return [
+                Row(str(text), str(label), "") for part in sets.values() for text, label in part
+            ]
+        rows = [
+            row
+            for row in csv.reader(io.StringIO(_decoded(content), newline=""), strict=True)
+            if any(row)
+        ]
     except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
@@ -161,8 +168,11 @@ class Text(Dataset):
                     "first lines of the dataset's file in conf/dataset say what it is)"
                 )
             if path.name == "domains.json":
-                content = json.loads(path.read_text())
-                known = {label: domain for domain, labels in content.items() for label in labels}
+                try:
+                    content = json.loads(path.read_bytes())
+                    known = {label: domain for domain, some in content.items() for label in some}
+                except (OSError, ValueError, TypeError, AttributeError) as error:
+                    raise UserError(f"{path} cannot be read ({first_line(error)})") from None
             else:
                 rows += read_rows(path)
         domains: dict[str, set[str]] = defaultdict(set)
