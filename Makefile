@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,serve,sweep,text]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,serve,sweep,tensorboard,text]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some need other Pythons
 	touch $@
 

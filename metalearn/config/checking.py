@@ -59,6 +59,11 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
             "train": {**plain["train"], "optimiser": None},
         }
     plain = {"optimiser": _optimiser("adam"), "loss": {}, "augment": {}, **plain}
+    logger = plain.get("logger")
+    if isinstance(logger, Mapping) and "name" in logger:
+        own = {key: value for key, value in logger.items() if key != "name"}
+        wandb = {"_target_": "metalearn.report.wandb_run.WandbRun", **own}
+        plain["logger"] = {"wandb": wandb} if logger["name"] == "wandb" else {}
     for name in COMPONENTS:
         node = plain.get(name)
         if isinstance(node, Mapping) and "_target_" in node:
@@ -114,11 +119,18 @@ def check_config(config: DictConfig) -> RunConfig:
     parts = conform(own, values, "")
     _check_names(parts["loss"], parts["augment"], str(parts["optimiser"].get("_target_")))
     for name in COMPONENTS:
-        node = resolved.get(name)
-        settings = component_settings(node, name)
-        values = {key: value for key, value in node.items() if key != "_target_"}
-        parts[name] = {"_target_": node["_target_"], **conform(settings, values, f"{name}.")}
+        parts[name] = _component(resolved.get(name), name)
+    parts["logger"] = {
+        name: _component(node, f"logger.{name}") for name, node in parts["logger"].items()
+    }
     return RunConfig(**parts)
+
+
+def _component(node: Any, where: str) -> dict[str, Any]:
+    """Return the settings of a component, converted to their types, with its `_target_`."""
+    settings = component_settings(node, where)
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    return {"_target_": node["_target_"], **conform(settings, values, f"{where}.")}
 
 
 def _check_names(loss: LossConfig, augment: AugmentConfig, optimiser: str) -> None:

@@ -159,6 +159,7 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
             added, so that the optimiser's settings exist.
         folders: Configuration folders to read, in addition to those of plugins.
     """
+    overrides = [_renamed(word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
     if name in ("adam", "sgd") and "optimiser" not in given:
@@ -168,6 +169,12 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         paths = ",".join(quoted(f"file://{folder}") for folder in folders)
         more.append(f"hydra.searchpath=[{paths}]")
     return [*overrides, *more]
+
+
+def _renamed(override: str) -> str:
+    """Return an override of a setting that has moved by its new name."""
+    override = re.sub(r"^logger\.name=", "logger=", override)
+    return re.sub(r"^logger\.(project|entity)=", r"logger.wandb.\1=", override)
 
 
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
