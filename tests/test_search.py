@@ -143,6 +143,8 @@ def test_sampler_gets_the_direction_of_the_metric_and_a_seed():
     assert more() == ["hydra.sweeper.direction=maximize", seed]
     assert more("dataset=sinusoid") == ["hydra.sweeper.direction=minimize", seed]
     assert more("hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=3") == []
+    # A study that is continued must propose other trials.
+    assert more("hydra.sweeper.storage=sqlite:///a.db") == ["hydra.sweeper.direction=maximize"]
 
 
 def test_best_trial_of_regression_has_the_lowest_error(tmp_path, monkeypatch):
