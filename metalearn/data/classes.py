@@ -1,8 +1,10 @@
-"""An opened dataset with classes, of any kind of input."""
+"""An opened dataset with classes, of any kind of input, and splits of its classes."""
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -95,3 +97,49 @@ class ClassData:
 
     def _key(self, split: str, seed: int) -> torch.Tensor:
         return prng.key_of(seed, STREAMS[split], device=self.views[split].index.rows.device)
+
+
+def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
+    """Draw the classes of each split, without replacement, from the sorted names."""
+    names = sorted(names)
+    order = prng.permutation(prng.key_of(seed), len(names)).tolist()
+    chosen: dict[str, list[str]] = {}
+    start = 0
+    for split, size in sizes.items():
+        chosen[split] = [names[index] for index in order[start : start + size]]
+        start += size
+    return chosen
+
+
+def shares(total: int, fractions: list[float]) -> dict[str, int]:
+    """Return the number of classes of train, val and test; train gets the rounding remainder."""
+    if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(
+            f"dataset.fractions={list(fractions)} should be three fractions (train, val, test) "
+            "that sum to 1"
+        )
+    val, test = (round(total * fraction) for fraction in fractions[1:])
+    return {"train": total - val - test, "val": val, "test": test}
+
+
+def split_file(path: Path) -> dict[str, list[str]]:
+    """Read the names of the classes of each split; raise UserError if they overlap."""
+    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
+    try:
+        splits = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"dataset.split={path} should be the name of a split, or a file of {expected} ({error})"
+        ) from None
+    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
+    if not lists or set(splits) != {"train", "val", "test"}:
+        raise UserError(f"dataset.split={path} should be {expected}")
+    for split, names in splits.items():
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        if shared := [name for name in splits[first] if name in splits[second]]:
+            raise UserError(
+                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
+            )
+    return splits

@@ -14,9 +14,9 @@ from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
 from metalearn.data import files
-from metalearn.data.classes import ClassData
+from metalearn.data.classes import ClassData, seeded_split, shares, split_file
 from metalearn.data.files import ImageFile, list_images
-from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares, split_file
+from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line
 

@@ -8,8 +8,7 @@ import torch
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.data.images import seeded_split, shares
+from metalearn.data.classes import ClassData, seeded_split, shares
 from metalearn.tasks import prng
 from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
 

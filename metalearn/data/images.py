@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +14,6 @@ from metalearn.config.fields import choice, given_by_run, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData
 from metalearn.system.errors import UserError
-from metalearn.tasks import prng
 from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes
 
 ROTATIONS = ("none", "train_classes", "classes", "episode")
@@ -55,52 +52,6 @@ def with_channels(x: Tensor, channels: int | None) -> Tensor:
     red, green, blue = (x[..., channel : channel + 1, :, :].float() for channel in range(3))
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     return grey if x.is_floating_point() else grey.round().to(x.dtype)
-
-
-def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Draw the classes of each split, without replacement, from the sorted names."""
-    names = sorted(names)
-    order = prng.permutation(prng.key_of(seed), len(names)).tolist()
-    chosen: dict[str, list[str]] = {}
-    start = 0
-    for split, size in sizes.items():
-        chosen[split] = [names[index] for index in order[start : start + size]]
-        start += size
-    return chosen
-
-
-def shares(total: int, fractions: list[float]) -> dict[str, int]:
-    """Return the number of classes of train, val and test; train gets the rounding remainder."""
-    if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"dataset.fractions={list(fractions)} should be three fractions (train, val, test) "
-            "that sum to 1"
-        )
-    val, test = (round(total * fraction) for fraction in fractions[1:])
-    return {"train": total - val - test, "val": val, "test": test}
-
-
-def split_file(path: Path) -> dict[str, list[str]]:
-    """Read the names of the classes of each split; raise UserError if they overlap."""
-    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
-    try:
-        splits = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"dataset.split={path} should be the name of a split, or a file of {expected} ({error})"
-        ) from None
-    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
-    if not lists or set(splits) != {"train", "val", "test"}:
-        raise UserError(f"dataset.split={path} should be {expected}")
-    for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := [name for name in splits[first] if name in splits[second]]:
-            raise UserError(
-                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
-            )
-    return splits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
