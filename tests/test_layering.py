@@ -86,7 +86,7 @@ def test_no_other_file_names_a_method_or_a_dataset():
         for name in options(group):
             text = (conf_dir() / group / f"{name}.yaml").read_text()
             # A YAML may extend another one and use its class.
-            parent = re.search(r"^  - (\w+)$", text.replace("  - _self_\n", ""), re.M)
+            parent = re.search(r"^  - (\w+)(@dataset)?$", text.replace("  - _self_\n", ""), re.M)
             if "_target_" not in text and parent:
                 text = (conf_dir() / group / f"{parent[1]}.yaml").read_text()
             target = re.search(rf"metalearn\.{folder}\.(\w+)\.(\w+)", text)

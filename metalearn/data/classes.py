@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,8 +123,42 @@ def shares(total: int, fractions: list[float]) -> dict[str, int]:
     return {"train": total - val - test, "val": val, "test": test}
 
 
+def split_classes(
+    split: str, names: list[str], fractions: list[float], seed: int, owner: str
+) -> dict[str, list[str]]:
+    """Return the names of the classes of each split.
+
+    Args:
+        split: "random", the name of a published split, or a file as for `split_file`.
+        names: The classes that exist.
+        fractions: Fractions of the classes for train, val and test in a random split.
+        seed: Seed of a random split.
+        owner: What has the classes, for messages.
+
+    Raises:
+        UserError: If the split overlaps or names a class that does not exist.
+    """
+    if split == "random":
+        return seeded_split(names, shares(len(names), fractions), seed)
+    splits = split_file(published_split(split) or Path(split).expanduser())
+    if unknown := [name for some in splits.values() for name in some if name not in names]:
+        raise UserError(
+            f"dataset.split={split} names class '{unknown[0]}', which {owner} does not have"
+        )
+    return splits
+
+
+def published_split(name: str) -> Path | None:
+    """Return the file of a published split that comes with the package, or None."""
+    path = Path(__file__).parent / "splits" / f"{name}.json"
+    return path if path.is_file() else None
+
+
 def split_file(path: Path) -> dict[str, list[str]]:
-    """Read the names of the classes of each split; raise UserError if they overlap."""
+    """Read the names of the classes of each split; raise UserError if they overlap.
+
+    A class may be written with its superclass, as [superclass, class].
+    """
     expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
     try:
         splits = json.loads(path.read_text())
@@ -134,12 +169,19 @@ def split_file(path: Path) -> dict[str, list[str]]:
     lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
     if not lists or set(splits) != {"train", "val", "test"}:
         raise UserError(f"dataset.split={path} should be {expected}")
+    splits = {
+        split: [name[-1] if isinstance(name, list) and name else name for name in names]
+        for split, names in splits.items()
+    }
+    check_splits(splits, f"dataset.split={path}")
+    return splits
+
+
+def check_splits(splits: dict[str, list[str]], owner: str) -> None:
+    """Raise UserError if a class is twice in a split, or in two splits."""
     for split, names in splits.items():
         if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+            raise UserError(f"{owner} has class '{repeated[0]}' twice in {split}")
+    for first, second in itertools.combinations(splits, 2):
         if shared := [name for name in splits[first] if name in splits[second]]:
-            raise UserError(
-                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
-            )
-    return splits
+            raise UserError(f"{owner} has class '{shared[0]}' in both {first} and {second}")

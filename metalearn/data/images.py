@@ -28,12 +28,14 @@ class ClassImages:
         counts: Number of images of each class.
         names: Name of each class.
         notes: Lines for the user about how the images were read.
+        splits: Names of the classes of each split, if the files have splits; else {}.
     """
 
     images: Tensor
     counts: list[int]
     names: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
+    splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""

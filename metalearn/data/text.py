@@ -120,6 +120,10 @@ class Text(Dataset):
     domains: dict[str, str] = setting(default={})
     tokenizer: Tokenizer | None = given_by_run(None)
 
+    @property
+    def addresses(self) -> list[str]:
+        return list(self.urls.values())
+
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files to read."""
         root = data_dir / Path(self.path).expanduser()
