@@ -61,8 +61,9 @@ def cifar100(per_class: int = 2) -> dict[str, bytes]:
     """Return the files of cifar-100-python.tar.gz, all classes with a few images."""
     names = sorted(name for some in published("fc100").values() for name in some)
     labels = list(range(100)) * per_class
-    batch = {"data": np.zeros((len(labels), 3072), np.uint8), "fine_labels": labels}
-    batch["data"][:, 0] = labels
+    data = np.zeros((len(labels), 3072), np.uint8)
+    data[:, 0] = labels
+    batch = {"data": data, "fine_labels": labels}
     files = {"train": batch, "test": batch, "meta": {"fine_label_names": names}}
     return {f"cifar-100-python/{name}": pickle.dumps(one, 2) for name, one in files.items()}
 

@@ -100,6 +100,36 @@ class ClassData:
         return prng.key_of(seed, STREAMS[split], device=self.views[split].index.rows.device)
 
 
+def class_indices(
+    names: list[str], counts: list[int], splits: dict[str, list[str]], device: torch.device
+) -> dict[str, ClassIndex]:
+    """Index inputs that are ordered by class.
+
+    Args:
+        names: Name of each class, in the order of its inputs.
+        counts: Number of inputs of each class.
+        splits: Names of the classes of each split.
+        device: Device of the indices.
+
+    Raises:
+        UserError: For a split without classes.
+    """
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    place = {name: number for number, name in enumerate(names)}
+    indices = {}
+    for split, chosen in splits.items():
+        if not chosen:
+            raise UserError(
+                f"dataset.split leaves no class for {split}; add classes or change the split"
+            )
+        places = torch.tensor([place[name] for name in chosen])
+        own = torch.tensor(counts)[places]
+        column = torch.arange(int(own.max()))
+        rows = starts[places, None] + torch.minimum(column, own[:, None] - 1)
+        indices[split] = ClassIndex(rows.to(device), own.to(device), tuple(chosen))
+    return indices
+
+
 def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
     """Draw the classes of each split, without replacement, from the sorted names."""
     names = sorted(names)

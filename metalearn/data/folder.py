@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data import files, layouts
+from metalearn.data import archives, files, layouts
 from metalearn.data.classes import ClassData, published_split, split_classes
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages, ImageDataset
@@ -110,14 +110,13 @@ class Folder(ImageDataset):
             for address, md5 in self._archives():
                 fetch(address, root, md5)
             containers = layouts.containers(root)
-        if not containers and self.by_hand:
-            raise UserError(f"dataset.path={self.path}: no images in {root}; {self.by_hand}")
-        if not containers and not root.exists():
+        if not containers:
+            places = dict.fromkeys((str(Path(self.path).absolute()), str(root)))
+            absent = f"no folder or zip at {' or '.join(places)}"
             raise UserError(
-                f"dataset.path={self.path}: no folder or zip at "
-                f"{' or '.join(dict.fromkeys((str(Path(self.path).absolute()), str(root))))}; it "
-                "should contain one subfolder per class (or use dataset=glyphs, which needs no "
-                "files)"
+                f"dataset.path={self.path}: {f'no images in {root}' if root.exists() else absent}; "
+                f"{self.by_hand or 'put one subfolder per class there'} (or use dataset=glyphs, "
+                "which needs no files)"
             )
         return containers
 
@@ -125,7 +124,7 @@ class Folder(ImageDataset):
         with contextlib.ExitStack() as stack:
             content = []
             for archive in containers:
-                container = stack.enter_context(files.unpacked(archive, cache_dir))
+                container = stack.enter_context(archives.unpacked(archive, cache_dir))
                 listed = files.list_images(container, layouts.SUFFIXES)
                 content += [file._replace(archive=archive) for file in listed]
             if read := layouts.arrays(content):

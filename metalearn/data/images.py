@@ -12,9 +12,8 @@ from torch import Tensor
 
 from metalearn.config.fields import choice, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.system.errors import UserError
-from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes
+from metalearn.data.classes import ClassData, class_indices
+from metalearn.tasks.store import ClassView, ImageStore, RotatedClasses, RotatedEpisodes
 
 ROTATIONS = ("none", "train_classes", "classes", "episode")
 
@@ -103,19 +102,9 @@ class ImageDataset(Dataset):
         Raises:
             UserError: For a split without classes.
         """
-        index_of = {name: index for index, name in enumerate(pictures.names)}
-        starts = torch.tensor([0, *pictures.counts]).cumsum(0).tolist()
         views: dict[str, ClassView] = {}
-        for split, names in splits.items():
-            if not names:
-                raise UserError(
-                    f"dataset.split leaves no class for {split}; add classes or change the split"
-                )
-            counts = torch.tensor([pictures.counts[index_of[name]] for name in names])
-            column = torch.arange(int(counts.max()))
-            first = torch.tensor([starts[index_of[name]] for name in names])
-            rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
-            index = ClassIndex(rows.to(device), counts.to(device), tuple(names))
+        indices = class_indices(pictures.names, pictures.counts, splits, device)
+        for split, index in indices.items():
             if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
                     index, self.rotations_may_meet, self.rotations_share_drawings

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metalearn.data import files, pickles
+from metalearn.data import archives, files, pickles
 from metalearn.data.classes import check_splits
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages
@@ -44,7 +44,7 @@ _OF_SPLIT = re.compile(
 SUFFIXES = files.SUFFIXES | {"", ".meta", ".pkl", ".pickle", ".npz", ".csv"}
 
 #: Images, and the positions of each class's.
-_Part = tuple[Sequence[Any], Mapping[str, Sequence[int]]]
+_Part = tuple[Sequence[Any], Mapping[str, Any]]
 _ToArray = Callable[[Image.Image], np.ndarray]
 
 
@@ -60,7 +60,7 @@ def containers(root: Path) -> list[Path]:
         content = files.list_images(container, SUFFIXES)
         if arrays(content) or any(is_image(file.name) for file in content):
             return unpacked
-    return sorted(path for path in root.iterdir() if files.is_archive(path.name))
+    return sorted(path for path in root.iterdir() if archives.is_archive(path.name))
 
 
 def is_image(name: str) -> bool:
@@ -71,16 +71,18 @@ def is_image(name: str) -> bool:
 def is_data(name: str) -> bool:
     """Return True for the name of a file that images may come from."""
     is_batch = any(name in batches for batches, *_ in _CIFAR)
-    return is_batch or is_image(name) or files.is_archive(name) or bool(_OF_SPLIT.fullmatch(name))
+    return (
+        is_batch or is_image(name) or archives.is_archive(name) or bool(_OF_SPLIT.fullmatch(name))
+    )
 
 
 def arrays(content: list[ImageFile]) -> Callable[[_ToArray], ClassImages] | None:
     """Return the function that reads all images, if they are in arrays; it raises UserError."""
     named = {PurePosixPath(file.name).name: file for file in content}
-    for batches, meta, *keys in _CIFAR:
+    for batches, meta, labels, names in _CIFAR:
         if named.keys() >= {*batches, meta}:
             return functools.partial(
-                _read_cifar, [named[name] for name in batches], named[meta], *keys
+                _read_cifar, [named[name] for name in batches], named[meta], labels, names
             )
     parts: dict[str, list[ImageFile]] = defaultdict(list)
     for name, file in sorted(named.items()):
@@ -142,7 +144,7 @@ def _load(file: ImageFile) -> Any:
 
 
 def _assembled(
-    reads: list[tuple[ImageFile, Callable[[], list[_Part]]]],
+    reads: Sequence[tuple[ImageFile, Callable[[], list[_Part]]]],
     to_array: _ToArray,
     splits: Sequence[str] = (),
 ) -> ClassImages:
