@@ -261,7 +261,7 @@ def test_truncated_archives_are_refused_in_one_line(tmp_path):
 def test_missing_sets_say_where_to_get_them(tmp_path):
     for name in ("miniimagenet", "tieredimagenet"):
         with pytest.raises(
-            UserError, match=r"may not be redistributed; https://image-net\.org"
+            UserError, match=r"may not be redistributed: https://image-net\.org"
         ) as e:
             open_dataset(name, tmp_path, tmp_path / "c")
         assert str(tmp_path / name) in str(e.value)

@@ -62,5 +62,5 @@ def test_wrong_archives_are_refused_in_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"a\.npz cannot be read"):
         open_dataset("features", tmp_path, tmp_path, path=path)
-    with pytest.raises(UserError, match=r"there is no file .*b\.csv; put a CSV file"):
+    with pytest.raises(UserError, match=r"there is no file .*b\.csv; bring a CSV file"):
         open_dataset("features", tmp_path, tmp_path, path="b.csv")

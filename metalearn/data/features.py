@@ -38,7 +38,9 @@ class Features(Dataset):
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         path = self.files(data_dir)[0]
         if not path.is_file():
-            raise UserError(f"dataset.path={self.path}: there is no file {path}; {self.by_hand}")
+            raise UserError(
+                f"dataset.path={self.path}: there is no file {path}; bring {self.by_hand}"
+            )
         try:
             columns = _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
             labels = columns.pop("label")

@@ -115,7 +115,7 @@ class Folder(ImageDataset):
             absent = f"no folder or zip at {' or '.join(places)}"
             raise UserError(
                 f"dataset.path={self.path}: {f'no images in {root}' if root.exists() else absent}; "
-                f"{self.by_hand or 'put one subfolder per class there'} (or use dataset=glyphs, "
+                f"bring there {self.by_hand or 'one subfolder per class'} (or use dataset=glyphs, "
                 "which needs no files)"
             )
         return containers

@@ -78,6 +78,8 @@ def is_data(name: str) -> bool:
 
 def arrays(content: list[ImageFile]) -> Callable[[_ToArray], ClassImages] | None:
     """Return the function that reads all images, if they are in arrays; it raises UserError."""
+    if any(is_image(file.name) for file in content):
+        return None
     named = {PurePosixPath(file.name).name: file for file in content}
     for batches, meta, labels, names in _CIFAR:
         if named.keys() >= {*batches, meta}:
