@@ -57,7 +57,7 @@ def test_wrong_archives_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="should hold features and labels, not x"):
         open_dataset("features", tmp_path, tmp_path, path=path)
     np.savez(path, features=_X, labels=_LABELS[1:])
-    with pytest.raises(UserError, match="there are 23 labels"):
+    with pytest.raises(UserError, match=r"features are \[24, 3\], labels \[23\]"):
         open_dataset("features", tmp_path, tmp_path, path=path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match=r"a\.npz cannot be read"):

@@ -121,7 +121,9 @@ def _one(
     except UserError as error:
         print_line(console, f"  no episode: {error}")
     samples = {part: rows for part, rows in samples.items() if rows}
-    titles = {part: _title(part, rows, facts, split) for part, rows in samples.items()}
+    given = [word.partition("=")[2] for word in overrides if word.startswith("dataset.path=")]
+    title = Path(given[-1].strip("'\"")).name if given else name
+    titles = {part: _title(part, rows, facts, split, title) for part, rows in samples.items()}
     facts["sheets"] = []
     if kind == "images":
         facts["sheets"] = _draw(folder, samples, titles, described.is_ink)
@@ -143,7 +145,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"content hash: {facts['content_hash']}", f"inputs: {facts['inputs']['kind']}{size}"]
     for split, own in facts["splits"].items():
         rotated = own.get("classes_with_rotations")
-        line = f"{split}: {own['classes']:,} classes"
+        line = f"{split}: {own['classes']:,} class{'es' if own['classes'] != 1 else ''}"
         line += f" ({rotated:,} with rotations)" if rotated else ""
         if "examples" in own:
             low, high = own["smallest_class"], own["largest_class"]
@@ -153,12 +155,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     return [*lines, f"no classes: {facts['task']}"] if "task" in facts else lines
 
 
-def _title(part: str, rows: list[Any], facts: dict[str, Any], split: str) -> str:
-    name = facts["dataset"]
+def _title(part: str, rows: list[Any], facts: dict[str, Any], split: str, name: str) -> str:
     if part != "episode":
         return f"{name}, {part}: {len(rows)} of {facts['splits'][part]['classes']:,} classes"
     shot, query = (rows[0].counts[group] for group in ("support", "query"))
-    return f"{name}, an episode of {split}: {len(rows)}-way {shot}-shot, {query} queries a class"
+    return f"{name}, an episode of {split}: {len(rows)}-way {shot}-shot, {query} queries per class"
 
 
 def _draw(

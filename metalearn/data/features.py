@@ -42,21 +42,15 @@ class Features(Dataset):
                 f"dataset.path={self.path}: there is no file {path}; bring {self.by_hand}"
             )
         try:
-            columns = _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
-            labels = columns.pop("label")
-            x = columns.pop("features").astype(np.float32)
-            if x.ndim != 2 or len(x) != len(labels):
-                raise ValueError(
-                    f"features are {list(x.shape)}, and there are {len(labels)} labels"
-                )
-            if not np.isfinite(x).all():
-                raise ValueError(
-                    f"row {int(np.argmin(np.isfinite(x).all(1))) + 1} of the features is not finite"
-                )
+            x, labels = _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
+            if x.ndim != 2 or labels.shape != x.shape[:1]:
+                raise ValueError(f"features are {list(x.shape)}, labels {list(labels.shape)}")
+            if not (is_finite := np.isfinite(x).all(1)).all():
+                raise ValueError(f"row {int(is_finite.argmin()) + 1} of the features is not finite")
         except Exception as error:  # NumPy raises errors of many kinds for a corrupt file
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         names, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
-        x = np.ascontiguousarray(x[np.argsort(numbers, kind="stable")])
+        x = x[np.argsort(numbers, kind="stable")]
         known = [str(name) for name in names]
         splits = split_classes(self.split, known, self.fractions, self.split_seed, str(path))
         indices = class_indices(known, counts.tolist(), splits, device)
@@ -66,14 +60,14 @@ class Features(Dataset):
         return ClassData(dict.fromkeys(views, store), views, digest.hexdigest()[:16])
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with np.load(path, allow_pickle=False) as content:
         if not {"features", "labels"} <= set(content):
             raise ValueError(f"it should hold features and labels, not {', '.join(content)}")
-        return {"features": content["features"], "label": content["labels"]}
+        return content["features"].astype(np.float32), content["labels"]
 
 
-def _read_csv(path: Path) -> dict[str, np.ndarray]:
+def _read_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
     rows = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
     header = rows.pop(0) if rows else []
     if "label" not in header:
@@ -82,8 +76,5 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
     for number, row in enumerate(rows, 2):
         if len(row) != len(header) or not row[place]:
             raise ValueError(f"row {number} has no label, or not {len(header)} cells")
-    vectors = [row[:place] + row[place + 1 :] for row in rows]
-    return {
-        "features": np.asarray(vectors, np.float64),
-        "label": np.array([r[place] for r in rows]),
-    }
+    labels = np.array([row.pop(place) for row in rows])
+    return np.array(rows, np.float64).astype(np.float32), labels

@@ -1,5 +1,6 @@
 """Draw contact sheets: a row of images for each class."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,15 +33,15 @@ def draw_sheet(
         is_ink: Whether to draw 1 dark and 0 light, as ink on paper.
     """
     fonts = {name: _font(size) for name, size in _SIZES.items()}
-    label_width = min(_LABEL, max(round(fonts["label"].getlength(label)) for label, _ in rows))
-    sizes = [max(len(groups[g]) for _, groups in rows) for g in range(len(headings))]
+    label_width = min(_LABEL, max(math.ceil(fonts["label"].getlength(one)) for one, _ in rows))
+    totals = [max(len(groups[place]) for _, groups in rows) for place in range(len(headings))]
     height, width = rows[0][1][0][0].shape[-2:]
     factor = max(1, round(_CELL[0] / max(height, width)))
     scale = min(factor, _CELL[1] / max(height, width))
     cell = round(width * scale), round(height * scale)
-    sizes = _fitting(sizes, (_WIDTH - label_width - 2 * _BETWEEN) // (cell[0] + _GAP))
+    sizes = _fitting(totals, (_WIDTH - label_width - 2 * _BETWEEN) // (cell[0] + _GAP))
     top = 34 + (20 if any(headings) else 0)
-    lefts = [label_width + _BETWEEN // 2]
+    lefts = [_GAP + label_width + _BETWEEN // 2]
     for size in sizes:
         lefts.append(lefts[-1] + size * (cell[0] + _GAP) + _BETWEEN)
     title_width = round(fonts["title"].getlength(title))
@@ -51,16 +52,19 @@ def draw_sheet(
     )
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 5), title, "black", fonts["title"])
-    for left, heading in zip(lefts, headings, strict=False):
-        draw.text((left, 31), heading, "#555", fonts["label"])
+    for left, heading, size, total in zip(lefts, headings, sizes, totals, strict=False):
+        shown = f"{heading}, {size} of {total}" if heading and size < total else heading
+        draw.text((left, 31), shown, "#555", fonts["label"])
     for number, (label, groups) in enumerate(rows):
         y = top + number * (cell[1] + _GAP)
         shown = _shortened(label, fonts["label"], label_width)
         draw.text((_GAP, y + cell[1] // 2), shown, "black", fonts["label"], anchor="lm")
         for left, size, group in zip(lefts, sizes, groups, strict=False):
             for place, x in enumerate(group[:size]):
-                image = _image(1 - x if is_ink else x, cell)
-                sheet.paste(image, (left + place * (cell[0] + _GAP), y))
+                image, x0 = _image(1 - x if is_ink else x, cell), left + place * (cell[0] + _GAP)
+                sheet.paste(image, (x0, y))
+                if not is_ink:  # white images have no edge
+                    draw.rectangle((x0 - 1, y - 1, x0 + cell[0], y + cell[1]), outline="#ccc")
     if all(x.shape[0] == 1 for _, groups in rows for group in groups for x in group):
         sheet = sheet.convert("L")  # a third of the size
     with atomic_writer(path) as stream:

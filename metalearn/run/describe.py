@@ -71,14 +71,14 @@ class Described:
         Raises:
             UserError: For missing or corrupt data, or an unknown split.
         """
+        if split not in (*_SPLITS, "all"):
+            raise UserError(f"split={split}: should be train, val, test or all")
         self.settings, self.split, self.texts = settings, split, NumberedTexts()
         self.dataset: Dataset = make(settings.dataset, "dataset", tokenizer=self.texts)
         device = device_of(settings.device)
         self.data: OpenDataset = self.dataset.open(
             data_folder(settings), cache_folder(settings), device
         )
-        if split not in (*_SPLITS, "all"):
-            raise UserError(f"split={split}: should be train, val, test or all")
         if split == "all":
             if not isinstance(self.data, ClassData):
                 raise UserError("split=all: this dataset has no classes; use split=test")

@@ -122,7 +122,10 @@ class EpisodeSampler:
             lower = " or ".join(f"{self.shape.where}.{name}" for name in reversed(used))
             advice = f"{what}; lower {lower}"
             if available < 2:  # the smallest task requires two classes, and two examples of each
-                advice = f"{what[: -available or None]}; add {what} to it, or leave it out"
+                advice = {
+                    "classes": "class; add classes to it",
+                    "examples": "example; add examples to it, or leave it out",
+                }[what]
             raise UserError(
                 f"{' + '.join(used)}{'=' if len(used) == 1 else ' = '}{total}, "
                 f"but {owner} has only {available} {advice}"
