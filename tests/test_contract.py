@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -125,6 +126,7 @@ _DATASETS = {
     "sinusoid": [],
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
+    "features": ["dataset.path=toy.npz"],
 }
 
 
@@ -137,6 +139,9 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     if name == "text":
         lines = [f"text {row},label{row % 30}" for row in range(600)]
         (cache_dir / "toy.csv").write_text("\n".join(lines))
+    if name == "features":
+        x, labels = np.random.default_rng(0).normal(size=(600, 4)), np.arange(600) % 30
+        np.savez(cache_dir / "toy.npz", features=x, labels=labels)
     tokenizer = HashedTokens(1000, 8, str.split)
     made = components.make(settings, "dataset", tokenizer=tokenizer)
     return testing.DatasetCase(made, cache_dir, cache_dir, shape)

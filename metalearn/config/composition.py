@@ -254,6 +254,23 @@ def options(group: str) -> dict[str, str]:
     return choices
 
 
+def stored_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values that the file of a choice gives to its group, with those that it extends.
+
+    This composes no run, so it takes milliseconds. Raise UserError for an unknown choice.
+    """
+    path = _file(group, name)
+    if path is None:
+        raise UserError(_no_such_choice(group, name))
+    content = read_yaml(path)
+    parents = [one for one in content.pop("defaults", []) if isinstance(one, str)]
+    values = [
+        stored_values(group, one.partition("@")[0]) for one in parents if not one.startswith("_")
+    ]
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(*values, content.get(group, content)))
+    return merged
+
+
 def reproductions() -> dict[str, str]:
     """Return the experiments that reproduce a published result, with one line each."""
     return {

@@ -15,8 +15,7 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.data.images import seeded_split, shares, split_file
+from metalearn.data.classes import ClassData, seeded_split, shares, split_file
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
@@ -120,6 +119,10 @@ class Text(Dataset):
     fractions: list[float] = at_least(0)
     domains: dict[str, str] = setting(default={})
     tokenizer: Tokenizer | None = given_by_run(None)
+
+    @property
+    def addresses(self) -> list[str]:
+        return list(self.urls.values())
 
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files to read."""
