@@ -100,7 +100,8 @@ def main() -> None:
     lines = [
         "# Sweeps, killed and repeated", "",
         f"`python scripts/bench_sweeps.py`, commit {environment['commit']}, "
-        f"{environment['hardware']}: a sweep of {_RUNS} runs (ProtoNet and MAML, six seeds) is",
+        f"{environment['hardware']}: a sweep of {_RUNS}",
+        "runs (ProtoNet and MAML, six seeds) is",
         "killed with all its workers and started again by the same command.", "",
         *markdown_table(rows),
     ]  # fmt: skip
