@@ -246,9 +246,19 @@ def test_cub_and_caltech101_are_read_from_their_archives(tmp_path):
     (tmp_path / "caltech101").mkdir()
     with zipfile.ZipFile(tmp_path / "caltech101/caltech-101.zip", "w") as archive:
         archive.writestr("caltech-101/101_ObjectCategories.tar.gz", inner.read_bytes())
+        archive.writestr("__MACOSX/caltech-101/._101_ObjectCategories.tar.gz", b"no tar")
     data = open_dataset("caltech101", tmp_path, tmp_path / "c", image_size=8)
     assert [data.num_classes(split) for split in _SPLITS] == [6, 2, 2]
     assert all("kind" in name for split in _SPLITS for name in data.class_names(split))
+
+
+def test_a_tar_next_to_images_in_a_zip_is_ignored(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in "abcde":
+            archive.writestr(f"{name}/1.png", encoded(pixels(1, 8)[0]))
+        archive.writestr("notes.tar", b"no tar")
+    data = open_dataset("folder", tmp_path, tmp_path / "c", path="all.zip", image_size=8)
+    assert sum(data.num_classes(split) for split in _SPLITS) == 5
 
 
 def test_truncated_archives_are_refused_in_one_line(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from metalearn.data.files import list_images
 from metalearn.system.errors import UserError, first_line
 
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -48,17 +49,19 @@ def unpacked(archive: Path, folder: Path) -> Iterator[Path]:
 
 
 def _copy_tars(archive: Path, copy: Path) -> None:
-    """Copy a tar, or the tars in a zip, to a zip."""
+    """Copy a tar, or the tars in a zip without images, to a zip."""
     if archive.is_dir():
         return
     if archive.name.lower().endswith(_TARS):
         with archive.open("rb") as stream:
             _copy_tar(stream, copy)
         return
+    if list_images(archive):
+        return
     with zipfile.ZipFile(archive) as outer:
-        for name in outer.namelist():
-            if name.lower().endswith(_TARS):
-                with outer.open(name) as stream:
+        for file in list_images(archive, {Path(name).suffix for name in _TARS}):
+            if file.name.lower().endswith(_TARS):
+                with outer.open(file.name) as stream:
                     _copy_tar(stream, copy)
 
 

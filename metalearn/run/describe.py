@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metalearn.config import composition
+from metalearn.config.checking import check_config
 from metalearn.config.components import make
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import Dataset, OpenDataset
@@ -213,7 +214,11 @@ def origin(name: str, dataset: Dataset, settings: RunConfig) -> dict[str, Any]:
 
 def origins(settings: RunConfig) -> list[dict[str, Any]]:
     """Return `origin` of every dataset, with the settings of its file."""
-    return [
-        origin(name, make(composition.stored_values("dataset", name), "dataset"), settings)
-        for name in composition.options("dataset")
-    ]
+    known = []
+    for name in composition.options("dataset"):
+        try:
+            values = composition.stored_values("dataset", name)
+        except UserError:  # it refers to other settings, so it has to be composed with them
+            values = check_config(composition.compose_config([f"dataset={name}"])).dataset
+        known.append(origin(name, make(values, "dataset"), settings))
+    return known
