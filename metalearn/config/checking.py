@@ -212,9 +212,12 @@ def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> d
 def _converted(value: Any, kind: Any, name: str) -> Any:
     """Return a value as one of a type; raise UserError if that is impossible."""
     if isinstance(kind, types.UnionType):
-        if value is None:
+        if value is None and types.NoneType in typing.get_args(kind):
             return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+        kinds = [one for one in typing.get_args(kind) if one is not types.NoneType]
+        is_list = isinstance(value, list | tuple)
+        fitting = [one for one in kinds if (typing.get_origin(one) is list) == is_list]
+        kind = (fitting or kinds)[0]
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -249,6 +252,11 @@ def _check_bounds(value: Any, rule: Mapping[str, Any], name: str) -> None:
     if "choices" in rule and value not in rule["choices"]:
         hint = nearest(str(value), rule["choices"])
         raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
+    if rule.get("is_range") and isinstance(value, list):
+        if len(value) != 2 or value[0] > value[1]:
+            raise UserError(
+                f"{name}={value}: should be a number, or a range [low,high] with low <= high"
+            )
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and number != number:
             raise UserError(f"{name}={value}: should be a number")

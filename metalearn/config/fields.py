@@ -51,6 +51,11 @@ def at_least(minimum: float, **options: Any) -> Any:
     return setting(minimum=minimum, **options)
 
 
+def count_or_range(**options: Any) -> Any:
+    """Declare a whole number of at least 1, or a list [low, high] of two."""
+    return setting(minimum=1, is_range=True, **options)
+
+
 def above(bound: float, **options: Any) -> Any:
     """Declare a number, or a list of numbers, greater than `bound`."""
     return setting(above=bound, **options)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,32 @@ from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
 from metalearn.tasks.store import Augmentation, Augmented, ClassIndex, ClassView, Store
+
+
+def joined(indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None) -> ClassIndex:
+    """Return the classes of several indices, ordered by name.
+
+    Args:
+        indices: At least one.
+        offsets: Number that is added to the rows of each index; None for 0.
+    """
+    last = torch.arange(max(one.rows.shape[1] for one in indices))
+    rows = [
+        one.rows[:, last.clamp_max(one.rows.shape[1] - 1)] + offset
+        for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
+    ]
+    names = [name for one in indices for name in one.names]
+    order = sorted(range(len(names)), key=names.__getitem__)
+
+    def ordered(field: str) -> tuple[str, ...]:
+        values = [value for one in indices for value in getattr(one, field)]
+        return tuple(values[place] for place in order) if values else ()
+
+    return ClassIndex(
+        torch.cat(rows)[order],
+        torch.cat([one.counts for one in indices])[order],
+        **{field: ordered(field) for field in ("names", "superclasses", "parts")},
+    )
 
 
 class ClassData:
@@ -56,17 +82,11 @@ class ClassData:
         Raises:
             UserError: If the splits do not share one store of inputs.
         """
-        parts = [view.index for view in self.views.values()]
-        last = torch.arange(max(part.rows.shape[1] for part in parts))
-        columns = [part.rows[:, last.clamp_max(part.rows.shape[1] - 1)] for part in parts]
-        rows, counts = torch.cat(columns), torch.cat([part.counts for part in parts])
-        names = [name for part in parts for name in part.names]
-        if len(rows.unique()) < counts.sum():  # each split counts its rows from 0
+        index = joined([view.index for view in self.views.values()])
+        if len(index.rows.unique()) < index.num_inputs:  # each split counts its rows from 0
             raise UserError(
                 "split=all: the splits of this dataset are stored apart; use split=test"
             )
-        order = sorted(range(len(names)), key=names.__getitem__)
-        index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
         views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
         stores = {**self.stores, "all": self.stores["test"]}
         return ClassData(stores, views, self.content_hash, self.standardisation)
@@ -78,7 +98,8 @@ class ClassData:
         try:
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
-            return EpisodeSampler(store, self.views[split], shape, self._key(split, seed), support)
+            view = self.views[split].sampled(shape.sampler)
+            return EpisodeSampler(store, view, shape, self._key(split, seed), support)
         except UserError as error:
             raise UserError(f"{split} episodes: {error}") from None
 

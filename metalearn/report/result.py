@@ -70,7 +70,11 @@ class Result:
     @property
     def shape(self) -> str:
         """Return way, shot and queries of the test episodes, like 5w 1s 15q."""
-        return "{way}w {shot}s {query}q".format(**self.protocol)
+        way, shot = (
+            "-".join(map(str, value)) if isinstance(value, list) else value
+            for value in (self.protocol["way"], self.protocol["shot"])
+        )
+        return f"{way}w {shot}s {self.protocol['query']}q"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
@@ -145,7 +149,9 @@ _TYPES = {
     "name": str, "seed": int, "seconds": float, "protocol_id": str, "split?": str, "dataset?": str,
     "overrides?": [str],
     "test": {"*": _ESTIMATE}, "val?": {"*": _ESTIMATE}, "higher_is_better?": bool,
-    "protocol": {"way": int, "shot": int, "query": int, "statistics": str, "sampler?": int},
+    "protocol": {
+        "way": (int, [int]), "shot": (int, [int]), "query": int, "statistics": str, "sampler?": int
+    },
     "details": {
         "worst_decile?": {"mean": float}, "worst_classes?": {"*": float},
         "expected_calibration_error?": float, "episodes_needed?": {"*": int},
