@@ -107,18 +107,36 @@ def check_config(config: DictConfig) -> RunConfig:
     try:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from None
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, UserError):  # a resolver's
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(str(cause or first_line(error))) from None
     resolved = complete(resolved)
     own = [setting for setting in settings_of(RunConfig) if setting.name not in COMPONENTS]
     values = {key: value for key, value in resolved.items() if key not in COMPONENTS}
     parts = conform(own, values, "")
     _check_names(parts["loss"], parts["augment"], str(parts["optimiser"].get("_target_")))
     for name in COMPONENTS:
-        node = resolved.get(name)
-        settings = component_settings(node, name)
-        values = {key: value for key, value in node.items() if key != "_target_"}
-        parts[name] = {"_target_": node["_target_"], **conform(settings, values, f"{name}.")}
+        parts[name] = _component(resolved.get(name), name, name)
     return RunConfig(**parts)
+
+
+def _component(node: Any, group: str, where: str) -> dict[str, Any]:
+    """Return the settings of a method, dataset or backbone, and those of components in it."""
+    settings = component_settings(node, group)
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    checked = conform(settings, values, f"{where}.")
+    for setting in settings:
+        if inner := setting.rule.get("components"):
+            checked[setting.name] = {
+                name: _component(
+                    _with_defaults(component_settings(one, inner), one),
+                    inner,
+                    f"{where}.{setting.name}.{name}",
+                )
+                for name, one in checked[setting.name].items()
+            }
+    return {"_target_": node["_target_"], **checked}
 
 
 def _check_names(loss: LossConfig, augment: AugmentConfig, optimiser: str) -> None:

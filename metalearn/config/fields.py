@@ -33,7 +33,8 @@ def setting(
         role: One or several of `ROLES`, separated by spaces; "" for the role of its group.
         rounds: Whether results for different values may differ by rounding.
         in_testing: If only training reads this setting, the setting that testing reads instead.
-        rule: Bounds, as the functions below give them.
+        rule: Bounds, as the functions below give them; or `components`, the group of the components
+            whose settings a dictionary holds by name.
     """
     metadata = rule | {"role": role, "rounds": rounds, "in_testing": in_testing}
     if isinstance(default, list | dict):

@@ -71,9 +71,11 @@ class Folder(ImageDataset):
         pictures = files.cached(cache_dir, self.name, key, lambda: self._read(root, containers))
         for line in pictures.notes:
             logging.getLogger(__name__).warning(line)
-        return self.class_data(
-            pictures, self._splits(pictures.names, root), device, self.standardise
-        )
+        splits = self._splits(pictures.names, root)
+        superclasses = {fine: coarse for some in _cifar_fs().values() for coarse, fine in some}
+        if not superclasses.keys() >= set(pictures.names):  # not CIFAR-100
+            superclasses = {}
+        return self.class_data(pictures, splits, device, self.standardise, superclasses)
 
     def files(self, data_dir: Path) -> list[Path]:
         return [data_dir / Path(self.path).expanduser()]
@@ -172,13 +174,7 @@ class Folder(ImageDataset):
         if self.split == "random":
             return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
         if self.split == "cifar_fs":
-            folder = resources.files("metalearn.data") / "splits"
-            splits = {
-                split: [
-                    fine for _, fine in json.loads((folder / f"cifar_fs_{split}.json").read_text())
-                ]
-                for split in ("train", "val", "test")
-            }
+            splits = {split: [fine for _, fine in some] for split, some in _cifar_fs().items()}
         else:
             splits = split_file(Path(self.split).expanduser())
         if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
@@ -186,6 +182,15 @@ class Folder(ImageDataset):
                 f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have"
             )
         return splits
+
+
+def _cifar_fs() -> dict[str, list[tuple[str, str]]]:
+    """Read the superclass and the name of each class of CIFAR-100, by split of CIFAR-FS."""
+    folder = resources.files("metalearn.data") / "splits"
+    return {
+        split: json.loads((folder / f"cifar_fs_{split}.json").read_text())
+        for split in ("train", "val", "test")
+    }
 
 
 def _cifar100(root: Path, **options: bool) -> Any:

@@ -150,7 +150,9 @@ class Text(Dataset):
             counts = sizes[part]
             column = torch.minimum(torch.arange(int(counts.max())), counts[:, None] - 1)
             rows = starts[part, None] + column
-            views[split] = ClassView(ClassIndex(rows.to(device), counts.to(device), tuple(chosen)))
+            groups = tuple(domain_of[name] for name in chosen) if any(domain_of.values()) else ()
+            index = ClassIndex(rows.to(device), counts.to(device), tuple(chosen), groups)
+            views[split] = ClassView(index)
         content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
         digest = hashlib.sha256(content).hexdigest()[:16]
         return ClassData(dict.fromkeys(views, store), views, digest)

@@ -69,12 +69,14 @@ class Result:
 
     @property
     def shape(self) -> str:
-        """Return way, shot and queries of the test episodes, like 5w 1s 15q."""
+        """Return way, shot and queries of the test episodes, like 5w 1s 15q, and how drawn."""
         way, shot = (
             "-".join(map(str, value)) if isinstance(value, list) else value
             for value in (self.protocol["way"], self.protocol["shot"])
         )
-        return f"{way}w {shot}s {self.protocol['query']}q"
+        special = ["unbalanced"] * bool(self.protocol.get("unbalanced"))
+        special += [str(self.protocol[key]) for key in ("class_sampler",) if key in self.protocol]
+        return " ".join([f"{way}w {shot}s {self.protocol['query']}q", *special])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""

@@ -39,9 +39,7 @@ class Superclasses:
         number = torch.tensor([known.index(name) for name in names])
         sizes = number.bincount()
         most = int(sizes.argmax())
-        return Superclasses(
-            number.to(device), sizes.to(device), (known[most], int(sizes[most]))
-        )
+        return Superclasses(number.to(device), sizes.to(device), (known[most], int(sizes[most])))
 
     def excluded(self, key: Tensor, copies: int, count: int) -> Tensor:
         """Draw a superclass; return which classes are not of it, bool [T, copies * C]."""

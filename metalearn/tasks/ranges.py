@@ -121,9 +121,7 @@ class Varied:
         return self.at(first).classes(first, count)
 
 
-def varied(
-    source: Any, ranges: Ranges | None, split: str, seed: int, each: int = 1
-) -> TaskSource:
+def varied(source: Any, ranges: Ranges | None, split: str, seed: int, each: int = 1) -> TaskSource:
     """Return the tasks of a split in these ranges, or without ranges the source.
 
     Raises:
