@@ -270,11 +270,11 @@ def _check_bounds(value: Any, rule: Mapping[str, Any], name: str) -> None:
     if "choices" in rule and value not in rule["choices"]:
         hint = nearest(str(value), rule["choices"])
         raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
-    if rule.get("is_range") and isinstance(value, list):
-        if len(value) != 2 or value[0] > value[1]:
-            raise UserError(
-                f"{name}={value}: should be a number, or a range [low,high] with low <= high"
-            )
+    is_range = rule.get("is_range") and isinstance(value, list)
+    if is_range and (len(value) != 2 or value[0] > value[1]):
+        raise UserError(
+            f"{name}={value}: should be a number, or a range [low,high] with low <= high"
+        )
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and number != number:
             raise UserError(f"{name}={value}: should be a number")

@@ -138,7 +138,7 @@ class ImageDataset(Dataset):
         splits: dict[str, list[str]],
         device: torch.device,
         standardise: bool = False,
-        superclass_of: Mapping[str, str] = {},  # noqa: B006
+        superclass_of: Mapping[str, str] = {},
     ) -> ClassData:
         """Open a dataset of decoded images.
 

@@ -123,7 +123,8 @@ class Training:
             if self.average is not None:
                 self._follow(self.average, finite)
             if run.hard_classes is not None:
-                run.hard_classes.record(*counts[0], finite)
+                wrong, asked = counts[0]
+                run.hard_classes.record(wrong, asked, finite)
             self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
 

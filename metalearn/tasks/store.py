@@ -6,7 +6,7 @@ Legend: I inputs, C classes, M inputs of the largest class, T tasks, B inputs pe
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ class ClassView:
     index: ClassIndex
     chooser: Chooser = dataclasses.field(default=Chooser(), kw_only=True)
 
-    def sampled(self, sampler: str) -> Self:
+    def sampled(self, sampler: str) -> "ClassView":
         """Return the view with the classes of episodes chosen by a sampler; see `chooser`."""
         index = self.index
         own = chooser(sampler, index.superclasses, index.parts, index.rows)
