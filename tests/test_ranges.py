@@ -232,7 +232,7 @@ def test_regression_has_ranges_of_shots():
         (["episode.way=[20,5]"],
          "episode.way=[20, 5]: should be a number, or a range [low,high] with low <= high"),
         (["episode.train.shot=[1,2,3]"],
-         "episode.train.shot=[1, 2, 3]: should be a number, or a range [low,high] with low <= high"),
+         "episode.train.shot=[1, 2, 3]: should be a number, or a range [low,high] with low <="),
         (["episode.way=[2,2.5]"], "episode.way[1]=2.5: should be a whole number"),
         (["episode.way=x"], "episode.way=x: should be a whole number"),
         (["episode.way=[]"], "episode.way=[]: should be a number, or a range [low,high] with low"),
