@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -21,6 +22,7 @@ from metalearn.run.build import Run, build
 from metalearn.run.step import Training
 from metalearn.tasks.augment import AUGMENTATIONS, input_kinds
 from metalearn.tasks.mixing import MIXINGS
+from metalearn.tasks.types import Task
 
 _OUT = Path(__file__).parent.parent / "benchmarks"
 _REPEATS = 30
@@ -61,8 +63,8 @@ def table(overrides: list[str]) -> tuple[list[str], torch.device]:
         *drawn, step = seconds([*calls, Training(plain).meta_step], plain.device)
         size = f"{count} x {plain.config.train.batch_size} images"
         if plain.config.train.source == "episodes":
-            shape = plain.config.episode.train
-            size = f"{count} x {shape.way * (shape.shot + shape.query)} images"
+            task = cast(Task, plain.train.draw(0, 1))
+            size = f"{count} x {task.support.x.shape[1] + task.query.x.shape[1]} images"
         columns.append((f"{algo} ({size}, step {1000 * step:.0f} ms)", drawn, step))
     lines = [f"| augmentation | {' | '.join(name for name, _, _ in columns)} |", "|---|---|---|"]
     for number, name in enumerate(cases, start=1):

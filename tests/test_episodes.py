@@ -22,6 +22,7 @@ def numbered_data(
     rotations: str = "none",
     may_meet: bool = True,
     share_drawings: bool = True,
+    superclass_of: dict[str, str] = {},  # noqa: B006
 ) -> ClassData:
     """Make a dataset of 2x2 images that encode (class, image; 255, 0)."""
     names = [f"{split}{index}" for split, sizes in counts.items() for index in range(len(sizes))]
@@ -39,7 +40,8 @@ def numbered_data(
     settings = ImageDataset(
         rotations=rotations, rotations_may_meet=may_meet, rotations_share_drawings=share_drawings
     )
-    return settings.class_data(ClassImages(images, sizes, names), splits, _CPU)
+    own = ClassImages(images, sizes, names)
+    return settings.class_data(own, splits, _CPU, superclass_of=superclass_of)
 
 
 def class_and_image(x: torch.Tensor) -> torch.Tensor:
@@ -267,11 +269,25 @@ def test_impossible_shapes_are_refused(shape, message):
     assert str(caught.value) == f"train episodes: {message}"
 
 
+@pytest.mark.parametrize("sampler", ["uniform", "hierarchical", "hard"])
 @pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
-def test_sampling_reads_no_value_on_the_host(rotations):
+def test_sampling_reads_no_value_on_the_host(rotations, sampler):
     """On torch's `meta` device, reading a value or a tensor on a different device is an error."""
-    data = numbered_data({"train": [9] * 8, "val": [4] * 5, "test": [4] * 5}, rotations)
+    names = [f"{split}{number}" for split in ("train", "val", "test") for number in range(8)]
+    data = numbered_data(
+        {"train": [9] * 8, "val": [4] * 5, "test": [4] * 5},
+        rotations,
+        superclass_of={name: name[:-1] for name in names},
+    )
     meta = torch.device("meta")
+
+    def moved(tree):
+        if isinstance(tree, torch.Tensor):
+            return tree.to(meta)
+        if not dataclasses.is_dataclass(tree):
+            return tree
+        fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **{name: moved(one) for name, one in fields.items()})
 
     def to_meta(sampler):
         store, view = sampler.store, sampler.view
@@ -284,7 +300,7 @@ def test_sampling_reads_no_value_on_the_host(rotations):
         copied = copy.copy(sampler)
         changes = {
             "store": dataclasses.replace(store, **parts),
-            "view": dataclasses.replace(view, index=index),
+            "view": dataclasses.replace(view, index=index, chooser=moved(view.chooser)),
             "key": sampler.key.to(meta),
         }
         for name, value in changes.items():
@@ -292,8 +308,12 @@ def test_sampling_reads_no_value_on_the_host(rotations):
         return copied
 
     number = torch.zeros((), dtype=torch.int64, device=meta)
-    task = to_meta(data.episodes("train", Shape(5, 1, 2, unlabelled=2, distractors=1), 0)).draw(
-        number, 4
-    )
+    shape = Shape(5, 1, 2, unlabelled=2, distractors=1, sampler=sampler)
+    source = to_meta(data.episodes("train", shape, 0))
+    task = source.draw(number, 4)
+    if sampler == "hard":
+        assert source.classes(number, 4).device == meta
+        counts = torch.zeros(2, 8, device=meta)
+        source.view.chooser.hard.record(*counts, torch.tensor(True, device=meta))
     assert task.query.x.shape == (4, 10, 1, 2, 2) and task.query.x.device == meta
     assert to_meta(data.batches("train", 16, 0)).draw(number, 3).y.device == meta

@@ -71,8 +71,10 @@ def test_imports_point_one_way(path):
     )
 
 
-#: (file, name) pairs that are allowed: a hint in an error message, small data for checks.
+#: (file, name) pairs that are allowed: a hint in an error message, small data for checks; and
+#: `augment.mix`, which has the name of a dataset.
 _HINTS = {
+    ("checking.py", "mix"),
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
     ("methods.py", "gaussians"),

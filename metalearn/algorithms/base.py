@@ -46,6 +46,8 @@ class Algorithm:
     takes_gradients: ClassVar[bool] = False
     #: True if `adapt` uses `support.unlabelled`.
     uses_unlabelled: ClassVar[bool] = False
+    #: True if each class must have the same number of support examples.
+    needs_equal_shots: ClassVar[bool] = False
     #: True if permuting the classes permutes the predictions in the same way.
     class_equivariant: ClassVar[bool] = True
     #: True if predictions depend on the order of the support set.

@@ -112,7 +112,10 @@ def check_config(config: DictConfig) -> RunConfig:
     try:
         resolved: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from None
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, UserError):  # a resolver's
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(str(cause or first_line(error))) from None
     resolved = complete(resolved)
     own = [setting for setting in settings_of(RunConfig) if setting.name not in COMPONENTS]
     values = {key: value for key, value in resolved.items() if key not in COMPONENTS}
@@ -120,9 +123,6 @@ def check_config(config: DictConfig) -> RunConfig:
     _check_names(parts["loss"], parts["augment"], str(parts["optimiser"].get("_target_")))
     for name in COMPONENTS:
         parts[name] = _component(resolved.get(name), name)
-    parts["logger"] = {
-        name: _component(node, f"logger.{name}") for name, node in parts["logger"].items()
-    }
     return RunConfig(**parts)
 
 
@@ -130,7 +130,8 @@ def _component(node: Any, where: str) -> dict[str, Any]:
     """Return the settings of a component, converted to their types, with its `_target_`."""
     settings = component_settings(node, where)
     values = {key: value for key, value in node.items() if key != "_target_"}
-    return {"_target_": node["_target_"], **conform(settings, values, f"{where}.")}
+    checked = conform(settings, _with_defaults(settings, values), f"{where}.")
+    return {"_target_": node["_target_"], **checked}
 
 
 def _check_names(loss: LossConfig, augment: AugmentConfig, optimiser: str) -> None:
@@ -217,6 +218,11 @@ def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> d
         if value == MISSING:
             raise UserError(f"{name}: has no value")
         converted[setting.name] = _converted(value, setting.kind, name)
+        if "components" in setting.rule:
+            converted[setting.name] = {
+                key: _component(one, f"{name}.{key}")
+                for key, one in converted[setting.name].items()
+            }
         _check_bounds(converted[setting.name], setting.rule, name)
     return converted
 
@@ -224,9 +230,12 @@ def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> d
 def _converted(value: Any, kind: Any, name: str) -> Any:
     """Return a value as one of a type; raise UserError if that is impossible."""
     if isinstance(kind, types.UnionType):
-        if value is None:
+        if value is None and types.NoneType in typing.get_args(kind):
             return None
-        (kind,) = (one for one in typing.get_args(kind) if one is not types.NoneType)
+        kinds = [one for one in typing.get_args(kind) if one is not types.NoneType]
+        is_list = isinstance(value, list | tuple)
+        fitting = [one for one in kinds if (typing.get_origin(one) is list) == is_list]
+        kind = (fitting or kinds)[0]
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -261,6 +270,11 @@ def _check_bounds(value: Any, rule: Mapping[str, Any], name: str) -> None:
     if "choices" in rule and value not in rule["choices"]:
         hint = nearest(str(value), rule["choices"])
         raise UserError(f"{name}={value}: should be one of {', '.join(rule['choices'])}{hint}")
+    is_range = rule.get("is_range") and isinstance(value, list)
+    if is_range and (len(value) != 2 or value[0] > value[1]):
+        raise UserError(
+            f"{name}={value}: should be a number, or a range [low,high] with low <= high"
+        )
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and number != number:
             raise UserError(f"{name}={value}: should be a number")

@@ -40,6 +40,7 @@ TYPES: dict[str, Any] = {
     **{f"{name} | None": kind | None for name, kind in _PLAIN.items()},
     **{f"list[{name}]": list[kind] for name, kind in _PLAIN.items()},  # type: ignore[valid-type]
     **{f"dict[str, {name}]": dict[str, kind] for name, kind in _PLAIN.items()},  # type: ignore[valid-type]
+    "dict[str, Any]": dict[str, Any],
 }
 
 
@@ -165,6 +166,11 @@ def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
     """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)
+    for setting in settings_of(cls):
+        if inner := setting.rule.get("components"):
+            values[setting.name] = {
+                name: make(node, inner, **runtime) for name, node in values[setting.name].items()
+            }
     declared = {field.name for field in dataclasses.fields(cls) if "runtime" in field.metadata}
     return cls(**values, **{key: value for key, value in runtime.items() if key in declared})
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,28 @@ def _recipe_choice(group: str, default: str, algo: str, dataset: str) -> str:
     return next((text.strip() for name, _, text in lines if name == group), default)
 
 
+def _dataset_settings(names: Sequence[str], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of several datasets by name.
+
+    Args:
+        names: Choices of the group dataset.
+        changes: Settings that all of the datasets get that have them; for a name, further ones of
+            this dataset only.
+    """
+    settings: dict[str, Any] = {}
+    for name in names:
+        node: Any = OmegaConf.to_container(compose_config([f"dataset={name}"]).dataset)
+        shared = {key: value for key, value in changes.items() if key in node and key not in names}
+        settings[name] = {**node, **shared, **changes.get(name, {})}
+    known = {key for node in settings.values() for key in node}
+    for key in changes:
+        if key not in known and key not in names:
+            hint = nearest(key, sorted(known))
+            raise UserError(f"dataset.settings.{key}: no part has such a setting{hint}")
+    return settings
+
+
+OmegaConf.register_new_resolver("dataset_settings", _dataset_settings, replace=True)
 OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
 OmegaConf.register_new_resolver("recipe_choice", _recipe_choice, replace=True)
 

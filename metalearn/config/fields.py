@@ -33,7 +33,8 @@ def setting(
         role: One or several of `ROLES`, separated by spaces; "" for the role of its group.
         rounds: Whether results for different values may differ by rounding.
         in_testing: If only training reads this setting, the setting that testing reads instead.
-        rule: Bounds, as the functions below give them.
+        rule: Bounds, as the functions below give them; or `components`, the group of the components
+            whose settings a dictionary holds by name.
     """
     metadata = rule | {"role": role, "rounds": rounds, "in_testing": in_testing}
     if isinstance(default, list | dict):
@@ -49,6 +50,11 @@ def choice(*allowed: str, **options: Any) -> Any:
 def at_least(minimum: float, **options: Any) -> Any:
     """Declare a number, or a list of numbers, of at least `minimum`."""
     return setting(minimum=minimum, **options)
+
+
+def count_or_range(**options: Any) -> Any:
+    """Declare a whole number of at least 1, or a list [low, high] of two."""
+    return setting(minimum=1, is_range=True, **options)
 
 
 def above(bound: float, **options: Any) -> Any:

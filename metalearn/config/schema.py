@@ -6,18 +6,20 @@ Nothing here imports torch, so that a mistyped name is reported at once.
 import dataclasses
 from typing import Any
 
-from metalearn.config.fields import above, at_least, between, choice, setting
+from metalearn.config.fields import above, at_least, between, choice, count_or_range, setting
 
 
 @dataclasses.dataclass(kw_only=True)
 class EpisodeShape:
-    """Shape of episodes; see `metalearn.tasks.sampling.Shape`."""
+    """Episodes; see `metalearn.tasks.sampling.Shape`. A range [low, high] includes both."""
 
-    way: int = at_least(1)
-    shot: int = at_least(1)
+    way: int | list[int] = count_or_range()
+    shot: int | list[int] = count_or_range()
     query: int = at_least(1)
     unlabelled: int = at_least(0, default=0)
     distractors: int = at_least(0, default=0)
+    unbalanced: bool = setting(default=False)
+    sampler: str = choice("uniform", "hierarchical", "hard", default="uniform")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -176,7 +178,7 @@ class RunConfig:
     loss: LossConfig = setting(role="identity")
     augment: AugmentConfig = setting(role="identity")
     episode: EpisodeConfig = setting(role="identity protocol")
-    logger: dict[str, Any] = setting(role="presentation")
+    logger: dict[str, Any] = setting(role="presentation", components="logger")
     train: TrainConfig = setting(role="identity")
     val: ValConfig = setting(role="identity")
     test: TestConfig = setting(role="protocol")

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,32 @@ from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
 from metalearn.tasks.store import Augmentation, Augmented, ClassIndex, ClassView, Store
+
+
+def joined(indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None) -> ClassIndex:
+    """Return the classes of several indices, ordered by name.
+
+    Args:
+        indices: At least one.
+        offsets: Number that is added to the rows of each index; None for 0.
+    """
+    last = torch.arange(max(one.rows.shape[1] for one in indices))
+    rows = [
+        one.rows[:, last.clamp_max(one.rows.shape[1] - 1)] + offset
+        for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
+    ]
+    names = [name for one in indices for name in one.names]
+    order = sorted(range(len(names)), key=names.__getitem__)
+
+    def ordered(field: str) -> tuple[str, ...]:
+        values = [value for one in indices for value in getattr(one, field)]
+        return tuple(values[place] for place in order) if values else ()
+
+    return ClassIndex(
+        torch.cat(rows)[order],
+        torch.cat([one.counts for one in indices])[order],
+        **{field: ordered(field) for field in ("names", "superclasses", "parts")},
+    )
 
 
 class ClassData:
@@ -59,17 +85,11 @@ class ClassData:
         Raises:
             UserError: If the splits do not share one store of inputs.
         """
-        parts = [view.index for view in self.views.values()]
-        last = torch.arange(max(part.rows.shape[1] for part in parts))
-        columns = [part.rows[:, last.clamp_max(part.rows.shape[1] - 1)] for part in parts]
-        rows, counts = torch.cat(columns), torch.cat([part.counts for part in parts])
-        names = [name for part in parts for name in part.names]
-        if len(rows.unique()) < counts.sum():  # each split counts its rows from 0
+        index = joined([view.index for view in self.views.values()])
+        if len(index.rows.unique()) < index.num_inputs:  # each split counts its rows from 0
             raise UserError(
                 "split=all: the splits of this dataset are stored apart; use split=test"
             )
-        order = sorted(range(len(names)), key=names.__getitem__)
-        index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
         views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
         stores = {**self.stores, "all": self.stores["test"]}
         return ClassData(stores, views, self.content_hash, self.standardisation)
@@ -81,7 +101,8 @@ class ClassData:
         try:
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
-            return EpisodeSampler(store, self.views[split], shape, self._key(split, seed), support)
+            view = self.views[split].sampled(shape.sampler)
+            return EpisodeSampler(store, view, shape, self._key(split, seed), support)
         except UserError as error:
             raise UserError(f"{split} episodes: {error}") from None
 
@@ -101,7 +122,11 @@ class ClassData:
 
 
 def class_indices(
-    names: list[str], counts: list[int], splits: dict[str, list[str]], device: torch.device
+    names: list[str],
+    counts: list[int],
+    splits: dict[str, list[str]],
+    device: torch.device,
+    superclass_of: Mapping[str, str] = {},
 ) -> dict[str, ClassIndex]:
     """Index inputs that are ordered by class.
 
@@ -110,6 +135,7 @@ def class_indices(
         counts: Number of inputs of each class.
         splits: Names of the classes of each split.
         device: Device of the indices.
+        superclass_of: Superclass of each class; {} if there are none.
 
     Raises:
         UserError: For a split without classes.
@@ -126,7 +152,8 @@ def class_indices(
         own = torch.tensor(counts)[places]
         column = torch.arange(int(own.max()))
         rows = starts[places, None] + torch.minimum(column, own[:, None] - 1)
-        indices[split] = ClassIndex(rows.to(device), own.to(device), tuple(chosen))
+        groups = tuple(superclass_of[name] for name in chosen) if superclass_of else ()
+        indices[split] = ClassIndex(rows.to(device), own.to(device), tuple(chosen), groups)
     return indices
 
 
@@ -182,6 +209,16 @@ def published_split(name: str) -> Path | None:
     """Return the file of a published split that comes with the package, or None."""
     path = Path(__file__).parent / "splits" / f"{name}.json"
     return path if path.is_file() else None
+
+
+def published_superclasses(names: list[str]) -> dict[str, str]:
+    """Return the superclass of each class, if a published split has them all; else {}."""
+    for path in sorted((Path(__file__).parent / "splits").glob("*.json")):
+        entries = [one for some in json.loads(path.read_text()).values() for one in some]
+        known = {one[-1]: one[0] for one in entries if isinstance(one, list)}
+        if known.keys() >= set(names):
+            return known
+    return {}
 
 
 def split_file(path: Path) -> dict[str, list[str]]:

@@ -12,7 +12,12 @@ from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
 from metalearn.data import archives, files, layouts
-from metalearn.data.classes import ClassData, published_split, split_classes
+from metalearn.data.classes import (
+    ClassData,
+    published_split,
+    published_superclasses,
+    split_classes,
+)
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch
@@ -83,7 +88,8 @@ class Folder(ImageDataset):
         for line in pictures.notes:
             logging.getLogger(__name__).warning(line)
         splits = self._splits(pictures, root)
-        return self.class_data(pictures, splits, device, self.standardise)
+        groups = published_superclasses(pictures.names)
+        return self.class_data(pictures, splits, device, self.standardise, groups)
 
     @property
     def addresses(self) -> list[str]:

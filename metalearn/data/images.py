@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -89,6 +90,7 @@ class ImageDataset(Dataset):
         splits: dict[str, list[str]],
         device: torch.device,
         standardise: bool = False,
+        superclass_of: Mapping[str, str] = {},
     ) -> ClassData:
         """Open a dataset of decoded images.
 
@@ -98,12 +100,13 @@ class ImageDataset(Dataset):
             device: Device that holds the images.
             standardise: Whether to subtract the mean and divide by the standard deviation of the
                 training images, per channel.
+            superclass_of: Superclass of each class; {} if there are none.
 
         Raises:
             UserError: For a split without classes.
         """
         views: dict[str, ClassView] = {}
-        indices = class_indices(pictures.names, pictures.counts, splits, device)
+        indices = class_indices(pictures.names, pictures.counts, splits, device, superclass_of)
         for split, index in indices.items():
             if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
@@ -115,7 +118,7 @@ class ImageDataset(Dataset):
         images = with_channels(pictures.images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:
-            shift, scale = _moments(images, views["train"].index.rows.cpu().unique())
+            shift, scale = moments(images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
             images.to(device),
             shift.view(-1, 1, 1).to(device),
@@ -132,16 +135,16 @@ class ImageDataset(Dataset):
         return ClassData(stores, views, pictures.content_hash(), standardisation)
 
 
-def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation [C] of x / 255, exact: from counts of the 256 values."""
     value = torch.arange(256, dtype=torch.float64) / 255
-    moments = []
+    columns = []
     for channel in range(images.shape[1]):
         weight = torch.bincount(images[rows, channel].flatten(), minlength=256).double()
         weight /= weight.sum()
         mean = (weight * value).sum()
-        moments.append((mean, (weight * (value - mean).square()).sum().sqrt()))
-    shift, scale = (torch.stack(column).float() for column in zip(*moments, strict=True))
+        columns.append((mean, (weight * (value - mean).square()).sum().sqrt()))
+    shift, scale = (torch.stack(column).float() for column in zip(*columns, strict=True))
     if (scale == 0).any():
         logging.getLogger(__name__).warning("a colour channel is constant over the training images")
     return shift, scale.clamp_min(1e-3)

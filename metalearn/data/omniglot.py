@@ -74,7 +74,9 @@ class Omniglot(ImageDataset):
         ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
-        return self.class_data(pictures, self._splits(pictures.names), device)
+        alphabets = {name: _alphabet(name) for name in pictures.names}
+        splits = self._splits(pictures.names)
+        return self.class_data(pictures, splits, device, superclass_of=alphabets)
 
     def files(self, data_dir: Path) -> list[Path]:
         """Return the two archives or folders to read, or the download targets."""

@@ -101,7 +101,7 @@ class SinusoidEpisodes:
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int, count: int) -> None:
+    def classes(self, first: int | Tensor, count: int) -> None:
         """Return None: regression has no classes."""
         return None
 

@@ -22,7 +22,16 @@ from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
 from metalearn.engine import memory
-from metalearn.tasks.types import Batch, Kernels, Loss, Params, Query, State, Task
+from metalearn.tasks.types import (
+    CLASS_ERRORS,
+    Batch,
+    Kernels,
+    Loss,
+    Params,
+    Query,
+    State,
+    Task,
+)
 
 # On CPU, batching is not faster from this number of queries per task on, or beyond this number of
 # input elements per chunk; measured in benchmarks/speed-cpu.md.
@@ -31,13 +40,17 @@ _CPU_CHUNK_ELEMENTS = 1 << 18
 
 
 class Step(NamedTuple):
-    """Gradients and `Loss` fields averaged over tasks, and the loss of each task [T]."""
+    """Gradients and `Loss` fields averaged over tasks, and values of each task.
+
+    These are the losses [T], and the errors of classes [T, 2, N] if the logs have `CLASS_ERRORS`.
+    """
 
     gradients: Params
     logs: Params
     statistics: Params
     buffers: Params
     losses: Tensor
+    class_errors: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +170,15 @@ class Engine:
         leaves = list(params.values())
         total: Any = None
         values: list[Tensor] = []
+        errors: list[Tensor] = []
         for chunk in _split(tasks, self.chunk):
             with self.autocast(chunk.key.device):
                 losses = self._losses(State(params, state.buffers), chunk, progress)
             gradients = torch.autograd.grad(
                 losses.value.sum() / count, leaves, materialize_grads=True
             )
+            if CLASS_ERRORS in losses.logs:
+                errors.append(losses.logs.pop(CLASS_ERRORS))
             part = (
                 dict(zip(params, gradients, strict=True)),
                 *(
@@ -173,7 +189,8 @@ class Engine:
             total = part if total is None else pytree.tree_map(torch.add, total, part)
             values.append(losses.logs["loss"].detach())
         gradients, logs, statistics, buffers = total
-        return Step(gradients, logs, statistics, buffers, torch.cat(values))
+        each = torch.cat(values), torch.cat(errors) if errors else None
+        return Step(gradients, logs, statistics, buffers, *each)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""

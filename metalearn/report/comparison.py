@@ -218,5 +218,5 @@ class Comparison:
 def _order(one: Measurement) -> tuple[str, ...]:
     """Return what columns are sorted by: dataset and split, way, shot, queries, statistics."""
     protocol = one.result.protocol
-    numbers = (f"{protocol[name]:>9}" for name in ("way", "shot", "query"))
+    numbers = (f"{protocol[name]!s:>9}" for name in ("way", "shot", "query"))
     return (one.data, one.result.split, *numbers, str(protocol["statistics"]))

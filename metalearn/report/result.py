@@ -69,8 +69,14 @@ class Result:
 
     @property
     def shape(self) -> str:
-        """Return way, shot and queries of the test episodes, like 5w 1s 15q."""
-        return "{way}w {shot}s {query}q".format(**self.protocol)
+        """Return way, shot and queries of the test episodes, like 5w 1s 15q, and how drawn."""
+        way, shot = (
+            "-".join(map(str, value)) if isinstance(value, list) else value
+            for value in (self.protocol["way"], self.protocol["shot"])
+        )
+        special = ["unbalanced"] * bool(self.protocol.get("unbalanced"))
+        special += [str(self.protocol[key]) for key in ("class_sampler",) if key in self.protocol]
+        return " ".join([f"{way}w {shot}s {self.protocol['query']}q", *special])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
@@ -145,7 +151,9 @@ _TYPES = {
     "name": str, "seed": int, "seconds": float, "protocol_id": str, "split?": str, "dataset?": str,
     "overrides?": [str],
     "test": {"*": _ESTIMATE}, "val?": {"*": _ESTIMATE}, "higher_is_better?": bool,
-    "protocol": {"way": int, "shot": int, "query": int, "statistics": str, "sampler?": int},
+    "protocol": {
+        "way": (int, [int]), "shot": (int, [int]), "query": int, "statistics": str, "sampler?": int
+    },
     "details": {
         "worst_decile?": {"mean": float}, "worst_classes?": {"*": float},
         "expected_calibration_error?": float, "episodes_needed?": {"*": int},

@@ -8,6 +8,7 @@ import torch
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
+from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
@@ -20,16 +21,19 @@ from metalearn.run.parts import (
     data_folder,
     device_of,
     mixing_of,
+    shapes_of,
     support_augmentation_of,
 )
 from metalearn.system import processes
 from metalearn.system.errors import UserError
 from metalearn.system.processes import Processes
 from metalearn.tasks import prng
+from metalearn.tasks.choosing import HardClasses
 from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.metrics import Metric
 from metalearn.tasks.mixing import Mixed
-from metalearn.tasks.sampling import SAMPLER_VERSION, BatchSource, Shape, TaskSource
+from metalearn.tasks.ranges import varied
+from metalearn.tasks.sampling import SAMPLER_VERSION, BatchSource, EpisodeSampler, TaskSource
 from metalearn.tasks.types import Spec, State
 
 #: Random stream of the initial weights; `metalearn.tasks.sampling` numbers those of the tasks.
@@ -56,6 +60,8 @@ class Run:
         protocol: Everything that the measurement depends on, as plain data.
         content_hash: Hash of the data.
         class_names: Names of the classes of each split.
+        shapes_vary: Whether training episodes have different shapes from step to step.
+        hard_classes: The recent errors of classes, if training draws classes by them; else None.
         test_split: The split whose classes are tested.
     """
 
@@ -75,6 +81,8 @@ class Run:
     content_hash: str
     class_names: dict[str, tuple[str, ...]]
     test_split: str
+    shapes_vary: bool = False
+    hard_classes: HardClasses | None = None
 
     @property
     def family(self) -> TaskFamily:
@@ -145,40 +153,51 @@ def build(
         tokenizer=algorithm.backbone.tokenizer(),
     )
     with group.leader_first():
-        data = dataset.open(data_folder(settings), cache_folder(settings), device)
+        data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
     if only_test == "all":
         if not isinstance(data, ClassData):
             raise UserError("split=all: this dataset has no classes; use split=test")
         data = data.with_all_classes()
     episode = settings.episode
-    test_shape, train_shape = (
-        Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)
+    check_inputs(settings, algorithm, data.inputs)
+    augmentation, mixing = augmentation_of(settings), mixing_of(settings)
+    of_support, copies = support_augmentation_of(settings, algorithm), algorithm.support_copies
+    (test_shape, test_ranges), (train_shape, train_ranges) = (
+        shapes_of(shape, where)
         for where, shape in (("episode", episode), ("episode.train", episode.train))
     )
     if train_shape == test_shape:  # it usually follows the test's, so errors name that one
         train_shape = test_shape
-    check_inputs(settings, algorithm, data.inputs)
-    augmentation, mixing = augmentation_of(settings), mixing_of(settings)
-    of_support, copies = support_augmentation_of(settings, algorithm), algorithm.support_copies
     test_shape = dataclasses.replace(test_shape, copies=copies)
     test_split = only_test or "test"
-    test = data.episodes(test_split, test_shape, settings.episode_seed, of_support)
+
+    def tested(split: str) -> tuple[TaskSource, TaskSource]:
+        seed = settings.episode_seed
+        own = data.episodes(split, test_shape, seed, of_support)
+        return own, varied(own, test_ranges, split, seed)
+
+    largest_test, test = tested(test_split)
+    largest: BatchSource = largest_test
     train: BatchSource = test  # a foreign dataset need not suffice for training
     val: TaskSource | None = None
+    hard_classes, shapes_vary = None, False
     if not only_test:
-        train = (
-            data.episodes("train", train_shape, settings.seed, augmentation)
-            if settings.train.source == "episodes"
-            else data.batches("train", settings.train.batch_size, settings.seed, augmentation)
-        )
+        if settings.train.source == "episodes":
+            shapes_vary = train_ranges is not None
+            own = data.episodes("train", train_shape, settings.seed, augmentation)
+            meta_batch = settings.train.meta_batch
+            largest, train = own, varied(own, train_ranges, "train", settings.seed, meta_batch)
+            hard_classes = own.view.chooser.hard if isinstance(own, EpisodeSampler) else None
+        else:
+            size = settings.train.batch_size
+            largest = train = data.batches("train", size, settings.seed, augmentation)
         if mixing is not None:
-            is_batch = settings.train.source == "batches"
-            train = Mixed(train, mixing, data.num_classes("train") if is_batch else train_shape.way)
-        val = data.episodes("val", test_shape, settings.episode_seed, of_support)
-    inputs, outputs = data.inputs, data.outputs or episode.way
+            train = Mixed(train, mixing, data.num_classes("train"))
+        val = tested("val")[1]
+    inputs, outputs = data.inputs, data.outputs or test_shape.way
     spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
-        settings, algorithm, train.draw(0, 1), test.draw(0, 1), group.size, choices
+        settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, choices
     )
     state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
     is_frozen = algorithm.backbone.is_frozen and all(
@@ -204,6 +223,8 @@ def build(
             for split in dict.fromkeys(("train", "val", "test", test_split))
         },
         test_split=test_split,
+        shapes_vary=shapes_vary,
+        hard_classes=hard_classes,
         config=settings,
         algorithm=algorithm,
         state=state,
@@ -218,9 +239,11 @@ def build(
         standardisation=data.standardisation,
         protocol={
             **data.protocol(test_split),
-            "way": test_shape.way,
-            "shot": test_shape.shot,
-            "query": test_shape.query,
+            "way": episode.way,
+            "shot": episode.shot,
+            "query": episode.query,
+            **({"unbalanced": True} if episode.unbalanced else {}),
+            **_sampler_protocol(data, test_split, episode.sampler),
             **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
             **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
             **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
@@ -231,3 +254,12 @@ def build(
             "episode_seed": settings.episode_seed,
         },
     )
+
+
+def _sampler_protocol(data: OpenDataset, split: str, sampler: str) -> dict[str, str]:
+    """Return what results depend on because of how classes are chosen; {} for uniformly."""
+    if sampler == "uniform":
+        return {}
+    assert isinstance(data, ClassData)
+    names = repr(data.views[split].index.superclasses)
+    return {"class_sampler": sampler, "superclasses": hash_of({"names": names})}

@@ -25,8 +25,9 @@ from metalearn.run import feature_cache
 from metalearn.run.build import Run
 from metalearn.run.feature_cache import BATCH, FeatureCache, digest, embed_inputs, network_key
 from metalearn.run.parts import cache_folder
+from metalearn.tasks.ranges import Part, Varied
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import ArrayStore, Augmented
+from metalearn.tasks.store import ArrayStore, Augmented, Store
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Largest size of the features of a split in memory.
@@ -62,18 +63,19 @@ def with_features(
     engine: Engine,
     source: TaskSource,
     state: State,
-    parts: list[tuple[int, int]],
+    parts: list[Part],
     listener: Listener,
 ) -> tuple[Engine, TaskSource]:
     """Return engine and source for tasks of features, or the given ones if that is impossible.
 
-    Only the inputs of the tasks that will be drawn are embedded: parts of (first, count).
+    Only the inputs of the tasks that will be drawn are embedded.
     """
-    if not isinstance(source, EpisodeSampler) or not _is_possible(run, engine, source):
+    sampler = _sampler(source)
+    if not isinstance(sampler, EpisodeSampler) or not _is_possible(run, engine, sampler):
         return engine, source
-    size = len(source.store)
-    numbers = torch.arange(4 * size, device=source.key.device)  # rotated inputs are extra rows
-    drawn = dataclasses.replace(source, store=_Rows(numbers, size=size, position=numbers))
+    size = len(sampler.store)
+    numbers = torch.arange(4 * size, device=sampler.key.device)  # rotated inputs are extra rows
+    drawn: TaskSource = _with_store(source, _Rows(numbers, size=size, position=numbers))
     rows = []
     for part in parts:
         task = drawn.draw(*part)
@@ -85,21 +87,34 @@ def with_features(
 def for_training(run: Run, state: State, listener: Listener) -> Run:
     """Return a run that trains on features, if its backbone is frozen and that saves work."""
     engine, source, train = run.train_engine, run.train, run.config.train
+    sampler = _sampler(source)
     if not (
         engine.algorithm.backbone.is_frozen
-        and isinstance(source, EpisodeSampler | BatchSampler)
-        and _is_possible(run, engine, source)
+        and isinstance(sampler, EpisodeSampler | BatchSampler)
+        and _is_possible(run, engine, sampler)
     ):
         return run
-    rows = source.view.index.rows.unique()
-    if source.view.has_rotations:
-        rows = torch.cat([rows + len(source.store) * turn for turn in range(4)])
+    rows = sampler.view.index.rows.unique()
+    if sampler.view.has_rotations:
+        rows = torch.cat([rows + len(sampler.store) * turn for turn in range(4)])
     first = source.draw(0, 1)
     each = (first.x if isinstance(first, Batch) else first.query.x).shape[1]
     if len(rows) > train.steps * train.meta_batch * each:
         return run
     engine, source = _on_features(run, engine, source, state, rows, listener)
     return dataclasses.replace(run, train=source, train_engine=engine)
+
+
+def _sampler(source: Any) -> Any:
+    """Return the sampler of a source whose shapes may vary."""
+    return source.source if isinstance(source, Varied) else source
+
+
+def _with_store(source: Any, store: Store) -> Any:
+    """Return a source with other inputs."""
+    if isinstance(source, Varied):
+        return dataclasses.replace(source, source=_with_store(source.source, store))
+    return dataclasses.replace(source, store=store)
 
 
 def _is_possible(run: Run, engine: Engine, source: EpisodeSampler | BatchSampler) -> bool:
@@ -161,7 +176,7 @@ def _on_features(
 
     If these need too much memory, engine and source are returned as they are.
     """
-    backbone, store = engine.algorithm.backbone, source.store
+    backbone, store = engine.algorithm.backbone, _sampler(source).store
     size = math.prod(backbone.shape(store.spec))
     if (required := 4 * len(rows) * size) > _MAX_BYTES:
         listener.note(
@@ -198,7 +213,4 @@ def _on_features(
     algorithm = dataclasses.replace(
         engine.algorithm, backbone=_Identity(of=backbone, inputs=store.spec)
     )
-    return (
-        dataclasses.replace(engine, algorithm=algorithm),
-        dataclasses.replace(source, store=features),
-    )
+    return dataclasses.replace(engine, algorithm=algorithm), _with_store(source, features)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.engine import Engine
@@ -23,6 +24,7 @@ from metalearn.run.step import Training
 from metalearn.system import signals
 from metalearn.system.atomic import make_folder
 from metalearn.system.errors import RunFailed
+from metalearn.tasks.ranges import Part, numbers_of, parts_of
 from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, State, Task
 
@@ -203,25 +205,26 @@ def evaluate(
     listener: Listener = SILENT,
 ) -> Tensor:
     """Return the score of each episode, float32 [E] on the host."""
-    parts = _drawn(run, state, source, episodes, "val", listener)
-    return _gathered(run, [engine.scores(state, tasks) for _, engine, tasks in parts], episodes)
+    scores, numbers = [], []
+    for part, engine, tasks in _drawn(run, state, source, episodes, "val", listener):
+        scores.append(engine.scores(state, tasks))
+        numbers.append(numbers_of(part))
+    return _gathered(run, scores, numbers, episodes)
 
 
 def _drawn(
     run: Run, state: State, source: TaskSource, episodes: int, phase: str, listener: Listener
-) -> Iterator[tuple[tuple[int, int], Engine, Task]]:
-    """Yield this process's share of the episodes in chunks, each counted when it is done.
-
-    A chunk is its first episode and number of episodes, the engine to use, and the tasks.
-    """
+) -> Iterator[tuple[Part, Engine, Task]]:
+    """Yield this process's share of the episodes in parts, each counted when it is done."""
     first, total = run.processes.share(episodes)
-    batch, end = run.config.engine.evaluation_batch, first + total
-    parts = [(at, min(batch, end - at)) for at in range(first, end, batch)]
+    parts = parts_of(source, first, total, run.config.engine.evaluation_batch)
     engine, source = features.with_features(run, run.test_engine, source, state, parts, listener)
     listener.episodes(phase, 0, total)
+    done = 0
     for part in parts:
         yield part, engine, source.draw(*part)
-        listener.episodes(phase, sum(part) - first, total)
+        done += part[1]
+        listener.episodes(phase, done, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +234,7 @@ class Tested:
     Attributes:
         scores: Score of each episode, float32 [E].
         classes: Index within the split of each query's class, int64 [E, Q]; None for regression.
+            An episode with fewer queries than others has -1 after its own.
         correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
         confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
     """
@@ -251,15 +255,18 @@ def test(
 
     Raise RunFailed if a prediction is not finite.
     """
-    episodes = run.config.test.episodes
+    episodes, own = run.config.test.episodes, run.config.episode
     columns: dict[str, list[Tensor]] = {}
+    numbers: list[Tensor] = []
+    most = own.query * (own.way[-1] if isinstance(own.way, list) else own.way)
     for part, engine, tasks in _drawn(run, state, run.test, episodes, "test", listener):
         answers = (engine.predictions if run.family.predicts else engine.scores)(
             state, tasks, steps
         )
         if not answers.isfinite().all():
+            among = numbers_of(part)
             raise RunFailed(
-                f"outputs for test episodes {part[0]} to {sum(part) - 1} are not finite; lower "
+                f"outputs for test episodes {among[0]} to {among[-1]} are not finite; lower "
                 "train.lr, or algo.inner_lr if the method has one"
             )
         prediction, y = answers, tasks.query.y
@@ -267,19 +274,28 @@ def test(
         classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            outcome |= {
-                "classes": classes.gather(1, y),
-                "correct": chosen == y,
-                "confidence": confidence,
-            }
+            queries = {"classes": classes.gather(1, y), "correct": chosen == y}
+            missing = (0, max(0, most - y.shape[1]))
+            outcome |= {name: F.pad(value, missing, value=-1) for name, value in queries.items()}
+            outcome["confidence"] = F.pad(confidence, missing)
         for name, value in outcome.items():
             columns.setdefault(name, []).append(value)
-    return Tested(**{name: _gathered(run, parts, episodes) for name, parts in columns.items()})
+        numbers.append(numbers_of(part))
+    return Tested(
+        **{name: _gathered(run, parts, numbers, episodes) for name, parts in columns.items()}
+    )
 
 
-def _gathered(run: Run, parts: list[Tensor], episodes: int) -> Tensor:
-    """Return the values of all processes in the order of the episodes, [E, …], on the host."""
-    values = torch.cat(parts)
+def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: int) -> Tensor:
+    """Return the values of all processes in the order of the episodes, [E, …], on the host.
+
+    Args:
+        run: The run.
+        parts: Values of this process's episodes.
+        numbers: Numbers of these episodes, of each part int64 [T] on the CPU.
+        episodes: Number of episodes E of all processes.
+    """
+    values = torch.cat(parts)[torch.cat(numbers).argsort()]
     if run.processes.size > 1:
         wide = run.processes.scatter(values.double(), episodes)  # exact for every integer here
         values = run.processes.all_reduce_sum(wide).to(values.dtype)
@@ -290,6 +306,8 @@ def _why_no_graph(run: Run) -> str | None:
     """Return why a meta-step is not captured as a CUDA graph, or None."""
     if not run.config.engine.cuda_graph:
         return "engine.cuda_graph=false"
+    if run.shapes_vary:
+        return "the shapes of episodes differ from step to step"
     if run.processes.size > 1:
         return "several processes exchange gradients within a step"
     name = run.config.optimiser["_target_"].rpartition(".")[2]

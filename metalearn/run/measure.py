@@ -52,8 +52,8 @@ def measure(
     mean, episodes = stats.worst_decile(scores, run.metric.higher_is_better)
     details: dict[str, Any] = {"worst_decile": {"mean": mean, "episodes": episodes}}
     if tested.classes is not None and tested.correct is not None and tested.confidence is not None:
-        correct = tested.correct.flatten()
-        confidence = tested.confidence.flatten()
+        is_query = tested.classes >= 0
+        correct, confidence = tested.correct[is_query], tested.confidence[is_query]
         details["expected_calibration_error"] = stats.expected_calibration_error(
             confidence, correct
         )
@@ -61,7 +61,7 @@ def measure(
             str(width): stats.episodes_needed(scores, width) for width in _HALF_WIDTHS
         }
         names = run.class_names[run.test_split]
-        accuracy, queries = stats.per_class_accuracy(correct, tested.classes.flatten(), len(names))
+        accuracy, queries = stats.per_class_accuracy(correct, tested.classes[is_query], len(names))
         rows = sorted(
             zip(names, accuracy.tolist(), queries.tolist(), strict=True),
             key=lambda row: (row[1], row[0]),

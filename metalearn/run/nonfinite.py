@@ -34,9 +34,9 @@ def check_steps(run: Run, meter: Meter, folder: Path, note: Callable[[str], None
     if task is not None:
         where += f", task {task} of {settings.meta_batch}"
         file = RunFolder(folder).nonfinite / f"step{step + 1}-task{task}.pt"
-        if run.processes.is_leader and _save_task(
-            run.train.draw(step * settings.meta_batch + task, 1), file
-        ):
+        # The errors of classes have changed since, and so the tasks.
+        can_repeat = run.processes.is_leader and run.hard_classes is None
+        if can_repeat and _save_task(run.train.draw(step * settings.meta_batch + task, 1), file):
             where += f", saved in {file}"
     line = f"the loss or its gradient is not finite at {where}"
     if settings.nonfinite == "stop":

@@ -33,6 +33,7 @@ def check(settings: RunConfig) -> None:
             "another algo or dataset"
         )
     episode = settings.episode
+    _check_episodes(settings, algorithm, target)
     if (
         algorithm.fixed_way
         and settings.train.source == "episodes"
@@ -88,6 +89,34 @@ def check(settings: RunConfig) -> None:
         raise UserError("train.schedule=milestones: set train.milestones, like [0.6,0.8]")
     _check_augment(settings, algorithm, target)
     device_of(settings.device)
+
+
+def _check_episodes(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
+    episode, name = settings.episode, type(algorithm).__name__
+    if algorithm.fixed_way and isinstance(episode.way, list):
+        raise UserError(
+            f"episode.way={episode.way}: the number of ways is part of {name}'s weights; use one "
+            "number"
+        )
+    if episode.sampler == "hard":
+        raise UserError(
+            "episode.sampler=hard: chooses classes by their errors in training, so not in tests; "
+            "use episode.train.sampler=hard"
+        )
+    if episode.train.sampler == "hard" and settings.train.source != "episodes":
+        raise UserError(
+            f"episode.train.sampler=hard: train.source={settings.train.source} trains on no "
+            "episodes; leave it out"
+        )
+    for where, shape in (("episode", episode), ("episode.train", episode.train)):
+        if target != "class" and (shape.unbalanced or shape.sampler != "uniform"):
+            setting = "unbalanced=true" if shape.unbalanced else f"sampler={shape.sampler}"
+            raise UserError(f"{where}.{setting}: this dataset has no classes; leave it out")
+        if shape.unbalanced and algorithm.needs_equal_shots:
+            raise UserError(
+                f"{where}.unbalanced=true: {name} requires as many support examples of each class; "
+                "leave it out"
+            )
 
 
 def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:

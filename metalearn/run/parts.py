@@ -1,5 +1,6 @@
 """Make the parts of a run from its settings: method, task family, augmentation, device, folders."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,14 +14,36 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.backbones.base import Backbone
 from metalearn.config import components, plugins
 from metalearn.config.arguments import check_arguments
-from metalearn.config.schema import RunConfig
+from metalearn.config.schema import EpisodeShape, RunConfig
 from metalearn.system import processes
 from metalearn.system.errors import UserError
 from metalearn.tasks.augment import AUGMENTATIONS, chain
-from metalearn.tasks.family import TaskFamily
+from metalearn.tasks.family import Supervised, TaskFamily
 from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.mixing import MIXINGS, Mixing, one_of
+from metalearn.tasks.ranges import Ranges
+from metalearn.tasks.sampling import Shape
 from metalearn.tasks.store import Augmentation
+
+
+def shapes_of(settings: EpisodeShape, where: str) -> tuple[Shape, Ranges | None]:
+    """Return the largest shape of episodes, and the ranges of all shapes; None for a single one.
+
+    Args:
+        settings: The settings `episode` or `episode.train`.
+        where: Their name, for error messages.
+    """
+    (way, shot) = (
+        (value[0], value[-1]) if isinstance(value, list) else (value, value)
+        for value in (settings.way, settings.shot)
+    )
+    largest = Shape(
+        way[1], shot[1], settings.query, settings.unlabelled, settings.distractors, where,
+        sampler=settings.sampler,
+    )  # fmt: skip
+    if way[0] == way[1] and shot[0] == shot[1] and not settings.unbalanced:
+        return largest, None
+    return largest, Ranges(way, shot, settings.unbalanced)
 
 
 def family_of(settings: RunConfig) -> TaskFamily:
@@ -42,6 +65,13 @@ def family_of(settings: RunConfig) -> TaskFamily:
     if arguments[1]:
         functions[1] = functools.partial(functions[1], **arguments[1])
     family: TaskFamily = dataset.family(*functions, arguments[0])
+    if settings.train.source == "episodes" and settings.episode.train.sampler == "hard":
+        if not isinstance(family, Supervised):
+            raise UserError(
+                "episode.train.sampler=hard: the tasks of this dataset have no errors of classes; "
+                "use episode.train.sampler=uniform"
+            )
+        return dataclasses.replace(family, counts_errors=True)
     return family
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from metalearn.run import optimisers
 from metalearn.run.build import Run
 from metalearn.run.meter import Meter
 from metalearn.system.errors import UserError
+from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, Params, State
 
 #: Version of the content of last.pt; earlier ones cannot be resumed.
@@ -89,15 +90,17 @@ class Training:
         """
         run, settings, buffers = self._run, self._settings, self.state.buffers
         progress = self._steps_done.to(torch.float32) / settings.steps
+        # Only on the host can the number of the step decide on shapes.
+        done = self.step if run.shapes_vary else self._steps_done
+        first = done * settings.meta_batch + self._own_first
         with record_function("draw tasks"):
-            tasks = run.train.draw(
-                self._steps_done * settings.meta_batch + self._own_first, self._own_count
-            )
+            tasks = run.train.draw(first, self._own_count)
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
-            gradients, logs, statistics, new_buffers, losses = run.processes.all_reduce_sum(
-                (*step[:4], losses)
+            counts = self._class_counts(first, step.class_errors)
+            gradients, logs, statistics, new_buffers, losses, counts = run.processes.all_reduce_sum(
+                (*step[:4], losses, counts)
             )
         with record_function("optimiser"):
             values = pytree.tree_leaves((gradients, logs, statistics, new_buffers))
@@ -119,8 +122,28 @@ class Training:
                 )
             if self.average is not None:
                 self._follow(self.average, finite)
+            if run.hard_classes is not None:
+                wrong, asked = counts[0]
+                run.hard_classes.record(wrong, asked, finite)
             self.meter.add(logs, finite, self._steps_done, losses)
             self._steps_done.add_(1)
+
+    def _class_counts(self, first: int | Tensor, errors: Tensor | None) -> list[Tensor]:
+        """Return the wrong predictions and the queries of each class [2, C]; [] if not needed."""
+        run = self._run
+        if run.hard_classes is None:
+            return []
+        if errors is None:
+            name = type(run.algorithm).__name__
+            raise UserError(
+                f"episode.train.sampler=hard: the loss of {name} does not count the errors of "
+                "classes; use another sampler"
+            )
+        classes = cast(TaskSource, run.train).classes(first, self._own_count)
+        assert classes is not None
+        counts = torch.zeros_like(run.hard_classes.errors).repeat(2, 1)
+        # Whole numbers, so their sum does not depend on the order.
+        return [counts.index_add(1, classes.flatten(), errors.transpose(0, 1).flatten(1))]
 
     def _optimise(self, finite: Tensor) -> None:
         """Take a step of the optimiser if `finite`.
@@ -200,6 +223,7 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors and plain data."""
+        hard = self._run.hard_classes
         return {
             **self._weights(self.step, self.state),
             "format": FORMAT,
@@ -209,6 +233,7 @@ class Training:
             "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
             **({"average": _parts(self.average)} if self.average else {}),
+            **({"class_errors": hard.errors} if hard else {}),
         }
 
     def best_state_dict(self) -> dict[str, Any]:
@@ -259,6 +284,8 @@ class Training:
                 for key, own in _parts(self.average).items():
                     for name, value in own.items():
                         value.copy_(content["average"][key][name])
+            if self._run.hard_classes is not None:
+                self._run.hard_classes.errors.copy_(content["class_errors"])
             groups = self.optimiser.param_groups
             rates = [group["lr"] for group in groups]
             own = self.optimiser.state_dict()["param_groups"]

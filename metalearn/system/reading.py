@@ -94,8 +94,9 @@ def check_types(content: Any, types: Any, name: str = "") -> None:
 
     Args:
         content: The values.
-        types: A type; a list with the type of all items; or types by name. A name that ends with
-            "?" may be absent; the name "*" stands for all others.
+        types: A type; a list with the type of all items; a tuple of a type and a list, of which one
+            fits; or types by name. A name that ends with "?" may be absent; the name "*" stands for
+            all others.
         name: Name of `content` in messages.
 
     Raises:
@@ -111,6 +112,9 @@ def check_types(content: Any, types: Any, name: str = "") -> None:
                 raise ValueError(f"{name}{key} is missing")
             for own in keys:
                 check_types(content[own], kind, f"{name}{own}{'.' * isinstance(kind, Mapping)}")
+    elif isinstance(types, tuple):
+        kind = next(one for one in types if isinstance(one, list) == isinstance(content, list))
+        check_types(content, kind, name)
     elif isinstance(types, list):
         if not isinstance(content, list | tuple):
             raise ValueError(f"{name} should be a list")

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from metalearn.tasks.losses import LOSSES, LossFunction
-from metalearn.tasks.metrics import ACCURACY, MEAN_SQUARED_ERROR, Metric
-from metalearn.tasks.types import Batch, Loss, Params, Query, Spec, Support
+from metalearn.tasks.metrics import ACCURACY, MEAN_SQUARED_ERROR, Metric, class_errors
+from metalearn.tasks.types import CLASS_ERRORS, Batch, Loss, Params, Query, Spec, Support
 
 #: (parameters, inputs [B, *X]) -> (outputs [B, N], normalisation statistics of this pass).
 #: Parameters may be any pytree.
@@ -68,6 +68,7 @@ class Supervised:
         loss: Loss on queries and batches.
         inner_loss: Loss on the support set, for inner loops.
         predicts: True: outputs are predictions of `y`.
+        counts_errors: Whether logs have `CLASS_ERRORS`, for classes.
     """
 
     target: str
@@ -75,6 +76,7 @@ class Supervised:
     loss: LossFunction
     inner_loss: LossFunction
     predicts: bool = True
+    counts_errors: bool = False
 
     def init(self, spec: Spec, key: Tensor) -> Params:
         """Return {}: supervised tasks need no parameters of the family."""
@@ -92,6 +94,8 @@ class Supervised:
     def make_loss(self, value: Tensor, prediction: Tensor, y: Tensor, statistics: Params) -> Loss:
         """Return a `Loss` that logs its value and the score of the prediction."""
         logs = {"loss": value.detach(), self.metric.name: self.metric.of(prediction.detach(), y)}
+        if self.counts_errors:
+            logs[CLASS_ERRORS] = class_errors(prediction.detach(), y)
         return Loss(value, logs, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:

@@ -36,6 +36,23 @@ def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
     return (prediction.argmax(-1) == y).to(torch.float32).mean(-1)
 
 
+def class_errors(prediction: Tensor, y: Tensor) -> Tensor:
+    """Count the wrong predictions and the queries of each class.
+
+    Args:
+        prediction: Logits [Q, N].
+        y: Labels [Q], or probabilities [Q, N], of which the most probable one counts.
+
+    Returns:
+        float32 [2, N].
+    """
+    if y.is_floating_point():
+        y = y.argmax(-1)
+    asked = (y[:, None] == torch.arange(prediction.shape[-1], device=y.device)).float()
+    wrong = asked * (prediction.argmax(-1) != y)[:, None]
+    return torch.stack([wrong.sum(0), asked.sum(0)])
+
+
 def _squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     """Compute the mean squared error: [..., Q, D], [..., Q, D] -> [...]."""
     return (prediction - y).square().mean((-2, -1))

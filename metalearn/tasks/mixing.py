@@ -17,7 +17,6 @@ from torch.func import vmap
 from metalearn.config.fields import between
 from metalearn.tasks import prng
 from metalearn.tasks.augment import inside, takes
-from metalearn.tasks.sampling import BatchSource
 from metalearn.tasks.types import Batch, Query, Task
 
 #: (x [B, *X], y [B, N], key []) -> (x, y).
@@ -104,18 +103,24 @@ class Mixed:
     Attributes:
         source: The tasks or batches.
         mix: How a batch or the query set of a task is mixed.
-        classes: Number of classes N of a task, or of all training.
+        num_classes: Number of classes N of all training, for batches.
     """
 
-    source: BatchSource
+    source: Any
     mix: Mixing
-    classes: int
+    num_classes: int
+
+    def classes(self, first: int | Tensor, count: int) -> Tensor | None:
+        """Return the index in the split of each label's class, int64 [T, N]."""
+        classes: Tensor | None = self.source.classes(first, count)
+        return classes
 
     def draw(self, first: int | Tensor, count: int) -> Task | Batch:
-        """Draw tasks or batches first .. first + count - 1."""
-        drawn = self.source.draw(first, count)
+        """Draw tasks or batches; arguments as in `BatchSource`."""
+        drawn: Task | Batch = self.source.draw(first, count)
         examples = drawn if isinstance(drawn, Batch) else drawn.query
-        y = F.one_hot(examples.y, self.classes).to(examples.x.dtype)
+        way = self.num_classes if isinstance(drawn, Batch) else drawn.support.way
+        y = F.one_hot(examples.y, way).to(examples.x.dtype)
         x, y = vmap(self.mix)(examples.x, y, prng.fold_in(drawn.key, _STREAM))
         if isinstance(drawn, Batch):
             return dataclasses.replace(drawn, x=x, y=y)

@@ -1,7 +1,7 @@
 """Sample episodes and batches on the device, each a function of (seed, split, number).
 
-Legend: T tasks, N classes of a task (in `draw`, its distractors follow), K examples per class in
-one of its sets, C classes of the split, M inputs of the largest class.
+Legend: T tasks, N classes of a task (in `draw`, its distractors follow), C classes of the split,
+M inputs of the largest class, or in `_shuffled` of a set.
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ class Shape:
         distractors: Number of additional classes with unlabelled examples only.
         where: The settings that give the shape, for error messages.
         copies: Number of augmented copies that replace each support example; 0 for the example.
+        sampler: How classes are chosen: "uniform", "hierarchical" or "hard".
+        shots: Support examples of each class, if they differ; `shot` is then the largest.
     """
 
     way: int
@@ -43,6 +45,8 @@ class Shape:
     distractors: int = 0
     where: str = dataclasses.field(default="episode", compare=False)
     copies: int = 0
+    sampler: str = "uniform"
+    shots: tuple[int, ...] = ()
 
 
 class BatchSource(Protocol):
@@ -52,7 +56,8 @@ class BatchSource(Protocol):
         """Draw tasks first .. first + count - 1, each tensor with a leading T.
 
         Args:
-            first: An int, or int64 [] on the device, which is never read on the host.
+            first: An int, or int64 [] on the device, which is never read on the host; or the
+                numbers of all tasks, int64 [T].
             count: T.
         """
 
@@ -63,17 +68,17 @@ class TaskSource(BatchSource, Protocol):
     def draw(self, first: int | Tensor, count: int) -> Task:
         """Draw tasks as in `BatchSource`."""
 
-    def classes(self, first: int, count: int) -> Tensor | None:
+    def classes(self, first: int | Tensor, count: int) -> Tensor | None:
         """Return the index in the split of each label's class, int64 [T, N]; None without classes.
 
-        Args:
-            first: Number of the first task.
-            count: T.
+        Arguments as in `draw`.
         """
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
-    """Return the keys of tasks first .. first + count - 1: int64 [T]."""
+    """Return the keys of tasks, int64 [T]; arguments as in `BatchSource.draw`."""
+    if isinstance(first, Tensor) and first.dim():
+        return prng.fold_in(key, first.to(key.device))
     return prng.fold_in(key, first + torch.arange(count, device=key.device))
 
 
@@ -109,10 +114,16 @@ class EpisodeSampler:
                 f"distractors={shape.distractors}: requires unlabelled examples; "
                 f"set {shape.where}.unlabelled"
             )
-        self._check(("way", "distractors"), self.view.max_way, "the split", "classes")
-        smallest = int(index.counts.argmin())
-        owner, available = f"class '{index.names[smallest]}'", int(index.counts[smallest])
-        self._check(("shot", "query", "unlabelled"), available, owner, "examples")
+        groups = self.view.chooser.superclasses
+        owner = f"'{groups.largest[0]}', the largest superclass," if groups else "the split"
+        self._check(("way", "distractors"), self.view.max_way, owner, "classes")
+        name, available = index.smallest
+        self._check(("shot", "query", "unlabelled"), available, f"class '{name}'", "examples")
+
+    @property
+    def max_shot(self) -> int:
+        """Return the largest number of support examples that every class suffices for."""
+        return self.view.index.smallest[1] - self.shape.query - self.shape.unlabelled
 
     def _check(self, names: tuple[str, ...], available: int, owner: str, what: str) -> None:
         """Raise UserError if the shape needs more of something than its owner has."""
@@ -149,15 +160,24 @@ class EpisodeSampler:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
         support, query, unlabelled = rows.split([shape.shot, shape.query, shape.unlabelled], -1)
-        support = support[:, : shape.way]
+        place = torch.arange(shape.way * shape.shot, device=key_T.device)
+        if shape.shots:
+            kept = [n * shape.shot + k for n, own in enumerate(shape.shots) for k in range(own)]
+            place = torch.tensor(kept, device=key_T.device)
         if shape.copies:
-            support = support.repeat_interleave(shape.copies, -1)
-        x, y = self._shuffled(support, prng.fold_in(key_T, 3), self.support_store)
-        query_x, query_y = self._shuffled(query[:, : shape.way], prng.fold_in(key_T, 4))
-        more = self._shuffled(unlabelled, prng.fold_in(key_T, 6))[0] if shape.unlabelled else None
+            place = place.repeat_interleave(shape.copies)
+        x, order = self._shuffled(
+            support.flatten(1)[:, place], prng.fold_in(key_T, 3), self.support_store
+        )
+        y = place[order] // shape.shot
+        query_x, order = self._shuffled(query[:, : shape.way].flatten(1), prng.fold_in(key_T, 4))
+        query_y = order // shape.query
+        more = None
+        if shape.unlabelled:
+            more = self._shuffled(unlabelled.flatten(1), prng.fold_in(key_T, 6))[0]
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
 
-    def classes(self, first: int, count: int) -> Tensor:
+    def classes(self, first: int | Tensor, count: int) -> Tensor:
         """Return the index in the split of each label's class, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
@@ -165,15 +185,12 @@ class EpisodeSampler:
         ]
 
     def _shuffled(
-        self, rows_TNK: Tensor, key_T: Tensor, store: Store | None = None
+        self, rows_TM: Tensor, key_T: Tensor, store: Store | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels in random order, so that positions reveal no label."""
-        _, way, each = rows_TNK.shape
-        order = prng.permutation(key_T, way * each)
-        x = (store or self.store).gather(
-            rows_TNK.flatten(1).gather(1, order), prng.fold_in(key_T, 0)
-        )
-        return x, order // each
+        """Return inputs in random order, so that positions reveal no label, and the order."""
+        order = prng.permutation(key_T, rows_TM.shape[1])
+        x = (store or self.store).gather(rows_TM.gather(1, order), prng.fold_in(key_T, 0))
+        return x, order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metalearn.tasks import prng
+from metalearn.tasks.choosing import Chooser, chooser
 from metalearn.tasks.types import InputSpec
 
 
@@ -144,16 +145,26 @@ class ClassIndex:
         rows: Row numbers of each class's inputs, int64 [C, M], padded.
         counts: Number of inputs of each class, int64 [C].
         names: Name of each class.
+        superclasses: Name of each class's superclass; () if there are none.
+        parts: Name of the part of the data that no episode with this class leaves; () for one.
     """
 
     rows: Tensor
     counts: Tensor
     names: tuple[str, ...]
+    superclasses: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @functools.cached_property
     def num_inputs(self) -> int:
         """Return the number of inputs of all classes."""
         return int(self.counts.sum())
+
+    @functools.cached_property
+    def smallest(self) -> tuple[str, int]:
+        """Return the name of the class with the fewest inputs, and their number."""
+        number = int(self.counts.argmin())
+        return self.names[number], int(self.counts[number])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +174,19 @@ class ClassView:
     Attributes:
         rotations: What is rotated, for the protocol.
         index: The classes.
+        chooser: How the classes of an episode are chosen.
     """
 
     rotations: ClassVar[str] = "none"
 
     index: ClassIndex
+    chooser: Chooser = dataclasses.field(default=Chooser(), kw_only=True)
+
+    def sampled(self, sampler: str) -> "ClassView":
+        """Return the view with the classes of episodes chosen by a sampler; see `chooser`."""
+        index = self.index
+        own = chooser(sampler, index.superclasses, index.parts, index.rows)
+        return dataclasses.replace(self, chooser=own)
 
     @property
     def has_rotations(self) -> bool:
@@ -191,7 +210,7 @@ class ClassView:
     @property
     def max_way(self) -> int:
         """Return the largest possible number of classes in one episode."""
-        return len(self.index.rows)
+        return self.chooser.max_way(len(self.index.rows))
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         """Draw the classes of episodes.
@@ -204,7 +223,7 @@ class ClassView:
             Class indices, int64 [T, count], and rotations in units of 90 degrees, int64 [T, count]
             or None.
         """
-        return prng.choice(prng.fold_in(key, 0), len(self.index.rows), count), None
+        return self.chooser.choose(key, len(self.index.rows), 1, count), None
 
     def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:
         """Return the ids that seed the draw of inputs; equal ids draw the same images."""
@@ -266,12 +285,12 @@ class RotatedClasses(RotatedEpisodes):
 
     @property
     def max_way(self) -> int:
-        return self.num_classes if self.may_meet else len(self.index.rows)
+        return super().max_way * (4 if self.may_meet else 1)
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
         if not self.may_meet:
             return super().choose(key, count)
-        chosen = prng.choice(prng.fold_in(key, 0), self.num_classes, count)
+        chosen = self.chooser.choose(key, len(self.index.rows), 4, count)
         return chosen % len(self.index.rows), chosen // len(self.index.rows)
 
     def image_ids(self, classes: Tensor, rotations: Tensor | None) -> Tensor:

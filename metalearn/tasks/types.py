@@ -156,12 +156,17 @@ class Spec:
         return InputSpec(self.input_shape, self.vocabulary)
 
 
+#: Name in `Loss.logs` of the number of wrong predictions and of queries of each class [2, N], which
+#: training with `episode.train.sampler=hard` needs.
+CLASS_ERRORS = "class_errors"
+
+
 class Loss(NamedTuple):
     """The result of `Algorithm.loss`.
 
     Attributes:
         value: The loss []; its gradient is the meta-gradient.
-        logs: Scalars to log, including "loss".
+        logs: Scalars to log, including "loss"; and perhaps `CLASS_ERRORS`.
         statistics: Normalisation statistics of this pass, by name in `State.buffers`. Those buffers
             follow them as a moving average.
         buffers: New values of other buffers, by name; they replace the old ones.

@@ -224,7 +224,7 @@ class _Shuffled:
         changed = dataclasses.replace(labelled, y=labelled.y.gather(1, order))
         return dataclasses.replace(task, **{self.part: changed})
 
-    def classes(self, first: int, count: int) -> Tensor | None:
+    def classes(self, first: int | Tensor, count: int) -> Tensor | None:
         return self.source.classes(first, count)
 
 
