@@ -75,6 +75,7 @@ def test_imports_point_one_way(path):
 #: `augment.mix`, which has the name of a dataset.
 _HINTS = {
     ("checking.py", "mix"),
+    ("pairings.py", "mix"),
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
     ("methods.py", "gaussians"),

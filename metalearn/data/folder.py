@@ -17,6 +17,7 @@ from metalearn.data.classes import (
     published_split,
     published_superclasses,
     split_classes,
+    split_file,
 )
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages, ImageDataset
@@ -174,9 +175,18 @@ class Folder(ImageDataset):
 
     def _splits(self, pictures: ClassImages, root: Path) -> dict[str, list[str]]:
         names = [name for name in pictures.names if name not in self.exclude]
-        # Files with numbers for names have a split of their own.
-        is_numbered = bool(pictures.splits) and all("/" in name for name in names)
-        if self.split == "files" or (is_numbered and published_split(self.split)):
+        published = published_split(self.split)
+        # Files with numbers or words instead of the published names have splits of their own.
+        known = split_file(published).values() if published else []
+        is_renamed = bool(pictures.splits and known) and not any(
+            name in names for some in known for name in some
+        )
+        if is_renamed:
+            logging.getLogger(__name__).warning(
+                f"{root} has none of the class names of dataset.split={self.split}; the split of "
+                "its files is used"
+            )
+        if self.split == "files" or is_renamed:
             if not pictures.splits:
                 raise UserError(
                     f"dataset.split=files: {root} has no train.csv, val.csv and test.csv, and no "
