@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -40,8 +40,11 @@ class ImageFile(NamedTuple):
         return str(self.container / self.name)
 
 
-def list_images(container: Path) -> list[ImageFile]:
-    """List all images in a folder or zip, sorted by name; raise UserError for a corrupt zip."""
+def list_images(container: Path, suffixes: Container[str] = SUFFIXES) -> list[ImageFile]:
+    """List the images, or files of some suffixes, in a folder or zip, sorted by name.
+
+    Raise UserError for a corrupt zip.
+    """
     if container.is_dir():
         names = [
             path.relative_to(container).as_posix()
@@ -59,7 +62,7 @@ def list_images(container: Path) -> list[ImageFile]:
     return [
         ImageFile(container, name)
         for name in sorted(names)
-        if Path(name).suffix.lower() in SUFFIXES
+        if Path(name).suffix.lower() in suffixes
         and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
     ]
 

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
 from metalearn.tasks.types import Tokenizer
 
-#: Names of columns; without any of them in the first row, a file has no header.
-_COLUMNS = {
+#: Names of the columns of a file of texts.
+COLUMNS = {
     "text": ("text", "sentence", "utterance", "query"),
     "label": ("label", "category", "intent", "class"),
     "domain": ("domain",),
@@ -42,53 +43,89 @@ class Row(NamedTuple):
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
 
-    A CSV file may have a header or not, and any of the encodings UTF-8, UTF-16 and Windows-1252.
-
     Raises:
         UserError: If it cannot be read, or a row has no text or no label.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            sets = json.loads(content)
+    if path.suffix == ".json":
+        try:
+            sets = json.loads(path.read_bytes())
             return [
                 Row(str(text), str(label), "") for part in sets.values() for text, label in part
             ]
-        rows = [
-            row
-            for row in csv.reader(io.StringIO(_decoded(content), newline=""), strict=True)
-            if any(row)
-        ]
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    columns = {
-        name: next((header.index(one) for one in names if one in header), None)
-        for name, names in _COLUMNS.items()
-    }
-    first = 2
-    if columns["text"] is None and columns["label"] is None:
-        columns, first = {"text": 0, "label": 1, "domain": 2}, 1
-    result = []
-    for number, row in enumerate(rows[first - 1 :], first):
-        cells = {
-            name: row[column].strip() if column is not None and column < len(row) else ""
-            for name, column in columns.items()
-        }
-        if not cells["text"] or not cells["label"]:
-            missing = "label" if cells["text"] else "text"
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+    rows, first = table(path, read_csv(path), COLUMNS)
+    for number, row in enumerate(rows, first):
+        if not row["text"] or not row["label"]:
+            missing = "label" if row["text"] else "text"
             raise UserError(f"{path}: row {number} has no {missing}; complete or remove it")
-        result.append(Row(**cells))
-    return result
+    return [Row(**row) for row in rows]
 
 
-def _decoded(content: bytes) -> str:
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
+def read_csv(path: Path) -> list[list[str]]:
+    """Read the rows of a CSV file, in any of the encodings of `read_text`, that are not blank."""
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+        content = io.StringIO(read_text(path), newline="")
+        return [row for row in csv.reader(content, strict=True) if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+
+
+def table(
+    path: Path, rows: list[list[str]], columns: Mapping[str, Sequence[str]]
+) -> tuple[list[dict[str, str]], int]:
+    """Find the columns of a CSV file by its header, or without one by their order.
+
+    Args:
+        path: The file.
+        rows: Its rows.
+        columns: Names that a header may give to each column, the required one first. A first row
+            without any of them is no header.
+
+    Returns:
+        Cells of each row by column, "" for a missing one; and the number of the first of these
+        rows, 1 without a header.
+
+    Raises:
+        UserError: If the header does not name the required column.
+    """
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    places = {
+        name: next((header.index(one) for one in names if one in header), None)
+        for name, names in columns.items()
+    }
+    first, required = 2, next(iter(columns))
+    if all(place is None for place in places.values()):
+        places, first = {name: place for place, name in enumerate(columns)}, 1
+    elif places[required] is None:
+        raise UserError(f"{path}: its first row names no column {required}; rename one")
+    return [
+        {
+            name: row[place].strip() if place is not None and place < len(row) else ""
+            for name, place in places.items()
+        }
+        for row in rows[first - 1 :]
+    ], first
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8, UTF-16 with a byte order mark, or else Windows-1252.
+
+    Raises:
+        UserError: If it cannot be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return content.decode("utf-16")
+        if b"\0" in content:
+            raise ValueError("it has zero bytes, as no text has; save it as UTF-8")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return content.decode("cp1252", errors="replace")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
