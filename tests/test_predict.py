@@ -256,7 +256,9 @@ def test_support_and_query_sources(images, tmp_path):
     with table.open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["label", "path"])
-        rows.writerows([item.label, item.value.relative_to(images).as_posix()] for item in folder)
+        rows.writerows(
+            [item.label, Path(item.value).relative_to(images).as_posix()] for item in folder
+        )
     listed = inputs.examples(str(table), tmp_path)
     assert [(one.value, one.label) for one in listed] == [(one.value, one.label) for one in folder]
     table.write_text("\n".join(f"{item.value},{item.label}" for item in folder))  # no header
@@ -266,11 +268,11 @@ def test_support_and_query_sources(images, tmp_path):
     unpacked.mkdir()
     with zipfile.ZipFile(images / "examples.zip", "w") as archive:
         for item in folder:
-            archive.write(item.value, f"top/{item.label}/{item.value.name}")
+            archive.write(item.value, f"top/{item.label}/{Path(item.value).name}")
         archive.write(folder[0].value, "/etc/circle/outside.png")
     zipped = inputs.examples(str(images / "examples.zip"), unpacked)
     assert sorted(one.label for one in zipped) == sorted([*(one.label for one in folder), "circle"])
-    assert {one.value.parent for one in zipped} == {unpacked}
+    assert {Path(one.value).parent for one in zipped} == {unpacked}
     assert all(Image.open(one.value).size[0] for one in zipped)
 
     new = images / "new"
@@ -278,7 +280,10 @@ def test_support_and_query_sources(images, tmp_path):
     assert len(several) == len(list(new.iterdir()))
     listing = images / "list.csv"
     listing.write_text("file\nnew/c10.png\nnowhere.png\n")
-    assert [one.value.exists() for one in inputs.queries([str(listing)], tmp_path)] == [True, False]
+    assert [Path(one.value).exists() for one in inputs.queries([str(listing)], tmp_path)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

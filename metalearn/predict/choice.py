@@ -1,6 +1,7 @@
 """Choose a head by cross-validation, and hold examples out of the whole of learning."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -68,7 +69,8 @@ class HeadChoice:
         """
         if self.normalise == "l2" and len(x) < x.shape[1]:
             # A rotation to as many features as examples: no head depends on it.
-            x = np.linalg.qr(heads.scaled({}, x).T, mode="r").T
+            triangle: Any = np.linalg.qr(heads.scaled({}, x).T, mode="r")
+            x = triangle.T
         is_large = len(x) > MANY
         with threadpool_limits(None if is_large else 1):  # threads would only wait for each other
             head, scale = self.choose(x, y, way, 20)

@@ -194,7 +194,9 @@ class Model:
         if not self._standardisation:
             return inputs
         shift, scale = (
-            torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
+            torch.tensor(self._standardisation[name], device=self._device).view(
+                -1, *[1] * (inputs.ndim - 2)
+            )
             for name in ("shift", "scale")
         )
         return (inputs - shift) * scale
