@@ -20,7 +20,9 @@ from metalearn.data.classes import ClassData
 from metalearn.data.images import seeded_split, shares, split_file
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
-from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
+from metalearn.tasks.distractors import DistractedSampler
+from metalearn.tasks.sampling import EpisodeSampler, Shape
+from metalearn.tasks.store import ArrayStore, Augmentation, ClassIndex, ClassView, Store
 from metalearn.tasks.types import Tokenizer
 
 #: Names of the columns of a file of texts.
@@ -145,6 +147,8 @@ class Text(Dataset):
         split_seed: Seed of a random split, of classes or of domains.
         fractions: Fractions of the classes or domains for train, val and test.
         domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
+        distractors: Label of texts of no class, such as "oos": they are the distractors of episodes
+            (`episode.distractors`), each in one split; "": distractors are other classes.
         tokenizer: That of the backbone.
     """
 
@@ -156,6 +160,7 @@ class Text(Dataset):
     split_seed: int = setting()
     fractions: list[float] = at_least(0)
     domains: dict[str, str] = setting(default={})
+    distractors: str = setting(default="")
     tokenizer: Tokenizer | None = given_by_run(None)
 
     def files(self, data_dir: Path) -> list[Path]:
@@ -171,9 +176,20 @@ class Text(Dataset):
                 "backbone=text_transformer, text_encoder or bag_of_ngrams"
             )
         texts, domain_of = self._read(self.files(data_dir))
+        content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        strange: list[str] = []
+        if self.distractors:
+            strange = texts.pop(self.distractors, [])
+            domain_of.pop(self.distractors, None)
+            if not strange:
+                raise UserError(
+                    f"dataset.distractors={self.distractors}: {self.path} has no such label"
+                )
         splits = self._splits(sorted(texts), domain_of)
         names = [name for chosen in splits.values() for name in chosen]
-        tokens = self.tokenizer([text for name in names for text in texts[name]])
+        known = [text for name in names for text in texts[name]]
+        tokens = self.tokenizer(known + strange)
         store = ArrayStore(tokens.to(device), self.tokenizer.vocabulary)
         sizes = torch.tensor([len(texts[name]) for name in names])
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
@@ -188,9 +204,16 @@ class Text(Dataset):
             column = torch.minimum(torch.arange(int(counts.max())), counts[:, None] - 1)
             rows = starts[part, None] + column
             views[split] = ClassView(ClassIndex(rows.to(device), counts.to(device), tuple(chosen)))
-        content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        return ClassData(dict.fromkeys(views, store), views, digest)
+        stores = dict.fromkeys(views, store)
+        if not strange:
+            return ClassData(stores, views, digest)
+        rows = [str(number) for number in range(len(known), len(known) + len(strange))]
+        parts = seeded_split(rows, shares(len(rows), self.fractions), self.split_seed)
+        pools = {
+            split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
+            for split, some in parts.items()
+        }
+        return _DistractedData(stores, views, digest, pools, self.distractors)
 
     def _read(self, paths: list[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the texts and the domain of each class."""
@@ -257,3 +280,38 @@ class Text(Dataset):
                 "not have"
             )
         return splits
+
+
+class _DistractedData(ClassData):
+    """Classes, and inputs of none of them: rows int64 [R] of each split."""
+
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        views: dict[str, ClassView],
+        content_hash: str,
+        pools: dict[str, torch.Tensor],
+        label: str,
+    ) -> None:
+        super().__init__(stores, views, content_hash)
+        self.pools, self.label = pools, label
+
+    def with_all_classes(self) -> ClassData:
+        data = super().with_all_classes()
+        pools = {**self.pools, "all": torch.cat(list(self.pools.values()))}
+        return _DistractedData(data.stores, data.views, data.content_hash, pools, self.label)
+
+    def protocol(self, split: str) -> dict[str, object]:
+        digest = hashlib.sha256(repr(self.pools[split].tolist()).encode()).hexdigest()[:16]
+        return super().protocol(split) | {"distractor_label": self.label, "distractor_rows": digest}
+
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> EpisodeSampler:
+        plain = super().episodes(split, dataclasses.replace(shape, distractors=0), seed, augment)
+        if not shape.distractors:
+            return plain
+        try:
+            return DistractedSampler(**vars(plain) | {"shape": shape}, pool=self.pools[split])
+        except UserError as error:
+            raise UserError(f"{split} episodes: {error}") from None
