@@ -56,7 +56,8 @@ def test_a_task_has_rows_of_one_user_and_no_row_twice(name, tmp_path):
     path = write_ratings(tmp_path / "ratings.csv")
     data = opened(path, name, standardise=False)
     shape = Shape(1, 4, 8) if name == "user_values" else Shape(2, 2, 2)
-    users, seen = rows_by_user(path), {}
+    users = rows_by_user(path)
+    seen: dict[str, set[str]] = {}
     owner = {place: user for user, rows in users.items() for place in rows}
     rounded = {(np.float32(a), np.float32(b)): user for (a, b), user in owner.items()}
     for split in ("train", "val", "test"):

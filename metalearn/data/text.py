@@ -207,8 +207,8 @@ class Text(Dataset):
         stores = dict.fromkeys(views, store)
         if not strange:
             return ClassData(stores, views, digest)
-        rows = [str(number) for number in range(len(known), len(known) + len(strange))]
-        parts = seeded_split(rows, shares(len(rows), self.fractions), self.split_seed)
+        numbers = [str(number) for number in range(len(known), len(known) + len(strange))]
+        parts = seeded_split(numbers, shares(len(numbers), self.fractions), self.split_seed)
         pools = {
             split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
             for split, some in parts.items()
