@@ -58,7 +58,7 @@ def main() -> None:
             train(config, root / algo, f"{algo} glyphs", [], Console(quiet=True))
             rows.append(_row(algo, export_run, root / algo))
         items = inputs.examples(str(ROOT / "examples/bccd/support"), root)
-        paths, labels = [item.path for item in items], [item.label for item in items]
+        paths, labels = [item.value for item in items], [item.label for item in items]
         for head in heads.HEADS:
             classifier = FewShotClassifier("efficientnet_lite0", head).fit(paths, labels)
             classifier.save(root / head)

@@ -49,7 +49,7 @@ def images_of(dataset: str, data: Path, unpacked: Path) -> Images:
         sources = [data / "images" / dataset.lower().replace("-", "") / "images.zip"]
     images = defaultdict(list)
     for item in [item for source in sources for item in inputs.examples(str(source), unpacked)]:
-        images[item.label].append(item.path)
+        images[item.label].append(Path(item.value))
     if dataset == "CIFAR-FS test classes":
         names = json.loads((folder / "splits" / "cifar-fs_test.json").read_text())
         return {name: images[name] for _, name in names}

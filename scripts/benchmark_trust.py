@@ -46,7 +46,7 @@ def embedded(sources: list[str], backbone: str) -> np.ndarray:
         rng = np.random.default_rng(0)
         features = []
         for name in names:
-            own = [item.path for item in items if item.label == name]
+            own = [item.value for item in items if item.label == name]
             chosen = rng.permutation(len(own))[:_EACH]
             features.append(network.represent([own[index] for index in chosen]))
             print(f"{name}: {len(features)} of {len(names)} classes embedded", flush=True)

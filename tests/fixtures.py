@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,35 @@ def server(tmp_path):
         threading.Thread(target=http_server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http_server.server_address[1]}", folder
         http_server.shutdown()
+
+
+_CHROMIUM = Path("/usr/bin/chromium")
+
+
+@pytest.fixture
+def browse(start, tmp_path):
+    """Return a function that serves a state and opens the page in a headless Chromium."""
+    if not _CHROMIUM.exists():
+        pytest.skip(f"there is no {_CHROMIUM}")
+    playwright = pytest.importorskip("playwright.sync_api")
+
+    def opened(*words, token=None):
+        state = ["port=0", f"state={tmp_path}/state"]
+        served = start("serve", *words, *state, METALEARN_TOKEN=token)
+        served.wait_until(lambda: "http://" in served.stdout)
+        page = browser.new_page()
+        page.set_default_timeout(20_000)
+        for event in ("console", "pageerror"):  # also what the content security policy refuses
+            page.on(event, lambda message: faults.append(str(message)))
+        page.on("request", lambda request: addresses.append(request.url))
+        page.goto(served.stdout.split()[0])
+        return page
+
+    faults: list[str] = []
+    addresses: list[str] = []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        browser.close()
+    assert not [one for one in faults if "401" not in one]
+    assert all(re.match("(http://127.0.0.1:|blob:|data:)", address) for address in addresses)

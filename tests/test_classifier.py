@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import check_estimator
 
 from metalearn import FewShotClassifier
-from metalearn.predict import classifier as module
 from metalearn.predict import confidence, heads
+from metalearn.predict.choice import HeadChoice
 from metalearn.predict.confidence import Outputs, hold_out
 from metalearn.system.errors import UserError
 
@@ -200,18 +200,18 @@ def test_choice_of_the_head_is_nested(monkeypatch):
     x, y, _, _ = gaussian(spread=0.5)
     seen = []
 
-    def chosen(self, x, y, way, fits):
+    def choose(self, x, y, way, fits):
         seen.append(len(x))
         return ("prototype", 1.0) if len(x) == 20 else ("nearest", 1.0)
 
-    monkeypatch.setattr(FewShotClassifier, "_chosen", chosen)
+    monkeypatch.setattr(HeadChoice, "choose", choose)
     classifier = FewShotClassifier(normalise="standard").fit(x, y)
     assert sorted(seen) == [16] * 10 + [20]
     assert classifier.head_ == "prototype"
 
     # Each held-out example was predicted by the head that was chosen without it.
     def nearest(x, y, way, queries):
-        return classifier._outputs("nearest", x, y, way, queries)
+        return HeadChoice("auto", "standard", 1.0, 0).outputs("nearest", x, y, way, queries)
 
     expected = confidence.assess(hold_out(nearest, x, y, 4, fits=10), 4, 0.1)
     assert classifier.confidence_ == expected
@@ -306,7 +306,6 @@ def test_one_example_of_each_class_says_what_cannot_be_known():
     assert classifier.confidence_.interval() is None and classifier.head_ == "ridge"
     label = classifier.label(queries)[0]
     assert label.unknown is None and label.plausible is None
-    assert module._DEFAULT_HEAD in heads.HEADS
 
 
 @pytest.mark.parametrize(

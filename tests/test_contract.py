@@ -20,6 +20,7 @@ from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
 from tests.fixtures import ALGORITHMS, to_float64
+from tests.test_user_tasks import write_ratings
 
 _HALF = torch.tensor(0.5)
 #: Methods of each kind that `make check` checks.
@@ -127,6 +128,8 @@ _DATASETS = {
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
     "features": ["dataset.path=toy.npz"],
+    "user_values": ["dataset.path=users.csv", "dataset.features=[year,price]"],
+    "user_classes": ["dataset.path=users.csv"],
 }
 
 
@@ -135,7 +138,10 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     settings = checking.check_config(
         composition.compose_config([f"dataset={name}", *_DATASETS[name]])
     ).dataset
-    shape = Shape(1, 3, 5) if name == "sinusoid" else Shape(5, 2, 3)
+    way = {"sinusoid": 1, "user_values": 1, "user_classes": 2}.get(name, 5)
+    shape = Shape(1, 3, 5) if way == 1 else Shape(way, 2, 3)
+    if name.startswith("user"):
+        write_ratings(cache_dir / "users.csv")
     if name == "text":
         lines = [f"text {row},label{row % 30}" for row in range(600)]
         (cache_dir / "toy.csv").write_text("\n".join(lines))

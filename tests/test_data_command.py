@@ -41,7 +41,8 @@ def test_all_datasets_are_listed_with_how_to_get_them(run, tmp_path):
     for name, one in known.items():
         assert name in text and one["state"] in text
         has_origin = bool(one["source"] and one["licence"])
-        assert has_origin or name in ("folder", "text", "features"), name
+        own = ("folder", "text", "features", "user_values", "user_classes")
+        assert has_origin or name in own, name
     assert known["cub"]["state"] == known["cifar10"]["state"] == "downloaded when first used"
     assert known["glyphs"]["state"] == "needs no files"
     assert known["miniimagenet"]["state"] == "by hand"  # lists are not images

@@ -15,7 +15,7 @@ from PIL import Image
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.pretrained import Timm
 from metalearn.config import checking, components, composition
-from metalearn.predict.embedder import ImageEmbedder
+from metalearn.predict.embedder import Embedder
 from metalearn.report.progress import SILENT, Listener
 from metalearn.run import features, loop
 from metalearn.run.build import build
@@ -192,7 +192,7 @@ def files(tmp_path):
 def embed(images, cache_dir, **options):
     node = checking.check_config(composition.compose_config(TINY)).backbone
     node = node | {"weights": options.pop("weights", None)}
-    return ImageEmbedder(node, torch.device("cpu"), cache_dir)(images, **options)
+    return Embedder(node, torch.device("cpu"), cache_dir)(images, **options)
 
 
 def test_images_are_embedded_by_their_content(files, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_no_images_and_other_networks(tmp_path):
     assert embed([], tmp_path).shape == (0, 96)
     settings = checking.check_config(composition.compose_config(["backbone=conv4"])).backbone
     with pytest.raises(UserError, match="should be a pretrained network"):
-        ImageEmbedder(settings, torch.device("cpu"), tmp_path)
+        Embedder(settings, torch.device("cpu"), tmp_path)
 
 
 def test_corrupt_cache_is_rebuilt_and_unusable_folder_is_reported(files, tmp_path, capsys):

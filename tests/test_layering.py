@@ -76,6 +76,7 @@ def test_imports_point_one_way(path):
 _HINTS = {
     ("checking.py", "mix"),
     ("pairings.py", "mix"),
+    ("parts.py", "mix"),
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
     ("methods.py", "gaussians"),

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 import metalearn
 from metalearn import FewShotClassifier
+from metalearn.cli import _arguments
 from metalearn.cli import predict as command
 from metalearn.cli._completion import candidates
 from metalearn.cli.main import main
@@ -160,22 +161,22 @@ def test_a_failure_leaves_the_classifier_as_it_was(images, run_folder):
     folder = run_folder("algo=maml", "episode.way=3")
     items = inputs.examples(str(images / "examples"), images)
     classifier = FewShotClassifier(run=folder, calibrate=False)
-    classifier.fit([item.path for item in items], [item.label for item in items])
-    before = classifier.predict_proba([items[0].path])
+    classifier.fit([item.value for item in items], [item.label for item in items])
+    before = classifier.predict_proba([items[0].value])
     with pytest.raises(UserError, match="4 classes; this run distinguishes 3"):
-        classifier.partial_fit([items[0].path], ["fourth"])
+        classifier.partial_fit([items[0].value], ["fourth"])
     assert classifier.classes_.tolist() == [_HOSTILE, "circle", "line"]
-    np.testing.assert_array_equal(classifier.predict_proba([items[0].path]), before)
+    np.testing.assert_array_equal(classifier.predict_proba([items[0].value]), before)
     with pytest.raises(UserError, match="leave out head="):
-        FewShotClassifier(run=folder, head="ridge").fit([items[0].path], ["a"])
+        FewShotClassifier(run=folder, head="ridge").fit([items[0].value], ["a"])
 
 
 @pytest.mark.parametrize("algo", ["maml", "matching"])
 def test_run_adapts_as_it_was_trained(images, run_folder, algo):
     folder = run_folder(f"algo={algo}", "episode.way=3")
     items = inputs.examples(str(images / "examples"), images)
-    new = [item.path for item in inputs.queries([str(images / "new" / "c*.png")], images)]
-    x, y = [item.path for item in items], [item.label for item in items]
+    new = [item.value for item in inputs.queries([str(images / "new" / "c*.png")], images)]
+    x, y = [item.value for item in items], [item.label for item in items]
     classifier = FewShotClassifier(run=folder, calibrate=False).fit(x, y)
     model = metalearn.load(folder).adapt(x, y)
     order = [model.classes.index(name) for name in classifier.classes_]
@@ -212,7 +213,7 @@ def test_a_classifier_of_an_earlier_version_takes_its_run_again(images, run_fold
     run = run_folder("algo=protonet")
     items = inputs.examples(str(images / "examples"), images)
     classifier = FewShotClassifier(run=run, head="prototype")
-    classifier.fit([item.path for item in items], [item.label for item in items])
+    classifier.fit([item.value for item in items], [item.label for item in items])
     folder = images / "classifier"
     classifier.save(folder)
     content = json.loads((folder / "classifier.json").read_text())
@@ -229,7 +230,7 @@ def test_changed_weights_are_refused(images, run_folder):
     folder = run_folder("algo=protonet")
     items = inputs.examples(str(images / "examples"), images)
     classifier = FewShotClassifier(run=folder, head="prototype")
-    classifier.fit([item.path for item in items], [item.label for item in items])
+    classifier.fit([item.value for item in items], [item.label for item in items])
     classifier.save(images / "classifier")
     for best in (folder / "checkpoints" / "best.pt", next((images / "classifier").rglob("*.pt"))):
         FewShotClassifier.load(images / "classifier")
@@ -255,29 +256,34 @@ def test_support_and_query_sources(images, tmp_path):
     with table.open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["label", "path"])
-        rows.writerows([item.label, item.path.relative_to(images).as_posix()] for item in folder)
+        rows.writerows(
+            [item.label, Path(item.value).relative_to(images).as_posix()] for item in folder
+        )
     listed = inputs.examples(str(table), tmp_path)
-    assert [(one.path, one.label) for one in listed] == [(one.path, one.label) for one in folder]
-    table.write_text("\n".join(f"{item.path},{item.label}" for item in folder))  # no header
+    assert [(one.value, one.label) for one in listed] == [(one.value, one.label) for one in folder]
+    table.write_text("\n".join(f"{item.value},{item.label}" for item in folder))  # no header
     assert inputs.examples(str(table), tmp_path)[3].label == folder[3].label
 
     unpacked = tmp_path / "unpacked"
     unpacked.mkdir()
     with zipfile.ZipFile(images / "examples.zip", "w") as archive:
         for item in folder:
-            archive.write(item.path, f"top/{item.label}/{item.path.name}")
-        archive.write(folder[0].path, "/etc/circle/outside.png")
+            archive.write(item.value, f"top/{item.label}/{Path(item.value).name}")
+        archive.write(folder[0].value, "/etc/circle/outside.png")
     zipped = inputs.examples(str(images / "examples.zip"), unpacked)
     assert sorted(one.label for one in zipped) == sorted([*(one.label for one in folder), "circle"])
-    assert {one.path.parent for one in zipped} == {unpacked}
-    assert all(Image.open(one.path).size[0] for one in zipped)
+    assert {Path(one.value).parent for one in zipped} == {unpacked}
+    assert all(Image.open(one.value).size[0] for one in zipped)
 
     new = images / "new"
     several = inputs.queries([str(new / "c*.png"), str(new / "c10.png"), str(new)], tmp_path)
     assert len(several) == len(list(new.iterdir()))
     listing = images / "list.csv"
     listing.write_text("file\nnew/c10.png\nnowhere.png\n")
-    assert [one.path.exists() for one in inputs.queries([str(listing)], tmp_path)] == [True, False]
+    assert [Path(one.value).exists() for one in inputs.queries([str(listing)], tmp_path)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -328,8 +334,7 @@ def test_completion_offers_the_arguments():
     takes = {"predict": command.TAKES}
     assert candidates("metalearn predict hea", takes) == ["head="]
     assert candidates("metalearn predict head=co", takes) == ["head=cosine "]
-    assert {one.partition("=")[0] for one in command.TAKES if "=" in one} == set(command._KEYS)
-    for key in command._KEYS:
+    for key in _arguments.keys(command.TAKES):
         assert re.search(rf"\b{key}=", command.HELP)
 
 
@@ -337,7 +342,7 @@ def test_summary_of_one_example_per_class(images, run_folder):
     folder = run_folder("algo=protonet")
     items = [one for one in inputs.examples(str(images / "examples"), images) if "/0." in one.name]
     classifier = FewShotClassifier(run=folder, head="cosine")
-    classifier.fit([one.path for one in items], [one.label for one in items])
+    classifier.fit([one.value for one in items], [one.label for one in items])
     (line,) = report.summary(classifier, [])
     assert "cannot be known from one example per class" in line
     buffer = io.BytesIO()

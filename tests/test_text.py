@@ -1,5 +1,6 @@
 """Texts: reading, splits, networks, and a run from files to labels."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from metalearn.data.text import Text, read_rows
 from metalearn.run.build import build
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
+from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS
 
@@ -87,6 +89,37 @@ def test_domains_are_kept_apart_and_shared_labels_are_split(tmp_path):
     assert data.class_names("test") == ("films/0", "films/1")
     assert data.views["val"].index.counts.tolist() == [4, 4]  # the repeated text is left out
     assert opened(path, split="domains", domains={}).class_names("test")[0].endswith("/0")
+
+
+def test_texts_of_no_class_are_distractors(tmp_path):
+    path = write_csv(tmp_path / "a.csv")
+    path.write_text(path.read_text() + "".join(f"strange {n},oos\n" for n in range(40)))
+    plain, data = opened(path), opened(path, distractors="oos")
+    assert "oos" not in [name for split in data.views for name in data.class_names(split)]
+    strange = {int(data.stores["train"].values[rows[0]][0]) for rows in data.pools.values()}
+    (word,) = strange  # the first word of each of these texts
+    pools = [set(rows.tolist()) for rows in data.pools.values()]
+    assert sum(map(len, pools)) == len(set.union(*pools)) == 40  # each in one split
+    shape = Shape(2, 1, 3, unlabelled=2, distractors=3)
+    without = dataclasses.replace(shape, distractors=0)
+    tasks = data.episodes("test", shape, 0).draw(0, 50)
+    same = data.episodes("test", without, 0).draw(0, 50)
+    assert torch.equal(tasks.query.x, same.query.x) and torch.equal(tasks.support.x, same.support.x)
+    is_strange = tasks.support.unlabelled[..., 0] == word
+    assert (is_strange.sum(1) == 6).all() and tasks.support.unlabelled.shape[1] == 10
+    assert is_strange.double().mean(0).std() < 0.15  # at no particular place
+    assert not (tasks.query.x[..., 0] == word).any()
+    rows = [tuple(one.tolist()) for one in tasks.support.unlabelled[is_strange]]
+    own = {tuple(one.tolist()) for one in data.stores["test"].values[data.pools["test"]]}
+    assert set(rows) == own
+    assert data.protocol("test")["distractor_label"] == "oos"
+    assert "distractor_label" not in plain.protocol("test")
+    whole = data.with_all_classes()
+    assert len(whole.pools["all"]) == 40
+    with pytest.raises(UserError, match=r"distractors x unlabelled = 22, but there are only 10"):
+        data.episodes("test", dataclasses.replace(shape, distractors=11), 0)
+    with pytest.raises(UserError, match=r"dataset\.distractors=other: .* has no such label"):
+        opened(path, distractors="other")
 
 
 def test_published_folds_name_classes_that_may_be_missing(tmp_path):

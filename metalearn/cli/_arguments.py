@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ def take(words: list[str], key: str, default: str | None = None) -> str | None:
     for word in given:
         words.remove(word)
     return given[0].partition("=")[2] if given else default
+
+
+def keys(takes: Iterable[str]) -> list[str]:
+    """Return the keys of the `key=…` that a command takes, from its `TAKES`."""
+    return [one.partition("=")[0] for one in takes if "=" in one]
 
 
 @contextlib.contextmanager

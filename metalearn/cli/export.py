@@ -26,15 +26,14 @@ A file that exists is replaced. out=<name of the folder>.onnx by default.
 #: What shell completion offers.
 TAKES: tuple[str, ...] = ("classifier={folder}", "run={folder}", "format=onnx", "out=")
 
-_KEYS = ("classifier", "run", "format", "out")
-
 
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
     words = list(args)
-    classifier, run, form, out = (_arguments.take(words, key) for key in _KEYS)
+    keys = _arguments.keys(TAKES)
+    classifier, run, form, out = (_arguments.take(words, key) for key in keys)
     if words:
-        hint = nearest(words[0].partition("=")[0], _KEYS)
+        hint = nearest(words[0].partition("=")[0], keys)
         raise UserError(f"{words[0]}: export takes no such argument{hint}")
     if (classifier is None) == (run is None):
         raise UserError(

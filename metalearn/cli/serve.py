@@ -1,4 +1,4 @@
-"""Serve a page and an HTTP interface to label images, with classes that you change online."""
+"""Serve a page and an HTTP interface to label images or texts, with classes that change online."""
 
 import contextlib
 import ipaddress
@@ -13,10 +13,12 @@ from metalearn.system.errors import UserError
 HELP = """metalearn serve [key=value …]
 
 Serves a page on which you drop a few images of each class, drop others and see their labels at
-once; a wrong label is corrected with a click. With a run that was trained on handwriting, you draw.
-The same operations are an HTTP interface (/docs). Ctrl-C ends it.
+once; a wrong label is corrected with a click. With a run that was trained on handwriting, you draw;
+with a network of texts, you type or paste them. The same operations are an HTTP interface (/docs).
+Ctrl-C ends it.
 
   metalearn serve                            on a pretrained network, http://127.0.0.1:8000
+  metalearn serve backbone=text_encoder      texts instead of images
   metalearn serve run=<folder>               on a trained run
   metalearn serve classifier=<folder>        begin with a classifier that metalearn predict saved
   METALEARN_TOKEN=… metalearn serve host=0.0.0.0 hosts=lab.example.org
@@ -34,15 +36,10 @@ An answer to a change is sent when the change is on disk. Requires the extra `se
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "classifier={folder}", "run={folder}", "backbone=efficientnet_lite0|timm|torchvision",
-    "head=auto|prototype|cosine|logistic|ridge|nearest", "error_rate=0.1|0.05", "host=127.0.0.1",
-    "port=8000", "hosts=", "token_file={folder}", "state={folder}",
+    *predict.CLASSIFIER_TAKES, "host=127.0.0.1", "port=8000", "hosts=", "token_file={folder}",
+    "state={folder}",
 )  # fmt: skip
 
-_KEYS = (
-    "classifier", "run", "backbone", "head", "error_rate", "host", "port", "hosts", "token_file",
-    "state",
-)  # fmt: skip
 _TOKEN = "METALEARN_TOKEN"
 _TOKEN_LENGTH = 16
 
@@ -50,7 +47,7 @@ _TOKEN_LENGTH = 16
 def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
     words = list(args)
-    given = predict.take_settings("serve", words, _KEYS)
+    given = predict.take_settings("serve", words, TAKES)
     if words:
         raise UserError(f"{words[0]}: serve takes key=value only; see metalearn serve --help")
     for key in ("backbone", "head"):
@@ -88,7 +85,8 @@ def serve(given: dict[str, str], listener: socket.socket, token: str) -> None:
         raise UserError(
             f"serve requires {error.name}; install the extra: metalearn-lab[serve]"
         ) from None
-    from metalearn.predict.store import ClassifierStore, Limits
+    from metalearn.predict.store import ClassifierStore
+    from metalearn.predict.uploads import Limits
     from metalearn.system.lock import alone_in
 
     folder = Path(given.get("state", "outputs/serve")).expanduser()

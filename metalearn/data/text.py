@@ -7,6 +7,7 @@ import io
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +19,13 @@ from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData, class_indices, seeded_split, shares, split_file
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
-from metalearn.tasks.store import ArrayStore, ClassView
+from metalearn.tasks.distractors import DistractedSampler
+from metalearn.tasks.sampling import EpisodeSampler, Shape
+from metalearn.tasks.store import ArrayStore, Augmentation, ClassView, Store
 from metalearn.tasks.types import Tokenizer
 
-#: Names of columns; without any of them in the first row, a file has no header.
-_COLUMNS = {
+#: Names of the columns of a file of texts.
+COLUMNS = {
     "text": ("text", "sentence", "utterance", "query"),
     "label": ("label", "category", "intent", "class"),
     "domain": ("domain",),
@@ -41,53 +44,89 @@ class Row(NamedTuple):
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
 
-    A CSV file may have a header or not, and any of the encodings UTF-8, UTF-16 and Windows-1252.
-
     Raises:
         UserError: If it cannot be read, or a row has no text or no label.
     """
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            sets = json.loads(content)
+    if path.suffix == ".json":
+        try:
+            sets = json.loads(path.read_bytes())
             return [
                 Row(str(text), str(label), "") for part in sets.values() for text, label in part
             ]
-        rows = [
-            row
-            for row in csv.reader(io.StringIO(_decoded(content), newline=""), strict=True)
-            if any(row)
-        ]
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    columns = {
-        name: next((header.index(one) for one in names if one in header), None)
-        for name, names in _COLUMNS.items()
-    }
-    first = 2
-    if columns["text"] is None and columns["label"] is None:
-        columns, first = {"text": 0, "label": 1, "domain": 2}, 1
-    result = []
-    for number, row in enumerate(rows[first - 1 :], first):
-        cells = {
-            name: row[column].strip() if column is not None and column < len(row) else ""
-            for name, column in columns.items()
-        }
-        if not cells["text"] or not cells["label"]:
-            missing = "label" if cells["text"] else "text"
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+    rows, first = table(path, read_csv(path), COLUMNS)
+    for number, row in enumerate(rows, first):
+        if not row["text"] or not row["label"]:
+            missing = "label" if row["text"] else "text"
             raise UserError(f"{path}: row {number} has no {missing}; complete or remove it")
-        result.append(Row(**cells))
-    return result
+    return [Row(**row) for row in rows]
 
 
-def _decoded(content: bytes) -> str:
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
+def read_csv(path: Path) -> list[list[str]]:
+    """Read the rows of a CSV file, in any of the encodings of `read_text`, that are not blank."""
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+        content = io.StringIO(read_text(path), newline="")
+        return [row for row in csv.reader(content, strict=True) if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+
+
+def table(
+    path: Path, rows: list[list[str]], columns: Mapping[str, Sequence[str]]
+) -> tuple[list[dict[str, str]], int]:
+    """Find the columns of a CSV file by its header, or without one by their order.
+
+    Args:
+        path: The file.
+        rows: Its rows.
+        columns: Names that a header may give to each column, the required one first. A first row
+            without any of them is no header.
+
+    Returns:
+        Cells of each row by column, "" for a missing one; and the number of the first of these
+        rows, 1 without a header.
+
+    Raises:
+        UserError: If the header does not name the required column.
+    """
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    places = {
+        name: next((header.index(one) for one in names if one in header), None)
+        for name, names in columns.items()
+    }
+    first, required = 2, next(iter(columns))
+    if all(place is None for place in places.values()):
+        places, first = {name: place for place, name in enumerate(columns)}, 1
+    elif places[required] is None:
+        raise UserError(f"{path}: its first row names no column {required}; rename one")
+    return [
+        {
+            name: row[place].strip() if place is not None and place < len(row) else ""
+            for name, place in places.items()
+        }
+        for row in rows[first - 1 :]
+    ], first
+
+
+def read_text(path: Path) -> str:
+    """Read a file in UTF-8, UTF-16 with a byte order mark, or else Windows-1252.
+
+    Raises:
+        UserError: If it cannot be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return content.decode("utf-16")
+        if b"\0" in content:
+            raise ValueError("it has zero bytes, as no text has; save it as UTF-8")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return content.decode("cp1252", errors="replace")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +146,8 @@ class Text(Dataset):
         split_seed: Seed of a random split, of classes or of domains.
         fractions: Fractions of the classes or domains for train, val and test.
         domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
+        distractors: Label of texts of no class, such as "oos": they are the distractors of episodes
+            (`episode.distractors`), each in one split; "": distractors are other classes.
         tokenizer: That of the backbone.
     """
 
@@ -118,6 +159,7 @@ class Text(Dataset):
     split_seed: int = setting()
     fractions: list[float] = at_least(0)
     domains: dict[str, str] = setting(default={})
+    distractors: str = setting(default="")
     tokenizer: Tokenizer | None = given_by_run(None)
 
     @property
@@ -137,17 +179,35 @@ class Text(Dataset):
                 "backbone=text_transformer, text_encoder or bag_of_ngrams"
             )
         texts, domain_of = self._read(self.files(data_dir))
+        content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        strange: list[str] = []
+        if self.distractors:
+            strange = texts.pop(self.distractors, [])
+            domain_of.pop(self.distractors, None)
+            if not strange:
+                raise UserError(
+                    f"dataset.distractors={self.distractors}: {self.path} has no such label"
+                )
         splits = self._splits(sorted(texts), domain_of)
         names = [name for chosen in splits.values() for name in chosen]
-        tokens = self.tokenizer([text for name in names for text in texts[name]])
+        known = [text for name in names for text in texts[name]]
+        tokens = self.tokenizer(known + strange)
         store = ArrayStore(tokens.to(device), self.tokenizer.vocabulary)
         counts = [len(texts[name]) for name in names]
         groups = domain_of if any(domain_of.values()) else {}
         indices = class_indices(names, counts, splits, device, groups)
         views = {split: ClassView(index) for split, index in indices.items()}
-        content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        return ClassData(dict.fromkeys(views, store), views, digest)
+        stores = dict.fromkeys(views, store)
+        if not strange:
+            return ClassData(stores, views, digest)
+        numbers = [str(number) for number in range(len(known), len(known) + len(strange))]
+        parts = seeded_split(numbers, shares(len(numbers), self.fractions), self.split_seed)
+        pools = {
+            split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
+            for split, some in parts.items()
+        }
+        return _DistractedData(stores, views, digest, pools, self.distractors)
 
     def _read(self, paths: list[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the texts and the domain of each class."""
@@ -214,3 +274,38 @@ class Text(Dataset):
                 "not have"
             )
         return splits
+
+
+class _DistractedData(ClassData):
+    """Classes, and inputs of none of them: rows int64 [R] of each split."""
+
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        views: dict[str, ClassView],
+        content_hash: str,
+        pools: dict[str, torch.Tensor],
+        label: str,
+    ) -> None:
+        super().__init__(stores, views, content_hash)
+        self.pools, self.label = pools, label
+
+    def with_all_classes(self) -> ClassData:
+        data = super().with_all_classes()
+        pools = {**self.pools, "all": torch.cat(list(self.pools.values()))}
+        return _DistractedData(data.stores, data.views, data.content_hash, pools, self.label)
+
+    def protocol(self, split: str) -> dict[str, object]:
+        digest = hashlib.sha256(repr(self.pools[split].tolist()).encode()).hexdigest()[:16]
+        return super().protocol(split) | {"distractor_label": self.label, "distractor_rows": digest}
+
+    def episodes(
+        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
+    ) -> EpisodeSampler:
+        plain = super().episodes(split, dataclasses.replace(shape, distractors=0), seed, augment)
+        if not shape.distractors:
+            return plain
+        try:
+            return DistractedSampler(**vars(plain) | {"shape": shape}, pool=self.pools[split])
+        except UserError as error:
+            raise UserError(f"{split} episodes: {error}") from None

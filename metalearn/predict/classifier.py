@@ -1,4 +1,4 @@
-"""FewShotClassifier: a scikit-learn classifier that learns from a few images of each class."""
+"""FewShotClassifier: a scikit-learn classifier that learns from a few examples of each class."""
 
 import copy
 import dataclasses
@@ -11,35 +11,24 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
-from threadpoolctl import threadpool_limits
 
 from metalearn.predict import heads, saved
-from metalearn.predict.confidence import (
-    MANY,
-    Confidence,
-    Outputs,
-    Procedure,
-    assess,
-    hold_out,
-    temperature,
-)
+from metalearn.predict.choice import HeadChoice
+from metalearn.predict.confidence import Confidence, Outputs, assess, hold_out
 from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.errors import UserError
-
-#: The head that is used where there is nothing to choose it by.
-_DEFAULT_HEAD = heads.HEADS[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """The label of an image.
+    """The label of an image or text.
 
     Attributes:
         label: The most probable class.
         probability: Its probability.
         second: The second most probable class.
         second_probability: Its probability.
-        unknown: True if the image is unlike all classes; None if that cannot be known.
+        unknown: True if it is unlike all classes; None if that cannot be known.
         plausible: The conformal set: classes that are not excluded at the error rate; None if there
             are too few examples for it.
     """
@@ -53,12 +42,13 @@ class Label:
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
-    """Learn classes from a few images of each, or from feature vectors.
+    """Learn classes from a few images or texts of each, or from feature vectors.
 
     Args:
-        backbone: A pretrained backbone, such as "efficientnet_lite0" or "timm
-            backbone.model=resnet18"; or a function from a list of images to features [M, D]; or
-            None, if `X` is feature vectors.
+        backbone: A pretrained backbone: for images, such as "efficientnet_lite0" or "timm
+            backbone.model=resnet18"; for texts "text_encoder", "text_encoder
+            backbone.model=<folder>" or "bag_of_ngrams". Or a function from a list of images or
+            texts to features [M, D]; or None, if `X` is feature vectors.
         head: "prototype", "cosine", "logistic", "ridge" or "nearest"; "auto" chooses by
             cross-validation on the examples or, with `run`, adapts as the run was trained.
         run: Folder of a trained run to use instead of a backbone.
@@ -68,7 +58,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         cost: `C` of the logistic regression, and the inverse of the penalty of the ridge.
         calibrate: Whether to calibrate probabilities by cross-validation. Without it there is no
             estimate of the accuracy, no `unknown` and no set of plausible classes.
-        error_rate: Share of images of the classes that may be called `unknown`, and whose class
+        error_rate: Share of examples of the classes that may be called `unknown`, and whose class
             may be missing in `plausible`.
         random_state: Seed of the folds.
 
@@ -126,19 +116,22 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return labels
 
     @property
-    def _is_run(self) -> bool:
-        return self.run is not None and self.head == "auto"
+    def kind(self) -> str:
+        """Return "images", "texts" or "features": what it learns from."""
+        return "features" if self.network is None else self.network.kind
 
     def represent(self, X: Any, unreadable: dict[int, str] | None = None) -> np.ndarray:
-        """Convert images to what is learned from; `fit` and `predict` accept it in their place.
+        """Convert images or texts to what is learned from; `fit` and `predict` accept it too.
 
         Args:
-            X: Image files, PIL images, or the result of an earlier call.
-            unreadable: Gets the reason for each image that cannot be read, by its index.
+            X: A list of image files or PIL images, or of strings; or the result of an earlier call.
+            unreadable: Gets the reason for each one that cannot be read, by its index.
 
         Raises:
-            UserError: For an image that cannot be read, if `unreadable` is None.
+            UserError: For one that cannot be read, if `unreadable` is None; for a single string.
         """
+        if isinstance(X, str | Path):
+            raise UserError(f"X={str(X)[:40]!r}: should be a list, of images or of texts")
         if self.network is None or (isinstance(X, np.ndarray) and X.dtype.kind in "fiu"):
             return np.asarray(X)
         return self.network.represent(list(X), unreadable)
@@ -147,7 +140,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         """Learn from examples.
 
         Args:
-            X: Images, see `represent`; or feature vectors [M, D] if there is no network.
+            X: Images or texts, see `represent`; or feature vectors [M, D] if there is no network.
             y: The class of each [M]; any number of each of at least two classes.
             notes: What to save with each example, for JSON.
 
@@ -230,87 +223,23 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _learn(self) -> None:
         """Choose and learn the head, and assess it."""
-        x, y, way, seed = self.examples_, self.targets_, len(self.classes_), self.random_state
-        procedure = self._procedure()
-        self.normalise_, self.learned_ = self.normalise, {}
-        if not self._is_run:
+        x, y, way = self.examples_, self.targets_, len(self.classes_)
+        self.normalise_, self.learned_, self.head_, self.scale_ = self.normalise, {}, "run", 1.0
+        if isinstance(run := self.network, AdaptingRun):
+            seed = self.random_state
+            held_out = hold_out(run.procedure, x, y, way, 1, seed) if self.calibrate else None
+            run.adapt(x, y)
+        else:
             x = x.astype(np.float64)
             if self.normalise == "auto":
                 self.normalise_ = "standard" if self.network is None else "l2"
-            if self.normalise_ == "l2" and len(x) < x.shape[1]:
-                # A rotation to as many features as examples: no head depends on it.
-                triangle: Any = np.linalg.qr(heads.scaled({}, x).T, mode="r")
-                x = triangle.T
-        fits = 1 if self._is_run else 10 if self.head == "auto" else 20
-        is_small = not self._is_run and len(x) <= MANY  # threads would only wait for each other
-        with threadpool_limits(1 if is_small else None):
-            self.head_, self.scale_ = "run", 1.0
-            if not self._is_run:
-                self.head_, self.scale_ = self._chosen(x, y, way, 20)
-            held_out = hold_out(procedure, x, y, way, fits, seed) if self.calibrate else None
-        self.confidence_ = assess(held_out, way, self.error_rate)
-        if self._is_run:
-            assert isinstance(self.network, AdaptingRun)
-            self.network.adapt(self.examples_, y)
-        else:
-            x = self.examples_.astype(np.float64)
+            choice = HeadChoice(self.head, self.normalise_, self.cost, self.random_state)
+            self.head_, self.scale_, held_out = choice.made(x, y, way, self.calibrate)
             self.learned_ = heads.learn(self.head_, self.normalise_, x, y, way, self.cost)
-
-    def _chosen(self, x: np.ndarray, y: np.ndarray, way: int, fits: int) -> tuple[str, float]:
-        """Return `head` and 1, or the best head in cross-validation and its temperature.
-
-        The first head, unless another one is more accurate by at least a standard error (Breiman et
-        al. 1984). The temperature gives logits of different heads the same scale.
-        """
-        if self.head != "auto":
-            return self.head, 1.0
-        best, required, chosen = -1.0, 0.0, (_DEFAULT_HEAD, 1.0)
-        for head in heads.HEADS:
-            held_out = hold_out(
-                lambda *data, head=head: self._outputs(head, *data), x, y, way, fits,
-                self.random_state,
-            )  # fmt: skip
-            if held_out is None:
-                return chosen
-            accuracy = float((held_out.logits.argmax(1) == held_out.y).mean())
-            if accuracy > max(best, required):
-                degree = temperature(held_out.logits, held_out.y, held_out.examples)
-                best, chosen = accuracy, (head, degree)
-            if head == _DEFAULT_HEAD:
-                error = (accuracy * (1 - accuracy) / held_out.examples) ** 0.5
-                required = accuracy + error - 1e-9
-        return chosen
-
-    def _outputs(
-        self, head: str, x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray
-    ) -> Outputs:
-        learned = heads.learn(head, self.normalise_, x, y, way, self.cost)
-        return Outputs(heads.logits(head, learned, queries), heads.novelty(learned, queries))
-
-    def _procedure(self) -> Procedure:
-        """Return the whole of learning, the choice of the head included."""
-        if self._is_run:
-            network = self.network
-            assert isinstance(network, AdaptingRun)
-
-            def run(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-                network.adapt(x, y)
-                return network.outputs(queries)
-
-            return run
-
-        is_large = len(self.examples_) > MANY
-
-        def learn(x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
-            chosen = self.head_, self.scale_
-            head, scale = chosen if is_large else self._chosen(x, y, way, 1)
-            outputs = self._outputs(head, x, y, way, queries)
-            return Outputs(outputs.logits / scale, outputs.novelty)
-
-        return learn
+        self.confidence_ = assess(held_out, way, self.error_rate)
 
     def _evaluate(self, X: Any) -> Outputs:
-        """Compute log-probabilities and novelty of images or feature vectors."""
+        """Compute log-probabilities and novelty of images, texts or feature vectors."""
         check_is_fitted(self)
         if self.network is None:
             x = validate_data(self, X, reset=False, dtype=np.float64)
@@ -330,13 +259,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return result
 
     def predict(self, X: Any) -> np.ndarray:
-        """Predict the most probable class of each image or feature vector [Q]."""
+        """Predict the most probable class of each image, text or feature vector [Q]."""
         check_is_fitted(self)
         result: np.ndarray = self.classes_[self.predict_proba(X).argmax(1)]
         return result
 
     def label(self, X: Any) -> list[Label]:
-        """Predict the label of each image, with how far to trust it."""
+        """Predict the label of each one, with how far to trust it."""
         outputs, trust, names = self._evaluate(X), self.confidence_, self.classes_.tolist()
         probabilities = softmax(outputs.logits, axis=1)
         labels = []

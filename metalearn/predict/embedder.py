@@ -1,17 +1,19 @@
-"""Embed images with a pretrained network and its own preprocessing; features are cached on disk."""
+"""Embed images or texts with a pretrained network; features are cached on disk."""
 
 import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from metalearn.backbones.pretrained import Pretrained
+from metalearn.backbones.base import Backbone
+from metalearn.backbones.pretrained import Preprocessing, Pretrained
 from metalearn.config import components
 from metalearn.data.files import open_image, plain
 from metalearn.engine import channels_last
@@ -19,10 +21,116 @@ from metalearn.run import feature_cache
 from metalearn.run.feature_cache import digest
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 from metalearn.tasks import prng
-from metalearn.tasks.types import InputSpec
+from metalearn.tasks.types import InputSpec, Tokenizer
 
 
-class ImageEmbedder:
+class Reader(Protocol):
+    """How an item becomes an input of a network: all that differs between images and texts.
+
+    Attributes:
+        kind: "images" or "texts".
+        inputs: Shape of an input; texts are as long as they are.
+    """
+
+    kind: str
+    inputs: InputSpec
+
+    def key(self, item: Any) -> bytes:
+        """Return what tells the contents of items apart."""
+
+    def tensor(self, item: Any) -> Tensor:
+        """Return the input [*X]; raise any exception if the item cannot be read."""
+
+
+class _ImageReader:
+    """Images: files or PIL images."""
+
+    kind = "images"
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self._preprocessing = preprocessing
+        self.inputs = InputSpec((3, preprocessing.size, preprocessing.size))
+
+    def key(self, item: Image.Image | str | Path) -> bytes:
+        if not isinstance(item, Image.Image):
+            return digest(Path(item).expanduser().read_bytes())
+        return digest(repr((item.mode, item.size)).encode(), item.convert("RGBA").tobytes())
+
+    def tensor(self, item: Image.Image | str | Path) -> Tensor:
+        """Return an image as the network's input in [0, 1], [3, size, size]."""
+        if not isinstance(item, Image.Image):
+            with open_image(Path(item).expanduser()) as opened:
+                return self.tensor(opened)
+        array = np.asarray(self._preprocessing.crop(plain(item, "white", "RGB")))
+        return torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
+
+
+class _TextReader:
+    """Texts: strings that are not blank."""
+
+    kind = "texts"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.inputs = InputSpec((1,), tokenizer.vocabulary)
+
+    def key(self, item: str) -> bytes:
+        return digest(checked_text(item).encode("utf-8", "surrogatepass"))
+
+    def tensor(self, item: str) -> Tensor:
+        """Return the tokens of a text, int64 [L]."""
+        return self._tokenizer([checked_text(item)])[0]
+
+
+def checked_text(item: Any) -> str:
+    """Return a text; raise ValueError if it is blank, or no text."""
+    if not isinstance(item, str):
+        raise ValueError(f"it is no text but {type(item).__name__}")
+    if not item.strip():
+        raise ValueError("it is empty")
+    return item
+
+
+def read_each(
+    items: Sequence[Any],
+    read: Callable[[Any], Any],
+    blank: Any,
+    kind: str,
+    unreadable: dict[int, str] | None,
+) -> list[Any]:
+    """Apply a function to each item.
+
+    Args:
+        items: Images or texts.
+        read: The function.
+        blank: Its result for an item for which it raises an exception.
+        kind: "images" or "texts".
+        unreadable: Gets the reason for each such item, by its index. None: the first is an error.
+
+    Raises:
+        UserError: For an item that cannot be read.
+    """
+    results = []
+    for index, item in enumerate(items):
+        try:
+            results.append(read(item))
+        except UserError:  # of the network, whatever the item
+            raise
+        except Exception as error:  # a corrupt file can raise any exception in Pillow
+            if is_out_of_memory(error):
+                raise
+            if unreadable is None:
+                is_file = kind == "images" and not isinstance(item, Image.Image)
+                name = item if is_file else f"{kind[:-1]} {index}"
+                raise UserError(
+                    f"{name} is not a readable {kind[:-1]} ({first_line(error)})"
+                ) from None
+            unreadable[index] = first_line(error)
+            results.append(blank)
+    return results
+
+
+class Embedder:
     """A frozen pretrained network.
 
     Args:
@@ -32,73 +140,72 @@ class ImageEmbedder:
 
     Attributes:
         network: The backbone.
-        inputs: Shape of the network's inputs.
+        reader: How items become its inputs.
         tensors: Its weights and population statistics.
 
     Raises:
-        UserError: If weights cannot be read, or the network has no preprocessing of its own.
+        UserError: If weights cannot be read, or the network is not a pretrained one.
     """
 
     def __init__(
         self, backbone: dict[str, Any], device: torch.device, cache_dir: Path | None
     ) -> None:
-        network = components.make(backbone, "backbone")
-        if not isinstance(network, Pretrained):
+        network: Backbone = components.make(backbone, "backbone")
+        self.reader: Reader
+        if isinstance(network, Pretrained):
+            self.reader = _ImageReader(network.preprocessing)
+        elif network.is_frozen and (tokenizer := network.tokenizer()) is not None:
+            self.reader = _TextReader(tokenizer)
+        else:
             raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")
         self.network, self._device, self._cache_dir = network, device, cache_dir
-        self.inputs = InputSpec((3, network.preprocessing.size, network.preprocessing.size))
-        self._params, self._population = network.init(self.inputs, prng.key_of(0, device=device))
+        inputs, key = self.reader.inputs, prng.key_of(0, device=device)
+        self._params, self._population = network.init(inputs, key)
         self.tensors = self._params | self._population
         self._key = feature_cache.network_key(network, self.tensors, device, "fp32")
         self._params = channels_last(self._params)
 
     def features(self, x: Tensor) -> Tensor:
-        """Compute features [B, D] of images in [0, 1], float32 [B, 3, size, size]."""
+        """Compute features [B, D] of images in [0, 1], float32 [B, 3, size, size], or tokens."""
         return self.network.embed(self._params, channels_last(x), self._population)[0]
 
     def __call__(
         self,
-        images: Sequence[Image.Image | str | Path],
+        items: Sequence[Any],
         progress: Callable[[int, int], object] | None = None,
         unreadable: dict[int, str] | None = None,
     ) -> Tensor:
-        """Embed images.
+        """Embed images or texts.
 
         Args:
-            images: Files of any format and size, or PIL images, [M].
-            progress: Called with the numbers of images done and of all.
-            unreadable: Gets the reason for each image that cannot be read, by its index; its
+            items: Image files of any format and size, or PIL images; or texts, [M].
+            progress: Called with the numbers of items done and of all.
+            unreadable: Gets the reason for each item that cannot be read, by its index; its
                 features are NaN. None: the first one is an error.
 
         Returns:
             Features, float32 [M, D], on the CPU.
 
         Raises:
-            UserError: If images cannot be read, or the cache cannot be written.
+            UserError: If items cannot be read, or the cache cannot be written.
         """
+        kind, inputs = self.reader.kind, self.reader.inputs
         failures: dict[int, str] = {}
-
-        def read(index: int, how: Callable[[Any], Any], otherwise: Any) -> Any:
-            """Apply a function to an image, or record why that is impossible."""
-            image = images[index]
-            try:
-                return how(image if isinstance(image, Image.Image) else Path(image).expanduser())
-            except Exception as error:  # a corrupt file can raise any exception in Pillow
-                if is_out_of_memory(error):
-                    raise
-                failures[index] = first_line(error)
-            if unreadable is None:
-                name = f"image {index}" if isinstance(image, Image.Image) else image
-                raise UserError(f"{name} is not a readable image ({failures[index]})")
-            return otherwise
+        keys = read_each(
+            items, self.reader.key, b"", kind, None if unreadable is None else failures
+        )
 
         def load(indices: list[int]) -> Tensor:
-            black = torch.zeros(self.inputs.shape)
-            pixels = [read(index, self._pixels, black) for index in indices]
-            return torch.stack(pixels).to(self._device)
+            own: dict[int, str] = {}
+            blank = torch.zeros(inputs.shape)
+            chosen = [items[index] for index in indices]
+            tensors = read_each(
+                chosen, self.reader.tensor, blank, kind, None if unreadable is None else own
+            )
+            failures.update({indices[place]: reason for place, reason in own.items()})
+            return pad_sequence(tensors, batch_first=True).to(self._device)
 
-        keys = [read(index, _content_key, b"") for index in range(len(images))]
-        size, folder = math.prod(self.network.shape(self.inputs)), self._cache_dir
+        size, folder = math.prod(self.network.shape(inputs)), self._cache_dir
         opened = feature_cache.opened(folder, self._key) if folder else contextlib.nullcontext()
         with opened as cache, torch.no_grad():
             z = feature_cache.embed_inputs(
@@ -111,18 +218,4 @@ class ImageEmbedder:
 
     def pixels(self, images: Sequence[Image.Image | Path]) -> Tensor:
         """Return images as the network's inputs in [0, 1], float32 [B, 3, size, size]."""
-        return torch.stack([self._pixels(image) for image in images]).to(self._device)
-
-    def _pixels(self, image: Image.Image | Path) -> Tensor:
-        """Return an image as the network's input in [0, 1], [3, size, size]."""
-        if isinstance(image, Path):
-            with open_image(image) as opened:
-                return self._pixels(opened)
-        array = np.asarray(self.network.preprocessing.crop(plain(image, "white", "RGB")))
-        return torch.from_numpy(array.copy()).permute(2, 0, 1) / 255
-
-
-def _content_key(image: Image.Image | Path) -> bytes:
-    if isinstance(image, Path):
-        return digest(image.read_bytes())
-    return digest(repr((image.mode, image.size)).encode(), image.convert("RGBA").tobytes())
+        return torch.stack([self.reader.tensor(image) for image in images]).to(self._device)

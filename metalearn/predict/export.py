@@ -68,6 +68,11 @@ def export_classifier(folder: Path, out: Path) -> dict[str, float]:
     network = classifier.network
     if network is None:
         raise UserError(f"{folder}: learns from feature vectors, so it has no images to export")
+    if network.kind == "texts":
+        raise UserError(
+            f"{folder}: learns from texts, and no ONNX file has their tokenizer; classifiers of "
+            "images can be exported"
+        )
     is_run = isinstance(network, AdaptingRun)
     temperature = classifier.scale_ * classifier.confidence_.temperature
 

@@ -1,67 +1,81 @@
-"""Find the images of a command: folders, zips, CSV files, single files and patterns."""
+"""Find the images or texts of a command: folders, zips, CSV and text files, patterns."""
 
-import csv
 import dataclasses
 import glob
+import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from metalearn.data.files import list_images
-from metalearn.system.errors import UserError, first_line
+from metalearn.data import text
+from metalearn.data.files import SUFFIXES, ImageFile, list_images
+from metalearn.system.errors import UserError
 
 #: A file in a zip that unpacks to more than this is not read.
 _MAX_BYTES = 2**28
-_PATH_COLUMNS = ("path", "file", "filename", "image")
-_LABEL_COLUMNS = ("label", "class", "category")
+_IMAGE_COLUMNS = {
+    "path": ("path", "file", "filename", "image"),
+    "label": ("label", "class", "category"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An image.
+    """An image or a text.
 
     Attributes:
-        name: What a user calls it: its path, or its path in a zip after the zip's.
-        path: Where it can be read; nothing is there if it could not be unpacked.
+        name: What a user calls it: its path, its path in a zip after the zip's, or the file and the
+            row of a text.
+        value: The text; or the file of the image, which does not exist if it cannot be unpacked.
         label: Its class; "" if none is given.
     """
 
     name: str
-    path: Path
+    value: Path | str
     label: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Return "images" or "texts"."""
+        return "texts" if isinstance(self.value, str) else "images"
 
 
 def examples(source: str, unpacked: Path) -> list[Item]:
-    """List labelled images.
+    """List labelled images or texts.
 
     Args:
-        source: A folder or zip with a subfolder for each class, or a CSV file (path, label).
+        source: A folder or zip with a subfolder of images for each class, or a text file for each;
+            or a CSV file (path, label or text, label).
         unpacked: Folder for the content of zips.
 
     Raises:
-        UserError: If there are none, or an image has no label.
+        UserError: If there are none, or one has no label.
     """
     items = list(_items(Path(source).expanduser(), unpacked, source))
-    if unlabelled := [item.name for item in items if not item.label]:
-        raise UserError(
-            f"{source}: {unlabelled[0]} has no label; put images into one subfolder per class, or "
-            "give a CSV file with the columns path and label"
-        )
+    if unlabelled := [item for item in items if not item.label]:
+        layout = "images into one subfolder per class, or give a CSV file with the columns path"
+        if unlabelled[0].kind == "texts":
+            layout = "texts into one .txt file per class, or give a CSV file with the columns text"
+        raise UserError(f"{source}: {unlabelled[0].name} has no label; put {layout} and label")
     if not items:
-        raise UserError(f"{source}: no images there; it should contain one subfolder per class")
+        raise UserError(
+            f"{source}: no images there; it should contain one subfolder of images, or one .txt "
+            "file, per class"
+        )
     return items
 
 
 def queries(sources: list[str], unpacked: Path) -> list[Item]:
-    """List images to label: files, folders, zips, CSV files with a column path, or patterns.
+    """List images or texts to label: files, folders, zips, CSV files, or patterns.
 
     Args:
-        sources: What to list; an image that occurs twice is listed once.
+        sources: What to list; an item that occurs twice is listed once.
         unpacked: Folder for the content of zips.
 
     Raises:
-        UserError: If a source has no images.
+        UserError: If a source has none.
     """
     items: dict[str, Item] = {}
     for source in sources:
@@ -69,57 +83,74 @@ def queries(sources: list[str], unpacked: Path) -> list[Item]:
         paths = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         found = {item.name: item for one in paths for item in _items(one, unpacked, source)}
         if not found:
-            raise UserError(f"{source}: no images there")
+            raise UserError(f"{source}: no images there, and no .txt files")
         items |= found
     return list(items.values())
 
 
 def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
-    if path.is_dir():
-        for image in list_images(path):
-            label = PurePosixPath(image.name).parent.name
-            yield Item(str(path / image.name), path / image.name, label)
-    elif not path.exists():
+    suffix = path.suffix.lower()
+    if not path.exists():
         raise UserError(f"{source}: there is no such file or folder")
-    elif path.suffix.lower() == ".zip":
-        yield from _unpack(path, unpacked)
-    elif path.suffix.lower() == ".csv":
+    if path.is_dir() or suffix == ".zip":
+        images = list_images(path)
+        files = images or list_images(path, (".txt",))
+        places = _unpack(path, files, unpacked) if suffix == ".zip" else map(_place, files)
+        for file, place in zip(files, places, strict=True):
+            inside = PurePosixPath(file.name)
+            if images:
+                yield Item(str(file), place, inside.parent.name)
+            else:
+                yield from _lines(place, str(file), inside.parent.name or inside.stem)
+    elif suffix == ".csv":
         yield from _listed(path)
+    elif suffix == ".txt":
+        yield from _lines(path, str(path), "")
     else:
         yield Item(str(path), path)
 
 
-def _unpack(path: Path, unpacked: Path) -> Iterator[Item]:
-    """Unpack the images of a zip under numbers: no name in it becomes a path."""
+def _place(file: ImageFile) -> Path:
+    return file.container / file.name
+
+
+def _unpack(path: Path, files: list[ImageFile], unpacked: Path) -> Iterator[Path]:
+    """Unpack files of a zip under numbers: no name in it becomes a path."""
     first = len(list(unpacked.iterdir()))
     with zipfile.ZipFile(path) as archive:
-        for number, image in enumerate(list_images(path), first):
-            file = unpacked / f"{number}{Path(image.name).suffix}"
+        for number, packed in enumerate(files, first):
+            file = unpacked / f"{number}{Path(packed.name).suffix}"
             file.touch()
             try:
-                if archive.getinfo(image.name).file_size <= _MAX_BYTES:
-                    with archive.open(image.name) as stream, file.open("wb") as copy:
+                if archive.getinfo(packed.name).file_size <= _MAX_BYTES:
+                    with archive.open(packed.name) as stream, file.open("wb") as copy:
                         shutil.copyfileobj(stream, copy)
             except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError, ValueError):
                 file.write_bytes(b"")  # an unreadable image
-            yield Item(str(path / image.name), file, PurePosixPath(image.name).parent.name)
+            yield file
+
+
+def _lines(path: Path, name: str, label: str) -> Iterator[Item]:
+    """Read a text file: a text in each line that is not blank."""
+    lines = re.split(r"\r\n|\r|\n", text.read_text(path))
+    if not any(map(str.strip, lines)):
+        raise UserError(f"{name}: there is no text in this file; remove it")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Item(f"{name}:{number}", line.strip(), label)
 
 
 def _listed(path: Path) -> Iterator[Item]:
-    """Read a CSV file; its paths are relative to its folder."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [row for row in csv.reader(stream) if any(row)]
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a readable CSV file ({first_line(error)})") from None
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    column = next((header.index(name) for name in _PATH_COLUMNS if name in header), None)
-    label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
-    if column is None:  # no header
-        column, label = 0, 1
-    else:
-        rows = rows[1:]
-    for row in rows:
-        name = row[column] if column < len(row) else ""
-        given = row[label].strip() if label is not None and label < len(row) else ""
-        yield Item(name, path.parent / Path(name).expanduser(), given)
+    """Read a CSV file of paths, which are relative to its folder, or of texts."""
+    rows = text.read_csv(path)
+    header = {cell.strip().lower() for cell in rows[0]} if rows else set()
+    is_image = bool(header & set(_IMAGE_COLUMNS["path"]))
+    if rows and not header & {name for names in text.COLUMNS.values() for name in names}:
+        first = path.parent / rows[0][0].strip()
+        is_image |= first.suffix.lower() in SUFFIXES or os.path.isfile(first)
+    cells, number = text.table(path, rows, _IMAGE_COLUMNS if is_image else text.COLUMNS)
+    for row, one in enumerate(cells, number):
+        if is_image:
+            yield Item(one["path"], path.parent / Path(one["path"]).expanduser(), one["label"])
+        else:
+            yield Item(f"{path}:{row}", one["text"], one["label"])

@@ -1,4 +1,4 @@
-"""Networks under a classifier: they turn images into what it learns from.
+"""Networks under a classifier: they turn images or texts into what it learns from.
 
 The only place that opens a backbone or a run for `FewShotClassifier`.
 """
@@ -19,17 +19,17 @@ from metalearn.config import checking, paths
 from metalearn.config.composition import compose_config, options
 from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
-from metalearn.predict.embedder import ImageEmbedder
+from metalearn.predict.embedder import Embedder, checked_text, read_each
 from metalearn.report.folder import RunFolder
 from metalearn.run import load
 from metalearn.run.parts import cache_folder, device_of
-from metalearn.system.errors import UserError, first_line, nearest
+from metalearn.system.errors import UserError, nearest
 
-#: Files or PIL images.
-Images = Sequence[Any]
-#: Why some images cannot be read, by their index.
+#: Image files or PIL images; or texts.
+Items = Sequence[Any]
+#: Why some items cannot be read, by their index.
 Reasons = dict[int, str] | None
-#: Images -> features, float [M, D].
+#: Items -> features, float [M, D].
 Embedding = Callable[[list[Any]], Any]
 
 
@@ -37,28 +37,28 @@ class Network:
     """A frozen network; heads learn from its features.
 
     Attributes:
-        takes_images: False for a run on other inputs.
+        kind: What it takes: "images", "texts", or "features" for a run on other inputs.
         identity: What a saved classifier must find again; None if it cannot be saved.
         way: The number of classes that the examples must have; None for any.
         pen: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
     """
 
     identity: str | None = None
-    takes_images: bool = True
+    kind: str = "images"
     way: int | None = None
     pen: float | None = None
 
-    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
         """Compute what is learned from: features, float32 [M, D].
 
         Args:
-            images: Files or PIL images.
-            unreadable: Gets the reason for each image that cannot be read, by its index; its row
+            items: Image files or PIL images; or texts.
+            unreadable: Gets the reason for each one that cannot be read, by its index; its row
                 has no meaning. None: raise UserError for the first.
         """
         raise NotImplementedError
 
-    def pixels(self, images: Images) -> Tensor:
+    def pixels(self, images: Items) -> Tensor:
         """Return what `outputs_of` takes for images: float32 in [0, 1], [B, C, H, W]."""
         raise UserError("a classifier on a Python function cannot be exported; name a backbone")
 
@@ -72,14 +72,14 @@ class Network:
 
 
 class Function(Network):
-    """A Python function that embeds images."""
+    """A Python function that embeds images or texts."""
 
     def __init__(self, embedding: Embedding) -> None:
         self._embedding = embedding
 
-    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
-        """Call the function, which reads the images."""
-        return np.asarray(self._embedding(list(images)), dtype=np.float32)
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Call the function, which reads the items."""
+        return np.asarray(self._embedding(list(items)), dtype=np.float32)
 
 
 class PretrainedFeatures(Network):
@@ -101,24 +101,26 @@ class PretrainedFeatures(Network):
         device = device_of(config.device)
         process.prepare(device, config.engine.threads, config.engine.precision)
         cache = cache_folder(config) if is_cached else None
-        self._embedder = ImageEmbedder(config.backbone, device, cache)
+        self._embedder = Embedder(config.backbone, device, cache)
+        self.kind = self._embedder.reader.kind
         self._progress = _show if is_cached and sys.stderr.isatty() else None
         hashed = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
         for key, value in sorted(self._embedder.tensors.items()):
             hashed.update(key.encode() + value.cpu().numpy().tobytes())
         self.identity = hashed.hexdigest()
 
-    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
-        """Embed images."""
-        return self._embedder(images, self._progress, unreadable).numpy()
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Embed items."""
+        return self._embedder(items, self._progress, unreadable).numpy()
 
-    def pixels(self, images: Images) -> Tensor:
+    def pixels(self, images: Items) -> Tensor:
         """Resize and crop images."""
         return self._embedder.pixels(images)
 
     def preprocessing(self) -> dict[str, str]:
         """Describe resizing and cropping."""
-        own = self._embedder.network.preprocessing
+        own: Any = self._embedder.network
+        own = own.preprocessing
         return {
             "size": str(own.size),
             "resize": str(own.resize),
@@ -134,7 +136,7 @@ class PretrainedFeatures(Network):
 
 def _show(done: int, count: int) -> None:
     """Show the progress on a terminal."""
-    print(f"\r{done} of {count} images embedded", end="", file=sys.stderr)
+    print(f"\r{done} of {count} embedded", end="", file=sys.stderr)
     if done == count:
         print(file=sys.stderr)
 
@@ -144,7 +146,8 @@ class RunFeatures(Network):
 
     def __init__(self, run: str | Path) -> None:
         self._model = load.load(run)
-        self.takes_images = self._model.spec.inputs.kind == "images"
+        kind = self._model.spec.inputs.kind
+        self.kind = "texts" if kind == "tokens" else kind
         if self._model.spec.target != "class":
             raise UserError(f"run={run}: predicts values, not classes")
         if not isinstance(self, AdaptingRun) and not self._model.embeds_alone:
@@ -156,23 +159,22 @@ class RunFeatures(Network):
         self.way = self._model.way if isinstance(self, AdaptingRun) else None
         self.pen = self._model.pen
 
-    def _read(self, images: Images, unreadable: Reasons) -> np.ndarray:
-        arrays = []
-        for index, image in enumerate(images):
-            try:
-                arrays.append(self._model.read_image(image).numpy())
-            except UserError as error:
-                if unreadable is None:
-                    raise
-                unreadable[index] = first_line(error)
-                arrays.append(np.zeros(self._model.spec.input_shape, np.uint8))
-        return np.stack(arrays) if arrays else np.zeros((0, *self._model.spec.input_shape))
+    def _read(self, items: Items, unreadable: Reasons) -> np.ndarray:
+        shape, is_text = self._model.spec.input_shape, self.kind == "texts"
+        blank = np.zeros(shape, np.int64 if is_text else np.uint8)
 
-    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
-        """Embed images."""
-        return self._model.embed(self._read(images, unreadable)).cpu().numpy()
+        def read(item: Any) -> np.ndarray:
+            array: np.ndarray = self._model.read(checked_text(item) if is_text else item).numpy()
+            return array
 
-    def pixels(self, images: Images) -> Tensor:
+        arrays = read_each(items, read, blank, self.kind, unreadable)
+        return np.stack([blank, *arrays])[1:]
+
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Embed items."""
+        return self._model.embed(self._read(items, unreadable)).cpu().numpy()
+
+    def pixels(self, images: Items) -> Tensor:
         """Read images as the run's dataset reads its own."""
         return torch.from_numpy(self._read(images, None) / np.float32(255)).to(self._model.device)
 
@@ -184,9 +186,9 @@ class RunFeatures(Network):
 class AdaptingRun(RunFeatures):
     """A run that adapts to the examples as it was trained to."""
 
-    def represent(self, images: Images, unreadable: Reasons = None) -> np.ndarray:
-        """Read images as the run's dataset reads its own: uint8 [M, C, H, W]."""
-        return self._read(images, unreadable)
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Read items as the run's dataset does: uint8 [M, C, H, W], or tokens, int64 [M, L]."""
+        return self._read(items, unreadable)
 
     def outputs_of(self, x: Tensor) -> Tensor:
         """Compute logits, in the order of the sorted classes."""
@@ -194,8 +196,13 @@ class AdaptingRun(RunFeatures):
         return self._model.tensor_outputs(x)[:, torch.from_numpy(order)]
 
     def adapt(self, x: np.ndarray, y: np.ndarray) -> None:
-        """Adapt to examples [M, C, H, W] of classes [M]; a copy of this object stays as it was."""
+        """Adapt to examples [M, …] of classes [M]; a copy of this object stays as it was."""
         self._model = copy.copy(self._model).adapt(x, y.tolist())
+
+    def procedure(self, x: np.ndarray, y: np.ndarray, way: int, queries: np.ndarray) -> Outputs:
+        """Adapt to examples and predict queries: a `Procedure` of cross-validation."""
+        self.adapt(x, y)
+        return self.outputs(queries)
 
     def outputs(self, x: np.ndarray) -> Outputs:
         """Predict after `adapt`. The novelty is the probability of not being the likely class."""
@@ -214,7 +221,7 @@ def open_network(
     """Open a network.
 
     Args:
-        backbone: Name of a pretrained backbone, a function that embeds images, or None.
+        backbone: Name of a pretrained backbone, a function that embeds items, or None.
         run: Folder of a trained run, or None.
         has_head: Whether a head learns from the run's features, instead of the run's own method.
         is_cached: False to store no features on disk.

@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import string
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import ImageOps
 
 from metalearn.data.files import opaque, open_image
 from metalearn.predict.classifier import FewShotClassifier, Label
+from metalearn.predict.inputs import Item
 from metalearn.system.atomic import atomic_writer, write_json
 
 _COLUMNS = (
@@ -39,25 +41,32 @@ def thumbnail(path: Path) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def note(name: str, value: Path | str) -> dict[str, str]:
+    """Return what shows an item in pages: its name with a text, or with a thumbnail of an image."""
+    own = {"text": value} if isinstance(value, str) else {"thumbnail": thumbnail(value)}
+    return {"file": name, **own}
+
+
 def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[str]:
     """Say in sentences how far to trust the labels.
 
     Args:
         classifier: The classifier.
-        labels: Labels of the images; None for one that cannot be read.
+        labels: Labels of images or texts; None for one that cannot be read.
     """
     trust, names = classifier.confidence_, classifier.classes_.tolist()
-    images = [label for label in labels if label is not None]
+    kind = "texts" if classifier.kind == "texts" else "images"
+    readable = [label for label in labels if label is not None]
     lines = []
     if labels:
-        missing = len(labels) - len(images)
+        missing = len(labels) - len(readable)
         unread = f", {missing} cannot be read" if missing else ""
-        lines.append(f"Images labelled: {len(images)}{unread}.")
-    interval = trust.interval(len(images) or None)
+        lines.append(f"{kind.capitalize()} labelled: {len(readable)}{unread}.")
+    interval = trust.interval(len(readable) or None)
     if interval is not None:
         lines.append(
             f"Expect {100 * interval[0]:.0f} to {100 * interval[1]:.0f}% of the labels to be right "
-            f"(95% interval, from cross-validation on {trust.examples} examples, if the images are "
+            f"(95% interval, from cross-validation on {trust.examples} examples, if the {kind} are "
             "like these)."
         )
     elif classifier.calibrate:
@@ -67,16 +76,15 @@ def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[s
         )
     rate = f"{100 * trust.error_rate:.0f}%"
     if trust.novelty_threshold is not None:
-        unknown = sum(bool(label.unknown) for label in images)
-        count = (
-            f"Images that look like none of the classes (unknown): {unknown}. " if labels else ""
-        )
+        unknown = sum(bool(label.unknown) for label in readable)
+        count = f"{kind.capitalize()} that look like none of the classes (unknown): {unknown}. "
         lines.append(
-            f"{count}By mistake, about {rate} of the images of your classes are called unknown."
+            f"{count if labels else ''}By mistake, about {rate} of the {kind} of your classes are "
+            "called unknown."
         )
     elif interval is not None:
         lines.append(
-            f"Unknown images and sets of plausible classes at an error rate of {rate} require "
+            f"Unknown {kind} and sets of plausible classes at an error rate of {rate} require "
             f"{round(1 / trust.error_rate) - 1} examples of classes with at least two; there are "
             f"{trust.examples}."
         )
@@ -122,7 +130,7 @@ def doubtful(classifier: FewShotClassifier) -> list[dict[str, Any]]:
 
 def content(
     classifier: FewShotClassifier,
-    names: list[str],
+    items: Sequence[Item],
     labels: list[Label | None],
     errors: dict[int, str],
 ) -> dict[str, Any]:
@@ -130,15 +138,17 @@ def content(
 
     Args:
         classifier: The classifier.
-        names: Name of each image.
-        labels: Label of each image; None for one that cannot be read.
-        errors: Why an image cannot be read, by its index.
+        items: Images or texts.
+        labels: Label of each; None for one that cannot be read.
+        errors: Why one cannot be read, by its index.
     """
     trust = classifier.confidence_
     interval = trust.interval(sum(label is not None for label in labels) or None)
     predictions = []
-    for index, (name, label) in enumerate(zip(names, labels, strict=True)):
-        row = dict.fromkeys(_COLUMNS) | {"file": name, "error": errors.get(index)}
+    for index, (item, label) in enumerate(zip(items, labels, strict=True)):
+        row: dict[str, Any] = {"file": item.name}
+        row |= {"text": item.value} if item.kind == "texts" else {}
+        row |= dict.fromkeys(_COLUMNS[1:]) | {"error": errors.get(index)}
         predictions.append(row if label is None else row | vars(label))
     return {
         "summary": summary(classifier, labels),
@@ -155,21 +165,21 @@ def content(
 
 
 def labelled(
-    classifier: FewShotClassifier, names: list[str], x: np.ndarray, errors: dict[int, str]
+    classifier: FewShotClassifier, items: Sequence[Item], x: np.ndarray, errors: dict[int, str]
 ) -> dict[str, Any]:
-    """Label represented images; return what predictions.json contains.
+    """Label represented images or texts; return what predictions.json contains.
 
     Args:
         classifier: The classifier.
-        names: Name of each image.
+        items: The images or texts.
         x: What `represent` returned for them.
-        errors: Why an image cannot be read, by its index.
+        errors: Why one cannot be read, by its index.
     """
-    readable = [index for index in range(len(names)) if index not in errors]
-    labels: list[Any] = [None] * len(names)
+    readable = [index for index in range(len(items)) if index not in errors]
+    labels: list[Any] = [None] * len(items)
     for index, label in zip(readable, classifier.label(x[readable]), strict=True):
         labels[index] = label
-    return content(classifier, names, labels, errors)
+    return content(classifier, items, labels, errors)
 
 
 def harmless(cell: Any) -> Any:
@@ -182,19 +192,21 @@ def table(result: dict[str, Any]) -> str:
     """Return the predictions as CSV."""
     text = io.StringIO(newline="")
     rows = csv.writer(text)
-    rows.writerow(_COLUMNS)
+    has_texts = any("text" in row for row in result["predictions"])
+    columns = ("file", "text", *_COLUMNS[1:]) if has_texts else _COLUMNS
+    rows.writerow(columns)
     for row in result["predictions"]:
         cells = {
             **row,
             "unknown": {True: "yes", False: "no"}.get(row["unknown"], ""),
             "plausible": "; ".join(map(str, row["plausible"] or [])),
         }
-        rows.writerow([harmless(_shown(cells[name])) for name in _COLUMNS])
+        rows.writerow([harmless(_shown(cells[name])) for name in columns])
     return text.getvalue()
 
 
 def write(
-    folder: Path, classifier: FewShotClassifier, result: dict[str, Any], paths: list[Path]
+    folder: Path, classifier: FewShotClassifier, result: dict[str, Any], items: Sequence[Item]
 ) -> None:
     """Write predictions.csv, predictions.json and report.html.
 
@@ -202,9 +214,9 @@ def write(
         folder: Where to write.
         classifier: The classifier.
         result: What `content` returned.
-        paths: The file of each prediction.
+        items: The image or text of each prediction.
     """
-    page = _page(classifier, result, paths)
+    page = _page(classifier, result, items)
     write_json(folder / "predictions.json", result)
     for name, document in (("predictions.csv", table(result)), ("report.html", page)):
         with atomic_writer(folder / name) as stream:
@@ -215,19 +227,21 @@ def _shown(cell: Any) -> str:
     return f"{cell:.4f}" if isinstance(cell, float) else "" if cell is None else str(cell)
 
 
-def _page(classifier: FewShotClassifier, result: dict[str, Any], paths: list[Path]) -> str:
+def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence[Item]) -> str:
     """Compose the page; every text from outside is escaped."""
     template = resources.files("metalearn.predict") / "report.html"
     sections = [_examples_section(classifier, result)]
     order = sorted(
-        range(len(paths)), key=lambda index: result["predictions"][index]["probability"] or 0.0
+        range(len(items)), key=lambda index: result["predictions"][index]["probability"] or 0.0
     )
     if order:
         head = ("", "file", "label", "probability", "second", "plausible classes", "unknown")
         rows = []
         for place, index in enumerate(order):
             one = result["predictions"][index]
-            image = _image(thumbnail(paths[index]) if place < _SHOWN else "")
+            item = items[index]
+            is_shown = place < _SHOWN or item.kind == "texts"
+            image = _shown_item(note(item.name, item.value)) if is_shown else ""
             second = f"{_shown(one['second'])} {_percent(one['second_probability'])}"
             plausible = one["plausible"]
             names_of = "none fits well" if plausible == [] else "; ".join(map(str, plausible or []))
@@ -247,7 +261,7 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], paths: list[Pat
         table = _table(("class", "taken for", "examples"), rows) if rows else "<p>None.</p>"
         sections.append(f"<h2>Confusions among your examples</h2>\n{table}")
     return string.Template(template.read_text()).substitute(
-        title=f"{len(paths)} images, {len(names)} classes",
+        title=f"{len(items)} {items[0].kind if items else 'images'}, {len(names)} classes",
         summary="\n".join(f"<li>{html.escape(line)}</li>" for line in result["summary"]),
         sections="\n".join(sections),
     )
@@ -261,17 +275,20 @@ def _examples_section(classifier: FewShotClassifier, result: dict[str, Any]) -> 
         rows = [row for row, label in enumerate(labels) if label == name]
         parts.append(f"<h3>{html.escape(str(name))} ({len(rows)})</h3>")
         for row in rows:
-            note = classifier.notes_[row]
-            caption = html.escape(Path(str(note.get("file", ""))).name)
+            own = classifier.notes_[row]
+            caption = html.escape(Path(str(own.get("file", ""))).name)
             if row in doubts:
                 caption += f'<br><strong class="warn">{html.escape(str(doubts[row]))}?</strong>'
-            image = _image(str(note.get("thumbnail", "")), "doubt" if row in doubts else "")
+            image = _shown_item(own, "doubt" if row in doubts else "")
             parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     return "\n".join(parts)
 
 
-def _image(thumbnail: str, style: str = "") -> str:
-    source = html.escape(thumbnail)
+def _shown_item(own: dict[str, Any], style: str = "") -> str:
+    """Return the markup of a `note`."""
+    if text := html.escape(str(own.get("text", ""))):
+        return f'<blockquote class="{style}">{text}</blockquote>'
+    source = html.escape(str(own.get("thumbnail", "")))
     return f'<img class="{style}" alt="" src="data:image/jpeg;base64,{source}">' if source else ""
 
 

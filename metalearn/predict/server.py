@@ -25,11 +25,14 @@ from fastapi import (
 )
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metalearn import __version__
 from metalearn.predict import report
-from metalearn.predict.store import ClassifierStore, Limits, Refused, Upload
+from metalearn.predict.store import ClassifierStore
+from metalearn.predict.uploads import Limits, Refused, Upload
+from metalearn.system.errors import first_line
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -39,6 +42,14 @@ _HEADERS = [
 ]
 #: Address of everything that reads or changes classifiers.
 _API = "/api"
+
+
+class _Document(BaseModel):
+    """The JSON of a request with texts."""
+
+    text: str | list[str] = []
+    labels: str | list[str] = []
+    name: str = "classifier"
 
 
 class _Guard:
@@ -132,6 +143,10 @@ def _refused(status: int, reason: str, headers: dict[str, str] | None = None) ->
     return JSONResponse({"detail": reason}, status, headers)
 
 
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _page(name: str) -> HTMLResponse:
     """Return a page of this folder; only its own script and style run."""
     text = (resources.files("metalearn.predict") / name).read_text()
@@ -194,15 +209,30 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
     files_type = Annotated[list[UploadFile], File(description="Images.")]
     labels_type = Annotated[list[str], Form(description="A class for each file, or one for all.")]
 
-    def uploads(files: list[UploadFile]) -> list[Upload]:
-        if len(files) > limits.files:
-            raise Refused(413, f"a request has at most {limits.files} files")
-        return [Upload((one.filename or "image")[: limits.name], one.file) for one in files]
+    async def document(request: Request) -> _Document:
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            return _Document()
+        try:
+            return _Document.model_validate_json(await request.body())
+        except ValidationError as error:
+            reason = first_line(ValueError(error.errors()[0]["msg"]))
+            raise Refused(422, f'the JSON is not {{"text": …}} ({reason})') from None
+
+    json_type = Annotated[_Document, Depends(document)]
+
+    def uploads(files: list[UploadFile], json: _Document) -> list[Upload]:
+        texts = _listed(json.text)
+        if len(files) + len(texts) > limits.files:
+            raise Refused(413, f"a request has at most {limits.files} files or texts")
+        sent = [Upload((one.filename or "image")[: limits.name], one.file) for one in files]
+        return sent + [Upload(f"text {number}", one) for number, one in enumerate(texts, 1)]
 
     @api.get("/settings")
     async def settings() -> dict[str, Any]:
-        """Return what the page must know: limits, and the pen of a run trained on handwriting."""
-        return {"pen": store.network.pen, "way": store.network.way, "limits": vars(limits)}
+        """Return what the page must know: kind of examples, limits, pen of a run on handwriting."""
+        network = store.network
+        return {"kind": network.kind, "pen": network.pen, "way": network.way,
+                "limits": vars(limits)}  # fmt: skip
 
     @api.get("/classifiers")
     async def list_classifiers() -> list[dict[str, Any]]:
@@ -211,12 +241,18 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
 
     @api.post("/classifiers", status_code=201)
     async def create(
+        json: json_type,
         name: Annotated[str, Form(description="Its name.")] = "classifier",
         files: files_type = [],  # noqa: B006
         labels: labels_type = [],  # noqa: B006
     ) -> dict[str, Any]:
-        """Create a classifier, with examples or without."""
-        return await run(store.create, name, uploads(files), labels)  # type: ignore[no-any-return]
+        """Create a classifier, with examples or without; by a form or by JSON (text, labels, name).
+
+        With a network of texts, the JSON has {"text": "…"} or a list, in the place of files.
+        """
+        own = name if name != "classifier" else json.name
+        labels = labels or _listed(json.labels)
+        return await run(store.create, own, uploads(files, json), labels)  # type: ignore[no-any-return]
 
     @api.get("/classifiers/{id}")
     async def describe(id: str) -> dict[str, Any]:
@@ -229,9 +265,18 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
         await run(store.delete, id)
 
     @api.post("/classifiers/{id}/examples", status_code=201)
-    async def add(id: str, files: files_type, labels: labels_type) -> dict[str, Any]:
-        """Add examples, also of new classes. They are on disk when the answer arrives."""
-        return await run(store.add, id, uploads(files), labels)  # type: ignore[no-any-return]
+    async def add(
+        id: str,
+        json: json_type,
+        files: files_type = [],  # noqa: B006
+        labels: labels_type = [],  # noqa: B006
+    ) -> dict[str, Any]:
+        """Add examples, also of new classes. They are on disk when the answer arrives.
+
+        Texts are JSON: {"text": ["…", "…"], "labels": "a"}.
+        """
+        labels = labels or _listed(json.labels)
+        return await run(store.add, id, uploads(files, json), labels)  # type: ignore[no-any-return]
 
     @api.delete("/classifiers/{id}/examples/{example}")
     async def remove(id: str, example: str) -> dict[str, Any]:
@@ -245,10 +290,16 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
 
     @api.post("/classifiers/{id}/predict", response_model=None)
     async def predict(
-        id: str, files: files_type, table: Annotated[bool, Query(description="CSV.")] = False
+        id: str,
+        json: json_type,
+        files: files_type = [],  # noqa: B006
+        table: Annotated[bool, Query(description="CSV.")] = False,
     ) -> Response:
-        """Label images: the content of predictions.json, or of predictions.csv."""
-        result = await run(store.predict, id, uploads(files))
+        """Label images, or texts as JSON: {"text": "…"} or {"text": ["…", "…"]}.
+
+        Returns the content of predictions.json, or of predictions.csv.
+        """
+        result = await run(store.predict, id, uploads(files, json))
         if table:
             return PlainTextResponse(report.table(result), media_type="text/csv")
         return JSONResponse(result)

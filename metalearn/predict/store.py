@@ -3,81 +3,32 @@
 Not for several threads: the server calls everything here in one.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import io
 import secrets
 import shutil
-import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from sklearn.base import clone
 
-from metalearn.data.files import open_image
-from metalearn.predict import report, saved
+from metalearn.predict import report, saved, uploads
 from metalearn.predict.classifier import FewShotClassifier
+from metalearn.predict.inputs import Item
 from metalearn.predict.networks import open_network
+from metalearn.predict.uploads import Limits, Refused, Upload, reading
 from metalearn.system.atomic import sync_folder
 from metalearn.system.errors import UserError, first_line
 
 _JSON = "examples.json"
-#: What a browser shows; other formats are not decoded for strangers.
-_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP", "TIFF")
-#: Learned classifiers and represented images that stay in memory.
+#: Learned classifiers and represented items that stay in memory.
 _LEARNED, _REPRESENTED = 16, 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Largest numbers of what a stranger can make the server keep or do.
-
-    Attributes:
-        body: Bytes of a request.
-        files: Images of a request.
-        pixels: Pixels of an image.
-        all_pixels: Pixels of all images of a request.
-        classifiers: Classifiers.
-        examples: Examples of a classifier.
-        classes: Classes of a classifier.
-        name: Characters of the name of a class, classifier or file.
-        waiting: Requests that are served or wait.
-        seconds: Time in which a request must have arrived.
-    """
-
-    body: int = 32 * 2**20
-    files: int = 64
-    pixels: int = 64 * 10**6
-    all_pixels: int = 256 * 10**6
-    classifiers: int = 64
-    examples: int = 1000
-    classes: int = 100
-    name: int = 100
-    waiting: int = 32
-    seconds: float = 60.0
-
-
-class Refused(Exception):
-    """A request that cannot be served: an HTTP status, and why."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
-@dataclasses.dataclass(frozen=True)
-class Upload:
-    """A file of a request; its name is shown and never becomes a path."""
-
-    name: str
-    stream: IO[bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +39,7 @@ class Examples:
         name: Its name.
         x: What is learned from [M, …].
         labels: Class of each example.
-        notes: "id", "file" and "thumbnail" of each.
+        notes: "id" and `report.note` of each.
     """
 
     name: str
@@ -138,11 +89,11 @@ class ClassifierStore:
         network = open_network(settings.backbone, settings.run, settings.head != "auto", False)
         if network is None or network.identity is None:
             raise UserError("a classifier of feature vectors cannot be served; it takes no images")
-        if not network.takes_images:
-            raise UserError(f"run={settings.run}: its inputs are no images; serve takes images")
+        if network.kind not in ("images", "texts"):
+            raise UserError(f"run={settings.run}: its inputs are no images and no texts")
         self.network = network
         self.folder = folder / network.identity[:16]
-        self._learned, self._represented = _Recent(_LEARNED), _Recent(_REPRESENTED)
+        self._learned, self._recent = _Recent(_LEARNED), _Recent(_REPRESENTED)
         self._all: dict[str, Examples] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for one in sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
@@ -207,49 +158,48 @@ class ClassifierStore:
                 doubt["id"] = one.notes[doubt["example"]]["id"]
         return result
 
-    def create(self, name: str, uploads: Sequence[Upload], labels: Sequence[str]) -> dict[str, Any]:
+    def create(self, name: str, sent: Sequence[Upload], labels: Sequence[str]) -> dict[str, Any]:
         """Create a classifier, with examples or without."""
         if len(self._all) >= self.limits.classifiers:
             raise Refused(409, f"there are {len(self._all)} classifiers, the limit; delete one")
         empty = Examples(self._checked(name or "classifier", "name"), np.zeros(0), [], [])
         own = _new()
-        self._write(own, self._extended(empty, uploads, labels)[0] if uploads else empty)
+        self._write(own, self._extended(empty, sent, labels)[0] if sent else empty)
         return self._brief(own)
 
-    def add(self, own: str, uploads: Sequence[Upload], labels: Sequence[str]) -> dict[str, Any]:
+    def add(self, own: str, sent: Sequence[Upload], labels: Sequence[str]) -> dict[str, Any]:
         """Add examples; all of them are on disk at the end, or none is added.
 
         Args:
             own: The classifier's id.
-            uploads: Images.
+            sent: Images or texts.
             labels: The class of each, or one for all.
         """
-        examples, added = self._extended(self._get(own), uploads, labels)
+        examples, added = self._extended(self._get(own), sent, labels)
         self._write(own, examples)
         return self._brief(own) | {"added": added}
 
     def _extended(
-        self, one: Examples, uploads: Sequence[Upload], labels: Sequence[str]
+        self, one: Examples, sent: Sequence[Upload], labels: Sequence[str]
     ) -> tuple[Examples, list[dict[str, Any]]]:
         if len(labels) == 1:
-            labels = [labels[0]] * len(uploads)
-        if not uploads or len(labels) != len(uploads):
-            raise Refused(422, f"{len(uploads)} files have {len(labels)} labels")
+            labels = [labels[0]] * len(sent)
+        if len(labels) != len(sent):
+            what = "files" if self.network.kind == "images" else "texts"
+            raise Refused(422, f"{len(sent)} {what} have {len(labels)} labels")
         labels = [self._checked(label, "label") for label in labels]
         if len(one.labels) + len(labels) > self.limits.examples:
             raise Refused(409, f"a classifier has at most {self.limits.examples} examples")
         if len({*one.labels, *labels}) > self.limits.classes:
             raise Refused(409, f"a classifier has at most {self.limits.classes} classes")
-        with self._read(uploads) as (paths, x, errors):
+        with reading(sent, self.network.kind, self.limits) as (items, errors):
+            x = self._represented(items, errors)
             for index, reason in errors.items():
-                raise Refused(422, f"{uploads[index].name} is not a readable image ({reason})")
-            added = [
-                {"id": _new(), "file": upload.name[: self.limits.name],
-                 "thumbnail": report.thumbnail(path), "label": label}
-                for upload, path, label in zip(uploads, paths, labels, strict=True)
-            ]  # fmt: skip
-        notes = [{key: note[key] for key in ("id", "file", "thumbnail")} for note in added]
+                kind = self.network.kind[:-1]
+                raise Refused(422, f"{items[index].name} is not a readable {kind} ({reason})")
+            notes = [{"id": _new(), **report.note(item.name, item.value)} for item in items]
         x = np.concatenate([one.x, x]) if one.labels else x
+        added = [note | {"label": label} for note, label in zip(notes, labels, strict=True)]
         return Examples(one.name, x, [*one.labels, *labels], one.notes + notes), added
 
     def remove(self, own: str, what: str, value: str) -> dict[str, Any]:
@@ -271,14 +221,12 @@ class ClassifierStore:
         del self._all[own]
         shutil.rmtree(self.folder / own, ignore_errors=True)  # what remains goes at the next start
 
-    def predict(self, own: str, uploads: Sequence[Upload]) -> dict[str, Any]:
-        """Label images; return what predictions.json contains."""
+    def predict(self, own: str, sent: Sequence[Upload]) -> dict[str, Any]:
+        """Label images or texts; return what predictions.json contains."""
         classifier = self._learn(own)
-        if not uploads:
-            raise Refused(422, "there is no file")
-        with self._read(uploads) as (_, x, errors):
-            pass
-        return report.labelled(classifier, [one.name for one in uploads], x, errors)
+        with reading(sent, self.network.kind, self.limits) as (items, errors):
+            x = self._represented(items, errors)
+        return report.labelled(classifier, items, x, errors)
 
     def archive(self, own: str) -> bytes:
         """Return a zip of the saved classifier, for `metalearn predict classifier=<unzipped>`."""
@@ -305,44 +253,28 @@ class ClassifierStore:
             self._learned.keep(key, classifier)
         return classifier  # type: ignore[no-any-return]
 
-    @contextlib.contextmanager
-    def _read(
-        self, uploads: Sequence[Upload]
-    ) -> Iterator[tuple[list[Path], np.ndarray, dict[int, str]]]:
-        """Represent images; those of recent requests are not embedded again.
+    def _represented(self, items: Sequence[Item], errors: dict[int, str]) -> np.ndarray:
+        """Represent items; those of recent requests are not embedded again.
 
-        Yields:
-            Files of the images, what represents them, and why some cannot be read, by index.
+        Args:
+            items: Images or texts.
+            errors: Why some cannot be read, by index; gets the others.
         """
-        with tempfile.TemporaryDirectory() as name:
-            paths = [Path(name) / str(number) for number in range(len(uploads))]
-            keys, errors, total = [], {}, 0
-            for index, (path, upload) in enumerate(zip(paths, uploads, strict=True)):
-                data = upload.stream.read()
-                path.write_bytes(data)
-                keys.append(hashlib.sha256(data).digest())
-                if (pixels := _pixels(path)) is None:
-                    errors[index] = f"not one of {', '.join(_FORMATS)}"
-                total += pixels or 0
-                if (pixels or 0) > self.limits.pixels or total > self.limits.all_pixels:
-                    raise Refused(
-                        413, f"{upload.name} has too many pixels; at most {self.limits.pixels:,} "
-                        f"are read, and {self.limits.all_pixels:,} in a request",
-                    )  # fmt: skip
-            rows = [
-                None if i in errors else self._represented.recall(k) for i, k in enumerate(keys)
-            ]
-            missing = [i for i, row in enumerate(rows) if row is None and i not in errors]
-            failed: dict[int, str] = {}
-            made = self.network.represent([paths[index] for index in missing], failed)
-            for number, index in enumerate(missing):
-                rows[index] = made[number]
-                if number in failed:
-                    errors[index] = failed[number].replace(str(paths[index]), uploads[index].name)
-                else:
-                    self._represented.keep(keys[index], made[number])
-            blank = np.zeros(made.shape[1:], made.dtype)
-            yield paths, np.stack([blank if row is None else row for row in rows]), errors
+        keys = [uploads.key(item) for item in items]
+        rows = [None if i in errors else self._recent.recall(key) for i, key in enumerate(keys)]
+        missing = [i for i, row in enumerate(rows) if row is None and i not in errors]
+        failed: dict[int, str] = {}
+        made = self.network.represent([items[index].value for index in missing], failed)
+        for number, index in enumerate(missing):
+            rows[index] = made[number]
+            if number in failed:
+                reason, item = failed[number], items[index]
+                is_file = isinstance(item.value, Path)
+                errors[index] = reason.replace(str(item.value), item.name) if is_file else reason
+            else:
+                self._recent.keep(keys[index], made[number])
+        blank = np.zeros(made.shape[1:], made.dtype)
+        return np.stack([blank if row is None else row for row in rows])
 
     def _checked(self, text: str, what: str) -> str:
         """Return a name without blanks around it; refuse an empty, long or unprintable one."""
@@ -354,14 +286,3 @@ class ClassifierStore:
 
 def _new() -> str:
     return secrets.token_hex(8)
-
-
-def _pixels(path: Path) -> int | None:
-    """Return the number of pixels that a file's header states; None for no image to decode."""
-    try:
-        with open_image(path) as image:
-            return image.width * image.height if image.format in _FORMATS else None
-    except Image.DecompressionBombError:  # states more than Pillow ever decodes
-        return sys.maxsize
-    except Exception:  # a corrupt file can raise any exception in Pillow
-        return None

@@ -3,6 +3,7 @@
 This requires the run folder, but not the run's data.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from metalearn.run.parts import algorithm_of, device_of, support_augmentation_of
 from metalearn.system.errors import UserError, first_line
 from metalearn.system.reading import check_types
 from metalearn.tasks import prng
-from metalearn.tasks.types import Spec, Support
+from metalearn.tasks.types import Spec, Support, Tokenizer
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
@@ -193,19 +194,24 @@ class Model:
         if not self._standardisation:
             return inputs
         shift, scale = (
-            torch.tensor(self._standardisation[name], device=self._device).view(-1, 1, 1)
+            torch.tensor(self._standardisation[name], device=self._device).view(
+                -1, *[1] * (inputs.ndim - 2)
+            )
             for name in ("shift", "scale")
         )
         return (inputs - shift) * scale
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
         """Return tokens [M, L] of texts, cut or padded to the run's length."""
-        tokenizer = self._algorithm.backbone.tokenizer()
-        if tokenizer is None:
+        if self._tokenizer is None:
             raise UserError("x has texts, but this run's inputs are tokens of its own data")
         length = self.spec.input_shape[0]
-        tokens = tokenizer(texts)[:, :length]
+        tokens = self._tokenizer(texts)[:, :length]
         return torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        return self._algorithm.backbone.tokenizer()
 
     def _items(self, x: Any) -> Any:
         """Return inputs as something with a length that can be sliced."""
@@ -223,15 +229,26 @@ class Model:
         Raises:
             UserError: If it is not an image, or the run's dataset reads none.
         """
-        if not self._dataset.reads_image_files:
-            raise UserError(f"{image}: this run's dataset does not read images")
         try:
-            if isinstance(image, str | Path):
-                with open_image(Path(image).expanduser()) as opened:
-                    return self.read_image(opened)
-            return torch.from_numpy(self._dataset.to_array(image).copy())
+            return self.read(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{image} is not a readable image ({first_line(error)})") from None
+
+    def read(self, item: str | Path | Image.Image) -> Tensor:
+        """Read an image as `read_image` does, or a text: its tokens, int64 [L].
+
+        Raises:
+            UserError: If the run's dataset reads none.
+            Exception: As Pillow does, for an image that cannot be read.
+        """
+        if isinstance(item, str) and self.spec.inputs.kind == "tokens":
+            return self._tokens([item])[0]
+        if not self._dataset.reads_image_files:
+            raise UserError(f"{item}: this run's dataset does not read images")
+        if isinstance(item, str | Path):
+            with open_image(Path(item).expanduser()) as opened:
+                return self.read(opened)
+        return torch.from_numpy(self._dataset.to_array(item).copy())
 
     @torch.no_grad()
     def adapt(self, x: Any, y: Any, steps: int | None = None, unlabelled: Any = None) -> "Model":
