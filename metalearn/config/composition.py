@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from metalearn.config import plugins
@@ -285,7 +284,7 @@ def stored_values(group: str, name: str) -> dict[str, Any]:
     path = _file(group, name)
     if path is None:
         raise UserError(_no_such_choice(group, name))
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     parents = [one for one in content.pop("defaults", []) if isinstance(one, str)]
     values = [
         stored_values(group, one.partition("@")[0]) for one in parents if not one.startswith("_")
