@@ -25,7 +25,7 @@ from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.control import PolicyGradient, surrogate
-from metalearn.tasks.types import Loss, Query, Spec, State, Support, Task
+from metalearn.tasks.types import Loss, Query, Spec, Support, Task
 from tests.fixtures import to_float64
 from tests.one_task import GRADIENT, IDENTITY, KEY, gradients
 
@@ -284,6 +284,7 @@ def test_methods_adapt_a_policy_in_every_strategy(name):
 
 def test_policy_does_not_see_the_goal():
     run = build(checking.check_config(composition.compose_config(["algo=maml", *_SMALL])))
+    assert run.state.params["head.log_std"].tolist() == pytest.approx([-0.7, -0.7])
     task = run.test.draw(0, 1)
     assert not task.support.x.any() and not task.query.x.any()
     family, algorithm = run.family, run.algorithm
@@ -329,13 +330,6 @@ def test_a_run_reports_returns(tmp_path):
     ],
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(overrides, line):
+    config = composition.compose_config(["dataset=navigation", *overrides])
     with pytest.raises(UserError, match=line):
-        config = composition.compose_config(["dataset=navigation", *overrides])
         build(checking.check_config(config))
-
-
-def test_state_and_spec_have_the_policys_parameters():
-    run = build(checking.check_config(composition.compose_config(["algo=maml", *_SMALL])))
-    assert isinstance(run.state, State)
-    assert run.state.params["head.log_std"].tolist() == pytest.approx([-0.7, -0.7])
-    assert run.state.params["head.weight"].shape == (2, 8)

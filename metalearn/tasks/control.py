@@ -120,9 +120,7 @@ class PolicyGradient:
             state, alive = after, alive * ~has_ended
         return Rollouts(*(torch.stack(values) for values in zip(*steps, strict=True)))
 
-    def log_probabilities(
-        self, net: Net, params: Any, rollouts: Rollouts
-    ) -> tuple[Tensor, Params]:
+    def log_probabilities(self, net: Net, params: Any, rollouts: Rollouts) -> tuple[Tensor, Params]:
         """Compute log p(action | state) [H, M] up to a constant, and normalisation statistics."""
         mean, statistics = net(params, rollouts.states.flatten(0, 1))
         log_std = params["head.log_std"]
