@@ -1,6 +1,8 @@
 """Measure methods on 2D navigation: the return after 0 to 3 inner steps (Finn et al. 2017, 5.3).
 
-python scripts/benchmark_navigation.py [methods=maml,…] [seeds=3] [key=value …]
+python scripts/benchmark_navigation.py [methods=maml:3,…] [key=value …]
+
+Each method is followed by its number of seeds.
 
 Runs are in outputs/benchmark/navigation/<method>-seed<seed>/, one after the other with one thread;
 a finished one with the same settings is skipped. Writes benchmarks/navigation.json and .md, the
@@ -34,7 +36,7 @@ from metalearn.tasks.control import PolicyGradient
 from metalearn.tasks.types import Query, State, Support
 
 _RUNS = Path("outputs/benchmark/navigation")
-_METHODS = "maml,cavia,fomaml,reptile"
+_METHODS = "maml:3,cavia:3,fomaml:1,reptile:1"
 _STEPS = (0, 1, 2, 3)
 #: Finn et al. (2017), figure 4 and the text of section 5.3.
 _PUBLISHED = (-40.41, -11.68, -3.33, -3.23)
@@ -191,13 +193,13 @@ def main() -> None:
     """Run what is not finished; write the results, tables and figures."""
     torch.set_num_threads(1)
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    methods = given.pop("methods", _METHODS).split(",")
-    seeds = range(int(given.pop("seeds", 3)))
+    words = [word.partition(":") for word in given.pop("methods", _METHODS).split(",")]
+    methods = {name: range(int(count or 1)) for name, _, count in words}
     more = [f"{key}={value}" for key, value in given.items()]
     measured: dict[str, dict[str, Any]] = {}
     folders: dict[str, list[Path]] = {}
     environment: dict[str, Any] = {}
-    for method in methods:
+    for method, seeds in methods.items():
         runs = [trained(method, seed, more) for seed in seeds]
         folders[method] = [folder for folder, _ in runs]
         environment = runs[0][1]["environment"]
@@ -261,7 +263,7 @@ def main() -> None:
     figures = ROOT / "docs/figures"
     draw_lines(lines, "inner steps", "return", figures / "navigation_steps.png")
     draw_training(folders, figures / "navigation_training.png")
-    draw_paths(folders[methods[0]][0], figures / "navigation_paths.png")
+    draw_paths(next(iter(folders.values()))[0], figures / "navigation_paths.png")
 
 
 if __name__ == "__main__":

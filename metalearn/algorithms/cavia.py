@@ -27,8 +27,8 @@ class _Modulated:
     backbone: Backbone
 
     def embed(self, params: Params, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Params]:
-        film = select(params, "film") or None
-        return self.backbone.embed(params, x, *args, **options, film=film)
+        options["film"] = select(params, "film") or None
+        return self.backbone.embed(params, x, *args, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)

@@ -28,7 +28,7 @@ class _Open:
     backbone: Backbone
 
     def embed(self, params: Params, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Params]:
-        frozen = {"frozen": False} if self.backbone.is_frozen else {}
+        frozen: dict[str, Any] = {"frozen": False} if self.backbone.is_frozen else {}
         backbone: Backbone = dataclasses.replace(self.backbone, **frozen)
         return backbone.embed(params, x, *args, **options)
 

@@ -20,9 +20,11 @@ _RIDGE = 1e-3
 
 
 class Environment(Protocol):
-    """A batch of Markov decision processes of `horizon` steps. It changes nothing in place."""
+    """A batch of Markov decision processes. It changes nothing in place."""
 
-    horizon: int
+    @property
+    def horizon(self) -> int:
+        """Return the largest number of steps of a trajectory."""
 
     def step(self, state: Tensor, action: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take one step.
