@@ -14,7 +14,6 @@ from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.algorithms.normalisation import Normalisation
 from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import init_weight
 from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
@@ -73,11 +72,15 @@ class CAVIA(LinearHeadAlgorithm):
         return dataclasses.replace(normalisation, backbone=_Modulated(normalisation.backbone))  # type: ignore[arg-type]
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Add W of each scale and shift, as "context.<name>" [C, num_context]."""
+        """Add W of each scale and shift, as "context.<name>" [C, num_context], with variance 1 / C.
+
+        So a step of phi moves each of them about as much as a step along its own gradient would.
+        """
         state = super().init(spec, key)
         film = self.backbone.film(spec.inputs, key.device)
         weights = {
-            name: init_weight(prng.fold_in(key, 100 + number), len(zero), self.num_context)
+            name: prng.normal(prng.fold_in(key, 100 + number), (len(zero), self.num_context))
+            * len(zero) ** -0.5
             for number, (name, zero) in enumerate(film.items())
         }
         return State(state.params | prefixed(weights, "context"), state.buffers)
