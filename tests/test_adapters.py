@@ -14,6 +14,7 @@ from metalearn.algorithms.lora import LoRA
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.meta_curvature import MetaCurvature
 from metalearn.backbones.conv4 import Conv4
+from metalearn.backbones.pretrained import Timm
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import Query, Spec, Support, Task
@@ -252,3 +253,27 @@ def test_meta_curvature_multiplies_every_mode_of_a_gradient():
         return F.cross_entropy(output(params, task.query.x), task.query.y)
 
     torch.testing.assert_close(gradients(algorithm, state, task), expected_gradient(loss, state))
+
+
+def test_lora_adapts_a_frozen_network_of_another_library():
+    net = Timm(model="test_resnet", weights=None, frozen=True, image_size=32)
+    algorithm = lora(net, layers="^conv1", inner_steps=1, test_inner_steps=1)
+    algorithm = dataclasses.replace(algorithm, statistics="population")
+    spec = Spec((3, 32, 32), 2, 0, "class")
+    state = to_float64(algorithm.init(spec, prng.key_of(0)))
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1])
+    task = Task(Support(torch.rand(2, 3, 32, 32).double(), y, 2),
+                Query(torch.rand(2, 3, 32, 32).double(), y), KEY)  # fmt: skip
+    meta = gradients(algorithm, state, task)
+    factors = {name: one for name, one in meta.items() if name.startswith("lora.")}
+    assert factors and all(one.any() for one in factors.values())
+    assert not any(one.any() for name, one in meta.items() if name.startswith("net."))
+    params = algorithm.adapt(state, task.support, key=KEY).params
+    changed = {
+        name for name, one in params.items() if not torch.equal(one, state.params.get(name, one))
+    }
+    bodies = {f"net.{name[5:].rpartition('.')[0]}" for name in factors}
+    assert bodies < changed and {name for name in changed if name.startswith("net.")} == bodies
+    after, before = (predictions(algorithm, state, task, steps=steps) for steps in (1, 0))
+    assert not torch.allclose(after, before)
