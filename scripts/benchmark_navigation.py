@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from benchmark_methods import run
 from pages import ROOT, fill
@@ -26,7 +27,7 @@ from metalearn.config import checking, composition
 from metalearn.data.navigation import Plane
 from metalearn.report import stats
 from metalearn.report.folder import RunFolder
-from metalearn.report.plots import draw_lines, new_figure
+from metalearn.report.plots import new_figure
 from metalearn.report.tables import format_interval, markdown_table
 from metalearn.run.build import Run, build
 from metalearn.run.measure import trained_state
@@ -45,7 +46,7 @@ _TESTS = {
     "40 tasks": ["test.episodes=40"],
     "160 fresh tasks": ["test.episodes=160", "episode_seed=2026"],
 }
-_GOALS_DRAWN, _WALKS_DRAWN = 3, 12
+_GOALS_DRAWN, _WALKS_DRAWN = 3, 8
 #: Values of dataset.dice_lambda whose gradients are compared, and numbers of meta-batches.
 _LAMBDAS, _REPEATS = (1.0, 0.9, 0.5, 0.0), 12
 
@@ -108,6 +109,37 @@ def gradient_noise(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def draw_steps(measured: dict[str, dict[str, Any]], path: Path) -> None:
+    """Plot the return over inner steps on a logarithmic scale, with the published and the oracle's.
+
+    Error bars are 95% intervals over the fresh tasks.
+    """
+    test = "160 fresh tasks"
+    with new_figure(path) as figure:
+        axes = figure.add_subplot()
+        for number, (method, one) in enumerate(measured.items()):
+            means, widths = zip(*one["tests"][test], strict=True)
+            x = [steps + 0.04 * number for steps in _STEPS]
+            axes.errorbar(x, means, widths, marker="o", markersize=4, capsize=3, label=method)
+        axes.plot(_STEPS, _PUBLISHED, "k--s", markersize=4, linewidth=1, label="MAML, published")
+        oracle = next(iter(measured.values()))["oracle"][test]
+        axes.axhline(oracle, color="0.5", linestyle=":", label="oracle, knows the goal")
+        axes.set_yscale("function", functions=(_log_of_loss, _loss_of_log))
+        axes.set_yticks([-50, -30, -20, -10, -5, -3, -2, -1])
+        axes.set(xticks=_STEPS, ylim=(-60, -0.9), xlabel="inner steps",
+                 ylabel="return (logarithmic scale), 95% interval")  # fmt: skip
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+
+def _log_of_loss(value: Any) -> Any:
+    return -numpy.log(numpy.maximum(-value, 1e-6))
+
+
+def _loss_of_log(value: Any) -> Any:
+    return -numpy.exp(-value)
+
+
 def draw_paths(folder: Path, path: Path) -> None:
     """Plot trajectories of some test tasks: one row per goal, one column per number of steps."""
     test, state = opened(folder, _TESTS["40 tasks"])
@@ -135,7 +167,7 @@ def draw_paths(folder: Path, path: Path) -> None:
                     axes.plot(*rollouts.states[alive, walk].T, color="C0", linewidth=0.7, alpha=0.6)
                 axes.plot(0, 0, "ko", markersize=4, label="start")
                 axes.plot(*goal[0], "r*", markersize=11, label="goal")
-                axes.set(xlim=(-0.75, 0.75), ylim=(-0.75, 0.75), aspect="equal")
+                axes.set(xlim=(-0.65, 0.65), ylim=(-0.65, 0.65), aspect="equal")
                 axes.set_title(
                     f"{steps} step{'' if steps == 1 else 's'}, return {mean:.1f}", fontsize=9
                 )
@@ -160,7 +192,7 @@ def draw_training(folders: dict[str, list[Path]], path: Path) -> None:
             axes.fill_between(steps, [min(one) for one in columns], [max(one) for one in columns],
                               color=line.get_color(), alpha=0.2)  # fmt: skip
         axes.set(xlabel="meta-training step", ylabel="return of training tasks after inner steps",
-                 ylim=(-60, 0), title="mean and range of the seeds")  # fmt: skip
+                 ylim=(-45, 0), title="mean and range of the seeds")  # fmt: skip
         axes.grid(alpha=0.3)
         axes.legend()
 
@@ -253,15 +285,8 @@ def main() -> None:
     fill(docs, "navigation: written by scripts/benchmark_navigation.py", tables)
     if noise:
         fill(docs, "noise: written by scripts/benchmark_navigation.py", markdown_table(noise_rows))
-    lines = {
-        method: [(float(s), *one["tests"]["160 fresh tasks"][s]) for s in _STEPS]
-        for method, one in measured.items()
-    }
-    oracle = next(iter(measured.values()))["oracle"]["160 fresh tasks"]
-    lines["published (MAML)"] = [(float(s), _PUBLISHED[s], 0.0) for s in _STEPS]
-    lines["oracle"] = [(float(s), oracle, 0.0) for s in _STEPS]
     figures = ROOT / "docs/figures"
-    draw_lines(lines, "inner steps", "return", figures / "navigation_steps.png")
+    draw_steps(measured, figures / "navigation_steps.png")
     draw_training(folders, figures / "navigation_training.png")
     draw_paths(next(iter(folders.values()))[0], figures / "navigation_paths.png")
 
