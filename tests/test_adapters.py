@@ -22,6 +22,7 @@ from tests.fixtures import to_float64
 from tests.one_task import (
     COMMON,
     GRADIENT,
+    IDENTITY,
     KEY,
     NORMALISED,
     gradients,
@@ -113,6 +114,12 @@ def test_cavia_modulates_queries_after_every_kind_of_normalisation(statistics):
     torch.testing.assert_close(algorithm.predict(state, learner, task.query.x), expected)
 
 
+def test_cavia_refuses_a_backbone_that_it_cannot_modulate():
+    algorithm = CAVIA(**(COMMON | {"backbone": IDENTITY}), **_CONTEXT)
+    with pytest.raises(UserError, match="backbone=MLP: has no layer that CAVIA can modulate"):
+        init_state(algorithm)
+
+
 # LoRA
 
 _LOW_RANK: dict[str, Any] = GRADIENT | dict(rank=2, scale=0.7, layers="")
@@ -190,6 +197,8 @@ def test_lora_changes_the_weights_that_layers_matches():
         assert sum(name.endswith(".up") for name in state.params) == count
     with pytest.raises(UserError, match=r"algo\.layers=conv9: matches no weight.*conv0\.weight"):
         lora(_CONV, layers="conv9").init(spec, prng.key_of(0))
+    with pytest.raises(UserError, match=r"algo\.layers=\(: should be a regular expression"):
+        lora(_CONV, layers="(")
 
 
 # Meta-Curvature

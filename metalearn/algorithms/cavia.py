@@ -15,6 +15,7 @@ from metalearn.algorithms.normalisation import Normalisation
 from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.base import Backbone
 from metalearn.config.fields import above, at_least
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
 
@@ -38,8 +39,8 @@ class CAVIA(LinearHeadAlgorithm):
     """Gradient descent on context parameters phi; all other weights theta are only meta-learned.
 
     phi_0 = 0, phi_k+1 = phi_k - inner_lr * grad_phi L_support(theta, phi_k) (Zintgraf et al. 2019,
-    eq. 2). Each channel c of the layer after a normalisation is x (1 + s_c) + t_c, where (s, t) =
-    W phi is linear in phi and W belongs to theta (their section 3.4, for convolutions).
+    section 3). Each channel c of the layer after a normalisation is x (1 + s_c) + t_c, where (s, t) =
+    W phi is linear in phi and W belongs to theta, as in their convolutional network.
 
     Departures: every layer is modulated, also of fully connected networks (theirs: the third
     convolution; elsewhere phi is a further input of the first layer), and phi = 0 is the unmodified
@@ -78,6 +79,11 @@ class CAVIA(LinearHeadAlgorithm):
         """
         state = super().init(spec, key)
         film = self.backbone.film(spec.inputs, key.device)
+        if not film:
+            raise UserError(
+                f"backbone={type(self.backbone).__name__}: has no layer that CAVIA can modulate; "
+                "choose another backbone"
+            )
         weights = {
             name: prng.normal(prng.fold_in(key, 100 + number), (len(zero), self.num_context))
             * len(zero) ** -0.5

@@ -56,6 +56,14 @@ class LoRA(GradientAdaptation):
     scale: float = above(0)
     layers: str = setting()
 
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            raise UserError(
+                f"algo.layers={self.layers}: should be a regular expression ({error})"
+            ) from None
+
     def init(self, spec: Spec, key: Tensor) -> State:
         """Add "lora.<name>.down" A and "lora.<name>.up" B; raise UserError if no weight matches."""
         state = super().init(spec, key)

@@ -18,7 +18,7 @@ class MetaCurvature(GradientAdaptation):
 
     MC(G) = G x_1 M_o x_2 M_i x_3 M_f for the gradient [O, I, F] of a weight, with M_o [O, O] over
     outputs, M_i [I, I] over inputs and, for convolutions, M_f [F, F] over filter positions (Park
-    and Oliva 2019, eq. 9: MC2). x_n is the product with mode n. A vector [O] has a factor for each
+    and Oliva 2019, variant MC2). x_n is the product with mode n. A vector [O] has a factor for each
     entry. All start as the identity, which is MAML.
     """
 

@@ -163,7 +163,7 @@ def surrogate(log_p: Tensor, advantages: Tensor, dice_lambda: float = 1.0) -> Te
     """Compute a loss [] whose derivatives are those of minus the expected return, per step.
 
     -mean(A_t (exp(w_t - |w_t|) - exp(v_t - |v_t|))) with w_t = sum_{j <= t} lambda^(t-j) log p_j,
-    v_t = w_t - log p_t and |.| without gradient: Loaded DiCE (Farquhar et al. 2019, eq. 16). With
+    v_t = w_t - log p_t and |.| without gradient: Loaded DiCE (Farquhar et al. 2019). With
     lambda = 1 it is DiCE (Foerster et al. 2018) with advantages, and derivatives of every order are
     right in expectation. Less gives second derivatives less variance and a bias; 0 is LVC (Rothfuss
     et al. 2019). First derivatives do not depend on it.
