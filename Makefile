@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo demo-draw demo-label docs check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
+# Every target with a help line; only .venv/.ready is a file.
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -70,6 +71,9 @@ benchmark-methods: setup  ## train all methods, ≤ 20 min each: METHODS="only=o
 
 benchmark-sinusoid: setup  ## train four methods on sinusoids: error over inner steps, fitted curves
 	python scripts/benchmark_sinusoid.py
+
+benchmark-navigation: setup  ## adapt policies on 2D navigation; writes docs/navigation.md
+	python scripts/benchmark_navigation.py
 
 benchmark-intervals: setup  ## simulate the coverage of the 95% interval; writes benchmarks/
 	python scripts/benchmark_intervals.py

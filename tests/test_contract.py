@@ -125,6 +125,7 @@ def test_method_runs_in_every_command(name, cache_dir, tmp_path):
 _DATASETS = {
     "glyphs": ["dataset.num_classes=60", "dataset.image_size=16"],
     "sinusoid": [],
+    "navigation": [],
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
     "features": ["dataset.path=toy.npz"],
@@ -138,7 +139,7 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     settings = checking.check_config(
         composition.compose_config([f"dataset={name}", *_DATASETS[name]])
     ).dataset
-    way = {"sinusoid": 1, "user_values": 1, "user_classes": 2}.get(name, 5)
+    way = {"sinusoid": 1, "navigation": 1, "user_values": 1, "user_classes": 2}.get(name, 5)
     shape = Shape(1, 3, 5) if way == 1 else Shape(way, 2, 3)
     if name.startswith("user"):
         write_ratings(cache_dir / "users.csv")
@@ -164,6 +165,7 @@ _BACKBONES = {
     "conv4": (["backbone.filters=3"], InputSpec((2, 16, 16))),
     "mlp": (["backbone.hidden=[5,4]"], InputSpec((7,))),
     "mlp_sinusoid": ([], InputSpec((1,))),
+    "mlp_policy": ([], InputSpec((2,))),
     "r2d2_conv": (["backbone.filters=[2,3,4]", "backbone.dropout=0"], InputSpec((1, 12, 12))),
     "resnet12": (["backbone.filters=[2,3,4]", "backbone.dropout=0"], InputSpec((1, 12, 12))),
     "resnet18": ([], InputSpec((3, 32, 32))),

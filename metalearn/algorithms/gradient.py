@@ -150,9 +150,13 @@ class GradientAdaptation(LinearHeadAlgorithm):
                 for name, value in gradient.items()
             }
         return {
-            name: value - self.rate(slow, name, step) * gradient[name]
+            name: value - self.rate(slow, name, step) * self.direction(slow, name, gradient[name])
             for name, value in fast.items()
         }
+
+    def direction(self, slow: Params, name: str, gradient: Tensor) -> Tensor:
+        """Return the direction of an inner step of the weight `name`, shaped like its gradient."""
+        return gradient
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
         """Return the inner learning rate of the weight `name` in `step`."""

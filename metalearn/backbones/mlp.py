@@ -25,6 +25,8 @@ class MLP(Backbone):
         hidden: Number of units of each layer.
         normalisation: "batch" or "none".
         activation: A name in `ACTIVATIONS`.
+        initialisation: Variance of the initial weights: "he", 2 / fan_in, or "xavier",
+            2 / (fan_in + fan_out) (Glorot and Bengio 2010).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("images", "features")
@@ -32,6 +34,7 @@ class MLP(Backbone):
     hidden: list[int] = at_least(1)
     normalisation: str = choice("batch", "none")
     activation: str = choice(*ACTIVATIONS)
+    initialisation: str = choice("he", "xavier", default="he")
 
     @property
     def normalises(self) -> bool:
@@ -42,7 +45,10 @@ class MLP(Backbone):
         population: Params = {}
         width = math.prod(inputs.shape)
         for layer, features in enumerate(self.hidden):
-            params[f"linear{layer}.weight"] = init_weight(prng.fold_in(key, layer), features, width)
+            weight = init_weight(prng.fold_in(key, layer), features, width)
+            if self.initialisation == "xavier":
+                weight = weight * math.sqrt(width / (width + features))
+            params[f"linear{layer}.weight"] = weight
             if self.normalisation == "batch":
                 affine, statistics = normalisation.init(f"norm{layer}", features, key.device)
                 params |= affine

@@ -90,7 +90,8 @@ class Engine:
         support, query = (
             (None, tasks.x) if isinstance(tasks, Batch) else (tasks.support.x, tasks.query.x)
         )
-        few = query.shape[1] < _FEW_QUERIES
+        # Rollouts are chains of small operations.
+        few = query.shape[1] < _FEW_QUERIES or not self.algorithm.family.predicts
         strategy = self.strategy
         if strategy == "auto":
             if self.algorithm.backbone.is_external:

@@ -137,7 +137,11 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """Return lines that explain the table and test differences for significance."""
-        lines = ["± is the 95% interval over the shared episodes (Student's t)"]
+        better = "higher" if self._sign > 0 else "lower"
+        lines = [
+            f"{self.metric}, {better} is better; ± is the 95% interval over the shared episodes "
+            "(Student's t)"
+        ]
         if len(self.hardware) == 1:
             lines.append(f"trained on {self.hardware[0]}")
         if any(cell.seeds_ci95 is not None for cell in self.cells.values()):

@@ -56,8 +56,8 @@ def draw_learning_curve(rows: list[dict[str, Any]], score: str, path: Path, titl
     """Plot training and validation scores, with 95% intervals, over the steps of metrics.jsonl."""
     with _axes(path) as axes:
         factor = _factor(score)
-        train_key = "train.accuracy" if score == "accuracy" else "train.loss"
-        train = [(row["step"], factor * row[train_key]) for row in rows if train_key in row]
+        key = f"train.{score}"
+        train = [(row["step"], factor * row[key]) for row in rows if key in row]
         val = [row for row in rows if f"val.{score}" in row]
         if train:
             axes.plot(*zip(*train, strict=True), color="0.6", linewidth=1, label="training tasks")

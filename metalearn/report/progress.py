@@ -14,7 +14,7 @@ from rich.text import Text
 
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import print_line
-from metalearn.report.tables import format_interval
+from metalearn.report.tables import format_interval, format_value
 from metalearn.system import signals
 
 #: Without a terminal, seconds between printed lines; every validation is printed.
@@ -262,8 +262,11 @@ class Progress(Listener):
         parts = []
         if "train.loss" in self._metrics:
             parts.append(f"loss {self._metrics['train.loss']:.4f}")
-        if self._score == "accuracy" and "train.accuracy" in self._metrics:
-            parts.append(f"acc {100 * self._metrics['train.accuracy']:.1f}%")
+        value = self._metrics.get(f"train.{self._score}")
+        if value is not None and self._score == "accuracy":
+            parts.append(f"acc {100 * value:.1f}%")
+        elif value is not None and value != self._metrics.get("train.loss"):
+            parts.append(f"{self._score} {format_value(self._score, value)}")
         return parts
 
     def _count(self) -> str:

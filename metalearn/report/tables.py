@@ -14,8 +14,10 @@ from metalearn.tasks.types import Estimate
 
 
 def format_value(metric: str, value: float) -> str:
-    """Return a value of a metric as text: an accuracy in percent, an error as it is."""
-    return f"{100 * value:.2f}%" if metric == "accuracy" else f"{value:.4f}"
+    """Return a value of a metric as text: an accuracy in percent, others as they are."""
+    if metric == "accuracy":
+        return f"{100 * value:.2f}%"
+    return f"{value:.2f}" if metric == "return" else f"{value:.4f}"
 
 
 def format_interval(metric: str, mean: float, ci95: float) -> str:

@@ -14,7 +14,8 @@ class Metric:
     Attributes:
         name: Name in logs and results.
         higher_is_better: Which direction is better.
-        of: Maps (prediction [..., Q, N], y) to scores [...].
+        of: Maps (prediction [..., Q, N], y) to scores [...]. Of control: (rewards [..., H, M], y)
+            for M trajectories of H steps.
     """
 
     name: str
@@ -58,5 +59,11 @@ def _squared_error(prediction: Tensor, y: Tensor) -> Tensor:
     return (prediction - y).square().mean((-2, -1))
 
 
+def _mean_return(rewards: Tensor, y: Tensor) -> Tensor:
+    """Compute the mean undiscounted return of trajectories: [..., H, M] -> [...]."""
+    return rewards.sum(-2).mean(-1)
+
+
 ACCURACY = Metric("accuracy", True, _accuracy)
 MEAN_SQUARED_ERROR = Metric("mse", False, _squared_error)
+RETURN = Metric("return", True, _mean_return)
