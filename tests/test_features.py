@@ -32,8 +32,9 @@ pytestmark = pytest.mark.slow
 _POPULATION = ["statistics=population", "test.episodes=6", "val.episodes=4"]
 #: Methods whose embedding never changes with the task.
 _HEADS = (
-    "baseline", "baseline_pp", "mapping", "matching", "metanet", "protonet", "r2d2", "relation",
-    "rfs", "siamese",
+    "baseline", "baseline_pp", "bd_cspn", "laplacian_shot", "mapping", "matching", "metanet",
+    "protonet", "pt_map", "r2d2", "relation", "rfs", "siamese", "simple_shot", "soft_kmeans", "tim",
+    "transductive_finetune",
 )  # fmt: skip
 _QUICK = ("protonet", "rfs", "maml")
 
