@@ -50,7 +50,9 @@ class TIM(TransductiveHead):
         support, z = learned._replace(z=F.normalize(learned.z, dim=-1)), F.normalize(z, dim=-1)
         if self.solver == "adm":
             return self.alternate(support, z)
-        w = minimise(lambda w: self.objective(w, support, z), means_of(support), self.steps, self.lr)
+        w = minimise(
+            lambda w: self.objective(w, support, z), means_of(support), self.steps, self.lr
+        )
         return self.logits(w, z)
 
     def logits(self, w: Tensor, z: Tensor) -> Tensor:
