@@ -47,7 +47,7 @@ class Hallucination(EmbeddingAlgorithm):
         return params
 
     def generate(self, weights: Params, z: Tensor, noise: Tensor) -> Tensor:
-        """Generate embeddings [M, D] from seeds [M, D] and noise [M, D]."""
+        """Generate embeddings from seeds and noise, all [..., D]."""
         z = torch.cat([z, noise], -1)
         for layer in range(_LAYERS):
             z = (z @ weights[f"head.weight{layer}"].T + weights[f"head.bias{layer}"]).relu()
@@ -56,10 +56,10 @@ class Hallucination(EmbeddingAlgorithm):
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Compute the class means [N, D]."""
         noise = prng.normal(key, (self.generated, z.shape[-1])).to(z.dtype)
-        seeds = z.repeat_interleave(self.generated, 0)
-        more = self.generate(weights, seeds, noise.repeat(len(z), 1))
-        y = torch.cat([support.y, support.y.repeat_interleave(self.generated)])
-        return class_means(torch.cat([z, more]), y, support.way)
+        seeds = z.unsqueeze(1).expand(-1, self.generated, -1)
+        more = self.generate(weights, seeds, noise.unsqueeze(0).expand_as(seeds))
+        z = (z + more.sum(1)) / (1 + self.generated)
+        return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:
         return -squared_distance(z, learned) / (self.temperature or distance_scale(z))

@@ -66,10 +66,10 @@ class SoftKMeans(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         """Compute the refined prototypes [N, D]."""
+        if support.unlabelled is None:
+            return class_means(z, support.y, support.way)
         labelled, unlabelled = z.tensor_split([len(support.y)])
         means = class_means(labelled, support.y, support.way)
-        if support.unlabelled is None:
-            return means
         total = class_sums(labelled, support.y, support.way)
         count = one_hot(support.y, support.way).sum(0).to(z.dtype)
         for _ in range(self.iterations):

@@ -18,6 +18,7 @@ class EpisodeShape:
     query: int = at_least(1)
     unlabelled: int = at_least(0, default=0)
     distractors: int = at_least(0, default=0)
+    dirichlet: int = at_least(0, default=0)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -152,7 +152,15 @@ def build(
         data = data.with_all_classes()
     episode = settings.episode
     test_shape, train_shape = (
-        Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)
+        Shape(
+            shape.way,
+            shape.shot,
+            shape.query,
+            shape.unlabelled,
+            shape.distractors,
+            where,
+            dirichlet=shape.dirichlet,
+        )
         for where, shape in (("episode", episode), ("episode.train", episode.train))
     )
     if train_shape == test_shape:  # it usually follows the test's, so errors name that one
@@ -223,6 +231,7 @@ def build(
             "query": test_shape.query,
             **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
             **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
+            **({"dirichlet": test_shape.dirichlet} if test_shape.dirichlet else {}),
             **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
             "statistics": settings.statistics if algorithm.backbone.normalises else "none",
             "transductive": is_transductive(algorithm),

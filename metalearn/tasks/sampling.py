@@ -14,6 +14,7 @@ from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassView, Store
 from metalearn.tasks.types import Batch, Query, Support, Task
+from metalearn.tasks.unbalanced import first_rows, query_counts
 
 #: Version of the sampling rules; different versions give different episodes.
 SAMPLER_VERSION = 2
@@ -34,6 +35,8 @@ class Shape:
         distractors: Number of additional classes with unlabelled examples only.
         where: The settings that give the shape, for error messages.
         copies: Number of augmented copies that replace each support example; 0 for the example.
+        dirichlet: Parameter of the distribution of the way * query queries over the classes; 0:
+            each class has the same number.
     """
 
     way: int
@@ -43,6 +46,12 @@ class Shape:
     distractors: int = 0
     where: str = dataclasses.field(default="episode", compare=False)
     copies: int = 0
+    dirichlet: int = 0
+
+    @property
+    def most_queries(self) -> int:
+        """Return the greatest number of queries of a class."""
+        return self.query * (self.way if self.dirichlet else 1)
 
 
 class BatchSource(Protocol):
@@ -113,6 +122,13 @@ class EpisodeSampler:
         smallest = int(index.counts.argmin())
         owner, available = f"class '{index.names[smallest]}'", int(index.counts[smallest])
         self._check(("shot", "query", "unlabelled"), available, owner, "examples")
+        total = shape.shot + shape.most_queries + shape.unlabelled
+        if shape.dirichlet and total > available:
+            raise UserError(
+                f"dirichlet={shape.dirichlet}: a task may have {total} examples of one class, its "
+                f"support examples and way * query queries, but {owner} has only {available}; "
+                f"lower {shape.where}.query"
+            )
 
     def _check(self, names: tuple[str, ...], available: int, owner: str, what: str) -> None:
         """Raise UserError if the shape needs more of something than its owner has."""
@@ -137,17 +153,19 @@ class EpisodeSampler:
             prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
         )
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
-        picks = prng.smallest(key_TN, padding, shape.shot + shape.query + shape.unlabelled)
+        picks = prng.smallest(key_TN, padding, shape.shot + shape.most_queries + shape.unlabelled)
         rows = rows_TNM.gather(-1, picks)
         if rotations_TN is not None:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
-        support, query, unlabelled = rows.split([shape.shot, shape.query, shape.unlabelled], -1)
+        support, query, unlabelled = rows.split(
+            [shape.shot, shape.most_queries, shape.unlabelled], -1
+        )
         support = support[:, : shape.way]
         if shape.copies:
             support = support.repeat_interleave(shape.copies, -1)
         x, y = self._shuffled(support, prng.fold_in(key_T, 3), self.support_store)
-        query_x, query_y = self._shuffled(query[:, : shape.way], prng.fold_in(key_T, 4))
+        query_x, query_y = self._queries(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = self._shuffled(unlabelled, prng.fold_in(key_T, 6))[0] if shape.unlabelled else None
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
 
@@ -157,6 +175,18 @@ class EpisodeSampler:
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
         ]
+
+    def _queries(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels of the query set in random order."""
+        shape = self.shape
+        if not shape.dirichlet:
+            return self._shuffled(rows_TNK, key_T)
+        total = shape.way * shape.query
+        counts = query_counts(prng.fold_in(key_T, 1), shape.way, total, shape.dirichlet)
+        rows, y = first_rows(rows_TNK, counts, total)
+        order = prng.permutation(key_T, total)
+        x = self.store.gather(rows.gather(1, order), prng.fold_in(key_T, 0))
+        return x, y.gather(1, order)
 
     def _shuffled(
         self, rows_TNK: Tensor, key_T: Tensor, store: Store | None = None
