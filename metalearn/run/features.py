@@ -83,7 +83,8 @@ def with_features(
     engine, source = _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
     if engine is not before:  # features are smaller than images, and need no network
         own = run.config.engine
-        engine = dataclasses.replace(engine, strategy=own.strategy, chunk=own.task_chunk)
+        chunk = own.task_chunk or own.evaluation_batch
+        engine = dataclasses.replace(engine, strategy=own.strategy, chunk=chunk)
         engine = engine.resolve(source.draw(parts[0][0], 1), own.evaluation_batch, False)
     return engine, source
 
