@@ -20,7 +20,8 @@ from metalearn.tasks.types import Params, Spec, Support
 class MetaBaseline(EmbeddingAlgorithm):
     """logits = scale * cos(z, c_n), with the class means c_n (Chen et al. 2021, eq. 2 and 3).
 
-    The first stage of the paper (Classifier-Baseline) trains on batches, the second on episodes.
+    The first stage of the paper (Classifier-Baseline) trains on batches, the second on episodes,
+    from the weights of the first (`train.start`).
 
     Attributes:
         scale: Initial scale (theirs: 10). Its logarithm is learned on episodes.

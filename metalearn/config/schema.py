@@ -35,6 +35,7 @@ class TrainConfig:
     source: str = choice("episodes", "batches")
     batch_size: int = at_least(1)
     steps: int = at_least(0)
+    start: str | None = setting(default=None)
     meta_batch: int = at_least(1)
     optimiser: str | None = choice("adam", "sgd", default=None)
     lr: float = above(0)

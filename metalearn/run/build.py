@@ -1,6 +1,7 @@
 """Build a run from a checked configuration."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from metalearn.config.schema import RunConfig
 from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
+from metalearn.run import checkpoint
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
 from metalearn.run.parts import (
@@ -189,6 +191,8 @@ def build(
         settings, algorithm, train.draw(0, 1), test.draw(0, 1), group.size, choices
     )
     state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
+    if settings.train.start and not only_test and not is_restored:
+        state = checkpoint.start_from(Path(settings.train.start), state, device)
     is_frozen = algorithm.backbone.is_frozen and all(
         name.startswith("net.") for name in state.params
     )
