@@ -1,16 +1,19 @@
 """Compare heads on the same features: seconds, and accuracy with balanced and unbalanced queries.
 
-python scripts/benchmark_heads.py [cifar100=<folder>] [threads=1] [key=value …]
+python scripts/benchmark_heads.py [threads=1]
+python scripts/benchmark_heads.py cifar100=<folder> [threads=1] [key=value …]
 
-Seconds: predictions of 1,000 tasks on features of 640 numbers, batched over tasks as in a test, and
-how well they agree with a loop over tasks. With the folder of CIFAR-100, also accuracy on CIFAR-FS:
-SimpleShot trains a backbone and keeps the mean of its training features; every head is tested on
-these features and on those of frozen EfficientNet-Lite0, on the same episodes. `key=value` are
-overrides of the runs, such as train.steps=500 test.episodes=200 backbone=resnet12. Runs are in
-outputs/benchmark/heads/; finished ones are not repeated. Writes benchmarks/heads.json and heads.md.
+The first command measures CPU seconds: predictions of 1,000 tasks on features of 640 numbers,
+batched over tasks as in a test, and how well they agree with a loop over tasks. The second measures
+accuracy on CIFAR-FS: SimpleShot trains a backbone and keeps the mean of its training features;
+every head is tested on these features and on those of frozen EfficientNet-Lite0, on the same
+episodes, with balanced and with unbalanced queries. `key=value` are overrides of the runs, such as
+train.steps=500 test.episodes=200 backbone=resnet12. Runs are in outputs/benchmark/heads/; finished
+ones are not repeated. Each command writes its part of benchmarks/heads.json, and heads.md.
 """
 
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -118,7 +121,10 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
     words += [*more, *_BACKBONES[backbone]]
     folder = _RUNS / backbone.replace(" ", "_").lower()
     trained = run_in(folder, words, [])
-    content: dict[str, Any] = {"run": {"overrides": words, "test": trained["test"]}}
+    content: dict[str, Any] = {
+        "run": {"overrides": words, "test": trained["test"]},
+        "tests": {},
+    }
     for shot in (1, 5):
         for dirichlet in (0, _DIRICHLET):
             shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
@@ -136,7 +142,7 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
                     [engine.scores(state, source.draw(*part)) for part in parts]
                 )
             title = f"5w{shot}s, {'unbalanced' if dirichlet else 'balanced'}"
-            content[title] = {
+            content["tests"][title] = {
                 name: {
                     **dataclasses.asdict(estimate(own)),
                     "minus simple_shot": dataclasses.asdict(
@@ -149,42 +155,40 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
     return content
 
 
-def write(content: dict[str, Any]) -> None:
-    """Write benchmarks/heads.json and the tables of benchmarks/heads.md."""
-    write_json(ROOT / "benchmarks/heads.json", content)
-    about = content["environment"]
-    rows = [
-        {
-            "head": name,
-            **{
-                key: text
-                for shot, one in by_shot.items()
-                for key, text in {
-                    f"{shot}: seconds": f"{one['seconds']:.1f}",
-                    f"{shot}: loop over tasks": f"{one['loop']:.0f}",
-                    f"{shot}: same labels": f"{100 * one['same']:.2f}%",
-                    f"{shot}: largest difference": f"{one['difference']:.0e}",
-                }.items()
-            },
-        }
-        for name, by_shot in content["speed"].items()
-    ]
-    lines = [
-        "# Heads on the same features", "", f"`{content['command']}`,",
-        f"commit {about['commit']}, {about['hardware']}, {content['threads']} threads, "
-        f"torch {about['versions']['torch']}, seed 0.", "", "## Seconds", "",
-        f"Predictions of {_TASKS:,} tasks with 15 queries per class on features of 640 numbers, "
-        "batched over tasks; the same in a loop over tasks (100 of them, times 10); queries with "
-        "the same label in both, and the largest difference of a probability.", "",
-        *tables.markdown_table(rows), "",
-    ]  # fmt: skip
-    for backbone, own in content.get("accuracy", {}).items():
-        trained = own["run"]["overrides"]
-        names = [word for word in trained if not word.startswith("dataset.path=")]
-        lines += [f"## CIFAR-FS, {backbone}", "", f"`metalearn train {' '.join(names)}`", ""]
-        for title, heads in own.items():
-            if title == "run":
-                continue
+def write(part: str, values: dict[str, Any]) -> None:
+    """Write a part of benchmarks/heads.json, and the page with all parts."""
+    file = ROOT / "benchmarks/heads.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    content[part] = values
+    write_json(file, content)
+    lines = ["# Heads on the same features", ""]
+    if speeds := content.get("seconds"):
+        rows = [
+            {
+                "head": name,
+                **{
+                    key: text
+                    for shot, one in by_shot.items()
+                    for key, text in {
+                        shot: f"{one['seconds']:.1f}",
+                        f"{shot}, loop over tasks": f"{one['loop']:.1f}",
+                        f"{shot}, same labels": f"{100 * one['same']:.2f}%",
+                        f"{shot}, largest difference": f"{one['difference']:.0e}",
+                    }.items()
+                },
+            }
+            for name, by_shot in speeds["heads"].items()
+        ]
+        lines += [
+            "## CPU seconds", "", f"Predictions of {_TASKS:,} tasks with 15 queries per class on "
+            "features of 640 numbers, batched over tasks; the same in a loop over tasks (100 of "
+            "them, times 10); share of queries with the same label in both, and the largest "
+            "difference of a probability.", "", *tables.markdown_table(rows), "", _about(speeds), "",
+        ]  # fmt: skip
+    for backbone, own in content.get("accuracy", {}).get("backbones", {}).items():
+        words = [one for one in own["run"]["overrides"] if not one.startswith("dataset.path=")]
+        lines += [f"## CIFAR-FS, {backbone}", "", f"`metalearn train {' '.join(words)}`", ""]
+        for title, heads in own["tests"].items():
             table = [
                 {
                     "head": f"{name} (assumes balance)" if name in _BALANCED else name,
@@ -196,7 +200,18 @@ def write(content: dict[str, Any]) -> None:
                 for name, one in heads.items()
             ]
             lines += [f"{title} queries:", "", *tables.markdown_table(table), ""]
+    if "accuracy" in content:
+        lines += [_about(content["accuracy"]), ""]
     (ROOT / "benchmarks/heads.md").write_text("\n".join(lines))
+
+
+def _about(part: dict[str, Any]) -> str:
+    """Return the line that says how a part was made."""
+    own = part["environment"]
+    return (
+        f"`{part['command']}`, commit {own['commit']}, {own['hardware']}, "
+        f"{part['threads']} threads, torch {own['versions']['torch']}, seed 0."
+    )
 
 
 def main() -> None:
@@ -206,20 +221,22 @@ def main() -> None:
     cifar100, threads = options.pop("cifar100", None), int(options.pop("threads", "1"))
     torch.set_num_threads(threads)
     more = [f"{key}={value}" for key, value in options.items()]
-    content: dict[str, Any] = {
+    values: dict[str, Any] = {
         "command": " ".join(["python scripts/benchmark_heads.py", *shown]),
         "environment": describe_environment("cpu"),
         "threads": threads,
-        "speed": {},
     }
-    for name in ("protonet", *_HEADS):
-        content["speed"][name] = {f"5w{shot}s": speed(name, shot) for shot in (1, 5)}
-        print(name, content["speed"][name], flush=True)
-        write(content)
-    for backbone in _BACKBONES if cifar100 else ():
-        own = accuracy(Path(cifar100 or "").resolve(), backbone, more)
-        content.setdefault("accuracy", {})[backbone] = own
-        write(content)
+    if cifar100 is None:
+        values["heads"] = {}
+        for name in ("protonet", *_HEADS):
+            values["heads"][name] = {f"5w{shot}s": speed(name, shot) for shot in (1, 5)}
+            print(name, values["heads"][name], flush=True)
+        write("seconds", values)
+        return
+    values["backbones"] = {}
+    for backbone in _BACKBONES:
+        values["backbones"][backbone] = accuracy(Path(cifar100).resolve(), backbone, more)
+        write("accuracy", values)
 
 
 if __name__ == "__main__":

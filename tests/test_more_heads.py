@@ -205,8 +205,8 @@ def test_calibration_samples_with_the_statistics_of_the_nearest_training_classes
         own = np.mean([means[order[0]], means[order[1]], example], 0)
         covariance = np.mean([covariances[c] for c in order], 0) + 0.21
         np.testing.assert_allclose(mean[row].numpy(), own)
-        found = (factor[row] @ factor[row].T).numpy()
-        np.testing.assert_allclose(found, covariance, atol=2e-3 * covariance.max())
+        product = (factor[row] @ factor[row].T).numpy()
+        np.testing.assert_allclose(product, covariance, atol=2e-3 * covariance.max())
         samples += list(own + noise @ factor[row].numpy().T)
         labels += [support.y[row]] * 15
     fitted = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(samples, np.array(labels))

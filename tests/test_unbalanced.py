@@ -34,6 +34,7 @@ def test_unbalanced_queries_are_new_images_and_leave_classes_and_support_unchang
     counts = torch.stack([y.bincount(minlength=3) for y in task.query.y])
     assert (counts.sum(1) == 12).all() and counts.double().std() > 1
     assert torch.equal(task.query.x[3:5], data.episodes("train", shape, 0).draw(3, 2).query.x)
+    assert task.support.unlabelled is not None
     for t in range(40):
         own = class_and_image(task.support.x[t])[:, 0]
         classes = dict(zip(task.support.y[t].tolist(), own, strict=True))

@@ -39,8 +39,8 @@ class CentredHead(EmbeddingAlgorithm):
         return State(state.params, state.buffers | {"head.sum": total, "head.count": count})
 
     def observe(self, buffers: Params, z: Tensor, y: Tensor) -> Params:
-        own = {"head.sum": z.sum(0), "head.count": len(z)}
-        return {name: _DECAY * buffers[name] + value for name, value in own.items()}
+        old = {name: _DECAY * buffers[name] for name in ("head.sum", "head.count")}
+        return {"head.sum": old["head.sum"] + z.sum(0), "head.count": old["head.count"] + len(z)}
 
     def normalised(self, weights: Params, z: Tensor) -> Tensor:
         """Compute the features [M, D] of embeddings [M, D]."""
