@@ -182,8 +182,8 @@ def write(part: str, values: dict[str, Any]) -> None:
         lines += [
             "## CPU seconds", "", f"Predictions of {_TASKS:,} tasks with 15 queries per class on "
             "features of 640 numbers, batched over tasks; the same in a loop over tasks (100 of "
-            "them, times 10); share of queries with the same label in both, and the largest "
-            "difference of a probability.", "", *tables.markdown_table(rows), "", _about(speeds), "",
+            "them, times 10); share of queries with the same label; largest difference of a "
+            "probability.", "", *tables.markdown_table(rows), "", _about(speeds), "",
         ]  # fmt: skip
     for backbone, own in content.get("accuracy", {}).get("backbones", {}).items():
         words = [one for one in own["run"]["overrides"] if not one.startswith("dataset.path=")]
