@@ -33,7 +33,10 @@ _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 _FEWER_STEPS: dict[str, tuple[tuple[str, int], ...]] = {
     "baseline": (("head_steps", 20),),
     "baseline_pp": (("head_steps", 20),),
+    "calibration": (("samples", 50), ("iterations", 50)),
     "finetune": (("test_inner_steps", 5),),
+    "pt_map": (("steps", 5), ("iterations", 20)),
+    "tim": (("steps", 20),),
     "imaml": (("inner_steps", 5), ("test_inner_steps", 5), ("cg_steps", 2)),
 }
 

@@ -20,8 +20,7 @@ from metalearn.tasks.types import Batch, Loss, Params, Spec, State
 class BatchTraining(Algorithm):
     """Meta-train by cross-entropy over all training classes (`train.source=batches`).
 
-    The classifier's weight [C, D] and bias [C] are "global.weight" and "global.bias". Testing on
-    classes does not use them.
+    The classifier is "global.weight" [C, D] and "global.bias" [C]; tests on classes need neither.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -36,11 +35,14 @@ class BatchTraining(Algorithm):
         """Compute logits [B, C] over all training classes from embeddings z [B, D]."""
         return F.linear(z, params["global.weight"], params["global.bias"])
 
-    def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
-        def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:
-            z, statistics = self.normalisation.embed_batch(
-                state, select(params, "net"), x, batch.key
-            )
-            return self.classify(params, z), statistics
+    def observe(self, buffers: Params, z: Tensor, y: Tensor) -> Params:
+        """Return new values of buffers, from embeddings z [B, D] and labels of a batch."""
+        return {}
 
-        return self.family.query_loss(net, state.params, batch, batch.key)
+    def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
+        net = select(state.params, "net")
+        z, statistics = self.normalisation.embed_batch(state, net, batch.x, batch.key)
+        loss = self.family.query_loss(
+            lambda params, _: (self.classify(params, z), statistics), state.params, batch, batch.key
+        )
+        return loss._replace(buffers=self.observe(state.buffers, z.detach(), batch.y))

@@ -18,8 +18,12 @@ TAKES: tuple[str, ...] = ("--json",)
 _FAMILIES = {
     "gradient": "gradient-based: adapt weights by gradient steps",
     "metric": "metric: compare with the support set in an embedding",
-    "memory": "memory and weights written from the support set",
-    "transfer": "transfer baselines: trained on ordinary batches",
+    "closed_form": "closed form: solve for a classifier, and differentiate the solution",
+    "transductive": "transductive: classify all queries of a task together",
+    "memory": "memory and sequence: read the support set, or write weights from it",
+    "generative": "generative: generate features from the support set",
+    "unsupervised": "unsupervised: trained without labels",
+    "transfer": "transfer: trained on ordinary batches",
 }
 _GROUPS = ("dataset", "backbone", "episode", "optimiser", "loss", "augment", "experiment")
 

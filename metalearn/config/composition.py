@@ -302,12 +302,19 @@ def reproductions() -> dict[str, str]:
     }
 
 
+#: Families of methods, in the order of lists and tables.
+FAMILIES = (
+    "gradient", "metric", "closed_form", "transductive", "memory", "generative", "unsupervised",
+    "transfer",
+)  # fmt: skip
+
+
 def families() -> dict[str, list[str]]:
     """Return the methods of each family, by the comment `# family: …` in its file, or "other"."""
-    names: dict[str, list[str]] = {"gradient": [], "metric": [], "memory": [], "transfer": []}
+    names: dict[str, list[str]] = {family: [] for family in FAMILIES}
     for name in options("algo"):
         names.setdefault(_tag(name, "family") or "other", []).append(name)
-    return names
+    return {family: own for family, own in names.items() if own}
 
 
 def _tag(algo: str, tag: str) -> str:

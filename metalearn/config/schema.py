@@ -20,6 +20,7 @@ class EpisodeShape:
     distractors: int = at_least(0, default=0)
     unbalanced: bool = setting(default=False)
     sampler: str = choice("uniform", "hierarchical", "hard", default="uniform")
+    dirichlet: int = at_least(0, default=0)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class TrainConfig:
     source: str = choice("episodes", "batches")
     batch_size: int = at_least(1)
     steps: int = at_least(0)
+    start: str | None = setting(default=None)
     meta_batch: int = at_least(1)
     optimiser: str | None = choice("adam", "sgd", default=None)
     lr: float = above(0)

@@ -101,7 +101,9 @@ class Engine:
             elif count == 1 or not self.algorithm.is_iterative:
                 strategy = "loop"  # a single task is already a large batch
             else:
-                strategy = "vmap" if few else "mixed"
+                # "mixed" would loop over tasks for the predictions, where such a method computes.
+                is_batched = few or self.algorithm.is_transductive
+                strategy = "vmap" if is_batched else "mixed"
         if strategy == "mixed" and training and self.has_own_loss(tasks):
             strategy = "vmap"
         batched = 0 if support is None else support[0].numel()

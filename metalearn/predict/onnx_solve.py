@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from onnxscript import FLOAT, opset18, script
+from onnxscript import FLOAT, ir, opset18, script
 
 op: Any = opset18
 
@@ -37,6 +37,8 @@ def gauss_jordan(a: FLOAT, b: FLOAT) -> FLOAT:
 
 def _solve_ex(a: Any, b: Any, left: bool = True, check_errors: bool = False) -> Any:
     """Return the outputs of torch's operator; only the first, the solution, has a meaning."""
+    if len(a.shape) != 2 or a.dtype != ir.DataType.FLOAT:
+        raise NotImplementedError("only one linear system at a time, in float32, is translated")
     x = gauss_jordan(a, b)
     return x, op.Identity(x), op.Identity(x), op.Identity(x)
 

@@ -1,6 +1,7 @@
 """Build a run from a checked configuration."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
+from metalearn.run import checkpoint
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
 from metalearn.run.parts import (
@@ -200,6 +202,8 @@ def build(
         settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, choices
     )
     state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
+    if settings.train.start and not only_test and not is_restored:
+        state = checkpoint.start_from(Path(settings.train.start), state, device)
     is_frozen = algorithm.backbone.is_frozen and all(
         name.startswith("net.") for name in state.params
     )
@@ -246,6 +250,7 @@ def build(
             **_sampler_protocol(data, test_split, episode.sampler),
             **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
             **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
+            **({"dirichlet": test_shape.dirichlet} if test_shape.dirichlet else {}),
             **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
             "statistics": settings.statistics if algorithm.backbone.normalises else "none",
             "transductive": is_transductive(algorithm),

@@ -155,3 +155,26 @@ def state(content: dict[str, Any], expected: State, folder: Path) -> State:
                 "protocol"
             )
     return State(content["meta"], content["fixed"])
+
+
+def start_from(folder: Path, own: State, device: torch.device) -> State:
+    """Return a state with the best weights of a run, where names and shapes agree.
+
+    Raise UserError if those of the backbone do not.
+    """
+    content = load(RunFolder(folder).best, device)
+    taken = [
+        {
+            name: stored[name].to(value.dtype)
+            for name, value in part.items()
+            if name in stored and stored[name].shape == value.shape
+        }
+        for part, stored in zip(own, (content["meta"], content["fixed"]), strict=True)
+    ]
+    missing = [name for name in own.params if name.startswith("net.") and name not in taken[0]]
+    if missing:
+        raise UserError(
+            f"train.start={folder}: its run has no {missing[0]} of the shape "
+            f"{tuple(own.params[missing[0]].shape)}; choose a run with the same backbone"
+        )
+    return State(*({**part, **new} for part, new in zip(own, taken, strict=True)))

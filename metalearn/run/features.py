@@ -81,7 +81,14 @@ def with_features(
         task = drawn.draw(*part)
         examples = (task.support.x, task.query.x, task.support.unlabelled)
         rows.append(torch.cat([x.flatten() for x in examples if x is not None]).unique())
-    return _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
+    before = engine
+    engine, source = _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
+    if engine is not before:  # features are smaller than images, and need no network
+        own = run.config.engine
+        chunk = own.task_chunk or own.evaluation_batch
+        engine = dataclasses.replace(engine, strategy=own.strategy, chunk=chunk)
+        engine = engine.resolve(source.draw(parts[0][0], 1), own.evaluation_batch, False)
+    return engine, source
 
 
 def for_training(run: Run, state: State, listener: Listener) -> Run:

@@ -73,6 +73,11 @@ def check(settings: RunConfig) -> None:
                 f"{where}.unlabelled={shape.unlabelled}: this dataset has no classes and so no "
                 "unlabelled examples; leave it out"
             )
+        if shape.dirichlet and target != "class":
+            raise UserError(
+                f"{where}.dirichlet={shape.dirichlet}: this dataset has no classes, whose queries "
+                "could be unbalanced; leave it out"
+            )
         if shape.distractors and not shape.unlabelled:
             raise UserError(
                 f"{where}.distractors={shape.distractors}: distractors are classes with unlabelled "

@@ -39,7 +39,7 @@ def shapes_of(settings: EpisodeShape, where: str) -> tuple[Shape, Ranges | None]
     )
     largest = Shape(
         way[1], shot[1], settings.query, settings.unlabelled, settings.distractors, where,
-        sampler=settings.sampler,
+        sampler=settings.sampler, dirichlet=settings.dirichlet,
     )  # fmt: skip
     if way[0] == way[1] and shot[0] == shot[1] and not settings.unbalanced:
         return largest, None

@@ -14,6 +14,7 @@ from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassView, Store
 from metalearn.tasks.types import Batch, Query, Support, Task
+from metalearn.tasks.unbalanced import first_rows, query_counts
 
 #: Version of the sampling rules; different versions give different episodes.
 SAMPLER_VERSION = 2
@@ -36,6 +37,8 @@ class Shape:
         copies: Number of augmented copies that replace each support example; 0 for the example.
         sampler: How classes are chosen: "uniform", "hierarchical" or "hard".
         shots: Support examples of each class, if they differ; `shot` is then the largest.
+        dirichlet: Parameter of the distribution of the way * query queries over the classes; 0:
+            each class has the same number.
     """
 
     way: int
@@ -47,6 +50,12 @@ class Shape:
     copies: int = 0
     sampler: str = "uniform"
     shots: tuple[int, ...] = ()
+    dirichlet: int = 0
+
+    @property
+    def most_queries(self) -> int:
+        """Return the greatest number of queries of a class."""
+        return self.query * (self.way if self.dirichlet else 1)
 
 
 class BatchSource(Protocol):
@@ -119,11 +128,18 @@ class EpisodeSampler:
         self._check(("way", "distractors"), self.view.max_way, owner, "classes")
         name, available = index.smallest
         self._check(("shot", "query", "unlabelled"), available, f"class '{name}'", "examples")
+        total = shape.shot + shape.most_queries + shape.unlabelled
+        if shape.dirichlet and total > available:
+            raise UserError(
+                f"dirichlet={shape.dirichlet}: a task may have {total} examples of one class, its "
+                f"support examples and way * query queries, but class '{name}' has only "
+                f"{available}; lower {shape.where}.query"
+            )
 
     @property
     def max_shot(self) -> int:
         """Return the largest number of support examples that every class suffices for."""
-        return self.view.index.smallest[1] - self.shape.query - self.shape.unlabelled
+        return self.view.index.smallest[1] - self.shape.most_queries - self.shape.unlabelled
 
     def _check(self, names: tuple[str, ...], available: int, owner: str, what: str) -> None:
         """Raise UserError if the shape needs more of something than its owner has."""
@@ -154,12 +170,14 @@ class EpisodeSampler:
             prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
         )
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
-        picks = prng.smallest(key_TN, padding, shape.shot + shape.query + shape.unlabelled)
+        picks = prng.smallest(key_TN, padding, shape.shot + shape.most_queries + shape.unlabelled)
         rows = rows_TNM.gather(-1, picks)
         if rotations_TN is not None:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
-        support, query, unlabelled = rows.split([shape.shot, shape.query, shape.unlabelled], -1)
+        support, query, unlabelled = rows.split(
+            [shape.shot, shape.most_queries, shape.unlabelled], -1
+        )
         place = torch.arange(shape.way * shape.shot, device=key_T.device)
         if shape.shots:
             kept = [n * shape.shot + k for n, own in enumerate(shape.shots) for k in range(own)]
@@ -170,8 +188,7 @@ class EpisodeSampler:
             support.flatten(1)[:, place], prng.fold_in(key_T, 3), self.support_store
         )
         y = place[order] // shape.shot
-        query_x, order = self._shuffled(query[:, : shape.way].flatten(1), prng.fold_in(key_T, 4))
-        query_y = order // shape.query
+        query_x, query_y = self._queries(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = None
         if shape.unlabelled:
             more = self._shuffled(unlabelled.flatten(1), prng.fold_in(key_T, 6))[0]
@@ -183,6 +200,19 @@ class EpisodeSampler:
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
         ]
+
+    def _queries(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels of the query set in random order."""
+        shape = self.shape
+        if not shape.dirichlet:
+            x, order = self._shuffled(rows_TNK.flatten(1), key_T)
+            return x, order // shape.query
+        total = shape.way * shape.query
+        counts = query_counts(prng.fold_in(key_T, 1), shape.way, total, shape.dirichlet)
+        rows, y = first_rows(rows_TNK, counts, total)
+        order = prng.permutation(key_T, total)
+        x = self.store.gather(rows.gather(1, order), prng.fold_in(key_T, 0))
+        return x, y.gather(1, order)
 
     def _shuffled(
         self, rows_TM: Tensor, key_T: Tensor, store: Store | None = None

@@ -1,0 +1,94 @@
+"""FEAT: class means that a transformer adapts to each other.
+
+Ye, Hu, Zhan and Sha (2020), "Few-shot learning via embedding adaptation with set-to-set functions".
+"""
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
+from metalearn.algorithms.geometry import class_means, one_hot, squared_distance
+from metalearn.algorithms.protonet import distance_scale
+from metalearn.config.fields import above, at_least
+from metalearn.tasks import prng
+from metalearn.tasks.types import Loss, Params, Query, Spec, Support
+
+
+class AdaptedMeans(NamedTuple):
+    """Adapted class means [N, D], and the support set."""
+
+    means: Tensor
+    support: Examples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FEAT(EmbeddingAlgorithm):
+    """logits = -|z - T(c)_n|^2 / temperature, with T self-attention over the class means c.
+
+    T(c) = LayerNorm(c + W softmax(Q c (K c)' / sqrt(D)) V c + b) (Ye et al. 2020, 3.3). In
+    meta-training, `contrast` times a cross-entropy is added: T is applied to all examples of each
+    class, their means are centres, and each example should be nearest to its own centre (eq. 9).
+
+    Departures: no dropout in T (theirs: 0.1 and 0.5); the backbone is trained from the start
+    (theirs: first as a classifier).
+
+    Attributes:
+        temperature: Divides squared distances; None: a quarter of the number of features.
+        contrast: Weight of the second loss (theirs: 0.01 to 1).
+        contrast_temperature: The temperature in it.
+    """
+
+    accepts_soft_labels: ClassVar[bool] = False
+
+    temperature: float | None = above(0)
+    contrast: float = at_least(0)
+    contrast_temperature: float | None = above(0)
+
+    def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
+        """Create the weights of T; linear layers are Xavier-normal, as in the authors' code."""
+        params = {
+            f"head.{name}": prng.normal(prng.fold_in(key, number), (size, size)) * size**-0.5
+            for number, name in enumerate(("query", "key", "value", "output"))
+        }
+        zeros = torch.zeros(size, device=key.device)
+        shifts = {
+            "head.bias": zeros,
+            "head.norm.weight": zeros + 1,
+            "head.norm.bias": zeros.clone(),
+        }
+        return params | shifts
+
+    def transform(self, weights: Params, z: Tensor, sees: Tensor | None = None) -> Tensor:
+        """Apply T to a set [M, D]; sees: whether a row sees a column, bool [M, M]; None: all."""
+        query, key, value = (z @ weights[f"head.{name}"].T for name in ("query", "key", "value"))
+        score = query @ key.T * z.shape[-1] ** -0.5
+        if sees is not None:
+            score = score.masked_fill(~sees, -torch.inf)
+        read = score.softmax(-1) @ value
+        z = z + F.linear(read, weights["head.output"], weights["head.bias"])
+        return F.layer_norm(z, z.shape[-1:], weights["head.norm.weight"], weights["head.norm.bias"])
+
+    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> AdaptedMeans:
+        means = class_means(z, support.y, support.way)
+        own = Examples(z, one_hot(support.y, support.way).to(z.dtype))
+        return AdaptedMeans(self.transform(weights, means), own)
+
+    def compare(self, weights: Params, learned: AdaptedMeans, z: Tensor) -> Tensor:
+        return -squared_distance(z, learned.means) / (self.temperature or distance_scale(z))
+
+    def embedding_loss(
+        self, weights: Params, learned: AdaptedMeans, z: Tensor, query: Query, statistics: Params
+    ) -> Loss:
+        loss = super().embedding_loss(weights, learned, z, query, statistics)
+        if not self.contrast:
+            return loss
+        z, own = torch.cat([learned.support.z, z]), learned.support.y
+        y = torch.cat([own, one_hot(query.y, own.shape[1]).to(own.dtype)])
+        centres = y.T @ self.transform(weights, z, y @ y.T > 0) / y.sum(0).unsqueeze(-1)
+        scale = self.contrast_temperature or distance_scale(z)
+        contrast = F.cross_entropy(-squared_distance(z, centres) / scale, y)
+        return loss._replace(value=loss.value + self.contrast * contrast)

@@ -1,0 +1,55 @@
+"""Transductive fine-tuning: certain predictions of the queries, on fixed embeddings.
+
+Dhillon, Chaudhari, Ravichandran and Soatto (2020), "A baseline for few-shot image classification".
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.algorithms.embedding import Examples
+from metalearn.algorithms.transductive import TransductiveHead, means_of, minimise
+from metalearn.config.fields import above, at_least
+from metalearn.tasks.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransductiveFineTuning(TransductiveHead):
+    """A linear head that fits the support set and predicts the queries with low entropy.
+
+    min_W mean_s cross-entropy + entropy_weight mean_q H(softmax(W u_q)) by Adam (Dhillon et al.
+    2020, eq. 8), with u = relu(z) / |relu(z)|. w_n starts at the mean of u in class n, with norm 1
+    (3.1).
+
+    Departures: only the head is fine-tuned, on embeddings (theirs: the whole network, whose logits
+    over the training classes are z); logits have a scale, because those of vectors of norm 1 are
+    flat; each step uses all examples.
+
+    Attributes:
+        scale: Scale of the logits.
+        entropy_weight: Weight of the entropy (theirs: 1).
+        steps: Number of steps (theirs: 25 epochs).
+        lr: Learning rate (theirs, for the whole network: 5e-5).
+    """
+
+    takes_gradients: ClassVar[bool] = True
+
+    scale: float = above(0)
+    entropy_weight: float = at_least(0)
+    steps: int = at_least(0)
+    lr: float = above(0)
+
+    def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
+        support, z = (F.normalize(part.relu(), dim=-1) for part in (learned.z, z))
+        start = F.normalize(means_of(learned._replace(z=support)), dim=-1)
+
+        def loss(w: Tensor) -> Tensor:
+            log_p = self.scale * z @ w.T
+            log_p = log_p.log_softmax(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1).mean()
+            fit = -(learned.y * (self.scale * support @ w.T).log_softmax(-1)).sum(-1).mean()
+            return fit + self.entropy_weight * entropy
+
+        return self.scale * z @ minimise(loss, start, self.steps, self.lr).T

@@ -1,0 +1,243 @@
+"""Compare heads on the same features: seconds, and accuracy with balanced and unbalanced queries.
+
+python scripts/benchmark_heads.py [threads=1]
+python scripts/benchmark_heads.py cifar100=<folder> [threads=1] [key=value …]
+
+The first command measures CPU seconds: predictions of 1,000 tasks on features of 640 numbers,
+batched over tasks as in a test, and how well they agree with a loop over tasks. The second measures
+accuracy on CIFAR-FS: SimpleShot trains a backbone and keeps the mean of its training features;
+every head is tested on these features and on those of frozen EfficientNet-Lite0, on the same
+episodes, with balanced and with unbalanced queries. `key=value` are overrides of the runs, such as
+train.steps=500 test.episodes=200 backbone=resnet12. Runs are in outputs/benchmark/heads/; finished
+ones are not repeated. Each command writes its part of benchmarks/heads.json, and heads.md.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_methods import run as run_in
+from pages import ROOT
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metalearn.algorithms.base import Algorithm
+from metalearn.config import checking, composition
+from metalearn.engine import Engine
+from metalearn.report import tables
+from metalearn.report.environment import describe_environment
+from metalearn.report.progress import SILENT
+from metalearn.report.stats import Difference, estimate, paired_difference
+from metalearn.report.tables import format_difference, format_interval
+from metalearn.run import features
+from metalearn.run.build import build
+from metalearn.run.measure import trained_state
+from metalearn.run.parts import algorithm_of
+from metalearn.system.atomic import write_json
+from metalearn.tasks.types import State, Task
+
+_RUNS = Path("outputs/benchmark/heads")
+#: Overrides of each head; the first two are inductive.
+_HEADS: dict[str, list[str]] = {
+    "simple_shot": [],
+    "rfs": [],
+    "bd_cspn": [],
+    "laplacian_shot": [],
+    "transductive_finetune": [],
+    "tim": [],
+    "pt_map": [],
+}
+#: Heads that assume classes of equal frequency among the queries.
+_BALANCED = ("tim", "pt_map")
+_BACKBONES = {
+    "trained": [],
+    "frozen EfficientNet-Lite0": [
+        "backbone=efficientnet_lite0", "train.steps=100", "train.lr=0.001", "val.every=100",
+        "val.episodes=10",
+    ],
+}  # fmt: skip
+#: Parameter of the Dirichlet distribution of unbalanced queries (Veilleux et al. 2021).
+_DIRICHLET = 2
+_TASKS = 1000
+_BATCH = 32
+_NO_NET = ["dataset=gaussians", "backbone.hidden=[]", "backbone.normalisation=none", "device=cpu"]
+
+
+def settings(words: list[str]) -> Any:
+    """Return the checked configuration of overrides."""
+    return checking.check_config(composition.compose_config([*words, "logger=none"]))
+
+
+def head(name: str) -> Algorithm:
+    """Return a head whose backbone is the identity."""
+    return algorithm_of(settings([f"algo={name}", *_HEADS.get(name, []), *_NO_NET]))
+
+
+def in_parts(engine: Engine, state: State, tasks: Task, method: str) -> Tensor:
+    """Return scores or predictions of tasks, computed in batches like those of a test."""
+    count = len(tasks.key)
+    parts = []
+    for at in range(0, count, _BATCH):
+        part = pytree.tree_map(lambda leaf, at=at: leaf[at : at + _BATCH], tasks)
+        parts.append(getattr(engine, method)(state, part))
+    return torch.cat(parts)
+
+
+def speed(name: str, shot: int) -> dict[str, Any]:
+    """Measure the seconds of a head for 1,000 tasks, and its agreement with a loop over tasks."""
+    words = [
+        f"algo={name}", *_HEADS.get(name, []), *_NO_NET, "dataset.features=640",
+        "dataset.informative=20", "dataset.noise_std=1.5", f"dataset.examples={shot + 15}",
+        f"episode.shot={shot}", "episode.query=15",
+    ]  # fmt: skip
+    run = build(settings(words))
+    tasks, own = run.test.draw(0, _TASKS), run.test_engine
+    own = dataclasses.replace(own, strategy="auto", chunk=_BATCH)
+    engine = own.resolve(tasks, _BATCH, False)
+    in_parts(engine, run.state, run.test.draw(0, _BATCH), "predictions")
+    start = time.process_time()
+    batched = in_parts(engine, run.state, tasks, "predictions")
+    seconds = time.process_time() - start
+    few = run.test.draw(0, 100)
+    loop = Engine(run.algorithm, "loop", 1)
+    start = time.process_time()
+    alone = loop.predictions(run.state, few)
+    return {
+        "seconds": seconds,
+        "loop": (time.process_time() - start) * _TASKS / 100,
+        "strategy": engine.strategy,
+        "same": float((alone.argmax(-1) == batched[:100].argmax(-1)).float().mean()),
+        "difference": float((alone.softmax(-1) - batched[:100].softmax(-1)).abs().max()),
+    }
+
+
+def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
+    """Train SimpleShot's backbone, then test every head on its features of the same episodes."""
+    words = ["algo=simple_shot", "dataset=cifar_fs", f"dataset.path={cifar100}", "episode=5w1s"]
+    words += [*more, *_BACKBONES[backbone]]
+    folder = _RUNS / backbone.replace(" ", "_").lower()
+    trained = run_in(folder, words, [])
+    content: dict[str, Any] = {
+        "run": {"overrides": words, "test": trained["test"]},
+        "tests": {},
+    }
+    for shot in (1, 5):
+        for dirichlet in (0, _DIRICHLET):
+            shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
+            run = build(settings([*words, *shape]), "test")
+            state, episodes = trained_state(run, folder), run.config.test.episodes
+            parts = [(at, min(_BATCH, episodes - at)) for at in range(0, episodes, _BATCH)]
+            base, source = features.with_features(
+                run, run.test_engine, run.test, state, parts, SILENT
+            )
+            scores = {}
+            for name in _HEADS:
+                algorithm = dataclasses.replace(head(name), backbone=base.algorithm.backbone)
+                engine = Engine(algorithm, "auto", _BATCH).resolve(source.draw(0, 1), _BATCH, False)
+                scores[name] = torch.cat(
+                    [engine.scores(state, source.draw(*part)) for part in parts]
+                )
+            title = f"5w{shot}s, {'unbalanced' if dirichlet else 'balanced'}"
+            content["tests"][title] = {
+                name: {
+                    **dataclasses.asdict(estimate(own)),
+                    "minus simple_shot": dataclasses.asdict(
+                        paired_difference(own, scores["simple_shot"])
+                    ),
+                }
+                for name, own in scores.items()
+            }
+            print(backbone, title, {n: round(float(s.mean()), 4) for n, s in scores.items()})
+    return content
+
+
+def write(part: str, values: dict[str, Any]) -> None:
+    """Write a part of benchmarks/heads.json, and the page with all parts."""
+    file = ROOT / "benchmarks/heads.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    content[part] = values
+    write_json(file, content)
+    lines = ["# Heads on the same features", ""]
+    if speeds := content.get("seconds"):
+        rows = [
+            {
+                "head": name,
+                **{
+                    key: text
+                    for shot, one in by_shot.items()
+                    for key, text in {
+                        shot: f"{one['seconds']:.1f}",
+                        f"{shot}, loop over tasks": f"{one['loop']:.1f}",
+                        f"{shot}, same labels": f"{100 * one['same']:.2f}%",
+                        f"{shot}, largest difference": f"{one['difference']:.0e}",
+                    }.items()
+                },
+            }
+            for name, by_shot in speeds["heads"].items()
+        ]
+        lines += [
+            "## CPU seconds", "", f"Predictions of {_TASKS:,} tasks with 15 queries per class on "
+            "features of 640 numbers, batched over tasks; the same in a loop over tasks (100 of "
+            "them, times 10); share of queries with the same label; largest difference of a "
+            "probability.", "", *tables.markdown_table(rows), "", _about(speeds), "",
+        ]  # fmt: skip
+    for backbone, own in content.get("accuracy", {}).get("backbones", {}).items():
+        words = [one for one in own["run"]["overrides"] if not one.startswith("dataset.path=")]
+        lines += [f"## CIFAR-FS, {backbone}", "", f"`metalearn train {' '.join(words)}`", ""]
+        for title, heads in own["tests"].items():
+            table = [
+                {
+                    "head": f"{name} (assumes balance)" if name in _BALANCED else name,
+                    "accuracy": format_interval("accuracy", one["mean"], one["ci95"]),
+                    "minus simple_shot, same episodes": ""
+                    if name == "simple_shot"
+                    else format_difference("accuracy", Difference(**one["minus simple_shot"])),
+                }
+                for name, one in heads.items()
+            ]
+            lines += [f"{title} queries:", "", *tables.markdown_table(table), ""]
+    if "accuracy" in content:
+        lines += [_about(content["accuracy"]), ""]
+    (ROOT / "benchmarks/heads.md").write_text("\n".join(lines))
+
+
+def _about(part: dict[str, Any]) -> str:
+    """Return the line that says how a part was made."""
+    own = part["environment"]
+    return (
+        f"`{part['command']}`, commit {own['commit']}, {own['hardware']}, "
+        f"{part['threads']} threads, torch {own['versions']['torch']}, seed 0."
+    )
+
+
+def main() -> None:
+    """Measure and write the tables."""
+    options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
+    shown = [f"{k}=<folder>" if k == "cifar100" else f"{k}={v}" for k, v in options.items()]
+    cifar100, threads = options.pop("cifar100", None), int(options.pop("threads", "1"))
+    torch.set_num_threads(threads)
+    more = [f"{key}={value}" for key, value in options.items()]
+    values: dict[str, Any] = {
+        "command": " ".join(["python scripts/benchmark_heads.py", *shown]),
+        "environment": describe_environment("cpu"),
+        "threads": threads,
+    }
+    if cifar100 is None:
+        values["heads"] = {}
+        for name in ("protonet", *_HEADS):
+            values["heads"][name] = {f"5w{shot}s": speed(name, shot) for shot in (1, 5)}
+            print(name, values["heads"][name], flush=True)
+        write("seconds", values)
+        return
+    values["backbones"] = {}
+    for backbone in _BACKBONES:
+        values["backbones"][backbone] = accuracy(Path(cifar100).resolve(), backbone, more)
+        write("accuracy", values)
+
+
+if __name__ == "__main__":
+    main()
