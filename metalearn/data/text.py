@@ -1,13 +1,11 @@
 """Texts with labels: published sets of intents and sentiments, and your own CSV files."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +15,7 @@ import torch
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData, class_indices, seeded_split, shares, split_file
+from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.distractors import DistractedSampler
@@ -61,72 +60,6 @@ def read_rows(path: Path) -> list[Row]:
             missing = "label" if row["text"] else "text"
             raise UserError(f"{path}: row {number} has no {missing}; complete or remove it")
     return [Row(**row) for row in rows]
-
-
-def read_csv(path: Path) -> list[list[str]]:
-    """Read the rows of a CSV file, in any of the encodings of `read_text`, that are not blank."""
-    try:
-        content = io.StringIO(read_text(path), newline="")
-        return [row for row in csv.reader(content, strict=True) if any(row)]
-    except csv.Error as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
-
-
-def table(
-    path: Path, rows: list[list[str]], columns: Mapping[str, Sequence[str]]
-) -> tuple[list[dict[str, str]], int]:
-    """Find the columns of a CSV file by its header, or without one by their order.
-
-    Args:
-        path: The file.
-        rows: Its rows.
-        columns: Names that a header may give to each column, the required one first. A first row
-            without any of them is no header.
-
-    Returns:
-        Cells of each row by column, "" for a missing one; and the number of the first of these
-        rows, 1 without a header.
-
-    Raises:
-        UserError: If the header does not name the required column.
-    """
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    places = {
-        name: next((header.index(one) for one in names if one in header), None)
-        for name, names in columns.items()
-    }
-    first, required = 2, next(iter(columns))
-    if all(place is None for place in places.values()):
-        places, first = {name: place for place, name in enumerate(columns)}, 1
-    elif places[required] is None:
-        raise UserError(f"{path}: its first row names no column {required}; rename one")
-    return [
-        {
-            name: row[place].strip() if place is not None and place < len(row) else ""
-            for name, place in places.items()
-        }
-        for row in rows[first - 1 :]
-    ], first
-
-
-def read_text(path: Path) -> str:
-    """Read a file in UTF-8, UTF-16 with a byte order mark, or else Windows-1252.
-
-    Raises:
-        UserError: If it cannot be read, or is no text.
-    """
-    try:
-        content = path.read_bytes()
-        if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return content.decode("utf-16")
-        if b"\0" in content:
-            raise ValueError("it has zero bytes, as no text has; save it as UTF-8")
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return content.decode("cp1252", errors="replace")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

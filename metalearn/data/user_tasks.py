@@ -16,7 +16,7 @@ from torch import Tensor
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import seeded_split, shares
-from metalearn.data.text import read_csv
+from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys

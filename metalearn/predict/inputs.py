@@ -9,8 +9,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from metalearn.data import text
+from metalearn.data import tables
 from metalearn.data.files import SUFFIXES, ImageFile, list_images
+from metalearn.data.text import COLUMNS
 from metalearn.system.errors import UserError
 
 #: A file in a zip that unpacks to more than this is not read.
@@ -132,7 +133,7 @@ def _unpack(path: Path, files: list[ImageFile], unpacked: Path) -> Iterator[Path
 
 def _lines(path: Path, name: str, label: str) -> Iterator[Item]:
     """Read a text file: a text in each line that is not blank."""
-    lines = re.split(r"\r\n|\r|\n", text.read_text(path))
+    lines = re.split(r"\r\n|\r|\n", tables.read_text(path))
     if not any(map(str.strip, lines)):
         raise UserError(f"{name}: there is no text in this file; remove it")
     for number, line in enumerate(lines, 1):
@@ -142,13 +143,13 @@ def _lines(path: Path, name: str, label: str) -> Iterator[Item]:
 
 def _listed(path: Path) -> Iterator[Item]:
     """Read a CSV file of paths, which are relative to its folder, or of texts."""
-    rows = text.read_csv(path)
+    rows = tables.read_csv(path)
     header = {cell.strip().lower() for cell in rows[0]} if rows else set()
     is_image = bool(header & set(_IMAGE_COLUMNS["path"]))
-    if rows and not header & {name for names in text.COLUMNS.values() for name in names}:
+    if rows and not header & {name for names in COLUMNS.values() for name in names}:
         first = path.parent / rows[0][0].strip()
         is_image |= first.suffix.lower() in SUFFIXES or os.path.isfile(first)
-    cells, number = text.table(path, rows, _IMAGE_COLUMNS if is_image else text.COLUMNS)
+    cells, number = tables.table(path, rows, _IMAGE_COLUMNS if is_image else COLUMNS)
     for row, one in enumerate(cells, number):
         if is_image:
             yield Item(one["path"], path.parent / Path(one["path"]).expanduser(), one["label"])

@@ -4,8 +4,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import hmac
-import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ from fastapi import (
     FastAPI,
     File,
     Form,
-    HTTPException,
     Query,
     Request,
     UploadFile,
@@ -26,22 +23,13 @@ from fastapi import (
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ValidationError
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from metalearn import __version__
 from metalearn.predict import report
+from metalearn.predict.guard import API, Guard, refused
 from metalearn.predict.store import ClassifierStore
-from metalearn.predict.uploads import Limits, Refused, Upload
+from metalearn.predict.uploads import Refused, Upload
 from metalearn.system.errors import first_line
-
-_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
-]
-#: Address of everything that reads or changes classifiers.
-_API = "/api"
 
 
 class _Document(BaseModel):
@@ -50,97 +38,6 @@ class _Document(BaseModel):
     text: str | list[str] = []
     labels: str | list[str] = []
     name: str = "classifier"
-
-
-class _Guard:
-    """Refuse requests before they are read: wrong host, origin, token, size, or too many at once.
-
-    A page of another site cannot use the server, although the browser reaches it: the browser
-    states the page's origin, and a name that an attacker lets point here (DNS rebinding) is no
-    allowed host.
-    """
-
-    def __init__(self, app: ASGIApp, token: str, hosts: frozenset[str], limits: Limits) -> None:
-        self._app, self._token, self._hosts, self._limits = app, token, hosts, limits
-        self._waiting = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *_HEADERS]
-            await send(message)
-
-        self._waiting += 1
-        try:
-            if (refusal := self._refusal(scope)) is not None:
-                await refusal(scope, receive, send_with_headers)
-            else:
-                await self._app(scope, self._limited(receive), send_with_headers)
-        finally:
-            self._waiting -= 1
-
-    def _refusal(self, scope: Scope) -> Response | None:
-        """Return the answer to a request that is not served."""
-        headers: dict[str, str] = {}
-        for key, value in scope["headers"]:
-            headers.setdefault(key.decode("latin-1"), value.decode("latin-1"))
-        host = headers.get("host", "")
-        if not self._is_allowed(host):
-            return _refused(421, "this host is not served; allow it with hosts=")
-        origin = headers.get("origin")
-        is_foreign = origin is not None and re.sub("^https?://", "", origin) != host
-        is_api = scope["path"].startswith(_API)
-        if is_foreign or (is_api and headers.get("sec-fetch-site") in ("cross-site", "same-site")):
-            return _refused(403, "requests of other sites are not served")
-        if self._token and is_api:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
-                return _refused(
-                    401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"}
-                )
-        length = headers.get("content-length", "0")
-        if not re.fullmatch("[0-9]{1,12}", length) or int(length) > self._limits.body:
-            return _refused(413, f"a request has at most {self._limits.body:,} bytes")
-        if is_api and self._waiting > self._limits.waiting:
-            return _refused(503, "too many requests wait; try again", {"Retry-After": "1"})
-        return None
-
-    def _is_allowed(self, host: str) -> bool:
-        """Return True for an address or an allowed name: no foreign name can be an address."""
-        name = re.sub(r":\d*$", "", host).lower()
-        with contextlib.suppress(ValueError):
-            return bool(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
-        return name == "localhost" or name in self._hosts
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Limit the size of a body and the time in which it arrives."""
-        size, is_complete = 0, False
-        end = asyncio.get_running_loop().time() + self._limits.seconds
-
-        async def limited() -> Message:
-            nonlocal size, is_complete
-            if is_complete:
-                return await receive()
-            rest = end - asyncio.get_running_loop().time()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, rest))
-            except asyncio.TimeoutError:
-                raise HTTPException(408, "the request did not arrive in time") from None
-            size += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if size > self._limits.body:
-                raise HTTPException(413, f"a request has at most {self._limits.body:,} bytes")
-            return message
-
-        return limited
-
-
-def _refused(status: int, reason: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"detail": reason}, status, headers)
 
 
 def _listed(value: str | list[str]) -> list[str]:
@@ -185,12 +82,12 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
     )  # fmt: skip
 
     @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
-        return _refused(error.status, str(error))
+    async def on_refused(request: Request, error: Refused) -> Response:
+        return refused(error.status, str(error))
 
     @app.exception_handler(OSError)
     async def no_space(request: Request, error: OSError) -> Response:
-        return _refused(507, f"the state cannot be read or saved ({error.strerror})")
+        return refused(507, f"the state cannot be read or saved ({error.strerror})")
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -205,7 +102,7 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
         """Say that the server runs."""
         return {"status": "ok", "version": __version__}
 
-    api = APIRouter(prefix=_API, dependencies=[Depends(HTTPBearer(auto_error=False))])
+    api = APIRouter(prefix=API, dependencies=[Depends(HTTPBearer(auto_error=False))])
     files_type = Annotated[list[UploadFile], File(description="Images.")]
     labels_type = Annotated[list[str], Form(description="A class for each file, or one for all.")]
 
@@ -311,4 +208,4 @@ def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = 
         return Response(await run(store.archive, id), 200, headers, "application/zip")
 
     app.include_router(api)
-    return _Guard(app, token, hosts, limits)
+    return Guard(app, token, hosts, limits)
