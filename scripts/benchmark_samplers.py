@@ -43,8 +43,8 @@ def main() -> None:
     environment = describe_environment("cpu")
     _OUT.write_text(
         "# How the classes of training episodes are chosen\n\n"
-        "ProtoNet on Omniglot, 30 training alphabets, 15 test alphabets, 20-way 1-shot, 200 steps\n"
-        "of 4 tasks (16 filters), one seed; the tests are on uniform and on hierarchical episodes.\n\n"
+        "ProtoNet (16 filters) on Omniglot, 30 training and 15 test alphabets, 20-way 1-shot,\n"
+        "200 steps of 4 tasks, one seed; tested on uniform and on hierarchical episodes.\n\n"
         f"{table}\n"
         f"`python scripts/benchmark_samplers.py data=<folder>{''.join(f' {one}' for one in more)}`,"
         f"\ncommit {environment['commit']}, {environment['hardware']}.\n"

@@ -125,6 +125,7 @@ _DATASETS = {
     "sinusoid": [],
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
+    "mix": ["dataset.parts=[glyphs,gaussians]", "+dataset.settings={num_classes: 60}"],
 }
 
 
@@ -137,6 +138,10 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     if name == "text":
         lines = [f"text {row},label{row % 30}" for row in range(600)]
         (cache_dir / "toy.csv").write_text("\n".join(lines))
+    if name == "mix":  # of the same data twice, with other names
+        glyphs = {**settings["sets"]["glyphs"], "image_size": 16}
+        sets = {"first": glyphs, "second": {**glyphs, "glyph_seed": 1}}
+        settings = {**settings, "parts": list(sets), "sets": sets}
     tokenizer = HashedTokens(1000, 8, str.split)
     made = components.make(settings, "dataset", tokenizer=tokenizer)
     return testing.DatasetCase(made, cache_dir, cache_dir, shape)
