@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo demo-draw demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
+.PHONY: help setup demo demo-draw demo-label docs check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,serve,sweep,text]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev,export,pretrained,serve,sweep,tensorboard,text]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true  # some need other Pythons
 	touch $@
 
@@ -40,6 +40,9 @@ demo-draw: setup  ## draw characters in the browser; trains the model of `make d
 demo-label: setup  ## label 45 images of blood cells from five examples of each class
 	@metalearn predict support=examples/bccd/support query=examples/bccd/query out=outputs/demo-label
 	@echo "report: $(CURDIR)/outputs/demo-label/report.html"
+
+docs: setup  ## build the manual into outputs/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 
 check: setup  ## quick checks: format, lint, types, fast tests (under a minute)
 	ruff format --check .

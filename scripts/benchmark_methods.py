@@ -4,9 +4,9 @@ python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,…] [job
 
 Each run is in outputs/benchmark/methods/<table>/<method>/; …-untrained/ has a test of the same
 method without training. A finished run with the same settings is skipped, an interrupted one
-resumed. Results are written to benchmarks/methods/<table>/<method>.json, tables to README and
-docs/algorithms/, curves to docs/figures/. `jobs` runs execute in parallel, with one thread each.
-`only=none` runs nothing and writes the tables from benchmarks/methods/.
+resumed. Results are written to benchmarks/methods/<table>/<method>.json, tables to
+docs/accuracy.md and docs/algorithms/, curves to docs/figures/. `jobs` runs execute in parallel,
+with one thread each. `only=none` runs nothing and writes the tables from benchmarks/methods/.
 """
 
 import json
@@ -133,7 +133,7 @@ def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) 
 
 
 def write_tables(definition: dict[str, Any]) -> None:
-    """Write the tables to README and the pages of the methods, and plot the validation curves."""
+    """Write the tables and the pages of the methods, and plot the validation curves."""
     families = composition.families()
     order = [method for family in families.values() for method in family]
     lines = [*wrap([_LEGEND]), ""]
@@ -164,7 +164,7 @@ def write_tables(definition: dict[str, Any]) -> None:
             if curves:
                 path = ROOT / f"docs/figures/{table}_{family}.png"
                 draw_lines(curves, "meta-training step", "validation accuracy", path)
-    fill(ROOT / "README.md", "methods: written by scripts/benchmark_methods.py", lines)
+    fill(ROOT / "docs/accuracy.md", "methods: written by scripts/benchmark_methods.py", lines)
     for method, entries in pages.items():
         page = ROOT / f"docs/algorithms/{method}.md"
         fill(

@@ -19,7 +19,9 @@ from metalearn.tasks.losses import LOSSES
 from metalearn.tasks.mixing import MIXINGS
 
 #: Packages of components, and the method that identifies a component's class.
-_PACKAGES = {"algorithms": "adapt", "data": "open", "backbones": "embed"}
+_PACKAGES = {
+    "algorithms": "adapt", "data": "open", "backbones": "embed", "report": "log_result",
+}  # fmt: skip
 
 
 def plain(setting: components.Setting) -> dict[str, Any]:

@@ -146,9 +146,14 @@ def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_pa
     assert "Traceback" not in done.stdout + done.stderr
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/result.json")) == ["0", "1"]
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/error.txt")) == ["2", "3"]
-    table = done.stdout.splitlines()[-12:]
+    lines = done.stdout.splitlines()
+    table = lines[next(at for at, line in enumerate(lines) if line.startswith(" run ")) :]
     assert any("failed" in line and "episode.way=500" in line for line in table)
     assert any("episode.way=5" in line and "%" in line for line in table)
+    # The seeds together, with an interval over them.
+    assert any("seeds ±" in line for line in table)
+    assert "seeds ±" in (tmp_path / "sweep/comparison.md").read_text()
+    assert len((tmp_path / "sweep/comparison.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_sweeper_receives_the_validation_score(metalearn, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -126,6 +127,7 @@ _DATASETS = {
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
     "mix": ["dataset.parts=[glyphs,gaussians]", "+dataset.settings={num_classes: 60}"],
+    "features": ["dataset.path=toy.npz"],
 }
 
 
@@ -142,6 +144,9 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
         glyphs = {**settings["sets"]["glyphs"], "image_size": 16}
         sets = {"first": glyphs, "second": {**glyphs, "glyph_seed": 1}}
         settings = {**settings, "parts": list(sets), "sets": sets}
+    if name == "features":
+        x, labels = np.random.default_rng(0).normal(size=(600, 4)), np.arange(600) % 30
+        np.savez(cache_dir / "toy.npz", features=x, labels=labels)
     tokenizer = HashedTokens(1000, 8, str.split)
     made = components.make(settings, "dataset", tokenizer=tokenizer)
     return testing.DatasetCase(made, cache_dir, cache_dir, shape)

@@ -341,7 +341,7 @@ def test_partly_extracted_cifar100_is_downloaded_again(tmp_path, monkeypatch):
     (tmp_path / "cifar100/cifar-100-python").mkdir(parents=True)
     (tmp_path / "cifar100/cifar-100-python/train").write_bytes(b"")
     urls = []
-    monkeypatch.setattr("metalearn.data.folder.run_download", lambda url, *rest: urls.append(url))
+    monkeypatch.setattr("metalearn.data.folder.fetch", lambda url, *rest: urls.append(url))
     with pytest.raises(UserError):  # the stub downloads nothing
         open_dataset("cifar_fs", tmp_path, tmp_path / "cache")
     assert len(urls) == 1

@@ -35,6 +35,17 @@ def test_every_method_has_a_complete_page(name):
     assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
 
 
+def test_every_dataset_is_in_the_table_with_its_licence():
+    page = (_ROOT / "docs/datasets.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    assert sorted(rows) == sorted(composition.options("dataset"))
+    for name, row in rows.items():
+        assert (
+            f"| {composition.stored_values('dataset', name)['licence']} |".replace("|  |", "| |")
+            in row
+        )
+
+
 def test_public_methods_have_docstrings_of_their_own_or_of_the_method_they_override():
     names = [one.name for one in pkgutil.walk_packages(metalearn.__path__, "metalearn.")]
     assert not [

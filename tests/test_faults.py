@@ -153,6 +153,13 @@ def wandb_server(monkeypatch):
     teardown()
 
 
+def _wandb_run(compose, folder, notes):
+    return wandb_run.WandbRun(
+        project="metalearn", entity=None, folder=folder, identifier="abc",
+        config=check_config(compose()), note=notes.append,
+    )  # fmt: skip
+
+
 def test_wandb_without_a_network_is_offline_from_the_start(
     compose, tmp_path, monkeypatch, wandb_server
 ):
@@ -167,7 +174,7 @@ def test_wandb_without_a_network_is_offline_from_the_start(
     monkeypatch.setattr("wandb.init", init)
     monkeypatch.chdir(tmp_path)
     Path("x").mkdir()
-    wandb_run.WandbRun(check_config(compose()), Path("x"), "abc", notes.append)
+    _wandb_run(compose, Path("x"), notes)
     # Absolute, because the service may be that of another process, in another directory.
     assert started == [("offline", tmp_path / "x")]
     assert len(notes) == 1 and "http://127.0.0.1:9 cannot be reached" in notes[0]
@@ -193,7 +200,7 @@ def test_wandb_that_cannot_start_online_is_stopped_before_it_starts_offline(
 
     monkeypatch.setattr("wandb.init", init)
     monkeypatch.setattr("wandb.teardown", teardown)
-    wandb_run.WandbRun(check_config(compose()), tmp_path, "abc", notes.append)
+    _wandb_run(compose, tmp_path, notes)
     assert events == ["online", "teardown", "offline"]
     assert len(notes) == 1 and "going online failed: the key is wrong" in notes[0]
 

@@ -69,7 +69,9 @@ def test_optuna_search_is_resumed_and_tests_only_the_best_trial(metalearn, tmp_p
 
 
 @pytest.mark.slow
-def test_grid_search_continues_with_more_values_and_names_a_failed_trial(metalearn, tmp_path):
+def test_grid_search_continues_with_more_values_and_names_a_failed_trial(
+    metalearn, tmp_path, capsys
+):
     sweep, console = tmp_path / "sweep", Console(width=100, record=True)
     assert metalearn(*_GRID, "algo.inner_lr=0.1,0.4").returncode == 0
     first = outcomes(sweep)
@@ -78,8 +80,8 @@ def test_grid_search_continues_with_more_values_and_names_a_failed_trial(metalea
         UserError, match=f"{untested}: not finished; .* metalearn resume {untested}"
     ):
         evaluate(untested, [], "test", None, console)
-    compare.compare([sweep], None, console)
-    assert f"left out: {untested}, not tested; " in console.export_text().replace("\n", " ")
+    compare.main([str(sweep)])
+    assert f"left out: {untested}, not tested; " in capsys.readouterr().out.replace("\n", " ")
 
     # More values: a trial keeps its folder under another number.
     more = metalearn(*_GRID, "algo.inner_lr=0.2,0.1,0.4,-1")
@@ -141,6 +143,8 @@ def test_sampler_gets_the_direction_of_the_metric_and_a_seed():
     assert more() == ["hydra.sweeper.direction=maximize", seed]
     assert more("dataset=sinusoid") == ["hydra.sweeper.direction=minimize", seed]
     assert more("hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=3") == []
+    # A study that is continued must propose other trials.
+    assert more("hydra.sweeper.storage=sqlite:///a.db") == ["hydra.sweeper.direction=maximize"]
 
 
 def test_best_trial_of_regression_has_the_lowest_error(tmp_path, monkeypatch):

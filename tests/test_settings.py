@@ -103,7 +103,7 @@ def test_every_setting_has_a_role_and_a_value_in_yaml():
         ("device", False, True, True, False),
         ("data_dir", True, True, True, False),
         ("checkpoint.every", True, True, True, False),
-        ("logger.name", True, False, True, False),
+        ("logger.wandb.project", True, False, True, False),
         ("logger", True, False, True, False),
         ("resume", True, False, True, False),
         ("nothing.like.it", False, False, False, True),

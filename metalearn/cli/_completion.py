@@ -102,7 +102,10 @@ def _values(start: str, values: str) -> list[str]:
     """Complete a value: a folder, an experiment, or one of several words."""
     if values == "{folder}":
         return _paths(start)
-    known = composition.reproductions() if values == "{experiment}" else values.split("|")
+    known: Iterable[str] = values.split("|")
+    if values in ("{experiment}", "{dataset}"):
+        is_dataset = values == "{dataset}"
+        known = composition.options("dataset") if is_dataset else composition.reproductions()
     return _starting(start, [f"{value} " for value in known])
 
 

@@ -12,13 +12,14 @@ from metalearn.system.errors import UserError
 def sampling(config: Any, overrides: list[str]) -> list[str]:
     """Return settings of a sweeper that samples: the metric's direction, and a seed.
 
-    With a seed, a repeated search proposes the same trials.
+    With a seed, a repeated search proposes the same trials. One with a storage continues instead.
     """
     sweeper, more = config.hydra.sweeper, []
     if "direction" in sweeper and "hydra.sweeper.direction=" not in " ".join(overrides):
         is_maximum = worst_score(composition.without_hydra(config)) < 0
         more.append(f"hydra.sweeper.direction={'maximize' if is_maximum else 'minimize'}")
-    if "seed" in sweeper.get("sampler", ()) and sweeper.sampler.seed is None:
+    has_seed = sweeper.get("storage") or sweeper.get("sampler", {}).get("seed", 0) is not None
+    if not has_seed:
         more.append("hydra.sweeper.sampler.seed=0")
     return more
 

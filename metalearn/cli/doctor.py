@@ -115,22 +115,11 @@ def _folders(settings: Any) -> Iterator[str]:
 
 
 def _datasets(settings: Any) -> Iterator[str]:
-    from metalearn.config import composition
-    from metalearn.config.checking import check_config
-    from metalearn.config.components import make
-    from metalearn.run.parts import data_folder
+    from metalearn.run.describe import origins
 
-    for name in composition.options("dataset"):
-        dataset = make(
-            check_config(composition.compose_config([f"dataset={name}"])).dataset, "dataset"
-        )
-        files = dataset.files(data_folder(settings))
-        missing = [path for path in files if not path.exists()]
-        if not files:
-            yield f"{name}: needs no files"
-        else:
-            paths = ", ".join(map(str, missing or files))
-            yield f"{name}: {'not in ' if missing else 'in '}{paths}"
+    for one in origins(settings):
+        where = f" ({', '.join(one['files'])})" if one["files"] else ""
+        yield f"{one['dataset']}: {one['state']}{where}"
 
 
 def _self_test(overrides: list[str]) -> Iterator[str]:

@@ -120,12 +120,17 @@ def _dispatch(words: list[str]) -> int:
     if name not in commands():
         hint = nearest(name, commands()) or f"; there are {', '.join(commands())}"
         raise UserError(f"{name}: there is no such command{hint}")
-    command = _command(name)
     if any(word in ("-h", "--help") for word in arguments):
-        print(command.HELP.format_map(_Choices()), end="")
+        print(help_of(name), end="")
         return 0
-    code: int = command.main(arguments)
+    code: int = _command(name).main(arguments)
     return code
+
+
+def help_of(name: str) -> str:
+    """Return what `metalearn <name> --help` prints."""
+    text: str = _command(name).HELP.format_map(_Choices())
+    return text
 
 
 def _summary(command: ModuleType) -> str:

@@ -97,10 +97,12 @@ def _explain(overrides: list[str]) -> int:
 
 
 def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
-    """Print one table over the runs of a multirun, and name the failed ones; return their number.
+    """Print the runs of a multirun and name the failed ones; return the number of these.
 
-    The table of a search has validation scores. Its best trial is tested, if it is not, and shown.
+    Several runs are then compared; those that differ only in their seed share a row. The table of a
+    search has the validation score of each trial; its best one is tested, if it is not, and shown.
     """
+    from metalearn.cli.compare import compare
     from metalearn.report.console import print_line
     from metalearn.report.folder import RunFolder
     from metalearn.report.tables import result_row, result_table, trial_row
@@ -135,8 +137,8 @@ def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
             rows.append(result_row(name, files.read_result()))
     for column in dict.fromkeys(key for row in rows for key in row if key.startswith("test ")):
         console.print(result_table([row for row in rows if column in row]))
-    if len({row.get("protocol") for row in rows}) > 1:
-        print_line(console, "Results with different protocols are different measurements.")
+    if len(rows) > 1 and not trials:
+        compare([sweep], None, console)
     for line in failures:
         print_line(console, line)
     if trials:

@@ -59,6 +59,11 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
             "train": {**plain["train"], "optimiser": None},
         }
     plain = {"optimiser": _optimiser("adam"), "loss": {}, "augment": {}, **plain}
+    logger = plain.get("logger")
+    if isinstance(logger, Mapping) and "name" in logger:
+        own = {key: value for key, value in logger.items() if key != "name"}
+        wandb = {"_target_": "metalearn.report.wandb_run.WandbRun", **own}
+        plain["logger"] = {"wandb": wandb} if logger["name"] == "wandb" else {}
     for name in COMPONENTS:
         node = plain.get(name)
         if isinstance(node, Mapping) and "_target_" in node:
@@ -117,25 +122,15 @@ def check_config(config: DictConfig) -> RunConfig:
     parts = conform(own, values, "")
     _check_names(parts["loss"], parts["augment"], str(parts["optimiser"].get("_target_")))
     for name in COMPONENTS:
-        parts[name] = _component(resolved.get(name), name, name)
+        parts[name] = _component(resolved.get(name), name)
     return RunConfig(**parts)
 
 
-def _component(node: Any, group: str, where: str) -> dict[str, Any]:
-    """Return the settings of a method, dataset or backbone, and those of components in it."""
-    settings = component_settings(node, group)
+def _component(node: Any, where: str) -> dict[str, Any]:
+    """Return the settings of a component, converted to their types, with its `_target_`."""
+    settings = component_settings(node, where)
     values = {key: value for key, value in node.items() if key != "_target_"}
-    checked = conform(settings, values, f"{where}.")
-    for setting in settings:
-        if inner := setting.rule.get("components"):
-            checked[setting.name] = {
-                name: _component(
-                    _with_defaults(component_settings(one, inner), one),
-                    inner,
-                    f"{where}.{setting.name}.{name}",
-                )
-                for name, one in checked[setting.name].items()
-            }
+    checked = conform(settings, _with_defaults(settings, values), f"{where}.")
     return {"_target_": node["_target_"], **checked}
 
 
@@ -223,6 +218,11 @@ def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> d
         if value == MISSING:
             raise UserError(f"{name}: has no value")
         converted[setting.name] = _converted(value, setting.kind, name)
+        if "components" in setting.rule:
+            converted[setting.name] = {
+                key: _component(one, f"{name}.{key}")
+                for key, one in converted[setting.name].items()
+            }
         _check_bounds(converted[setting.name], setting.rule, name)
     return converted
 

@@ -24,11 +24,12 @@ INDEX_FILE = _PACKAGE / "config" / "settings_index.json"
 
 _FLAGS = ("role", "rounds", "in_testing")
 
-#: Package of the classes of each group, and a method that they all have.
+#: Package of the classes of each group, and a method that they all have; loggers have names.
 _HOMES = {
     "algo": ("algorithms", "adapt"),
     "dataset": ("data", "open"),
     "backbone": ("backbones", "embed"),
+    "logger": ("report", "log_result"),
 }
 
 _PLAIN: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -75,7 +76,7 @@ def component(node: Any, where: str) -> Any:
     cls = plugins.import_object(target, f"{where}._target_")
     if cls is None:
         raise UserError(f"{where}._target_={target}: there is no such class")
-    method = _HOMES[where][1]
+    method = _HOMES[where.partition(".")[0]][1]
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls) and hasattr(cls, method)):
         raise UserError(
             f"{where}._target_={target}: should be a dataclass with the method {method}"
@@ -86,7 +87,7 @@ def component(node: Any, where: str) -> Any:
 def _target(node: Any, where: str) -> str:
     """Return a group's `_target_`, after checking its package but without importing it."""
     target = node.get("_target_") if isinstance(node, Mapping) else None
-    home = f"metalearn.{_HOMES[where][0]}"
+    home = f"metalearn.{_HOMES[where.partition('.')[0]][0]}"
     if isinstance(target, str) and re.fullmatch(r"\w+(\.\w+)+", target):
         if re.fullmatch(rf"{re.escape(home)}\.\w+\.\w+", target):
             return target

@@ -181,6 +181,7 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
             added, so that the optimiser's settings exist.
         folders: Configuration folders to read, in addition to those of plugins.
     """
+    overrides = [_renamed(word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
     if name in ("adam", "sgd") and "optimiser" not in given:
@@ -190,6 +191,12 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         paths = ",".join(quoted(f"file://{folder}") for folder in folders)
         more.append(f"hydra.searchpath=[{paths}]")
     return [*overrides, *more]
+
+
+def _renamed(override: str) -> str:
+    """Return an override of a setting that has moved by its new name."""
+    override = re.sub(r"^logger\.name=", "logger=", override)
+    return re.sub(r"^logger\.(project|entity)=", r"logger.wandb.\1=", override)
 
 
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -267,6 +274,23 @@ def options(group: str) -> dict[str, str]:
             (line for line in _comments(path) if not line.startswith("@package")), ""
         )
     return choices
+
+
+def stored_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values that the file of a choice gives to its group, with those that it extends.
+
+    This composes no run, so it takes milliseconds. Raise UserError for an unknown choice.
+    """
+    path = _file(group, name)
+    if path is None:
+        raise UserError(_no_such_choice(group, name))
+    content = read_yaml(path)
+    parents = [one for one in content.pop("defaults", []) if isinstance(one, str)]
+    values = [
+        stored_values(group, one.partition("@")[0]) for one in parents if not one.startswith("_")
+    ]
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(*values, content.get(group, content)))
+    return merged
 
 
 def reproductions() -> dict[str, str]:

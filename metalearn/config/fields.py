@@ -67,6 +67,12 @@ def between(low: float, high: float, **options: Any) -> Any:
     return setting(minimum=low, maximum=high, **options)
 
 
+def note() -> Any:
+    """Declare a text about the data, which nothing depends on; the default is ""."""
+    metadata = {"role": "presentation", "rounds": False, "in_testing": ""}
+    return dataclasses.field(default="", repr=False, metadata=metadata)
+
+
 def given_by_run(default: Any = _MISSING) -> Any:
     """Declare a field that `metalearn.run` or the engine sets at run time; it is not in YAML."""
     return dataclasses.field(default=default, metadata={"runtime": True})

@@ -96,15 +96,6 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class LoggerConfig:
-    """Where metrics go in addition to the run folder."""
-
-    name: str = choice("wandb", "none")
-    project: str | None = setting()
-    entity: str | None = setting()
-
-
-@dataclasses.dataclass(kw_only=True)
 class LossConfig:
     """Losses by name, null for the default.
 
@@ -187,7 +178,7 @@ class RunConfig:
     loss: LossConfig = setting(role="identity")
     augment: AugmentConfig = setting(role="identity")
     episode: EpisodeConfig = setting(role="identity protocol")
-    logger: LoggerConfig = setting(role="presentation")
+    logger: dict[str, Any] = setting(role="presentation", components="logger")
     train: TrainConfig = setting(role="identity")
     val: ValConfig = setting(role="identity")
     test: TestConfig = setting(role="protocol")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from metalearn.config.fields import note
 from metalearn.tasks.family import TaskFamily, supervised
 from metalearn.tasks.sampling import BatchSource, Shape, TaskSource
 from metalearn.tasks.store import Augmentation
@@ -65,16 +66,35 @@ class OpenDataset(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`."""
+    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`.
+
+    Args:
+        source: Who made the data, and where they are.
+        licence: What its users may do.
+        by_hand: What to put where, for files that are not downloaded.
+    """
 
     #: Kind of its tasks: "class", "value", or one that a task family defines.
     target: ClassVar[str] = "class"
     #: True if `to_array` exists: it converts an image (PIL) to uint8 [C, H, W].
     reads_image_files: ClassVar[bool] = False
 
+    source: str = note()
+    licence: str = note()
+    by_hand: str = note()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Return the addresses of the files that `open` downloads if they are absent."""
+        return []
+
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files or folders to read; [] for a dataset that needs none."""
         return []
+
+    def is_present(self, data_dir: Path) -> bool:
+        """Return True if `open` needs no download and no other files."""
+        return all(path.exists() for path in self.files(data_dir))
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> OpenDataset:
         """Read the data onto the device.

@@ -1,11 +1,12 @@
-"""Decode images from folders and zips: in parallel, cached, with errors that name the file."""
+"""Decode images from folders and archives: in parallel, cached, with errors that name the file."""
 
+import contextlib
 import hashlib
 import os
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -31,17 +32,29 @@ SUFFIXES = frozenset(
 
 
 class ImageFile(NamedTuple):
-    """An image file in a folder or zip; `name` is its path inside, with '/'."""
+    """An image file in a folder or zip; `name` is its path inside, with '/'.
+
+    `archive` is what the user knows the container as, if that is temporary.
+    """
 
     container: Path
     name: str
+    archive: Path | None = None
+
+    @property
+    def source(self) -> Path:
+        """Return the folder or archive that the user knows."""
+        return self.archive or self.container
 
     def __str__(self) -> str:
-        return str(self.container / self.name)
+        return str(self.source / self.name)
 
 
-def list_images(container: Path) -> list[ImageFile]:
-    """List all images in a folder or zip, sorted by name; raise UserError for a corrupt zip."""
+def list_images(container: Path, suffixes: Container[str] = SUFFIXES) -> list[ImageFile]:
+    """List the images, or files of some suffixes, in a folder or zip, sorted by name.
+
+    Raise UserError for a corrupt zip.
+    """
     if container.is_dir():
         names = [
             path.relative_to(container).as_posix()
@@ -59,13 +72,13 @@ def list_images(container: Path) -> list[ImageFile]:
     return [
         ImageFile(container, name)
         for name in sorted(names)
-        if Path(name).suffix.lower() in SUFFIXES
+        if Path(name).suffix.lower() in suffixes
         and not any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
     ]
 
 
-def files_hash(containers: list[Path]) -> str:
-    """Hash the content of archives, and the names, sizes and times of files in folders.
+def files_hash(containers: list[Path], suffixes: Container[str] = SUFFIXES) -> str:
+    """Hash the content of archives, and names, sizes and times of files in folders, by suffix.
 
     Raise UserError for a file that cannot be read.
     """
@@ -74,7 +87,7 @@ def files_hash(containers: list[Path]) -> str:
         digest.update(os.fsencode(container.name))
         try:
             if container.is_dir():
-                for file in list_images(container):
+                for file in list_images(container, suffixes):
                     stat = (container / file.name).stat()
                     line = f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"
                     digest.update(os.fsencode(line))
@@ -195,6 +208,16 @@ def ink(
     """Convert dark ink on light or transparent paper to uint8 [1, size, size], ink 255, paper 0."""
     image = opaque(image, "white")
     return 255 - np.asarray(image.convert("L").resize((size, size), resample))[None]
+
+
+@contextlib.contextmanager
+def opened(file: ImageFile) -> Iterator[IO[bytes]]:
+    """Open one file."""
+    archives: dict[Path, zipfile.ZipFile] = {}
+    with _open(file, archives) as stream:
+        yield stream
+    for archive in archives.values():
+        archive.close()
 
 
 def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:

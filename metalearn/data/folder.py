@@ -1,26 +1,34 @@
-"""Your own images: one subfolder per class, in a folder or in zips; any format, size and colour."""
+"""Your own or published images: one subfolder per class, or another layout of `layouts`."""
 
+import contextlib
 import dataclasses
-import json
 import logging
 from collections import defaultdict
-from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data import files
-from metalearn.data.classes import ClassData
-from metalearn.data.files import ImageFile, list_images
-from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares, split_file
-from metalearn.system.download import run_download
-from metalearn.system.errors import UserError, first_line
+from metalearn.data import archives, files, layouts
+from metalearn.data.classes import (
+    ClassData,
+    published_split,
+    published_superclasses,
+    split_classes,
+    split_file,
+)
+from metalearn.data.files import ImageFile
+from metalearn.data.images import ClassImages, ImageDataset
+from metalearn.system.download import fetch
+from metalearn.system.errors import UserError
 
-_CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"  # torchvision's
+#: What `download: cifar100` of older runs means.
+_CIFAR100 = (
+    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    "eb9058c3a382ffc7106e4002c42a8d85",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +37,22 @@ class Folder(ImageDataset):
 
     Args:
         name: Name of the cache file.
-        path: A folder, a zip, or a folder of zips; in `data_dir` unless absolute.
+        path: A folder, a zip or tar, or a folder of them; in `data_dir` unless absolute.
         image_size: Height and width in pixels.
         colour: "rgb" or "grey".
-        split: "random", "cifar_fs" (Bertinetto et al. 2019), or a JSON file
-            {"train": [class, ...], "val": [...], "test": [...]}.
+        split: "random"; the name of a published split ("cifar_fs", "fc100", "miniimagenet",
+            "tieredimagenet", "cub"); "files", if the files have splits (see `layouts`); or a JSON
+            file {"train": [class, ...], "val": [...], "test": [...]}.
         split_seed: Seed of a random split.
         fractions: Fractions of the classes for train, val and test in a random split.
         standardise: Whether to standardise each channel with statistics of the training images.
         background: Colour behind transparent pixels: a name such as "white", or "#rrggbb"; "none"
             for the colours that the file has there, as in runs older than this setting.
         unreadable: What to do about files that cannot be read: "error" or "skip" (leave them out).
-        download: "none", or "cifar100" to let torchvision download it if `path` has no images.
+        exclude: Classes to leave out.
+        url: Address of an archive to download if `path` has no images; "" for none.
+        md5: Its checksum.
+        download: "none", or "cifar100" for the address of CIFAR-100.
     """
 
     name: str = setting()
@@ -53,6 +65,9 @@ class Folder(ImageDataset):
     standardise: bool = setting()
     background: str = setting(default="none")
     unreadable: str = choice("error", "skip", default="error")
+    exclude: list[str] = setting(default=[])
+    url: str = setting(default="", role="machine")
+    md5: str = setting(default="", role="machine")
     download: str = choice("none", "cifar100")
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
@@ -67,61 +82,65 @@ class Folder(ImageDataset):
         root = self.files(data_dir)[0]
         containers = self._containers(root)
         reading = (self.image_size, self.colour, self.background, self.unreadable)
-        key = ("2", *reading, files.files_hash(containers))
-        pictures = files.cached(cache_dir, self.name, key, lambda: self._read(root, containers))
+        key = ("2", *reading, files.files_hash(containers, layouts.SUFFIXES))
+        pictures = files.cached(
+            cache_dir, self.name, key, lambda: self._read(root, containers, cache_dir)
+        )
         for line in pictures.notes:
             logging.getLogger(__name__).warning(line)
-        splits = self._splits(pictures.names, root)
-        superclasses = {fine: coarse for some in _cifar_fs().values() for coarse, fine in some}
-        if not superclasses.keys() >= set(pictures.names):  # not CIFAR-100
-            superclasses = {}
-        return self.class_data(pictures, splits, device, self.standardise, superclasses)
+        splits = self._splits(pictures, root)
+        groups = published_superclasses(pictures.names)
+        return self.class_data(pictures, splits, device, self.standardise, groups)
+
+    @property
+    def addresses(self) -> list[str]:
+        return [address for address, _ in self._archives()]
+
+    def _archives(self) -> list[tuple[str, str]]:
+        """Return the address and the checksum of what can be downloaded."""
+        if self.url:
+            return [(self.url, self.md5)]
+        return [_CIFAR100] if self.download == "cifar100" else []
 
     def files(self, data_dir: Path) -> list[Path]:
         return [data_dir / Path(self.path).expanduser()]
 
+    def is_present(self, data_dir: Path) -> bool:
+        root = self.files(data_dir)[0]
+        return root.is_file() or any(
+            layouts.is_data(path.name) for path in root.rglob("*") if path.is_file()
+        )
+
     def _containers(self, root: Path) -> list[Path]:
-        official = [root / "cifar-100-python" / part for part in ("train", "test", "meta")]
-
-        def is_complete() -> bool:  # false after an interrupted extraction
-            return self.download == "cifar100" and all(part.exists() for part in official)
-
-        if (
-            self.download == "cifar100"
-            and not is_complete()
-            and not _zips(root)
-            and not _has_pictures(root)
-        ):
-            run_download(_CIFAR100_URL, root, lambda: _cifar100(root, download=True))
-        if is_complete():
-            return official
-        if not root.exists():
+        containers = layouts.containers(root)
+        if not containers:
+            for address, md5 in self._archives():
+                fetch(address, root, md5)
+            containers = layouts.containers(root)
+        if not containers:
+            places = dict.fromkeys((str(Path(self.path).absolute()), str(root)))
+            absent = f"no folder or zip at {' or '.join(places)}"
             raise UserError(
-                f"dataset.path={self.path}: no folder or zip at "
-                f"{' or '.join(dict.fromkeys((str(Path(self.path).absolute()), str(root))))}; it "
-                "should contain one subfolder per class (or use dataset=glyphs, which needs no "
-                "files)"
+                f"dataset.path={self.path}: {f'no images in {root}' if root.exists() else absent}; "
+                f"bring there {self.by_hand or 'one subfolder per class'} (or use dataset=glyphs, "
+                "which needs no files)"
             )
-        return [root] if root.is_file() else [*_zips(root), root]
+        return containers
 
-    def _read(self, root: Path, containers: list[Path]) -> ClassImages:
-        if self.download == "cifar100" and containers[0].parent.name == "cifar-100-python":
-            return self._official_cifar100(root)
-        classes: dict[str, list[ImageFile]] = defaultdict(list)
-        folders: dict[str, set[str]] = defaultdict(set)
-        for container in containers:
-            for file in list_images(container):
-                parent = PurePosixPath(file.name).parent
-                if parent.name:
-                    classes[parent.name].append(file)
-                    folders[parent.name].add(str(parent))
-        for name, paths in folders.items():
-            if len(paths) > 1:
-                first, second = sorted(paths)[:2]
-                raise UserError(
-                    f"{root} has two folders for class '{name}': {first} and {second}; "
-                    "rename or merge them"
-                )
+    def _read(self, root: Path, containers: list[Path], cache_dir: Path) -> ClassImages:
+        with contextlib.ExitStack() as stack:
+            content = []
+            for archive in containers:
+                container = stack.enter_context(archives.unpacked(archive, cache_dir))
+                listed = files.list_images(container, layouts.SUFFIXES)
+                content += [file._replace(archive=archive) for file in listed]
+            if read := layouts.arrays(content):
+                return read(self.to_array)
+            return self._decode(root, content)
+
+    def _decode(self, root: Path, content: list[ImageFile]) -> ClassImages:
+        """Decode images of class folders, or of one folder with lists of labels."""
+        classes, splits = layouts.by_lists(content) or (_by_folder(root, content), {})
         if len(classes) < 3:
             raise UserError(
                 f"{root} has {len(classes)} classes with images; "
@@ -139,7 +158,7 @@ class Folder(ImageDataset):
         left_out = set(unreadable)
         counts = {name: len(set(classes[name]) - left_out) for name in names}
         names = [name for name in names if counts[name]]
-        return ClassImages(pixels, [counts[name] for name in names], names, notes)
+        return ClassImages(pixels, [counts[name] for name in names], names, notes, splits)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         image = files.plain(image, self.background, "RGB" if self.colour == "rgb" else "L")
@@ -154,55 +173,46 @@ class Folder(ImageDataset):
         array = np.asarray(image)
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
-    def _official_cifar100(self, root: Path) -> ClassImages:
-        """Read all 60,000 images of CIFAR-100, ordered by class; torchvision verifies checksums."""
-        try:
-            halves = [_cifar100(root, train=train) for train in (True, False)]
-        except (RuntimeError, OSError, EOFError) as error:
-            raise UserError(
-                f"{root}/cifar-100-python is not CIFAR-100 ({first_line(error)}); "
-                "remove it to download it again"
-            ) from None
-        labels = np.concatenate([half.targets for half in halves])
-        pixels = np.concatenate([half.data for half in halves])[np.argsort(labels, kind="stable")]
-        images = np.stack([self.to_array(Image.fromarray(array)) for array in pixels])
-        return ClassImages(
-            torch.from_numpy(images), np.bincount(labels).tolist(), list(halves[0].classes)
+    def _splits(self, pictures: ClassImages, root: Path) -> dict[str, list[str]]:
+        names = [name for name in pictures.names if name not in self.exclude]
+        published = published_split(self.split)
+        # Files with numbers or words instead of the published names have splits of their own.
+        known = split_file(published).values() if published else []
+        is_renamed = bool(pictures.splits and known) and not any(
+            name in names for some in known for name in some
         )
-
-    def _splits(self, names: list[str], root: Path) -> dict[str, list[str]]:
-        if self.split == "random":
-            return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
-        if self.split == "cifar_fs":
-            splits = {split: [fine for _, fine in some] for split, some in _cifar_fs().items()}
-        else:
-            splits = split_file(Path(self.split).expanduser())
-        if unknown := [name for chosen in splits.values() for name in chosen if name not in names]:
-            raise UserError(
-                f"dataset.split={self.split} names class '{unknown[0]}', which {root} does not have"
+        if is_renamed:
+            logging.getLogger(__name__).warning(
+                f"{root} has none of the class names of dataset.split={self.split}; the split of "
+                "its files is used"
             )
-        return splits
+        if self.split == "files" or is_renamed:
+            if not pictures.splits:
+                raise UserError(
+                    f"dataset.split=files: {root} has no train.csv, val.csv and test.csv, and no "
+                    "file for each split; use dataset.split=random"
+                )
+            return {
+                split: [name for name in some if name in names]
+                for split, some in pictures.splits.items()
+            }
+        return split_classes(self.split, names, self.fractions, self.split_seed, str(root))
 
 
-def _cifar_fs() -> dict[str, list[tuple[str, str]]]:
-    """Read the superclass and the name of each class of CIFAR-100, by split of CIFAR-FS."""
-    folder = resources.files("metalearn.data") / "splits"
-    return {
-        split: json.loads((folder / f"cifar_fs_{split}.json").read_text())
-        for split in ("train", "val", "test")
-    }
-
-
-def _cifar100(root: Path, **options: bool) -> Any:
-    """Open CIFAR-100 with torchvision, which verifies checksums."""
-    from torchvision.datasets import CIFAR100  # takes seconds to import
-
-    return CIFAR100(str(root), **options)
-
-
-def _zips(root: Path) -> list[Path]:
-    return sorted(root.glob("*.zip")) if root.is_dir() else []
-
-
-def _has_pictures(root: Path) -> bool:
-    return root.is_dir() and bool(list_images(root))
+def _by_folder(root: Path, content: list[ImageFile]) -> dict[str, list[ImageFile]]:
+    """Return the images of each class folder; raise UserError if two have the same name."""
+    classes: dict[str, list[ImageFile]] = defaultdict(list)
+    folders: dict[str, set[str]] = defaultdict(set)
+    for file in content:
+        parent = PurePosixPath(file.name).parent
+        if parent.name and layouts.is_image(file.name):
+            classes[parent.name].append(file)
+            folders[parent.name].add(str(parent))
+    for name, paths in folders.items():
+        if len(paths) > 1:
+            first, second = sorted(paths)[:2]
+            raise UserError(
+                f"{root} has two folders for class '{name}': {first} and {second}; "
+                "rename or merge them"
+            )
+    return classes

@@ -8,10 +8,9 @@ import torch
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.data.images import seeded_split, shares
+from metalearn.data.classes import ClassData, class_indices, seeded_split, shares
 from metalearn.tasks import prng
-from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
+from metalearn.tasks.store import ArrayStore, ClassView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +46,7 @@ class Gaussians(Dataset):
 
         names = [f"class{number:04}" for number in range(self.num_classes)]
         splits = seeded_split(names, shares(self.num_classes, self.fractions), self.split_seed)
-        views = {}
-        for split, chosen in splits.items():
-            number = torch.tensor([names.index(name) for name in chosen])
-            rows = number[:, None] * self.examples + torch.arange(self.examples)
-            counts = torch.full((len(chosen),), self.examples)
-            views[split] = ClassView(ClassIndex(rows.to(device), counts.to(device), tuple(chosen)))
+        indices = class_indices(names, [self.examples] * len(names), splits, device)
+        views = {split: ClassView(index) for split, index in indices.items()}
         content_hash = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
         return ClassData(dict.fromkeys(views, ArrayStore(x.to(device))), views, content_hash)

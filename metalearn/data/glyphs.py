@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData
+from metalearn.data.classes import ClassData, seeded_split, shares
 from metalearn.data.files import cached, ink
-from metalearn.data.images import ClassImages, ImageDataset, seeded_split, shares
+from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.tasks import prng
 
 _POINTS = 28  # of the pen path, per stroke

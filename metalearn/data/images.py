@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,10 +13,8 @@ from torch import Tensor
 
 from metalearn.config.fields import choice, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.system.errors import UserError
-from metalearn.tasks import prng
-from metalearn.tasks.store import ClassIndex, ClassView, ImageStore, RotatedClasses, RotatedEpisodes
+from metalearn.data.classes import ClassData, class_indices
+from metalearn.tasks.store import ClassView, ImageStore, RotatedClasses, RotatedEpisodes
 
 ROTATIONS = ("none", "train_classes", "classes", "episode")
 
@@ -32,12 +28,14 @@ class ClassImages:
         counts: Number of images of each class.
         names: Name of each class.
         notes: Lines for the user about how the images were read.
+        splits: Names of the classes of each split, if the files have splits; else {}.
     """
 
     images: Tensor
     counts: list[int]
     names: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
+    splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""
@@ -56,52 +54,6 @@ def with_channels(x: Tensor, channels: int | None) -> Tensor:
     red, green, blue = (x[..., channel : channel + 1, :, :].float() for channel in range(3))
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     return grey if x.is_floating_point() else grey.round().to(x.dtype)
-
-
-def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Draw the classes of each split, without replacement, from the sorted names."""
-    names = sorted(names)
-    order = prng.permutation(prng.key_of(seed), len(names)).tolist()
-    chosen: dict[str, list[str]] = {}
-    start = 0
-    for split, size in sizes.items():
-        chosen[split] = [names[index] for index in order[start : start + size]]
-        start += size
-    return chosen
-
-
-def shares(total: int, fractions: list[float]) -> dict[str, int]:
-    """Return the number of classes of train, val and test; train gets the rounding remainder."""
-    if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(
-            f"dataset.fractions={list(fractions)} should be three fractions (train, val, test) "
-            "that sum to 1"
-        )
-    val, test = (round(total * fraction) for fraction in fractions[1:])
-    return {"train": total - val - test, "val": val, "test": test}
-
-
-def split_file(path: Path) -> dict[str, list[str]]:
-    """Read the names of the classes of each split; raise UserError if they overlap."""
-    expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
-    try:
-        splits = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"dataset.split={path} should be the name of a split, or a file of {expected} ({error})"
-        ) from None
-    lists = isinstance(splits, dict) and all(isinstance(names, list) for names in splits.values())
-    if not lists or set(splits) != {"train", "val", "test"}:
-        raise UserError(f"dataset.split={path} should be {expected}")
-    for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"dataset.split={path} has class '{repeated[0]}' twice in {split}")
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        if shared := [name for name in splits[first] if name in splits[second]]:
-            raise UserError(
-                f"dataset.split={path} has class '{shared[0]}' in both {first} and {second}"
-            )
-    return splits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,20 +105,9 @@ class ImageDataset(Dataset):
         Raises:
             UserError: For a split without classes.
         """
-        index_of = {name: index for index, name in enumerate(pictures.names)}
-        starts = torch.tensor([0, *pictures.counts]).cumsum(0).tolist()
         views: dict[str, ClassView] = {}
-        for split, names in splits.items():
-            if not names:
-                raise UserError(
-                    f"dataset.split leaves no class for {split}; add classes or change the split"
-                )
-            counts = torch.tensor([pictures.counts[index_of[name]] for name in names])
-            column = torch.arange(int(counts.max()))
-            first = torch.tensor([starts[index_of[name]] for name in names])
-            rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
-            groups = tuple(superclass_of[name] for name in names) if superclass_of else ()
-            index = ClassIndex(rows.to(device), counts.to(device), tuple(names), groups)
+        indices = class_indices(pictures.names, pictures.counts, splits, device, superclass_of)
+        for split, index in indices.items():
             if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
                     index, self.rotations_may_meet, self.rotations_share_drawings

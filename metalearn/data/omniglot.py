@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData
+from metalearn.data.classes import ClassData, seeded_split
 from metalearn.data.files import ImageFile, cached, decode, files_hash, ink, list_images
-from metalearn.data.images import ClassImages, ImageDataset, seeded_split
+from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError
 
@@ -61,10 +61,16 @@ class Omniglot(ImageDataset):
     url: str = setting()
     md5: dict[str, str] = setting()
 
+    @property
+    def addresses(self) -> list[str]:
+        return [f"{self.url}/{part}.zip" for part in _PARTS]
+
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         parts = [
-            path if path.exists() else fetch(f"{self.url}/{part}.zip", path.parent, self.md5[part])
-            for part, path in zip(_PARTS, self.files(data_dir), strict=True)
+            path if path.exists() else fetch(address, path.parent, self.md5[part])
+            for part, path, address in zip(
+                _PARTS, self.files(data_dir), self.addresses, strict=True
+            )
         ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))

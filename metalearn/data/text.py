@@ -15,11 +15,10 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData
-from metalearn.data.images import seeded_split, shares, split_file
+from metalearn.data.classes import ClassData, class_indices, seeded_split, shares, split_file
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
-from metalearn.tasks.store import ArrayStore, ClassIndex, ClassView
+from metalearn.tasks.store import ArrayStore, ClassView
 from metalearn.tasks.types import Tokenizer
 
 #: Names of columns; without any of them in the first row, a file has no header.
@@ -121,6 +120,10 @@ class Text(Dataset):
     domains: dict[str, str] = setting(default={})
     tokenizer: Tokenizer | None = given_by_run(None)
 
+    @property
+    def addresses(self) -> list[str]:
+        return list(self.urls.values())
+
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files to read."""
         root = data_dir / Path(self.path).expanduser()
@@ -138,21 +141,10 @@ class Text(Dataset):
         names = [name for chosen in splits.values() for name in chosen]
         tokens = self.tokenizer([text for name in names for text in texts[name]])
         store = ArrayStore(tokens.to(device), self.tokenizer.vocabulary)
-        sizes = torch.tensor([len(texts[name]) for name in names])
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)[:-1]])
-        views, first = {}, 0
-        for split, chosen in splits.items():
-            if not chosen:
-                raise UserError(
-                    f"dataset.split leaves no class for {split}; add classes or change the split"
-                )
-            part = slice(first, first := first + len(chosen))
-            counts = sizes[part]
-            column = torch.minimum(torch.arange(int(counts.max())), counts[:, None] - 1)
-            rows = starts[part, None] + column
-            groups = tuple(domain_of[name] for name in chosen) if any(domain_of.values()) else ()
-            index = ClassIndex(rows.to(device), counts.to(device), tuple(chosen), groups)
-            views[split] = ClassView(index)
+        counts = [len(texts[name]) for name in names]
+        groups = domain_of if any(domain_of.values()) else {}
+        indices = class_indices(names, counts, splits, device, groups)
+        views = {split: ClassView(index) for split, index in indices.items()}
         content = repr(sorted(texts.items())).encode("utf-8", "surrogatepass")
         digest = hashlib.sha256(content).hexdigest()[:16]
         return ClassData(dict.fromkeys(views, store), views, digest)

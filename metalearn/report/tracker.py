@@ -1,4 +1,4 @@
-"""Track a run: console, metrics.jsonl, Weights & Biases, and the learning curve as PNG."""
+"""Track a run: console, metrics.jsonl, and the loggers of the configuration."""
 
 import contextlib
 import json
@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import print_line
 from metalearn.report.folder import RunFolder
+from metalearn.report.loggers import Logger
 from metalearn.report.progress import Progress
 from metalearn.report.result import Result
-from metalearn.report.wandb_run import WandbRun
 from metalearn.system.atomic import atomic_writer
 from metalearn.system.reading import check_types, parse_json, read_text
 from metalearn.tasks.metrics import Metric
@@ -26,11 +27,11 @@ _MAX_BYTES = 1 << 30
 
 
 class Tracker(Progress):
-    """A progress display that also writes each row of metrics to metrics.jsonl and to W&B.
+    """A progress display that also writes each row to metrics.jsonl and to the loggers.
 
     Args:
         metric: What validation and test report.
-        identifier: Identifier of the run at W&B.
+        identifier: Identifier of the run.
         step: The step to resume from, later rows are removed; -1: a new run.
         first_lines: Lines to print with the time that the run will take, once it is known.
 
@@ -60,36 +61,39 @@ class Tracker(Progress):
         with atomic_writer(file) as stream:
             stream.writelines(_as_line(row).encode() for row in self.rows)
         self._stream = file.open("a", buffering=1)
-        self._wandb = (
-            WandbRun(settings, files.path, identifier, self.note)
-            if settings.logger.name == "wandb"
-            else None
-        )
+        self._loggers: list[Logger] = [
+            components.make(
+                own, f"logger.{name}",
+                config=settings, folder=files.path, identifier=identifier, rows=self.rows,
+                note=self.note,
+            )
+            for name, own in settings.logger.items()
+        ]  # fmt: skip
 
     def log(self, row: dict[str, Any]) -> None:
         row = row | {"seconds": round(self.seconds_before + time.perf_counter() - self._start, 2)}
         self.rows.append(row)
         self._stream.write(_as_line(row))
         os.fsync(self._stream.fileno())  # a checkpoint must not outlive the rows before it
-        if self._wandb:
-            self._wandb.log(row)
+        for logger in self._loggers:
+            logger.log(row)
         super().log(row)
 
     def note(self, line: str) -> None:
         print_line(self._console, line)
 
     def finish(self, result: Result, table: Table) -> None:
-        """Send the final result, its table and the learning curve to W&B."""
-        if self._wandb:
-            self._wandb.log_result(result, table, self._files.curve)
+        """Send the final result, its table and the learning curve to the loggers."""
+        for logger in self._loggers:
+            logger.log_result(result, table, self._files.curve)
 
     def close(self, failed: bool = False) -> None:
-        """Close the file and the W&B run."""
+        """Close the file and the loggers."""
         self.announce()
         with contextlib.suppress(OSError):  # the disk is full; every row was flushed when logged
             self._stream.close()
-        if self._wandb:
-            self._wandb.close(failed)
+        for logger in self._loggers:
+            logger.close(failed)
 
 
 def _as_line(row: dict[str, Any]) -> str:

@@ -12,34 +12,38 @@ from typing import Any
 
 from rich.table import Table
 
+from metalearn.config.fields import given_by_run, setting
 from metalearn.config.schema import RunConfig
+from metalearn.report.loggers import Logger
 from metalearn.report.result import Result
 from metalearn.system.atomic import make_folder
 from metalearn.system.download import connection_error
 from metalearn.system.errors import first_line
 
 
-class WandbRun:
+@dataclasses.dataclass
+class WandbRun(Logger):
     """A run at W&B: after a failure it continues offline, after another one not at all."""
 
-    def __init__(
-        self, settings: RunConfig, folder: Path, identifier: str, note: Callable[[str], None]
-    ) -> None:
-        self._settings, self._folder, self._identifier = settings, folder, identifier
-        self._note = note
+    project: str | None = setting()
+    entity: str | None = setting()
+    folder: Path = given_by_run()
+    identifier: str = given_by_run()
+    config: RunConfig = given_by_run()
+    note: Callable[[str], None] = given_by_run()
+
+    def __post_init__(self) -> None:
         self._run: Any = None
         try:
             self._run = self._start()
         except Exception as error:
-            note(f"W&B: failed ({first_line(error)}); continuing without it")
+            self.note(f"W&B: failed ({first_line(error)}); continuing without it")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Send one row of metrics."""
         values = {key: row[key] for key in row if key != "step"}
         self._send(lambda run: run.log(values, step=row["step"]))
 
     def log_result(self, result: Result, table: Table, curve: Path) -> None:
-        """Send the final result, its table and the learning curve."""
         if self._run is None:
             return
         import wandb
@@ -67,12 +71,11 @@ class WandbRun:
         self._send(send)
 
     def close(self, failed: bool) -> None:
-        """Close the run."""
         if self._run is not None:
             try:
                 self._run.finish(exit_code=int(failed))
             except Exception as error:
-                self._note(f"W&B: failed at the end ({first_line(error)})")
+                self.note(f"W&B: failed at the end ({first_line(error)})")
 
     def _send(self, send: Callable[[Any], object]) -> None:
         """Send something to W&B; after a failure continue offline, after another without W&B."""
@@ -81,13 +84,13 @@ class WandbRun:
         try:
             send(self._run)
         except Exception as error:  # an error of W&B must not end the run
-            self._note(f"W&B: failed ({first_line(error)}); continuing offline")
+            self.note(f"W&B: failed ({first_line(error)}); continuing offline")
             try:
                 _stop_service()  # else it reports its dead service at exit
                 self._run = self._start("offline")
                 send(self._run)
             except Exception as again:
-                self._note(f"W&B: offline failed too ({first_line(again)}); continuing without it")
+                self.note(f"W&B: offline failed too ({first_line(again)}); continuing without it")
                 self._run = None
 
     def _start(self, mode: str | None = None) -> Any:
@@ -109,18 +112,18 @@ class WandbRun:
         elif wanted == "online" and (problem := connection_error(server, True, 4.0)):
             # Decided before W&B starts: it would wait longer, and keep the identifier in use.
             wanted, reason = "offline", f"{server} cannot be reached: {problem}"
-        make_folder(self._folder / "wandb")
+        make_folder(self.folder / "wandb")
 
         def start(mode: str) -> Any:
             return wandb.init(
-                project=self._settings.logger.project,
-                entity=self._settings.logger.entity,
-                name="-".join(self._folder.parts[-2:]),
-                id=self._identifier,
+                project=self.project,
+                entity=self.entity,
+                name="-".join(self.folder.parts[-2:]),
+                id=self.identifier,
                 resume="allow",
-                dir=self._folder.absolute(),  # the service may have another working directory
+                dir=self.folder.absolute(),  # the service may have another working directory
                 mode=mode,  # type: ignore[arg-type]
-                config=dataclasses.asdict(self._settings),
+                config=dataclasses.asdict(self.config),
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30),
             )
 
@@ -133,10 +136,10 @@ class WandbRun:
             wanted, reason = "offline", f"going online failed: {first_line(error)}"
             run = start(wanted)
         if wanted == "online":
-            self._note(f"W&B: online, {run.url}")
+            self.note(f"W&B: online, {run.url}")
         elif wanted == "offline" and reason:
-            folder = f"{self._folder}/wandb/offline-run-*"
-            self._note(f"W&B: offline ({reason}); later: wandb sync {folder}")
+            folder = f"{self.folder}/wandb/offline-run-*"
+            self.note(f"W&B: offline ({reason}); later: wandb sync {folder}")
         return run
 
 

@@ -141,7 +141,7 @@ def train(
         finally:
             tracker.close(has_failed)
     if title:
-        print_line(console, f"  {tables.result_line(result)}")
+        print_line(console, f"{title.partition(':')[0]}: {tables.result_line(result)}")
     else:
         _show(files, result, console)
     return fitted.best_val.mean

@@ -131,9 +131,15 @@ class EpisodeSampler:
         total = sum(used.values())
         if total > available:
             lower = " or ".join(f"{self.shape.where}.{name}" for name in reversed(used))
+            advice = f"{what}; lower {lower}"
+            if available < 2:  # the smallest task requires two classes, and two examples of each
+                advice = {
+                    "classes": "class; add classes to it",
+                    "examples": "example; add examples to it, or leave it out",
+                }[what]
             raise UserError(
                 f"{' + '.join(used)}{'=' if len(used) == 1 else ' = '}{total}, "
-                f"but {owner} has only {available} {what}; lower {lower}"
+                f"but {owner} has only {available} {advice}"
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
