@@ -20,7 +20,8 @@ _RUNS = Path("outputs/benchmark/samplers")
 _SAMPLERS = ("uniform", "hierarchical", "hard")
 _SETTINGS = [
     "algo=protonet", "dataset=omniglot", "dataset.split=alphabet", "dataset.rotations=none",
-    "backbone.filters=16", "episode=20w1s", "episode.query=5", "train.meta_batch=4",
+    "backbone.filters=16", "episode=20w1s", "episode.query=5", "episode.train.way=20",
+    "episode.train.query=5", "train.meta_batch=4",
     "train.steps=200", "train.log_every=50", "val.every=100", "val.episodes=100",
     "test.episodes=600", "engine.threads=1",
 ]  # fmt: skip
