@@ -20,7 +20,8 @@ _RUNS = Path("outputs/benchmark/samplers")
 _SAMPLERS = ("uniform", "hierarchical", "hard")
 _SETTINGS = [
     "algo=protonet", "dataset=omniglot", "dataset.split=alphabet", "dataset.rotations=none",
-    "backbone.filters=16", "episode=20w1s", "episode.query=5", "train.meta_batch=4",
+    "backbone.filters=16", "episode=20w1s", "episode.query=5", "episode.train.way=20",
+    "episode.train.query=5", "train.meta_batch=4",
     "train.steps=200", "train.log_every=50", "val.every=100", "val.episodes=100",
     "test.episodes=600", "engine.threads=1",
 ]  # fmt: skip
@@ -43,8 +44,8 @@ def main() -> None:
     environment = describe_environment("cpu")
     _OUT.write_text(
         "# How the classes of training episodes are chosen\n\n"
-        "ProtoNet on Omniglot, 30 training alphabets, 15 test alphabets, 20-way 1-shot, 200 steps\n"
-        "of 4 tasks (16 filters), one seed; tests are on uniform and on hierarchical episodes.\n\n"
+        "ProtoNet (16 filters) on Omniglot, 30 training and 15 test alphabets, 20-way 1-shot,\n"
+        "200 steps of 4 tasks, one seed; tested on uniform and on hierarchical episodes.\n\n"
         f"{table}\n"
         f"`python scripts/benchmark_samplers.py data=<folder>{''.join(f' {one}' for one in more)}`,"
         f"\ncommit {environment['commit']}, {environment['hardware']}.\n"

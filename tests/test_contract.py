@@ -131,6 +131,7 @@ _DATASETS = {
     "navigation": [],
     "gaussians": [],
     "text": ["dataset.path=toy.csv"],
+    "mix": ["dataset.parts=[glyphs,gaussians]", "+dataset.settings={num_classes: 60}"],
     "features": ["dataset.path=toy.npz"],
     "user_values": ["dataset.path=users.csv", "dataset.features=[year,price]"],
     "user_classes": ["dataset.path=users.csv"],
@@ -149,6 +150,10 @@ def dataset(name: str, cache_dir: Path) -> testing.DatasetCase:
     if name == "text":
         lines = [f"text {row},label{row % 30}" for row in range(600)]
         (cache_dir / "toy.csv").write_text("\n".join(lines))
+    if name == "mix":  # of the same data twice, with other names
+        glyphs = {**settings["sets"]["glyphs"], "image_size": 16}
+        sets = {"first": glyphs, "second": {**glyphs, "glyph_seed": 1}}
+        settings = {**settings, "parts": list(sets), "sets": sets}
     if name == "features":
         x, labels = np.random.default_rng(0).normal(size=(600, 4)), np.arange(600) % 30
         np.savez(cache_dir / "toy.npz", features=x, labels=labels)

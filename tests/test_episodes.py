@@ -284,7 +284,7 @@ def test_sampling_reads_no_value_on_the_host(rotations, sampler):
     def moved(tree):
         if isinstance(tree, torch.Tensor):
             return tree.to(meta)
-        if not dataclasses.is_dataclass(tree):
+        if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
             return tree
         fields = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
         return dataclasses.replace(tree, **{name: moved(one) for name, one in fields.items()})

@@ -81,6 +81,8 @@ _HINTS = {
     ("folder.py", "glyphs"),
     ("methods.py", "gaussians"),
     ("methods.py", "protonet"),
+    # The setting augment.mix.
+    *((name, "mix") for name in ("checking.py", "pairings.py", "parts.py")),
 }
 
 

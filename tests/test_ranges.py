@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_the_shape_is_a_function_of_seed_split_and_number(data):
     assert source.shapes(torch.arange(9)) == make_source(data, ranges).shapes(torch.arange(9))
     for other in (make_source(data, ranges, seed=2), make_source(data, ranges, "val")):
         assert source.shapes(torch.arange(9)) != other.shapes(torch.arange(9))
-    parts = parts_of(source, 3, 20, 2)
+    parts: Any = parts_of(source, 3, 20, 2)
     assert all(len(set(source.shapes(numbers))) == 1 and count <= 2 for numbers, count in parts)
     assert sorted(torch.cat([numbers for numbers, _ in parts]).tolist()) == list(range(3, 23))
     for numbers, count in parts:  # together as alone
@@ -151,7 +152,7 @@ def test_the_shape_is_a_function_of_seed_split_and_number(data):
 
 def test_tasks_of_a_meta_batch_share_their_shape(monkeypatch, tmp_path):
     run = make(*_RANGES, "episode.unbalanced=true", "train.steps=6", "train.meta_batch=5")
-    assert run.shapes_vary and "differ" in loop._why_no_graph(run)
+    assert run.shapes_vary and "differ" in str(loop._why_no_graph(run))
     shapes = []
     step = type(run.train_engine).step
 
@@ -176,7 +177,7 @@ def test_scores_do_not_depend_on_how_episodes_are_grouped(more, make_run):
         make_run(*words, f"engine.evaluation_batch={batch}", f"engine.features={features}")
         for batch, features in ((32, True), (1, True), (7, False))
     ]
-    tested = [loop.test(run, run.state, None) for run in runs]
+    tested: list[Any] = [loop.test(run, run.state, None) for run in runs]
     for other in tested[1:]:
         torch.testing.assert_close(other.scores, tested[0].scores)
         assert torch.equal(other.classes, tested[0].classes)

@@ -19,7 +19,6 @@ from metalearn.data.classes import ClassData, joined
 from metalearn.data.images import moments
 from metalearn.system.errors import UserError
 from metalearn.tasks.store import ClassIndex, ImageStore
-from metalearn.tasks.types import InputSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,18 @@ class Mix(Dataset):
         array: np.ndarray = self.sets[self.parts[0]].to_array(image)
         return array
 
+    @property
+    def addresses(self) -> list[str]:
+        """Return the addresses of all parts."""
+        return [address for part in self.sets.values() for address in part.addresses]
+
     def files(self, data_dir: Path) -> list[Path]:
         """Return the files of all parts."""
         return [file for part in self.sets.values() for file in part.files(data_dir)]
+
+    def is_present(self, data_dir: Path) -> bool:
+        """Return True if all parts are present."""
+        return all(part.is_present(data_dir) for part in self.sets.values())
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         opened = {name: one.open(data_dir, cache_dir, device) for name, one in self.sets.items()}
@@ -94,43 +102,31 @@ class Mix(Dataset):
 
 def _check(opened: Mapping[str, Any]) -> None:
     """Raise UserError unless all parts have the same kind, shape and rotations of inputs."""
-    (first, one), *others = opened.items()
     for name, part in opened.items():
         if not isinstance(part, ClassData):
             raise UserError(f"dataset.parts: {name} has no classes; choose another")
-    for name, part in others:
-        a, b = one.inputs, part.inputs
-        if a.kind != b.kind:
-            raise UserError(
-                f"dataset.parts: {first} has {a.kind}, {name} has {b.kind}; choose datasets of one "
-                "kind"
-            )
-        if a.kind == "images" and a.shape[1:] != b.shape[1:]:
-            raise UserError(
-                f"dataset.parts: the images of {first} are {_by(a)}, those of {name} {_by(b)}; use "
-                f"+dataset.settings={{image_size: {a.shape[-1]}}}"
-            )
-        if a.kind == "images" and a.shape != b.shape:
-            raise UserError(
-                f"dataset.parts: the images of {first} are {_by(a)}, those of {name} {_by(b)}; use "
-                "+dataset.settings={colour: grey}"
-            )
-        if a.kind == "features" and a.shape != b.shape:
-            raise UserError(
-                f"dataset.parts: {first} has {_by(a)} features, {name} has {_by(b)}; choose "
-                "datasets with the same number"
-            )
-        for split, view in one.views.items():
-            own, other = view.protocol, part.views[split].protocol
+    (first, one), *others = ((name, _properties(part)) for name, part in opened.items())
+    for name, properties in others:
+        for (own, use), (other, _) in zip(one, properties, strict=False):
             if own != other:
-                raise UserError(
-                    f"dataset.parts: {first} has rotations={own['rotations']} in {split}, {name} "
-                    f"has {other['rotations']}; use +dataset.settings={{rotations: none}}"
-                )
+                raise UserError(f"dataset.parts: {first} has {own}, {name} has {other}; {use}")
 
 
-def _by(inputs: InputSpec) -> str:
-    return "x".join(map(str, inputs.shape))
+def _properties(data: ClassData) -> list[tuple[str, str]]:
+    """Return the properties that parts share, each with what makes them equal."""
+    kind, shape = data.inputs.kind, data.inputs.shape
+    settings = "use +dataset.settings="
+    properties = [(kind, "choose datasets of one kind of input")]
+    if kind == "images":
+        size = f"images of {shape[1]}x{shape[2]} pixels"
+        properties.append((size, f"{settings}{{image_size: {shape[-1]}}}"))
+        properties.append((f"{shape[0]} channels", f"{settings}{{colour: grey}}"))
+    if kind == "features":
+        properties.append((f"vectors of {shape[0]}", "choose datasets with equal vectors"))
+    for split in ("train", "val", "test"):
+        for key, value in data.views[split].protocol.items():
+            properties.append((f"{key}={value} in {split}", f"{settings}{{rotations: none}}"))
+    return properties
 
 
 def _named(part: str, index: ClassIndex) -> ClassIndex:

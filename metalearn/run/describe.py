@@ -18,9 +18,10 @@ from metalearn.config.schema import RunConfig
 from metalearn.data.base import Dataset, OpenDataset
 from metalearn.data.classes import ClassData
 from metalearn.data.images import ImageDataset
-from metalearn.run.parts import cache_folder, data_folder, device_of
+from metalearn.run.parts import cache_folder, data_folder, device_of, shapes_of
 from metalearn.system.errors import UserError
-from metalearn.tasks.sampling import Shape, TaskSource
+from metalearn.tasks.ranges import varied
+from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.store import ImageStore
 
 _SPLITS = ("train", "val", "test")
@@ -170,10 +171,9 @@ class Described:
         return rows
 
     def _source(self) -> TaskSource:
-        shape = self.settings.episode
-        return self.data.episodes(
-            self.split, Shape(shape.way, shape.shot, shape.query), self.settings.episode_seed
-        )
+        shape, ranges = shapes_of(self.settings.episode, "episode")
+        seed = self.settings.episode_seed
+        return varied(self.data.episodes(self.split, shape, seed), ranges, self.split, seed)
 
     def _in_units(self, x: Tensor) -> Tensor:
         """Undo the standardisation of images."""

@@ -180,8 +180,10 @@ def transduction_is_declared(method: Method) -> None:
 
 
 def symmetries_are_declared(method: Method) -> None:
-    """`class_equivariant` and `support_order_matters` are true."""
+    """`class_equivariant` and `support_order_matters` are true, also with unequal shots."""
     run = method.run("episode.shot=2")
+    if not run.algorithm.needs_equal_shots:
+        run = method.run("episode.shot=3", "episode.unbalanced=true")
     task, state = as_double(run.test.draw(0, 3)), as_double(run.state)
     engine = Engine(run.algorithm, "vmap", 3)
     before = engine.predictions(state, task)
