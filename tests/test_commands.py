@@ -296,8 +296,9 @@ def test_all_classes_of_another_dataset_can_be_tested(run, console, tmp_path, na
         with pytest.raises(UserError, match="split=all: the run was trained on classes of this"):
             evaluate(folder, overrides, "all", None, console)
     if name == "baseline":  # colours are converted; its classifier has a weight for each feature
+        other += ["dataset.colour=rgb", "dataset.image_size=32"]
         with pytest.raises(UserError, match=r"its images are 1x32x32, but .* on 1x16x16; use"):
-            evaluate(folder, [*other, "dataset.colour=rgb"], "all", None, console)
+            evaluate(folder, other, "all", None, console)
 
 
 def test_all_classes_are_those_of_the_three_splits(tmp_path):

@@ -7,8 +7,8 @@ from typing import Any
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
-HELP = """metalearn evaluate <folder> [key=value …] [split=train|val|test|all]
-                    [curve=shot|way|steps] [at=1,5,10] [--json]
+HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,b] [test.overlap=allow]
+                    [split=train|val|test|all] [curve=shot|way|steps] [at=1,5,10] [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
@@ -19,13 +19,21 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … algo.test_inner_steps=10          more adaptation
   metalearn evaluate … dataset=glyphs                    a different dataset: its test classes
   metalearn evaluate … dataset=glyphs split=all          a different dataset: all its classes
+  metalearn evaluate run0 run1 dataset=glyphs,birds.zip:all      several runs and datasets: a table
   metalearn evaluate … split=train                       accuracy on the training classes
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
 
-The folder can also be given as run=<folder>. --json prints one JSON document with the results, or
-the points of the curve, and the files; everything else goes to standard error.
+Images of a different dataset get the size, the channels and the normalisation of the run's own, and
+if they have fewer classes than an episode, the episode has all of them. In dataset=a,b each is a
+name, or a folder or zip of images, perhaps with its split: a:val. Each run is then tested with its
+own statistics. If the run was trained or validated on some of the tested images (found by a hash of
+their pixels before any resizing), the test is refused; with test.overlap=allow, the result lists
+them. A run without training steps has no training images.
+
+Folders can also be given as run=<folder>,<folder>. --json prints one JSON document with the results
+or the points of the curve, the files, and failed tests; everything else goes to standard error.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
@@ -43,7 +51,7 @@ def main(args: list[str]) -> int:
     words = list(args)
     with _arguments.json_document(words) as document:
         document |= _evaluate(words)
-    return 0
+    return 1 if document.get("failures") else 0
 
 
 def _evaluate(args: list[str]) -> dict[str, Any]:
@@ -52,16 +60,40 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
         for word in args
     ]
     overrides = _arguments.parse_settings("evaluate", words)
-    run = _arguments.take(overrides, "run")
+    folders = [
+        folder
+        for word in overrides
+        if word.startswith("run=")
+        for folder in _listed(word.removeprefix("run="))
+    ]
+    overrides = [word for word in overrides if not word.startswith("run=")]
+    datasets = _listed(_arguments.take(overrides, "dataset") or "")
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
     points = _arguments.take(overrides, "at")
-    if run is None or split is None:
+    if not folders or split is None:
         raise UserError(
             "evaluate: takes a folder, or run=<folder>, and key=value settings; see metalearn "
             "evaluate --help"
         )
     from metalearn.report.console import open_console
-    from metalearn.run.evaluate import evaluate
+    from metalearn.run.evaluate import evaluate, evaluate_several
+    from metalearn.run.other_data import Target
 
-    return evaluate(Path(run), overrides, split, curve, open_console(), points)
+    if len(folders) == 1 and len(datasets) < 2:
+        targets = [Target.of(word) for word in datasets]
+        overrides = [word for target in targets for word in target.overrides] + overrides
+        split = next((target.split for target in targets if target.split), split)
+        return evaluate(Path(folders[0]), overrides, split, curve, open_console(), points)
+    if curve is not None or points is not None:
+        raise UserError("curve: takes one run and one dataset")
+    return evaluate_several(
+        [Path(folder) for folder in folders], datasets, overrides, split, open_console()
+    )
+
+
+def _listed(text: str) -> list[str]:
+    """Return the items of a list with commas; the path of something that exists is one item."""
+    if os.path.exists(text):
+        return [text]
+    return [word.strip(" '\"") for word in text.strip("[]").split(",") if word]

@@ -9,11 +9,28 @@ import torch
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
-from metalearn.tasks.store import Augmentation, Augmented, ClassIndex, ClassView, Store
+from metalearn.tasks.store import (
+    Augmentation,
+    Augmented,
+    ClassIndex,
+    ClassView,
+    ImageStore,
+    Store,
+)
 
 
 class ClassData:
-    """An opened dataset with classes: an input store and a view of the classes of each split."""
+    """An opened dataset with classes: an input store and a view of the classes of each split.
+
+    Attributes:
+        stores: The inputs of each split.
+        views: The classes of each split.
+        content_hash: Hash of the data.
+        standardisation: Shift and scale of each channel; {} without standardisation.
+        hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
+            None if unknown.
+        inputs: Kind and shape of one input.
+    """
 
     outputs: int | None = None
 
@@ -23,9 +40,10 @@ class ClassData:
         views: dict[str, ClassView],
         content_hash: str,
         standardisation: dict[str, list[float]] = {},  # noqa: B006
+        hashes: torch.Tensor | None = None,
     ) -> None:
         self.stores, self.views, self.content_hash = dict(stores), views, content_hash
-        self.standardisation = standardisation
+        self.standardisation, self.hashes = standardisation, hashes
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
@@ -69,7 +87,33 @@ class ClassData:
         index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
         views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
         stores = {**self.stores, "all": self.stores["test"]}
-        return ClassData(stores, views, self.content_hash, self.standardisation)
+        return ClassData(stores, views, self.content_hash, self.standardisation, self.hashes)
+
+    def standardised(self, standardisation: dict[str, list[float]]) -> "ClassData":
+        """Return the data with images that are normalised by the given shift and scale."""
+        stores: dict[str, Store] = {}
+        for split, store in self.stores.items():
+            if isinstance(store, ImageStore) and standardisation:
+                device = store.shift.device
+                shift, scale = (
+                    torch.tensor(standardisation[name], device=device).view(-1, 1, 1)
+                    for name in ("shift", "scale")
+                )
+                store = dataclasses.replace(store, shift=shift, scale=scale)
+            stores[split] = store
+        return ClassData(stores, self.views, self.content_hash, standardisation, self.hashes)
+
+    def class_hashes(self, split: str) -> dict[str, torch.Tensor]:
+        """Return the hashes of the inputs of each class of a split, by name; {} if unknown."""
+        index = self.views[split].index
+        if self.hashes is None:
+            return {}
+        return {
+            name: self.hashes[rows[:count].cpu()]
+            for name, rows, count in zip(
+                index.names, index.rows, index.counts.tolist(), strict=True
+            )
+        }
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None

@@ -31,12 +31,15 @@ class ClassImages:
         counts: Number of images of each class.
         names: Name of each class.
         notes: Lines for the user about how the images were read.
+        hashes: `metalearn.data.files.pixel_hash` of each image before any resizing, int64 [I];
+            None: of the images as they are.
     """
 
     images: Tensor
     counts: list[int]
     names: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
+    hashes: Tensor | None = None
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""
@@ -187,7 +190,7 @@ class ImageDataset(Dataset):
             "shift": store.shift.flatten().tolist(),
             "scale": store.scale.flatten().tolist(),
         }
-        return ClassData(stores, views, pictures.content_hash(), standardisation)
+        return ClassData(stores, views, pictures.content_hash(), standardisation, pictures.hashes)
 
 
 def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ class Result:
         seconds: Wall-clock seconds, of training and test or of an evaluation.
         split: The split whose classes were tested.
         training: Facts of the training: command, val, best_step, steps, engine, processes.
-        evaluation: Facts of a later evaluation: overrides, variant, dataset.
+        evaluation: Facts of a later evaluation: overrides, variant, dataset, and overlap if tested
+            examples were trained on.
         transductive_minus_inductive: Paired difference on the same episodes, if both were tested.
     """
 
@@ -138,7 +139,7 @@ def hash_of(protocol: dict[str, Any]) -> str:
 
 
 _REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
-_EVALUATION = ("overrides", "variant", "dataset")
+_EVALUATION = ("overrides", "variant", "dataset", "overlap")
 _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.
 _TYPES = {

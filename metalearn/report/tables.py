@@ -118,3 +118,18 @@ def result_row(name: str, result: Result) -> dict[str, Any]:
         "protocol": result.protocol_id,
         "minutes": f"{result.seconds / 60:.1f}",
     }
+
+
+def test_row(dataset: str, name: str, result: Result) -> dict[str, Any]:
+    """Return a row for `result_table`: a test of one of several runs on one of several datasets."""
+    mark = " (overlap)" if result.evaluation.get("overlap") else ""
+    return {
+        "dataset": dataset + mark,
+        "run": name,
+        "split": result.split,
+        "classes": result.protocol.get("num_classes", ""),
+        "episode": result.shape,
+        "statistics": result.protocol["statistics"],
+        "score": format_score(result.metric, result.test),
+        "protocol": result.protocol_id,
+    }

@@ -8,7 +8,7 @@ import torch
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
-from metalearn.data.classes import ClassData
+from metalearn.data.base import OpenDataset
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
 from metalearn.run.engines import make_engines, stored_choices
@@ -54,7 +54,7 @@ class Run:
         spec: Shapes of inputs and outputs.
         standardisation: Shift and scale of each channel; {} without standardisation.
         protocol: Everything that the measurement depends on, as plain data.
-        content_hash: Hash of the data.
+        data: The opened dataset.
         class_names: Names of the classes of each split.
         test_split: The split whose classes are tested.
     """
@@ -72,7 +72,7 @@ class Run:
     spec: Spec
     standardisation: dict[str, list[float]]
     protocol: dict[str, Any]
-    content_hash: str
+    data: OpenDataset
     class_names: dict[str, tuple[str, ...]]
     test_split: str
 
@@ -103,11 +103,25 @@ class Run:
         }
 
 
+def open_data(
+    settings: RunConfig, algorithm: Algorithm, device: torch.device, **runtime: Any
+) -> OpenDataset:
+    """Open the dataset for a method's backbone; `runtime` has more fields that runs set.
+
+    Raise UserError for missing or corrupt data.
+    """
+    backbone = algorithm.backbone
+    given = {"raw": backbone.is_external, "tokenizer": backbone.tokenizer(), **runtime}
+    dataset = components.make(settings.dataset, "dataset", **given)
+    data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
+    return data
+
+
 def build(
     settings: RunConfig,
     only_test: str | None = None,
     is_restored: bool = False,
-    channels: int | None = None,
+    data: OpenDataset | None = None,
 ) -> Run:
     """Read the data and build the run.
 
@@ -115,8 +129,7 @@ def build(
         settings: The run's settings.
         only_test: The split to test on, for a run that is not trained again.
         is_restored: Whether a checkpoint has the weights; see `algorithm_of`.
-        channels: Number of channels of the images that the network was trained on, if other images
-            should be converted to it.
+        data: The data of the dataset, if they are already open.
 
     Raises:
         UserError: If the settings do not fit together or do not fit the data.
@@ -137,19 +150,9 @@ def build(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
     algorithm = algorithm_of(settings, is_restored)
-    dataset = components.make(
-        settings.dataset,
-        "dataset",
-        channels=channels,
-        raw=algorithm.backbone.is_external,
-        tokenizer=algorithm.backbone.tokenizer(),
-    )
-    with group.leader_first():
-        data = dataset.open(data_folder(settings), cache_folder(settings), device)
-    if only_test == "all":
-        if not isinstance(data, ClassData):
-            raise UserError("split=all: this dataset has no classes; use split=test")
-        data = data.with_all_classes()
+    if data is None:
+        with group.leader_first():
+            data = open_data(settings, algorithm, device)
     episode = settings.episode
     test_shape, train_shape = (
         Shape(shape.way, shape.shot, shape.query, shape.unlabelled, shape.distractors, where)
@@ -176,7 +179,8 @@ def build(
             train = Mixed(train, mixing, data.num_classes("train") if is_batch else train_shape.way)
         val = data.episodes("val", test_shape, settings.episode_seed, of_support)
     inputs, outputs = data.inputs, data.outputs or episode.way
-    spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
+    target = components.component(settings.dataset, "dataset").target
+    spec = Spec(inputs.shape, outputs, data.num_classes("train"), target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
         settings, algorithm, train.draw(0, 1), test.draw(0, 1), group.size, choices
     )
@@ -198,7 +202,7 @@ def build(
         )
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
-        content_hash=data.content_hash,
+        data=data,
         class_names={
             split: data.class_names(split)
             for split in dict.fromkeys(("train", "val", "test", test_split))

@@ -224,7 +224,7 @@ class Training:
             **_parts(state),
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
-            "content_hash": self._run.content_hash,
+            "content_hash": self._run.data.content_hash,
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -240,7 +240,7 @@ class Training:
             )
         try:
             data = content["content_hash"], content["classes"]
-            if data != (self._run.content_hash, self._classes):
+            if data != (self._run.data.content_hash, self._classes):
                 raise UserError(
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"
