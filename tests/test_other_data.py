@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from metalearn.config import composition
+from metalearn.data.classes import ClassData
 from metalearn.data.files import decode, list_images
 from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint
@@ -63,7 +65,7 @@ def run(console, tmp_path):
 
 
 def test_hash_is_of_the_pixels_of_the_file_in_any_lossless_format(tmp_path):
-    kinds = [
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
         (".png", "RGB", {}), (".bmp", "L", {}), (".tiff", "RGB", {"compression": "tiff_lzw"}),
         (".webp", "RGB", {"lossless": True}), (".png", "RGBA", {}),
     ]  # fmt: skip
@@ -122,7 +124,8 @@ def test_images_get_size_channels_and_normalisation_of_the_run(run, console, tmp
     trained = checkpoint.load(RunFolder(folder).best, torch.device("cpu"))["standardisation"]
     assert tested.spec.input_shape == (1, 16, 16) and tested.standardisation == trained
     assert "dataset.image_size=16" in request.overrides
-    store = tested.data.stores["all"]
+    assert isinstance(tested.data, ClassData)
+    store: Any = tested.data.stores["all"]
     x = (store.images[:3] / 255 - trained["shift"][0]) * trained["scale"][0]
     torch.testing.assert_close(store.gather(torch.arange(3), torch.tensor(0)), x)
 

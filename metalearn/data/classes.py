@@ -1,8 +1,10 @@
 """An opened dataset with classes, of any kind of input."""
 
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -29,6 +31,7 @@ class ClassData:
         standardisation: Shift and scale of each channel; {} without standardisation.
         hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
             None if unknown.
+        is_on_host: Whether inputs stay on the host, and tasks are drawn there.
         inputs: Kind and shape of one input.
     """
 
@@ -41,9 +44,11 @@ class ClassData:
         content_hash: str,
         standardisation: dict[str, list[float]] = {},  # noqa: B006
         hashes: torch.Tensor | None = None,
+        is_on_host: bool = False,
     ) -> None:
         self.stores, self.views, self.content_hash = dict(stores), views, content_hash
         self.standardisation, self.hashes = standardisation, hashes
+        self.is_on_host = is_on_host
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
@@ -87,7 +92,7 @@ class ClassData:
         index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
         views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
         stores = {**self.stores, "all": self.stores["test"]}
-        return ClassData(stores, views, self.content_hash, self.standardisation, self.hashes)
+        return self._with(stores=stores, views=views)
 
     def standardised(self, standardisation: dict[str, list[float]]) -> "ClassData":
         """Return the data with images that are normalised by the given shift and scale."""
@@ -101,7 +106,12 @@ class ClassData:
                 )
                 store = dataclasses.replace(store, shift=shift, scale=scale)
             stores[split] = store
-        return ClassData(stores, self.views, self.content_hash, standardisation, self.hashes)
+        return self._with(stores=stores, standardisation=standardisation)
+
+    def _with(self, **changes: Any) -> "ClassData":
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def class_hashes(self, split: str) -> dict[str, torch.Tensor]:
         """Return the hashes of the inputs of each class of a split, by name; {} if unknown."""

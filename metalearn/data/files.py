@@ -186,7 +186,7 @@ def pixel_hash(pixels: np.ndarray) -> int:
         pixels: uint8 [H, W, 3].
     """
     digest = hashlib.sha256(repr(pixels.shape).encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(pixels.tobytes())
     return int.from_bytes(digest.digest()[:8], "little", signed=True)
 
 

@@ -60,6 +60,11 @@ def with_channels(x: Tensor, channels: int | None) -> Tensor:
     return grey if x.is_floating_point() else grey.round().to(x.dtype)
 
 
+def is_too_large(images: Tensor, device: torch.device) -> bool:
+    """Return True if images need more than half of the free memory of a GPU."""
+    return device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] / 2
+
+
 def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str, list[str]]:
     """Draw the classes of each split, without replacement, from the sorted names."""
     names = sorted(names)
@@ -117,6 +122,8 @@ class ImageDataset(Dataset):
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
         channels: 1 or 3, to convert the images for a network; None for those of the dataset.
+        store: Where the images are: "device", "host", or "auto": on a GPU if they need at most half
+            of its free memory. Results do not depend on it.
         raw: Leave images in [0, 1], for a network that standardises them itself.
     """
 
@@ -127,6 +134,7 @@ class ImageDataset(Dataset):
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
+    store: str = choice("auto", "device", "host", default="auto", role="machine")
     channels: int | None = given_by_run(None)
     raw: bool = given_by_run(False)
 
@@ -146,13 +154,16 @@ class ImageDataset(Dataset):
         Args:
             pictures: All images.
             splits: Names of the classes of each split.
-            device: Device that holds the images.
+            device: Device of the run.
             standardise: Whether to subtract the mean and divide by the standard deviation of the
                 training images, per channel.
 
         Raises:
             UserError: For a split without classes.
         """
+        images = with_channels(pictures.images, self.channels)
+        is_on_host = self.store == "host" or (self.store == "auto" and is_too_large(images, device))
+        where = torch.device("cpu") if is_on_host else device
         index_of = {name: index for index, name in enumerate(pictures.names)}
         starts = torch.tensor([0, *pictures.counts]).cumsum(0).tolist()
         views: dict[str, ClassView] = {}
@@ -165,7 +176,7 @@ class ImageDataset(Dataset):
             column = torch.arange(int(counts.max()))
             first = torch.tensor([starts[index_of[name]] for name in names])
             rows = first[:, None] + torch.minimum(column, counts[:, None] - 1)
-            index = ClassIndex(rows.to(device), counts.to(device), tuple(names))
+            index = ClassIndex(rows.to(where), counts.to(where), tuple(names))
             if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
                     index, self.rotations_may_meet, self.rotations_share_drawings
@@ -173,12 +184,11 @@ class ImageDataset(Dataset):
             else:
                 kind = RotatedEpisodes if self.rotations == "episode" else ClassView
                 views[split] = kind(index)
-        images = with_channels(pictures.images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:
             shift, scale = _moments(images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
-            images.to(device),
+            images.to(where),
             shift.view(-1, 1, 1).to(device),
             1 / scale.view(-1, 1, 1).to(device),
         )
@@ -190,7 +200,10 @@ class ImageDataset(Dataset):
             "shift": store.shift.flatten().tolist(),
             "scale": store.scale.flatten().tolist(),
         }
-        return ClassData(stores, views, pictures.content_hash(), standardisation, pictures.hashes)
+        content = pictures.content_hash()
+        return ClassData(
+            stores, views, content, standardisation, pictures.hashes, is_on_host=is_on_host
+        )
 
 
 def _moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
+from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.report.result import hash_of
 from metalearn.run.engines import make_engines, stored_choices
@@ -90,6 +91,11 @@ class Run:
     def protocol_id(self) -> str:
         """Hash of the protocol; results with the same one can be compared."""
         return hash_of(self.protocol)
+
+    @property
+    def draws_on_host(self) -> bool:
+        """True if the inputs are on the host, so that tasks are drawn there."""
+        return isinstance(self.data, ClassData) and self.data.is_on_host
 
     @property
     def choices(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from metalearn.run.build import Run
 from metalearn.run.feature_cache import BATCH, FeatureCache, digest, embed_inputs, network_key
 from metalearn.run.parts import cache_folder
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import ArrayStore, Augmented
+from metalearn.tasks.store import ArrayStore, Augmented, transferred
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Largest size of the features of a split in memory.
@@ -151,7 +151,7 @@ class _Rows(ArrayStore):
         return self.size
 
     def load(self, rows: Tensor) -> Tensor:
-        return self.values[self.position[rows]]
+        return self.values[transferred(self.position[rows], self.values.device)]
 
 
 def _on_features(
@@ -184,14 +184,15 @@ def _on_features(
 
     keys = [b""] * len(rows)
     cache: contextlib.AbstractContextManager[FeatureCache | None] = contextlib.nullcontext()
+    device = run.device
     if backbone.is_frozen:  # the weights of others are of this run only
         for at in range(0, len(rows), BATCH):
             chunk = load(list(range(at, min(at + BATCH, len(rows))))).cpu().contiguous()
             keys[at : at + BATCH] = [digest(x.numpy()) for x in chunk]
-        name = network_key(backbone, tensors | given, rows.device, engine.precision)
+        name = network_key(backbone, tensors | given, device, engine.precision)
         cache = feature_cache.opened(cache_folder(run.config), name)
     with cache as opened, torch.no_grad():
-        values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(rows.device)
+        values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
     features = _Rows(values, size=len(store), position=position)

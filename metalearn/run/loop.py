@@ -171,6 +171,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         while training.step < settings.steps and not _patience_is_over(training, settings):
             if profile:
                 profile.before(training.step)
+            training.load_tasks()
             take_step()
             if profile:
                 profile.after(training.step)
@@ -268,7 +269,7 @@ def test(
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
             outcome |= {
-                "classes": classes.gather(1, y),
+                "classes": classes.to(y.device).gather(1, y),
                 "correct": chosen == y,
                 "confidence": confidence,
             }

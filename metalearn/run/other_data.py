@@ -169,7 +169,7 @@ def overlap(own: OpenDataset, tested: OpenDataset, split: str, by_name: bool) ->
         if by_name:
             same |= {name: counts[name] for name in own.class_names(part) if name in counts}
         shared.append({name: count for name, count in same.items() if count})
-    return Overlap(*shared, counts) if any(shared) else None
+    return Overlap(shared[0], shared[1], counts) if any(shared) else None
 
 
 def check_overlap(

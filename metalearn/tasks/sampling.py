@@ -1,4 +1,7 @@
-"""Sample episodes and batches on the device, each a function of (seed, split, number).
+"""Sample episodes and batches, each a function of (seed, split, number).
+
+They are drawn where the class index is: on the device, or on the host if the inputs are there. What
+is drawn is on the device in both cases.
 
 Legend: T tasks, N classes of a task (in `draw`, its distractors follow), K examples per class in
 one of its sets, C classes of the split, M inputs of the largest class.
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.store import ClassView, Store
+from metalearn.tasks.store import ClassView, Store, transferred
 from metalearn.tasks.types import Batch, Query, Support, Task
 
 #: Version of the sampling rules; different versions give different episodes.
@@ -149,7 +152,8 @@ class EpisodeSampler:
         x, y = self._shuffled(support, prng.fold_in(key_T, 3), self.support_store)
         query_x, query_y = self._shuffled(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = self._shuffled(unlabelled, prng.fold_in(key_T, 6))[0] if shape.unlabelled else None
-        return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
+        key = transferred(prng.fold_in(key_T, 5), x.device)
+        return Task(Support(x, y, shape.way, more), Query(query_x, query_y), key)
 
     def classes(self, first: int, count: int) -> Tensor:
         """Return the index in the split of each label's class, int64 [T, N]."""
@@ -167,7 +171,7 @@ class EpisodeSampler:
         x = (store or self.store).gather(
             rows_TNK.flatten(1).gather(1, order), prng.fold_in(key_T, 0)
         )
-        return x, order // each
+        return x, transferred(order // each, x.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,4 +199,6 @@ class BatchSampler:
         rotations, y = self.view.rotate(key_T, classes, self.size)
         if rotations is not None:
             rows = rows + len(self.store) * rotations
-        return Batch(self.store.gather(rows, prng.fold_in(key_T, 3)), y, prng.fold_in(key_T, 2))
+        x = self.store.gather(rows, prng.fold_in(key_T, 3))
+        y, key = (transferred(part, x.device) for part in (y, prng.fold_in(key_T, 2)))
+        return Batch(x, y, key)
