@@ -14,11 +14,14 @@ from metalearn.config import composition
 from metalearn.data.classes import ClassData
 from metalearn.data.files import decode, list_images
 from metalearn.report.folder import RunFolder
+from metalearn.report.stats import base_and_novel
 from metalearn.run import checkpoint
 from metalearn.run.evaluate import evaluate, evaluate_several
 from metalearn.run.request import Request
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.store import ClassIndex, MixedClasses
 
 _NAMES = [f"class{number}" for number in range(12)]
 
@@ -177,3 +180,52 @@ def test_training_tests_on_other_datasets_too(run, console, tmp_path):
         with pytest.raises(UserError, match=f"test_dataset={word}: .*{reason}"):
             run(f"test_dataset={word}", name="impossible")
     assert not (tmp_path / "impossible").exists()
+
+
+def test_mixed_episodes_have_base_and_novel_classes():
+    rows = torch.arange(60).view(10, 6)
+    index = ClassIndex(rows, torch.full((10,), 6), tuple("abcdefghij"))
+    view = MixedClasses(index, num_base=7)
+    assert view.max_way == 6  # three novel classes
+    for way, base in ((2, 1), (5, 2), (6, 3)):
+        classes, rotations = view.choose(prng.fold_in(prng.key_of(3), torch.arange(400)), way)
+        assert rotations is None and all(len(set(row)) == way for row in classes.tolist())
+        assert ((classes < 7).sum(1) == base).all()
+        # Each class is as frequent as the others of its kind; no position tells the kind.
+        counts = torch.bincount(classes.flatten(), minlength=10) / 400
+        expected = torch.tensor([base / 7] * 7 + [(way - base) / 3] * 3)
+        torch.testing.assert_close(counts, expected, rtol=0, atol=0.11)
+        share = (classes < 7).float().mean(0)
+        torch.testing.assert_close(share, torch.full_like(share, base / way), rtol=0, atol=0.1)
+
+
+def test_base_and_novel_accuracy_by_hand():
+    correct = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    is_base = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    base, novel, both = base_and_novel(correct, is_base)
+    torch.testing.assert_close(base, torch.tensor([2 / 3, 0]).double())
+    torch.testing.assert_close(novel, torch.tensor([1 / 2, 1]).double())
+    torch.testing.assert_close(both, torch.tensor([4 / 7, 0]).double())
+
+
+def test_base_and_novel_classes_are_reported_apart(run, tmp_path):
+    folder = run()
+    capture = Console(width=200, record=True)
+    words = ["episode.way=4", "test.episodes=20"]
+    (result, *_) = evaluate(folder, words, "train+test", None, capture)["results"]
+    own = result["details"]["generalised"]
+    assert own["base_images_were_trained_on"] and result["split"] == "train+test"
+    assert (result["protocol"]["num_classes"], result["protocol"]["base_classes"]) == (8, 4)
+    # As many base as novel queries: the accuracy is the mean of both.
+    mean = (own["base"]["mean"] + own["novel"]["mean"]) / 2
+    assert result["test"]["accuracy"]["mean"] == pytest.approx(mean)
+    assert own["harmonic_mean"]["mean"] <= mean
+    text = " ".join(capture.export_text().split())
+    assert "harmonic mean" in text and "images of base classes were seen in training" in text
+    for overrides, reason in (
+        (["dataset.split=random"], "requires the run's own dataset"),
+        (["episode.distractors=1", "episode.unlabelled=1"], "set episode.distractors=0"),
+        (["dataset.rotations=episode"], "requires dataset.rotations=none"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            evaluate(folder, overrides, "train+test", None, capture)

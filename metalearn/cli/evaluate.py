@@ -8,7 +8,8 @@ from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
 HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,b] [test.overlap=allow]
-                    [split=train|val|test|all] [curve=shot|way|steps] [at=1,5,10] [--json]
+                    [split=train|val|test|all|train+test] [curve=shot|way|steps] [at=1,5]
+                    [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
@@ -21,6 +22,7 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … dataset=glyphs split=all          a different dataset: all its classes
   metalearn evaluate run0 run1 dataset=glyphs,birds.zip:all      several runs and datasets: a table
   metalearn evaluate … split=train                       accuracy on the training classes
+  metalearn evaluate … split=train+test                  trained and new classes in each episode
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
@@ -32,6 +34,10 @@ own statistics. If the run was trained or validated on some of the tested images
 their pixels before any resizing), the test is refused; with test.overlap=allow, the result lists
 them. A run without training steps has no training images.
 
+With split=train+test, half of the classes of each episode (rounded down) are base classes, which
+the run was trained on, with the same images; the others are novel. The accuracy is also given for
+each kind of query, with the harmonic mean of both (the mean over episodes).
+
 Folders can also be given as run=<folder>,<folder>. --json prints one JSON document with the results
 or the points of the curve, the files, and failed tests; everything else goes to standard error.
 """
@@ -39,7 +45,7 @@ or the points of the curve, the files, and failed tests; everything else goes to
 TAKES: tuple[str, ...] = (
     "{folder}",
     "run={folder}",
-    "split=train|val|test|all",
+    "split=train|val|test|all|train+test",
     "curve=shot|way|steps",
     "{settings}",
     "--json",

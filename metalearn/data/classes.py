@@ -17,8 +17,11 @@ from metalearn.tasks.store import (
     ClassIndex,
     ClassView,
     ImageStore,
+    MixedClasses,
     Store,
 )
+
+_SPLITS = ("train", "val", "test")
 
 
 class ClassData:
@@ -62,7 +65,9 @@ class ClassData:
     def protocol(self, split: str) -> dict[str, object]:
         """Return the hashes of data and classes, the number of classes, and the rotations."""
         others = [
-            view.index.names for name, view in self.views.items() if split not in (name, "all")
+            view.index.names
+            for name, view in self.views.items()
+            if name in _SPLITS and split not in (name, "all")
         ]
         return {
             "data": self.content_hash,
@@ -73,26 +78,40 @@ class ClassData:
             **self.views[split].protocol,
         }
 
-    def with_all_classes(self) -> "ClassData":
-        """Return the data with one more split, "all": the classes of all splits, by name.
+    def with_split(self, split: str) -> "ClassData":
+        """Return the data with one more split.
+
+        Args:
+            split: "all", the classes of all splits by name; or "train+test", in whose episodes
+                classes of both meet (see `MixedClasses`).
 
         Raises:
-            UserError: If the splits do not share one store of inputs.
+            UserError: If the splits do not share one store of inputs, or the classes to mix are
+                rotated.
         """
-        parts = [view.index for view in self.views.values()]
+        views = [self.views[name] for name in (_SPLITS if split == "all" else split.split("+"))]
+        parts = [view.index for view in views]
         last = torch.arange(max(part.rows.shape[1] for part in parts))
         columns = [part.rows[:, last.clamp_max(part.rows.shape[1] - 1)] for part in parts]
         rows, counts = torch.cat(columns), torch.cat([part.counts for part in parts])
         names = [name for part in parts for name in part.names]
         if len(rows.unique()) < counts.sum():  # each split counts its rows from 0
             raise UserError(
-                "split=all: the splits of this dataset are stored apart; use split=test"
+                f"split={split}: the splits of this dataset are stored apart; use split=test"
             )
-        order = sorted(range(len(names)), key=names.__getitem__)
-        index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
-        views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
-        stores = {**self.stores, "all": self.stores["test"]}
-        return self._with(stores=stores, views=views)
+        test = self.views["test"]
+        if split == "all":
+            order = sorted(range(len(names)), key=names.__getitem__)
+            index = ClassIndex(rows[order], counts[order], tuple(names[place] for place in order))
+            view = dataclasses.replace(test, index=index)
+        elif test.has_rotations:
+            raise UserError(f"split={split}: requires dataset.rotations=none, or train_classes")
+        else:
+            index = ClassIndex(rows, counts, tuple(names))
+            view = MixedClasses(index, num_base=len(parts[0].names))
+        return self._with(
+            stores={**self.stores, split: self.stores["test"]}, views={**self.views, split: view}
+        )
 
     def standardised(self, standardisation: dict[str, list[float]]) -> "ClassData":
         """Return the data with images that are normalised by the given shift and scale."""

@@ -140,7 +140,7 @@ class Folder(ImageDataset):
         counts = {name: len(set(classes[name]) - left_out) for name in names}
         names = [name for name in names if counts[name]]
         sizes = [counts[name] for name in names]
-        return ClassImages(decoded.images, sizes, names, notes, decoded.hashes)
+        return ClassImages(decoded.images, sizes, names, notes, hashes=decoded.hashes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         image = files.plain(image, self.background, "RGB" if self.colour == "rgb" else "L")

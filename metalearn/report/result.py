@@ -150,6 +150,10 @@ _TYPES = {
     "details": {
         "worst_decile?": {"mean": float}, "worst_classes?": {"*": float},
         "expected_calibration_error?": float, "episodes_needed?": {"*": int},
+        "generalised?": {
+            "base": _ESTIMATE, "novel": _ESTIMATE, "harmonic_mean": _ESTIMATE,
+            "base_images_were_trained_on": bool,
+        },
     },
     "environment": {"hardware": str},
     "transductive_minus_inductive?": {**_ESTIMATE, "p_value": float},

@@ -67,6 +67,7 @@ def print_details(console: Console, result: Result) -> None:
     if (episodes := details.get("episodes_needed", {}).get("0.001")) is not None:
         parts.append(f"±0.10% needs {episodes:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
+    print_generalised(console, result)
     if pretraining := details.get("pretraining"):
         data, shared = pretraining["data"], pretraining["shared"]
         text = "it may contain test classes"
@@ -75,6 +76,22 @@ def print_details(console: Console, result: Result) -> None:
             number = f"at least {len(shared)} of the {pretraining['classes']} test classes"
             text = f"which contains {number}, by their names: {names}"
         print_line(console, f"  pretrained on {data or 'data that are not stated'}, {text}")
+
+
+def print_generalised(console: Console, result: Result, owner: str = "") -> None:
+    """Print the accuracy on base and novel classes, if the episodes have both."""
+    if not (own := result.details.get("generalised")):
+        return
+    base, novel, both = (
+        format_score(result.metric, Estimate(**own[name]))
+        for name in ("base", "novel", "harmonic_mean")
+    )
+    seen = "; images of base classes were seen in training"
+    print_line(
+        console,
+        f"  {owner}base classes {base}, novel classes {novel}, harmonic mean {both}"
+        f"{seen if own['base_images_were_trained_on'] else ''}",
+    )
 
 
 def format_difference(metric: str, difference: Difference) -> str:

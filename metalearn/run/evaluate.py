@@ -92,7 +92,7 @@ def evaluate_several(
         UserError: If no test is possible.
     """
     targets = [Target.of(word) for word in words] or [Target("", [], None)]
-    rows, results, files = [], [], []
+    rows, measured, files = [], [], []
     failures: list[dict[str, str]] = []
     first: Exception | None = None
     for target in targets:
@@ -107,17 +107,20 @@ def evaluate_several(
                 continue
             files.append(request.file(result.protocol_id, ".json"))
             result.write(files[-1])
-            results.append(result.to_dict())
+            measured.append(result)
             name = f"{request.own.name} ({folder.name})" if len(folders) > 1 else request.own.name
             rows.append(tables.test_row(target.label, name, result))
     if not rows:
         assert first is not None
         raise first
     console.print(tables.result_table(rows, wrapping=2))
+    for row, result in zip(rows, measured, strict=True):
+        tables.print_generalised(console, result, f"{row['run']} on {row['dataset']}: ")
     for failure in failures:
         print_line(console, "{run} on {dataset}: {reason}".format(**failure))
     for file in files:
         print_line(console, f"  {file}")
+    results = [result.to_dict() for result in measured]
     return {"results": results, "files": list(map(str, files)), "failures": failures}
 
 

@@ -47,9 +47,13 @@ class Feed:
         assert self._ahead is not None
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
-        new = pytree.tree_leaves(self._ahead[1])
-        for own, value in zip(pytree.tree_leaves(self.tasks), new, strict=True):
-            own.copy_(value)
+        drawn = self._ahead[1]
+        pairs = list(zip(*map(pytree.tree_leaves, (self.tasks, drawn)), strict=True))
+        if all(own.shape == value.shape for own, value in pairs):
+            for own, value in pairs:
+                own.copy_(value)
+        else:  # a step with tasks of varying shapes is not captured
+            self.tasks = drawn
         if self._stream is not None:
             self._copied = torch.cuda.current_stream().record_event()
         self._ahead = None

@@ -18,7 +18,7 @@ from metalearn.run.pairings import target_name
 from metalearn.run.parts import algorithm_of, data_folder, device_of
 from metalearn.system.errors import UserError, first_line
 
-SPLITS = ("train", "val", "test", "all")
+SPLITS = ("train", "val", "test", "all", "train+test")
 #: Number of names of classes in a message.
 _MAX_NAMES = 30
 
@@ -99,10 +99,10 @@ def open_tested(settings: RunConfig, split: str, inputs: Inputs) -> OpenDataset:
     )
     if isinstance(data, ClassData) and standardisation is not None:
         data = data.standardised(standardisation)
-    if split == "all":
+    if split in ("all", "train+test"):
         if not isinstance(data, ClassData):
             raise UserError(f"split={split}: this dataset has no classes; use split=test")
-        data = data.with_all_classes()
+        data = data.with_split(split)
     return data
 
 

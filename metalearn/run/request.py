@@ -119,10 +119,19 @@ class Request:
             raise UserError(
                 "split=all: the run was trained on classes of this dataset; use split=test"
             )
+        tested, trained = self.data.protocol("test"), self.own.protocol
+        has_own_classes = has_own_content and tested.get("classes") == trained.get("classes")
+        if self.split == "train+test":
+            if not has_own_classes or tested.get("split") != trained.get("split"):
+                raise UserError(
+                    "split=train+test: mixes the classes that the run was trained on with those of "
+                    "its test; requires the run's own dataset and split"
+                )
+            if after.episode.distractors:
+                raise UserError("split=train+test: set episode.distractors=0")
         if before.dataset == after.dataset or (has_own_data and self.split != "test"):
             return {}
-        tested, trained = self.data.protocol(self.split), self.own.protocol
-        if has_own_content and tested.get("classes") == trained.get("classes"):
+        if has_own_classes and self.split == "test":
             return {}  # the run's own test, from another folder
         if not before.train.steps:  # a network that is not trained has no training images here
             return {}

@@ -22,7 +22,7 @@ from metalearn.tasks.types import Batch, Query, Support, Task
 SAMPLER_VERSION = 2
 #: Random stream of each split, so that one seed gives different tasks in different splits; "all"
 #: has the classes of the other three.
-STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3}
+STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 
 @dataclasses.dataclass(frozen=True)

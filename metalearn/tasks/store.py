@@ -237,6 +237,33 @@ class ClassView:
 
 
 @dataclasses.dataclass(frozen=True)
+class MixedClasses(ClassView):
+    """Draw half of the classes of an episode, rounded down, from the first ones of the index.
+
+    Attributes:
+        num_base: Number of these base classes; the others are novel.
+    """
+
+    num_base: int
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        return super().protocol | {"base_classes": self.num_base}
+
+    @property
+    def max_way(self) -> int:
+        return min(2 * self.num_base + 1, 2 * (self.num_classes - self.num_base))
+
+    def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        key_T = prng.fold_in(key, 0)
+        num_novel = self.num_classes - self.num_base
+        base = prng.choice(prng.fold_in(key_T, 0), self.num_base, count // 2)
+        novel = prng.choice(prng.fold_in(key_T, 1), num_novel, count - count // 2) + self.num_base
+        order = prng.permutation(prng.fold_in(key_T, 2), count)
+        return torch.cat([base, novel], -1).gather(-1, order), None
+
+
+@dataclasses.dataclass(frozen=True)
 class RotatedEpisodes(ClassView):
     """Rotate each class of each episode at random, without changing its label."""
 
