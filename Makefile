@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=  # compiled files make every start seconds faster
 
-.PHONY: help setup demo demo-draw demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
+.PHONY: help setup demo demo-draw demo-label check format test benchmark benchmark-omniglot benchmark-methods benchmark-sinusoid benchmark-scales benchmark-cross-domain benchmark-speed benchmark-intervals bench-kills bench-fuzz bench-faults bench-long bench-reliability bench-serve wheel clean
 
 help:  ## print this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -74,6 +74,9 @@ benchmark-intervals: setup  ## simulate the coverage of the 95% interval; writes
 DATA ?= $(METALEARN_DATA)
 benchmark-scales: setup  ## train ProtoNet and ProtoMAML with different scales of their logits (an hour)
 	python scripts/benchmark_scales.py caltech101=$(DATA)/images/caltech101/images.zip cifar100=$(DATA)/cifar100
+
+benchmark-cross-domain: setup  ## test networks on datasets they were not trained on; writes benchmarks/
+	python scripts/benchmark_cross_domain.py data=$(DATA) $(BENCHMARK)
 
 benchmark-speed: setup  ## compare training speed with a plain loop over tasks; writes benchmarks/
 	python scripts/benchmark_speed.py

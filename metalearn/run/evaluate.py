@@ -91,7 +91,7 @@ def evaluate_several(
     Raises:
         UserError: If no test is possible.
     """
-    targets = [Target.of(word) for word in words] or [Target("", [], None)]
+    targets = [Target.of(word) for word in words] or [Target("own", [], None)]
     rows, measured, files = [], [], []
     failures: list[dict[str, str]] = []
     first: Exception | None = None
