@@ -7,7 +7,6 @@ on Omniglot, and takes EfficientNet-Lite0 as it is. Further words are settings o
 Writes benchmarks/cross_domain.json and benchmarks/cross_domain.md.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ _NETWORKS = {
 def main() -> None:
     """Train what is not trained yet, test everything, and write both files."""
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    data = Path(given.pop("data", None) or os.environ["METALEARN_DATA"]).absolute()
+    data = Path(given.pop("data")).absolute()
     images = [f"{data}/images/{name}:all" for name in ("caltech101", "deeppcb", "bccd")]
     targets = given.pop("targets", ",".join([*images, "fc100"])).split(",")
     episodes = f"test.episodes={given.pop('test.episodes', 1000)}"
@@ -98,10 +97,11 @@ def _page(content: dict[str, Any]) -> str:
 
 
 def _where(result: dict[str, Any]) -> str:
-    chosen = dict(word.partition("=")[::2] for word in result["overrides"])
+    chosen: dict[str, str] = dict(word.partition("=")[::2] for word in result["overrides"])
     if "dataset" not in chosen:
         return "own test"
-    return Path(chosen.get("dataset.path", chosen["dataset"]).strip("'\"")).stem
+    path: str = chosen.get("dataset.path", chosen["dataset"])
+    return Path(path.strip("'\"")).stem
 
 
 if __name__ == "__main__":

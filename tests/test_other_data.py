@@ -104,6 +104,7 @@ def test_overlap_is_found_by_content_refused_and_with_permission_recorded(run, c
     assert "validated: all of 1: copy2" in text and "test.overlap=allow" in text
     allowed = evaluate(folder, [*words, "test.overlap=allow"], "all", None, console)
     expected = {"trained": {"copy0": 6, "copy1": 5, "new0": 1}, "validated": {"copy2": 6}}
+    assert "test.overlap=allow: 18 of 30 examples" in console.export_text()
     assert [result["overlap"] for result in allowed["results"]] == [expected, expected]
     # Without training steps, or with new classes only, there is no overlap.
     untrained = run("train.steps=0", name="untrained")
@@ -111,6 +112,11 @@ def test_overlap_is_found_by_content_refused_and_with_permission_recorded(run, c
     for own, path in ((untrained, other), (folder, tmp_path / "new")):
         tested = evaluate_several([own], [f"{path}:all"], [], "test", console)
         assert not tested["failures"] and "overlap" not in tested["results"][0]
+    # Its own training classes are tested on purpose, those of a different split are not.
+    evaluate(folder, ["dataset.store=device"], "train", None, console)
+    for split in ("train", "val", "test"):
+        with pytest.raises(UserError, match="were trained or validated on"):
+            evaluate(folder, ["dataset.split=random"], split, None, console)
     # The check needs the run's own data.
     (tmp_path / "own").rename(tmp_path / "moved")
     with pytest.raises(UserError, match="cannot be checked without its own data"):

@@ -73,7 +73,10 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
         for folder in _listed(word.removeprefix("run="))
     ]
     overrides = [word for word in overrides if not word.startswith("run=")]
-    datasets = _listed(_arguments.take(overrides, "dataset") or "")
+    given = _arguments.take(overrides, "dataset")
+    datasets = _listed(given or "")
+    if given is not None and not datasets:
+        raise UserError("dataset=: should be one or several names, like dataset=glyphs,omniglot")
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
     points = _arguments.take(overrides, "at")

@@ -138,9 +138,9 @@ class ClassData:
         if self.hashes is None:
             return {}
         return {
-            name: self.hashes[rows[:count].cpu()]
+            name: self.hashes[rows[:count]]
             for name, rows, count in zip(
-                index.names, index.rows, index.counts.tolist(), strict=True
+                index.names, index.rows.cpu(), index.counts.tolist(), strict=True
             )
         }
 

@@ -174,6 +174,8 @@ def _both(request: Request, console: Console) -> dict[str, Any]:
             result.transductive_minus_inductive = difference
         text = tables.format_difference(results[0].metric, difference)
         lines.append(f"  transductive minus inductive, on the same episodes: {text}")
+    if request.overlap:
+        lines.append(f"  test.overlap=allow: {request.overlap}")
     files = [request.file(result.protocol_id, ".json") for result in results]
     for result, file in zip(results, files, strict=True):
         result.write(file)

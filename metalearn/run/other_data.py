@@ -1,6 +1,7 @@
 """Tests on data other than a run's own: which, in what form, and whether it was trained on them."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +40,12 @@ class Target(NamedTuple):
         name, _, split = word.rpartition(":")
         if split not in SPLITS:
             name, split = word, ""
-        path = Path(name).expanduser()
-        is_path = name not in composition.options("dataset") and ("/" in name or path.exists())
-        overrides = [f"dataset={name}"]
-        if is_path:
-            overrides = ["dataset=folder", f"dataset.path={composition.quoted(str(path))}"]
-        return Target(path.name if is_path else name, overrides, split or None)
+        path = os.path.expanduser(name)
+        is_known = name in composition.options("dataset")
+        if is_known or not ("/" in name or os.path.exists(path)):
+            return Target(name, [f"dataset={name}"], split or None)
+        overrides = ["dataset=folder", f"dataset.path={composition.quoted(path)}"]
+        return Target(Path(path).name, overrides, split or None)
 
 
 class Inputs(NamedTuple):
@@ -120,6 +121,11 @@ class Overlap:
     validated: dict[str, int]
     sizes: dict[str, int]
 
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """The examples of each class, as plain data."""
+        return {"trained": self.trained, "validated": self.validated}
+
     def __str__(self) -> str:
         examples = sum(self.trained.values()) + sum(self.validated.values())
         count = len({*self.trained, *self.validated})
@@ -174,17 +180,15 @@ def overlap(own: OpenDataset, tested: OpenDataset, split: str, by_name: bool) ->
 
 def check_overlap(
     before: RunConfig, after: RunConfig, own: OpenDataset, tested: OpenDataset, split: str
-) -> dict[str, Any]:
-    """Return the overlap as plain data, {} for none; raise UserError unless it is allowed."""
+) -> Overlap | None:
+    """Return the overlap, or None if there is none; raise UserError unless it is allowed."""
     shared = overlap(own, tested, split, has_same_source(before, after))
-    if shared is None:
-        return {}
-    if after.test.overlap == "refuse":
+    if shared and after.test.overlap == "refuse":
         raise UserError(
             f"dataset: {shared}; choose a split without them, or test.overlap=allow, which the "
             "result records"
         )
-    return {"trained": shared.trained, "validated": shared.validated}
+    return shared
 
 
 def has_same_source(before: RunConfig, after: RunConfig) -> bool:

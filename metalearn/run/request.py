@@ -67,7 +67,7 @@ class Request:
         stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone
         inputs = other_data.Inputs(None, None)
-        if any(word.startswith("dataset") for word in overrides):
+        if any(word.lstrip("+").startswith("dataset") for word in overrides):
             inputs = other_data.Inputs(*checkpoint.inputs(files.best))
         overrides = other_data.apply_target(stored, overrides, inputs)
         # Groups first, because the others may set what a chosen dataset has.
@@ -107,7 +107,7 @@ class Request:
         return other_data.open_tested(check_config(self.changed), self.split, self.inputs)
 
     @functools.cached_property
-    def overlap(self) -> dict[str, Any]:
+    def overlap(self) -> other_data.Overlap | None:
         """The tested examples that the run was trained or validated on, if that is allowed.
 
         Raise UserError if it is not.
@@ -120,21 +120,22 @@ class Request:
                 "split=all: the run was trained on classes of this dataset; use split=test"
             )
         tested, trained = self.data.protocol("test"), self.own.protocol
-        has_own_classes = has_own_content and tested.get("classes") == trained.get("classes")
+        has_own_test = has_own_data and tested.get("classes") == trained.get("classes")
+        has_own_splits = has_own_test and tested.get("split") == trained.get("split")
         if self.split == "train+test":
-            if not has_own_classes or tested.get("split") != trained.get("split"):
+            if not (has_own_content and has_own_splits):
                 raise UserError(
                     "split=train+test: mixes the classes that the run was trained on with those of "
                     "its test; requires the run's own dataset and split"
                 )
             if after.episode.distractors:
                 raise UserError("split=train+test: set episode.distractors=0")
-        if before.dataset == after.dataset or (has_own_data and self.split != "test"):
-            return {}
-        if has_own_classes and self.split == "test":
-            return {}  # the run's own test, from another folder
+        # Training classes of the run's own split are tested on purpose.
+        is_own = has_own_test if self.split == "test" else has_own_splits
+        if is_own or before.dataset == after.dataset:
+            return None
         if not before.train.steps:  # a network that is not trained has no training images here
-            return {}
+            return None
         own = other_data.open_own(before, after)
         return other_data.check_overlap(before, after, own, self.data, self.split)
 
@@ -191,7 +192,7 @@ class Request:
             "overrides": self.overrides,
             "variant": self.variant,
             "dataset": components.component(run.config.dataset, "dataset").__name__,
-            **({"overlap": self.overlap} if self.overlap else {}),
+            **({"overlap": self.overlap.counts} if self.overlap else {}),
         }
         return result, scores
 
