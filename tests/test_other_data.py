@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from metalearn.cli import evaluate as cli
 from metalearn.config import composition
 from metalearn.data.classes import ClassData
 from metalearn.data.files import decode, list_images
@@ -235,3 +236,30 @@ def test_base_and_novel_classes_are_reported_apart(run, tmp_path):
     ):
         with pytest.raises(UserError, match=reason):
             evaluate(folder, overrides, "train+test", None, capture)
+
+
+@pytest.mark.slow
+def test_command_takes_lists_of_folders_and_datasets(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run()
+    run("train.steps=0", name="untrained")
+    for name in ("few", "a,b"):
+        write_images(tmp_path / name, ["x", "y", "z"], seed=1)
+    words = ["run", "untrained", "dataset=few:all,own", "test.episodes=2"]
+    capsys.readouterr()
+    assert cli.main([*words, "--json"]) == 1  # one of four tests is refused
+    content = json.loads(capsys.readouterr().out)
+    assert [result["protocol"]["num_classes"] for result in content["results"]] == [3, 3, 2]
+    ((failure),) = content["failures"]
+    assert (failure["run"], failure["dataset"]) == ("run", "own")
+    assert cli.main(["run=run,untrained", "dataset=a,b:all", "test.episodes=2"]) == 0
+    assert cli.main(["run", "dataset=a,b:all", "test.episodes=2"]) == 0  # a single one, in detail
+    assert "worst tenth" in capsys.readouterr().out
+    for given, reason in (
+        (["run", "untrained", "curve=shot"], "curve: takes one run and one dataset"),
+        (["run", "dataset="], "dataset=: should be one or several names"),
+        (["run", "dataset=nowhere/x"], "path=nowhere/x: no folder or zip"),
+        (["run", "dataset=own:tets"], "there is no such dataset"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            cli.main(given)

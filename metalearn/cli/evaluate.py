@@ -102,7 +102,8 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
 
 
 def _listed(text: str) -> list[str]:
-    """Return the items of a list with commas; the path of something that exists is one item."""
-    if os.path.exists(text):
+    """Return the items of a list with commas; a path that exists, perhaps with `:…`, is one."""
+    name, _, split = text.rpartition(":")
+    if os.path.exists(text) or (os.path.exists(name) and "," not in split):
         return [text]
     return [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
