@@ -73,24 +73,27 @@ def _page(content: dict[str, Any]) -> str:
         heading = f"{_where(result)}, {way}-way {row['shot']}-shot"
         cells = {"test": heading, **dict.fromkeys(_NETWORKS, "refused")}
         table.setdefault(heading, cells)[row["network"]] = format_score("accuracy", score)
-    reasons = dict.fromkeys(
-        f"{Path(one['run']).name} on {one['dataset']}: {one['reason']}"
+    notes = dict.fromkeys(
+        f"- {Path(one['run']).name} on {one['dataset']}: {one['reason']}."
         for one in content["failures"]
     )
+    for row in content["rows"]:
+        if own := row["result"]["details"].get("pretraining"):
+            found = f"at least {len(own['shared'])} of the {own['classes']} tested classes"
+            where = f"{row['network']}, {_where(row['result'])}"
+            notes[f"- {where}: {own['data']} contains {found}, by their names."] = None
     lines = [
         "# Datasets that a network was not trained on",
         "",
         "Accuracy with its 95% interval over the same test episodes, 15 queries a class, with",
         "population statistics. Images have the size, the channels and the normalisation of the",
         "training images of each network. All classes are tested, of FC100 the test classes. *Own",
-        "test*: the test classes of the network's own dataset (EfficientNet: CIFAR-FS). ImageNet,",
-        "on which EfficientNet was trained, contains many of the kinds of objects of Caltech-101",
-        "and CIFAR-100.",
+        "test*: the test classes of the network's own dataset (EfficientNet: CIFAR-FS).",
         "",
         *markdown_table(list(table.values())),
         "",
-        *(f"- {reason}" for reason in reasons),
-        *([""] if reasons else []),
+        *notes,
+        *([""] if notes else []),
         f"`{content['command']}`, commit {content['commit']}, {content['hardware']}, seed 0.",
     ]
     return "\n".join(lines) + "\n"

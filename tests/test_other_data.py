@@ -257,7 +257,7 @@ def test_command_takes_lists_of_folders_and_datasets(run, tmp_path, capsys, monk
     assert "worst tenth" in capsys.readouterr().out
     for given, reason in (
         (["run", "untrained", "curve=shot"], "curve: takes one run and one dataset"),
-        (["run", "dataset="], "dataset=: should be one or several names"),
+        (["run", "dataset="], "dataset=: should be one or several names or folders"),
         (["run", "dataset=nowhere/x"], "path=nowhere/x: no folder or zip"),
         (["run", "dataset=own:tets"], "there is no such dataset"),
     ):

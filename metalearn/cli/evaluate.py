@@ -76,7 +76,9 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
     given = _arguments.take(overrides, "dataset")
     datasets = _listed(given or "")
     if given is not None and not datasets:
-        raise UserError("dataset=: should be one or several names, like dataset=glyphs,omniglot")
+        raise UserError(
+            "dataset=: should be one or several names or folders of images, with commas"
+        )
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
     points = _arguments.take(overrides, "at")

@@ -68,14 +68,19 @@ def print_details(console: Console, result: Result) -> None:
         parts.append(f"±0.10% needs {episodes:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
     print_generalised(console, result)
-    if pretraining := details.get("pretraining"):
+    print_pretraining(console, result)
+
+
+def print_pretraining(console: Console, result: Result, owner: str = "") -> None:
+    """Print which test classes the data of pretrained weights contain, if there are such."""
+    if pretraining := result.details.get("pretraining"):
         data, shared = pretraining["data"], pretraining["shared"]
         text = "it may contain test classes"
         if shared:
             names = f"{', '.join(shared[:5])}{', …' if len(shared) > 5 else ''}"
             number = f"at least {len(shared)} of the {pretraining['classes']} test classes"
             text = f"which contains {number}, by their names: {names}"
-        print_line(console, f"  pretrained on {data or 'data that are not stated'}, {text}")
+        print_line(console, f"  {owner}pretrained on {data or 'data that are not stated'}, {text}")
 
 
 def print_generalised(console: Console, result: Result, owner: str = "") -> None:

@@ -115,7 +115,9 @@ def evaluate_several(
         raise first
     console.print(tables.result_table(rows, wrapping=2))
     for row, result in zip(rows, measured, strict=True):
-        tables.print_generalised(console, result, f"{row['run']} on {row['dataset']}: ")
+        owner = f"{row['run']} on {row['dataset']}: "
+        tables.print_generalised(console, result, owner)
+        tables.print_pretraining(console, result, owner)
     for failure in failures:
         print_line(console, "{run} on {dataset}: {reason}".format(**failure))
     for file in files:

@@ -26,7 +26,7 @@ class Feed:
     """
 
     def __init__(self, source: BatchSource, count: int, device: torch.device) -> None:
-        self._source, self._count = source, count
+        self._source, self._count, self._device = source, count, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._ahead: tuple[int, Task | Batch] | None = None
@@ -46,7 +46,7 @@ class Feed:
             self.prefetch(first)
         assert self._ahead is not None
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         drawn = self._ahead[1]
         pairs = list(zip(*map(pytree.tree_leaves, (self.tasks, drawn)), strict=True))
         if all(own.shape == value.shape for own, value in pairs):
@@ -55,5 +55,5 @@ class Feed:
         else:  # a step with tasks of varying shapes is not captured
             self.tasks = drawn
         if self._stream is not None:
-            self._copied = torch.cuda.current_stream().record_event()
+            self._copied = torch.cuda.current_stream(self._device).record_event()
         self._ahead = None
