@@ -70,6 +70,7 @@ class TestConfig:
     __test__ = False  # not a test class for pytest
 
     episodes: int = at_least(2)
+    overlap: str = choice("refuse", "allow", default="refuse")
     when: str = choice("auto", "always", "best", default="auto", role="presentation")
 
 
@@ -184,6 +185,7 @@ class RunConfig:
     train: TrainConfig = setting(role="identity")
     val: ValConfig = setting(role="identity")
     test: TestConfig = setting(role="protocol")
+    test_dataset: list[str] = setting(default=[], role="presentation")
     checkpoint: CheckpointConfig = setting(role="machine")
     engine: EngineConfig = setting(role="machine")
     seed: int = setting(role="seed")

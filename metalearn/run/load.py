@@ -36,7 +36,7 @@ _NOT_ADAPTED = "the model is not adapted yet; call adapt(x, y) first"
 #: What a checkpoint says about the inputs and outputs of its run.
 _DESCRIPTION = {
     "spec": {"input_shape": [int], "way": int, "train_classes": int, "target": str},
-    "standardisation": {"shift?": [float], "scale?": [float]},
+    "standardisation": checkpoint.STANDARDISATION,
 }
 
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from metalearn.config.schema import TrainConfig
 from metalearn.run import optimisers
 from metalearn.run.build import Run
+from metalearn.run.feed import Feed
 from metalearn.run.meter import Meter
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import TaskSource
@@ -66,6 +67,7 @@ class Training:
         self.optimiser = optimisers.make(run.config.optimiser, lr, self._leaves)
         self.average = None if self._settings.ema is None else _copied(self.state)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
+        self._feed = self._new_feed()
         self.reads_host = run.device.type == "cpu"
         self.has_stepped = False
         # Hash of the classes of each split.
@@ -81,7 +83,21 @@ class Training:
     def use(self, run: Run) -> None:
         """Train with the tasks and the engine of another form of the same run."""
         self._run = run
+        self._feed = self._new_feed()
         self._enter_stage()
+
+    def _new_feed(self) -> Feed | None:
+        run = self._run
+        return Feed(run.train, self._own_count, run.device) if run.draws_on_host else None
+
+    def load_tasks(self) -> None:
+        """Provide the tasks of the next meta-step, if the host draws them."""
+        if self._feed is not None:
+            self._feed.load(self._first_task)
+
+    @property
+    def _first_task(self) -> int:
+        return self.step * self._settings.meta_batch + self._own_first
 
     def meta_step(self) -> None:
         """Take one step on the device without reading a value on the host.
@@ -94,7 +110,9 @@ class Training:
         done = self.step if run.shapes_vary else self._steps_done
         first = done * settings.meta_batch + self._own_first
         with record_function("draw tasks"):
-            tasks = run.train.draw(first, self._own_count)
+            tasks = (
+                run.train.draw(first, self._own_count) if self._feed is None else self._feed.tasks
+            )
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
@@ -192,8 +210,10 @@ class Training:
         return self.state if self.average is None else self.average
 
     def count(self) -> None:
-        """Do the host's part of a meta-step: count it and set the next learning rate."""
+        """Do the host's part of a meta-step: count it, set the next learning rate, draw tasks."""
         self.step += 1
+        if self._feed is not None and self.step < self._settings.steps:
+            self._feed.prefetch(self._first_task)
         self._set_learning_rate()
         self.meter.count(self._settings.meta_batch)
         self._enter_stage()
@@ -249,7 +269,7 @@ class Training:
             **_parts(state),
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
-            "content_hash": self._run.content_hash,
+            "content_hash": self._run.data.content_hash,
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -265,7 +285,7 @@ class Training:
             )
         try:
             data = content["content_hash"], content["classes"]
-            if data != (self._run.content_hash, self._classes):
+            if data != (self._run.data.content_hash, self._classes):
                 raise UserError(
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"
