@@ -143,7 +143,7 @@ class Goals:
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int, count: int) -> None:
+    def classes(self, first: int | Tensor, count: int) -> None:
         """Return None: control has no classes."""
         return None
 

@@ -251,7 +251,7 @@ class UserEpisodes:
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int, count: int) -> None:
+    def classes(self, first: int | Tensor, count: int) -> None:
         """Return None: no class belongs to one split."""
         return None
 

@@ -59,6 +59,6 @@ class DistractedSampler(EpisodeSampler):
         support = dataclasses.replace(task.support, unlabelled=x)
         return dataclasses.replace(task, support=support)
 
-    def classes(self, first: int, count: int) -> Tensor:
+    def classes(self, first: int | Tensor, count: int) -> Tensor:
         """Return the index in the split of each label's class, int64 [T, N]."""
         return self._plain.classes(first, count)
