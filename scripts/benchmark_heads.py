@@ -38,7 +38,7 @@ from metalearn.run.build import build
 from metalearn.run.measure import trained_state
 from metalearn.run.parts import algorithm_of
 from metalearn.system.atomic import write_json
-from metalearn.tasks.ranges import Part
+from metalearn.tasks.ranges import parts_of
 from metalearn.tasks.types import State, Task
 
 _RUNS = Path("outputs/benchmark/heads")
@@ -131,9 +131,7 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
             shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
             run = build(settings([*words, *shape]), "test")
             state, episodes = trained_state(run, folder), run.config.test.episodes
-            parts: list[Part] = [
-                (at, min(_BATCH, episodes - at)) for at in range(0, episodes, _BATCH)
-            ]
+            parts = parts_of(run.test, 0, episodes, _BATCH)
             base, source = features.with_features(
                 run, run.test_engine, run.test, state, parts, SILENT
             )
