@@ -2,7 +2,8 @@
 
 python scripts/benchmark_navigation.py [methods=maml:3,…] [key=value …]
 
-Each method is followed by its number of seeds.
+Each method is followed by its number of seeds. Methods that are not given stay as they were
+measured before.
 
 Runs are in outputs/benchmark/navigation/<method>-seed<seed>/, one after the other with one thread;
 a finished one with the same settings is skipped. Writes benchmarks/navigation.json and .md, the
@@ -228,13 +229,14 @@ def main() -> None:
     words = [word.partition(":") for word in given.pop("methods", _METHODS).split(",")]
     methods = {name: range(int(count or 1)) for name, _, count in words}
     more = [f"{key}={value}" for key, value in given.items()]
-    measured: dict[str, dict[str, Any]] = {}
-    folders: dict[str, list[Path]] = {}
-    environment: dict[str, Any] = {}
+    file = ROOT / "benchmarks/navigation.json"
+    stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    measured: dict[str, dict[str, Any]] = stored.get("methods", {})
+    noise, hardware = stored.get("gradient_noise", []), ""
     for method, seeds in methods.items():
         runs = [trained(method, seed, more) for seed in seeds]
-        folders[method] = [folder for folder, _ in runs]
         environment = runs[0][1]["environment"]
+        hardware = f"{environment['hardware']}, torch {environment['versions']['torch']}"
         one: dict[str, Any] = {
             "seeds": len(seeds), "tests": {}, "seed_means": {}, "oracle": {},
             "cpu_seconds": statistics.mean(result["cpu_seconds"] for _, result in runs),
@@ -251,10 +253,12 @@ def main() -> None:
             one["oracle"][test] = float(oracles[0].mean())
         measured[method] = one
         print(json.dumps({method: one}), flush=True)
-    noise = gradient_noise(folders["maml"][0]) if "maml" in folders else []
-    hardware = f"{environment['hardware']}, torch {environment['versions']['torch']}"
+    if "maml" in methods:
+        noise = gradient_noise(_RUNS / "maml-seed0")
+    folders = {name: [_RUNS / f"{name}-seed{seed}" for seed in range(one["seeds"])]
+               for name, one in measured.items()}  # fmt: skip
     command = "python scripts/benchmark_navigation.py"
-    write_json(ROOT / "benchmarks/navigation.json",
+    write_json(file,
                {"methods": measured, "gradient_noise": noise, "hardware": hardware})  # fmt: skip
     noise_rows = [
         {"`dice_lambda`": row["dice_lambda"], "noise": f"{row['noise']:.3f}",
