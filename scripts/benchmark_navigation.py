@@ -3,7 +3,7 @@
 python scripts/benchmark_navigation.py [methods=maml:3,…] [key=value …]
 
 Each method is followed by its number of seeds. Methods that are not given stay as they were
-measured before.
+measured before; `methods=none` writes the pages and figures again.
 
 Runs are in outputs/benchmark/navigation/<method>-seed<seed>/, one after the other with one thread;
 a finished one with the same settings is skipped. Writes benchmarks/navigation.json and .md, the
@@ -42,7 +42,8 @@ _METHODS = "maml:3,cavia:3,fomaml:1,reptile:1"
 _STEPS = (0, 1, 2, 3)
 #: Finn et al. (2017), figure 4 and the text of section 5.3.
 _PUBLISHED = (-40.41, -11.68, -3.33, -3.23)
-#: Test tasks: those of the runs' protocol, and fresh ones that no setting was chosen by.
+#: Test tasks: those of every run's own test, also of the runs by which settings were chosen; and
+#: fresh ones.
 _TESTS = {
     "40 tasks": ["test.episodes=40"],
     "160 fresh tasks": ["test.episodes=160", "episode_seed=2026"],
@@ -126,8 +127,8 @@ def draw_steps(measured: dict[str, dict[str, Any]], path: Path) -> None:
         oracle = next(iter(measured.values()))["oracle"][test]
         axes.axhline(oracle, color="0.5", linestyle=":", label="oracle, knows the goal")
         axes.set_yscale("function", functions=(_log_of_loss, _loss_of_log))
-        axes.set_yticks([-50, -30, -20, -10, -5, -3, -2, -1])
-        axes.set(xticks=_STEPS, ylim=(-60, -0.9), xlabel="inner steps",
+        axes.set_yticks([-50, -30, -20, -10, -5, -3, -2, -1, -0.5])
+        axes.set(xticks=_STEPS, ylim=(-60, -0.4), xlabel="inner steps",
                  ylabel="return (logarithmic scale), 95% interval")  # fmt: skip
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -227,12 +228,12 @@ def main() -> None:
     torch.set_num_threads(1)
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     words = [word.partition(":") for word in given.pop("methods", _METHODS).split(",")]
-    methods = {name: range(int(count or 1)) for name, _, count in words}
+    methods = {name: range(int(count or 1)) for name, _, count in words if name != "none"}
     more = [f"{key}={value}" for key, value in given.items()]
     file = ROOT / "benchmarks/navigation.json"
     stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     measured: dict[str, dict[str, Any]] = stored.get("methods", {})
-    noise, hardware = stored.get("gradient_noise", []), ""
+    noise, hardware = stored.get("gradient_noise", []), stored.get("hardware", "")
     for method, seeds in methods.items():
         runs = [trained(method, seed, more) for seed in seeds]
         environment = runs[0][1]["environment"]
@@ -274,7 +275,8 @@ def main() -> None:
     page = [
         "# 2D navigation", "",
         "Average return (higher is better) after 0 to 3 inner steps; mean over seeds, ± is the 95%",
-        "interval over tasks. Seconds are of one run: training, validations and its test.", "",
+        "interval over tasks. Seconds are of one run: training, validations and its test; wall",
+        "seconds are at `nice -n 10`, beside other work on the same cores.", "",
         *tables, "", "By seed:", "",
     ]  # fmt: skip
     page += markdown_table([
