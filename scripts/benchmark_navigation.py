@@ -38,7 +38,7 @@ from metalearn.tasks.control import PolicyGradient
 from metalearn.tasks.types import Query, State, Support
 
 _RUNS = Path("outputs/benchmark/navigation")
-_METHODS = "maml:3,cavia:3,fomaml:1,reptile:1"
+_METHODS = "maml:3,cavia:2,fomaml:1,reptile:1"
 _STEPS = (0, 1, 2, 3)
 #: Finn et al. (2017), figure 4 and the text of section 5.3.
 _PUBLISHED = (-40.41, -11.68, -3.33, -3.23)
@@ -127,11 +127,12 @@ def draw_steps(measured: dict[str, dict[str, Any]], path: Path) -> None:
         oracle = next(iter(measured.values()))["oracle"][test]
         axes.axhline(oracle, color="0.5", linestyle=":", label="oracle, knows the goal")
         axes.set_yscale("function", functions=(_log_of_loss, _loss_of_log))
-        axes.set_yticks([-50, -30, -20, -10, -5, -3, -2, -1, -0.5])
+        ticks = [-50, -30, -20, -10, -5, -3, -2, -1, -0.5]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set(xticks=_STEPS, ylim=(-60, -0.4), xlabel="inner steps",
                  ylabel="return (logarithmic scale), 95% interval")  # fmt: skip
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=(0.02, 0.5))
 
 
 def _log_of_loss(value: Any) -> Any:
