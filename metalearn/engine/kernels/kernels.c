@@ -1,0 +1,395 @@
+// Layers of T tasks on channels-last tensors, float32, one thread. See ops.py for the mathematics.
+// Every sum has a fixed order, so the results depend on neither T nor the caller's thread.
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define WIDE 4
+#elif defined(__AVX__)
+#define LANES 8
+#define WIDE 2
+#elif defined(__aarch64__)
+#define LANES 4
+#define WIDE 4
+#else
+#define LANES 4
+#define WIDE 2
+#endif
+#define ROWS 6     // rows x WIDE vectors of sums are held in registers
+#define BLOCK 64   // rows summed in registers before they are added in memory
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+// The first n lanes; n is a constant but in the last channels of a width that LANES does not divide.
+INLINE vec load(const float *p, int n) {
+  vec x = {0};
+  if (n == LANES) memcpy(&x, p, sizeof x);
+  else memcpy(&x, p, 4 * n);
+  return x;
+}
+INLINE void store(float *p, vec x, int n) {
+  if (n == LANES) memcpy(p, &x, sizeof x);
+  else memcpy(p, &x, 4 * n);
+}
+// Multiply g by the slope of the activation whose output is a; NaN is not "<= 0" and stays.
+INLINE vec masked(vec g, vec a, float slope) {
+  ivec m = a <= 0;
+  return (vec)(((ivec)g & ~m) | ((ivec)(g * slope) & m));
+}
+
+// Call F(c, V, n) for tiles of V vectors of n lanes, which cover C channels.
+#define TILES(C, F)                                              \
+  for (long c = 0; c < (C);) {                                   \
+    long left = (C) - c;                                         \
+    if (left >= WIDE * LANES) { F(c, WIDE, LANES); c += WIDE * LANES; } \
+    else if (left >= 2 * LANES) { F(c, 2, LANES); c += 2 * LANES; } \
+    else if (left >= LANES) { F(c, 1, LANES); c += LANES; }      \
+    else { F(c, 1, (int)left); c += left; }                      \
+  }
+
+// y[r] += sum_k a[r][k] b[k], for R rows of V vectors; b[k] is at b + k ldb.
+INLINE void rows(int R, int V, int n, const float *const *a, long K, const float *b, long ldb,
+                 float *const *y, long c) {
+  vec s[ROWS][WIDE];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] = (vec){0};
+  for (long k = 0; k < K; k++) {
+    vec w[WIDE];
+    UNROLL for (int v = 0; v < V; v++) w[v] = load(b + k * ldb + c + v * LANES, n);
+    UNROLL for (int r = 0; r < R; r++) {
+      float x = a[r][k];
+      UNROLL for (int v = 0; v < V; v++) s[r][v] += x * w[v];
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    float *p = y[r] + c + v * LANES;
+    store(p, load(p, n) + s[r][v], n);
+  }
+}
+static void all_rows(int m, const float *const *a, long K, const float *b, long ldb,
+                     float *const *y) {
+#define ROWS_OF(R, c, V, n) rows(R, V, n, a, K, b, ldb, y, c)
+#define FULL(c, V, n) ROWS_OF(ROWS, c, V, n)
+#define ONE(c, V, n) ROWS_OF(1, c, V, n)
+  if (m == ROWS) { TILES(ldb, FULL) }
+  else for (; m; m--, a++, y++) { TILES(ldb, ONE) }
+}
+
+// g[r] += sum_k a[k][r] b[k], for R rows of V vectors and `count` pairs; rows of g are ldg apart.
+INLINE void columns(int R, int V, int n, const float *const *a, long at, const float *const *b,
+                    int count, float *g, long ldg, long c) {
+  vec s[ROWS][WIDE];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] = (vec){0};
+  for (int k = 0; k < count; k++) {
+    vec w[WIDE];
+    const float *x = a[k] + at;
+    UNROLL for (int v = 0; v < V; v++) w[v] = load(b[k] + c + v * LANES, n);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] += x[r] * w[v];
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    float *p = g + r * ldg + c + v * LANES;
+    store(p, load(p, n) + s[r][v], n);
+  }
+}
+static void all_columns(const float *const *a, long C, const float *const *b, int count, float *g,
+                        long O) {
+  long r = 0;
+  for (; r + ROWS <= C; r += ROWS) {
+#define MANY(c, V, n) columns(ROWS, V, n, a, r, b, count, g + r * O, O, c)
+    TILES(O, MANY)
+  }
+  for (; r < C; r++) {
+#define SINGLE(c, V, n) columns(1, V, n, a, r, b, count, g + r * O, O, c)
+    TILES(O, SINGLE)
+  }
+}
+
+// A convolution with K x K filters, padding K / 2.
+typedef struct { long B, H, W, C, O, K, stride; } shape;
+static long out_size(long size, long stride) { return (size + stride - 1) / stride; }
+
+// The pairs of one tap within one image: positions of inputs and of outputs.
+static int pairs(const shape *s, long tap, int *in, int *out) {
+  int count = 0;
+  long ho = out_size(s->H, s->stride), wo = out_size(s->W, s->stride), pad = s->K / 2;
+  for (long i = 0; i < ho; i++) {
+    long y = s->stride * i + tap / s->K - pad;
+    if (y < 0 || y >= s->H) continue;
+    for (long j = 0; j < wo; j++) {
+      long x = s->stride * j + tap % s->K - pad;
+      if (x < 0 || x >= s->W) continue;
+      in[count] = (int)(y * s->W + x);
+      out[count++] = (int)(i * wo + j);
+    }
+  }
+  return count;
+}
+// to += from @ w for all pairs of all images; from has F channels, to has G.
+static void apply(const float *from, long F, long size_from, const int *at_from, const float *w,
+                  float *to, long G, long size_to, const int *at_to, int count, long B) {
+  const float *a[ROWS];
+  float *y[ROWS];
+  int m = 0;
+  for (long b = 0; b < B; b++) for (int p = 0; p < count; p++) {
+    a[m] = from + (b * size_from + at_from[p]) * F;
+    y[m] = to + (b * size_to + at_to[p]) * G;
+    if (++m == ROWS) { all_rows(m, a, F, w, G, y); m = 0; }
+  }
+  all_rows(m, a, F, w, G, y);
+}
+static void transpose(const float *w, float *to, long C, long O) {
+  for (long i = 0; i < C; i += 16) for (long j = 0; j < O; j += 16)
+    for (long c = i; c < i + 16 && c < C; c++)
+      for (long o = j; o < j + 16 && o < O; o++) to[o * C + c] = w[c * O + o];
+}
+// x [T,B,H,W,C], w [T or 1,K,K,C,O] -> y [T,B,H/s,W/s,O]; forward, or x from y if not.
+static int convolve(const float *x, const float *w, float *y, long T, int shared, shape s,
+                    int forward) {
+  long small = out_size(s.H, s.stride) * out_size(s.W, s.stride), large = s.H * s.W;
+  long taps = s.K * s.K, filter = s.C * s.O;
+  int *in = malloc(2 * small * sizeof(int)), *out = in + small;
+  float *back = forward ? NULL : malloc(filter * sizeof(float));
+  if (!in || (!forward && !back)) { free(in); free(back); return 1; }
+  memset(y, 0, T * s.B * (forward ? small * s.O : large * s.C) * sizeof(float));
+  for (long t = 0; t < T; t++) for (long k = 0; k < taps; k++) {
+    int count = pairs(&s, k, in, out);
+    const float *tap = w + ((shared ? 0 : t * taps) + k) * filter;
+    if (forward) {
+      apply(x + t * s.B * large * s.C, s.C, large, in, tap, y + t * s.B * small * s.O, s.O, small,
+            out, count, s.B);
+    } else {
+      transpose(tap, back, s.C, s.O);
+      apply(x + t * s.B * small * s.O, s.O, small, out, back, y + t * s.B * large * s.C, s.C,
+            large, in, count, s.B);
+    }
+  }
+  free(in); free(back);
+  return 0;
+}
+int conv(const float *x, const float *w, float *y, long T, int shared, shape s) {
+  return convolve(x, w, y, T, shared, s, 1);
+}
+int conv_input(const float *gy, const float *w, float *gx, long T, int shared, shape s) {
+  return convolve(gy, w, gx, T, shared, s, 0);
+}
+// x [T,B,H,W,C], gy [T,B,H/s,W/s,O] -> gw [T or 1,K,K,C,O], summed over tasks if shared.
+int conv_weight(const float *x, const float *gy, float *gw, long T, int shared, shape s) {
+  long small = out_size(s.H, s.stride) * out_size(s.W, s.stride), large = s.H * s.W;
+  long taps = s.K * s.K, filter = s.C * s.O, group = small < BLOCK ? BLOCK / small : 1;
+  int *lists = malloc((2 * small + 1) * taps * sizeof(int)), *counts = lists + 2 * small * taps;
+  const float *a[BLOCK], *b[BLOCK];
+  if (!lists) return 1;
+  for (long k = 0; k < taps; k++)
+    counts[k] = pairs(&s, k, lists + 2 * k * small, lists + (2 * k + 1) * small);
+  memset(gw, 0, (shared ? 1 : T) * taps * filter * sizeof(float));
+  // The images of a group stay in the cache for all taps.
+  for (long t = 0; t < T; t++) for (long first = 0; first < s.B; first += group)
+    for (long k = 0; k < taps; k++) {
+      const int *in = lists + 2 * k * small, *out = in + small;
+      float *g = gw + ((shared ? 0 : t * taps) + k) * filter;
+      int m = 0;
+      for (long i = first; i < s.B && i < first + group; i++) for (int p = 0; p < counts[k]; p++) {
+        a[m] = x + ((t * s.B + i) * large + in[p]) * s.C;
+        b[m] = gy + ((t * s.B + i) * small + out[p]) * s.O;
+        if (++m == BLOCK) { all_columns(a, s.C, b, m, g, s.O); m = 0; }
+      }
+      all_columns(a, s.C, b, m, g, s.O);
+    }
+  free(lists);
+  return 0;
+}
+
+// Sum over M rows of N vectors TERM[0..N), in blocks.
+#define SUM(N, BODY)                                                             \
+  vec sum[N][WIDE];                                                              \
+  UNROLL for (int q = 0; q < N; q++) UNROLL for (int v = 0; v < V; v++) sum[q][v] = (vec){0}; \
+  for (long i0 = 0; i0 < M; i0 += BLOCK) {                                       \
+    vec part[N][WIDE];                                                           \
+    UNROLL for (int q = 0; q < N; q++) UNROLL for (int v = 0; v < V; v++) part[q][v] = (vec){0}; \
+    for (long i = i0; i < M && i < i0 + BLOCK; i++) UNROLL for (int v = 0; v < V; v++) {        \
+      long e = i * C + c + v * LANES;                                            \
+      BODY                                                                       \
+    }                                                                            \
+    UNROLL for (int q = 0; q < N; q++) UNROLL for (int v = 0; v < V; v++) sum[q][v] += part[q][v]; \
+  }
+#define EACH UNROLL for (int v = 0; v < V; v++)
+#define AT(p) load((p) + e, n)
+#define CHANNEL(p) load((p) + c + v * LANES, n)
+
+// y [M,C] -> a = act(xh g + b), xh = (y - mean) r, r = 1 / sqrt(var + eps)
+INLINE void norm_tile(const float *y, const float *g, const float *b, float *a, float *xh, float *r,
+                      long M, long C, float eps, float slope, long c, int V, int n) {
+  vec mean[WIDE], rate[WIDE];
+  { SUM(1, { part[0][v] += AT(y); }) EACH mean[v] = sum[0][v] / (float)M; }
+  {
+    SUM(1, { vec d = AT(y) - mean[v]; part[0][v] += d * d; })
+    EACH {
+      vec var = sum[0][v] / (float)M + eps;
+      UNROLL for (int l = 0; l < LANES; l++) rate[v][l] = 1 / sqrtf(var[l]);
+      store(r + c + v * LANES, rate[v], n);
+    }
+  }
+  for (long i = 0; i < M; i++) EACH {
+    long e = i * C + c + v * LANES;
+    vec h = (AT(y) - mean[v]) * rate[v], z = h * CHANNEL(g) + CHANNEL(b);
+    store(xh + e, h, n);
+    store(a + e, masked(z, z, slope), n);
+  }
+}
+void norm(const float *y, const float *g, const float *b, float *a, float *xh, float *r, long T,
+          long M, long C, int shared, float eps, float slope) {
+  for (long t = 0; t < T; t++) {
+    long e = t * M * C, p = t * C, q = shared ? 0 : p;
+#define NORM(c, V, n) norm_tile(y + e, g + q, b + q, a + e, xh + e, r + p, M, C, eps, slope, c, V, n)
+    TILES(C, NORM)
+  }
+}
+// Cotangents ga of a, gxh of xh and gr of r (both or none) -> gy, gg, gb
+INLINE void vjp_tile(const float *ga, const float *gxh, const float *gr, const float *g,
+                     const float *a, const float *xh, const float *r, float *gy, float *gg,
+                     float *gb, long M, long C, float slope, long c, int V, int n) {
+  vec mean[WIDE], along[WIDE];
+  if (gxh) {
+    SUM(4, {
+      vec m = masked(AT(ga), AT(a), slope); vec x = AT(xh); vec h = AT(gxh);
+      part[0][v] += m; part[1][v] += m * x; part[2][v] += h; part[3][v] += h * x;
+    })
+    EACH {
+      vec w = CHANNEL(g);
+      store(gb + c + v * LANES, sum[0][v], n);
+      store(gg + c + v * LANES, sum[1][v], n);
+      mean[v] = (sum[0][v] * w + sum[2][v]) / (float)M;
+      along[v] = (sum[1][v] * w + sum[3][v] + CHANNEL(r) * CHANNEL(gr)) / (float)M;
+    }
+  } else {
+    SUM(2, {
+      vec m = masked(AT(ga), AT(a), slope);
+      part[0][v] += m; part[1][v] += m * AT(xh);
+    })
+    EACH {
+      vec w = CHANNEL(g);
+      store(gb + c + v * LANES, sum[0][v], n);
+      store(gg + c + v * LANES, sum[1][v], n);
+      mean[v] = sum[0][v] * w / (float)M;
+      along[v] = sum[1][v] * w / (float)M;
+    }
+  }
+  for (long i = 0; i < M; i++) EACH {
+    long e = i * C + c + v * LANES;
+    vec h = masked(AT(ga), AT(a), slope) * CHANNEL(g);
+    if (gxh) h += AT(gxh);
+    store(gy + e, CHANNEL(r) * (h - mean[v] - AT(xh) * along[v]), n);
+  }
+}
+void norm_vjp(const float *ga, const float *gxh, const float *gr, const float *g, const float *a,
+              const float *xh, const float *r, float *gy, float *gg, float *gb, long T, long M,
+              long C, int shared, float slope) {
+  for (long t = 0; t < T; t++) {
+    long e = t * M * C, p = t * C, q = shared ? 0 : p;
+#define VJP(c, V, n) vjp_tile(ga + e, H, G, g + q, a + e, xh + e, r + p, gy + e, gg + p, gb + p, M, C, slope, c, V, n)
+    if (gxh) {
+      const float *H = gxh + e, *G = gr + p;
+      TILES(C, VJP)
+    } else {
+      const float *H = NULL, *G = NULL;
+      TILES(C, VJP)
+    }
+  }
+}
+// Cotangents u of gy, ug of gg, ub of gb -> cotangents of ga, xh, r and g
+INLINE void second_tile(const float *u, const float *ug, const float *ub, const float *ga,
+                        const float *g, const float *a, const float *xh, const float *r, float *da,
+                        float *dxh, float *dr, float *dg, long M, long C, float slope, long c,
+                        int V, int n) {
+  SUM(5, {
+    vec m = masked(AT(ga), AT(a), slope); vec x = AT(xh); vec w = AT(u);
+    part[0][v] += m; part[1][v] += m * x; part[2][v] += w; part[3][v] += w * x; part[4][v] += w * m;
+  })
+  vec s[WIDE], shift[WIDE], along[WIDE], p[WIDE], q[WIDE];
+  EACH {
+    s[v] = CHANNEL(g) * CHANNEL(r);
+    vec ds = sum[4][v] - (sum[2][v] * sum[0][v] + sum[3][v] * sum[1][v]) / (float)M;
+    store(dr + c + v * LANES, CHANNEL(g) * ds, n);
+    store(dg + c + v * LANES, CHANNEL(r) * ds, n);
+    shift[v] = CHANNEL(ub) - s[v] * sum[2][v] / (float)M;
+    along[v] = CHANNEL(ug) - s[v] * sum[3][v] / (float)M;
+    p[v] = along[v];
+    q[v] = s[v] * sum[1][v] / (float)M;
+  }
+  for (long i = 0; i < M; i++) EACH {
+    long e = i * C + c + v * LANES;
+    vec w = AT(u), x = AT(xh), m = AT(a);
+    store(da + e, masked(s[v] * w + shift[v] + along[v] * x, m, slope), n);
+    store(dxh + e, p[v] * masked(AT(ga), m, slope) - q[v] * w, n);
+  }
+}
+void norm_second(const float *u, const float *ug, const float *ub, const float *ga, const float *g,
+                 const float *a, const float *xh, const float *r, float *da, float *dxh, float *dr,
+                 float *dg, long T, long M, long C, int shared, float slope) {
+  for (long t = 0; t < T; t++) {
+    long e = t * M * C, k = t * C, h = shared ? 0 : k;
+#define SECOND(c, V, n) second_tile(u + e, ug + k, ub + k, ga + e, g + h, a + e, xh + e, r + k, da + e, dxh + e, dr + k, dg + k, M, C, slope, c, V, n)
+    TILES(C, SECOND)
+  }
+}
+
+// x [T,M,K] @ w [T or 1,K,O] -> y [T,M,O], then the activation: by its own sign, or by that of `by`.
+INLINE void affine_tile(int R, const float *x, long K, const float *w, const float *by, float *y,
+                        long O, float slope, long c, int V, int n) {
+  vec s[ROWS][WIDE];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] = (vec){0};
+  for (long k = 0; k < K; k++) {
+    vec b[WIDE];
+    UNROLL for (int v = 0; v < V; v++) b[v] = load(w + k * O + c + v * LANES, n);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] += x[r * K + k] * b[v];
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    long e = r * O + c + v * LANES;
+    store(y + e, masked(s[r][v], by ? load(by + e, n) : s[r][v], slope), n);
+  }
+}
+void affine(const float *x, const float *w, const float *by, float *y, long T, long M, long K,
+            long O, int shared, float slope) {
+  for (long t = 0; t < T; t++) {
+    const float *b = w + (shared ? 0 : t * K * O);
+    long i = t * M, end = i + M;
+#define AFFINE(R, c, V, n) affine_tile(R, x + i * K, K, b, by ? by + i * O : NULL, y + i * O, O, slope, c, V, n)
+#define AFFINES(c, V, n) AFFINE(ROWS, c, V, n)
+#define AFFINE_ONE(c, V, n) AFFINE(1, c, V, n)
+    for (; i + ROWS <= end; i += ROWS) { TILES(O, AFFINES) }
+    for (; i < end; i++) { TILES(O, AFFINE_ONE) }
+  }
+}
+// gw [T or 1,K,O] = x^T (g masked by the activation's output y)
+INLINE void affine_weight_tile(int R, const float *x, long K, const float *g, const float *y,
+                               long M, float *gw, long O, float slope, long c, int V, int n) {
+  vec s[ROWS][WIDE];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] = (vec){0};
+  for (long i = 0; i < M; i++) UNROLL for (int v = 0; v < V; v++) {
+    long e = i * O + c + v * LANES;
+    vec m = masked(load(g + e, n), load(y + e, n), slope);
+    UNROLL for (int r = 0; r < R; r++) s[r][v] += x[i * K + r] * m;
+  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    float *p = gw + r * O + c + v * LANES;
+    store(p, load(p, n) + s[r][v], n);
+  }
+}
+void affine_weight(const float *x, const float *g, const float *y, float *gw, long T, long M,
+                   long K, long O, int shared, float slope) {
+  memset(gw, 0, (shared ? 1 : T) * K * O * sizeof(float));
+  for (long t = 0; t < T; t++) for (long i0 = 0; i0 < M; i0 += BLOCK) {
+    long i = t * M + i0, m = M - i0 < BLOCK ? M - i0 : BLOCK, k = 0;
+    float *to = gw + (shared ? 0 : t * K * O);
+#define WEIGHT(R, c, V, n) affine_weight_tile(R, x + i * K + k, K, g + i * O, y + i * O, m, to + k * O, O, slope, c, V, n)
+#define WEIGHTS(c, V, n) WEIGHT(5, c, V, n)
+#define WEIGHT_ONE(c, V, n) WEIGHT(1, c, V, n)
+    for (; k + 5 <= K; k += 5) { TILES(O, WEIGHTS) }
+    for (; k < K; k++) { TILES(O, WEIGHT_ONE) }
+  }
+}
