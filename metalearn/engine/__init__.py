@@ -21,7 +21,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import memory
+from metalearn.engine import kernels, memory, replay
 from metalearn.tasks.types import Batch, Kernels, Loss, Params, Query, State, Task
 
 # On CPU, batching is not faster from this number of queries per task on, or beyond this number of
@@ -153,27 +153,37 @@ class Engine:
             return with_chunk(self.chunk)
 
     def _step(self, state: State, tasks: Task | Batch, progress: Tensor, count: int) -> Step:
-        params = {name: value.detach().requires_grad_() for name, value in state.params.items()}
-        leaves = list(params.values())
         total: Any = None
         values: list[Tensor] = []
         for chunk in _split(tasks, self.chunk):
-            with self.autocast(chunk.key.device):
-                losses = self._losses(State(params, state.buffers), chunk, progress)
-            gradients = torch.autograd.grad(
-                losses.value.sum() / count, leaves, materialize_grads=True
-            )
-            part = (
-                dict(zip(params, gradients, strict=True)),
-                *(
-                    _sum_over_tasks(part, count)
-                    for part in (losses.logs, losses.statistics, losses.buffers)
-                ),
-            )
+            part, losses = self._chunk_step(state, chunk, progress, count)
             total = part if total is None else pytree.tree_map(torch.add, total, part)
-            values.append(losses.logs["loss"].detach())
+            values.append(losses)
         gradients, logs, statistics, buffers = total
         return Step(gradients, logs, statistics, buffers, torch.cat(values))
+
+    def _chunk_step(
+        self, state: State, chunk: Task | Batch, progress: Tensor, count: int
+    ) -> tuple[tuple[Params, Params, Params, Params], Tensor]:
+        """Return the fields of `Step` for some of the tasks, as sums divided by `count`."""
+        layout = kernels.weight_layout if self.convolution == "direct" else lambda x: x
+        params = {
+            name: layout(value.detach()).requires_grad_() if value.dim() == 4 else value.detach().requires_grad_() for name, value in state.params.items()
+        }
+        with self.autocast(chunk.key.device):
+            losses = self._losses(State(params, state.buffers), chunk, progress)
+        with replay.FastSums():
+            gradients = torch.autograd.grad(
+                losses.value.sum() / count, list(params.values()), materialize_grads=True
+            )
+        part = (
+            dict(zip(params, gradients, strict=True)),
+            *(
+                _sum_over_tasks(part, count)
+                for part in (losses.logs, losses.statistics, losses.buffers)
+            ),
+        )
+        return part, losses.logs["loss"].detach()
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""
@@ -183,8 +193,10 @@ class Engine:
 
     def _with_kernels(self, batched: bool) -> Algorithm:
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
-        kernels = Kernels(self.convolution if batched else "plain", fused_norm=not batched)
-        backbone = dataclasses.replace(self.algorithm.backbone, kernels=kernels)
+        convolution = self.convolution if batched else "plain"
+        own = kernels if convolution == "direct" else None
+        kinds = Kernels(convolution, fused_norm=not batched, own=own)
+        backbone = dataclasses.replace(self.algorithm.backbone, kernels=kinds)
         return dataclasses.replace(self.algorithm, backbone=backbone)
 
     def _losses(self, state: State, tasks: Task | Batch, progress: Tensor) -> Loss:

@@ -129,7 +129,23 @@ static int pairs(const shape *s, long tap, int *in, int *out) {
   }
   return count;
 }
-// to += from @ w for all pairs of all images; from has F channels, to has G.
+// The pairs of all taps: of tap k, counts[k] inputs at lists + 2 k small, their outputs behind.
+typedef struct { int *lists, *counts; long small, large, taps, filter, group; } plan;
+static plan plan_of(const shape *s) {
+  plan p;
+  p.small = out_size(s->H, s->stride) * out_size(s->W, s->stride);
+  p.large = s->H * s->W;
+  p.taps = s->K * s->K;
+  p.filter = s->C * s->O;
+  p.group = p.small < BLOCK ? BLOCK / p.small : 1;  // these images stay in the cache for all taps
+  p.lists = malloc((2 * p.small + 1) * p.taps * sizeof(int));
+  if (!p.lists) return p;
+  p.counts = p.lists + 2 * p.small * p.taps;
+  for (long k = 0; k < p.taps; k++)
+    p.counts[k] = pairs(s, k, p.lists + 2 * k * p.small, p.lists + (2 * k + 1) * p.small);
+  return p;
+}
+// to += from @ w for all pairs of a tap in B images; from has F channels, to has G.
 static void apply(const float *from, long F, long size_from, const int *at_from, const float *w,
                   float *to, long G, long size_to, const int *at_to, int count, long B) {
   const float *a[ROWS];
@@ -142,33 +158,59 @@ static void apply(const float *from, long F, long size_from, const int *at_from,
   }
   all_rows(m, a, F, w, G, y);
 }
+typedef float four __attribute__((vector_size(16)));
+// w [C,O] -> to [O,C]
 static void transpose(const float *w, float *to, long C, long O) {
-  for (long i = 0; i < C; i += 16) for (long j = 0; j < O; j += 16)
-    for (long c = i; c < i + 16 && c < C; c++)
-      for (long o = j; o < j + 16 && o < O; o++) to[o * C + c] = w[c * O + o];
+  long i = 0, j;
+  for (; i + 4 <= C; i += 4) {
+    for (j = 0; j + 4 <= O; j += 4) {
+      four a, b, c, d;
+      memcpy(&a, w + i * O + j, 16);
+      memcpy(&b, w + (i + 1) * O + j, 16);
+      memcpy(&c, w + (i + 2) * O + j, 16);
+      memcpy(&d, w + (i + 3) * O + j, 16);
+      four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      four ba = __builtin_shufflevector(a, b, 2, 6, 3, 7), dc = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+      b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+      c = __builtin_shufflevector(ba, dc, 0, 1, 4, 5);
+      d = __builtin_shufflevector(ba, dc, 2, 3, 6, 7);
+      memcpy(to + j * C + i, &a, 16);
+      memcpy(to + (j + 1) * C + i, &b, 16);
+      memcpy(to + (j + 2) * C + i, &c, 16);
+      memcpy(to + (j + 3) * C + i, &d, 16);
+    }
+    for (; j < O; j++) for (long c = i; c < i + 4; c++) to[j * C + c] = w[c * O + j];
+  }
+  for (; i < C; i++) for (j = 0; j < O; j++) to[j * C + i] = w[i * O + j];
 }
+static long smaller(long a, long b) { return a < b ? a : b; }
 // x [T,B,H,W,C], w [T or 1,K,K,C,O] -> y [T,B,H/s,W/s,O]; forward, or x from y if not.
 static int convolve(const float *x, const float *w, float *y, long T, int shared, shape s,
                     int forward) {
-  long small = out_size(s.H, s.stride) * out_size(s.W, s.stride), large = s.H * s.W;
-  long taps = s.K * s.K, filter = s.C * s.O;
-  int *in = malloc(2 * small * sizeof(int)), *out = in + small;
-  float *back = forward ? NULL : malloc(filter * sizeof(float));
-  if (!in || (!forward && !back)) { free(in); free(back); return 1; }
-  memset(y, 0, T * s.B * (forward ? small * s.O : large * s.C) * sizeof(float));
-  for (long t = 0; t < T; t++) for (long k = 0; k < taps; k++) {
-    int count = pairs(&s, k, in, out);
-    const float *tap = w + ((shared ? 0 : t * taps) + k) * filter;
-    if (forward) {
-      apply(x + t * s.B * large * s.C, s.C, large, in, tap, y + t * s.B * small * s.O, s.O, small,
-            out, count, s.B);
-    } else {
-      transpose(tap, back, s.C, s.O);
-      apply(x + t * s.B * small * s.O, s.O, small, out, back, y + t * s.B * large * s.C, s.C,
-            large, in, count, s.B);
+  plan p = plan_of(&s);
+  long F = forward ? s.C : s.O, G = forward ? s.O : s.C;
+  long from = forward ? p.large : p.small, to = forward ? p.small : p.large;
+  float *back = forward ? NULL : malloc(p.taps * p.filter * sizeof(float));
+  if (!p.lists || (!forward && !back)) { free(p.lists); free(back); return 1; }
+  for (long t = 0; t < T; t++) {
+    const float *filters = w + (shared ? 0 : t * p.taps * p.filter);
+    if (!forward) {
+      if (!t || !shared) for (long k = 0; k < p.taps; k++)
+        transpose(filters + k * p.filter, back + k * p.filter, s.C, s.O);
+      filters = back;
+    }
+    for (long first = 0; first < s.B; first += p.group) {
+      long B = smaller(p.group, s.B - first), image = t * s.B + first;
+      memset(y + image * to * G, 0, B * to * G * sizeof(float));
+      for (long k = 0; k < p.taps; k++) {
+        const int *in = p.lists + 2 * k * p.small, *out = in + p.small;
+        apply(x + image * from * F, F, from, forward ? in : out, filters + k * p.filter,
+              y + image * to * G, G, to, forward ? out : in, p.counts[k], B);
+      }
     }
   }
-  free(in); free(back);
+  free(p.lists); free(back);
   return 0;
 }
 int conv(const float *x, const float *w, float *y, long T, int shared, shape s) {
@@ -179,28 +221,24 @@ int conv_input(const float *gy, const float *w, float *gx, long T, int shared, s
 }
 // x [T,B,H,W,C], gy [T,B,H/s,W/s,O] -> gw [T or 1,K,K,C,O], summed over tasks if shared.
 int conv_weight(const float *x, const float *gy, float *gw, long T, int shared, shape s) {
-  long small = out_size(s.H, s.stride) * out_size(s.W, s.stride), large = s.H * s.W;
-  long taps = s.K * s.K, filter = s.C * s.O, group = small < BLOCK ? BLOCK / small : 1;
-  int *lists = malloc((2 * small + 1) * taps * sizeof(int)), *counts = lists + 2 * small * taps;
+  plan p = plan_of(&s);
   const float *a[BLOCK], *b[BLOCK];
-  if (!lists) return 1;
-  for (long k = 0; k < taps; k++)
-    counts[k] = pairs(&s, k, lists + 2 * k * small, lists + (2 * k + 1) * small);
-  memset(gw, 0, (shared ? 1 : T) * taps * filter * sizeof(float));
-  // The images of a group stay in the cache for all taps.
-  for (long t = 0; t < T; t++) for (long first = 0; first < s.B; first += group)
-    for (long k = 0; k < taps; k++) {
-      const int *in = lists + 2 * k * small, *out = in + small;
-      float *g = gw + ((shared ? 0 : t * taps) + k) * filter;
+  if (!p.lists) return 1;
+  memset(gw, 0, (shared ? 1 : T) * p.taps * p.filter * sizeof(float));
+  for (long t = 0; t < T; t++) for (long first = 0; first < s.B; first += p.group)
+    for (long k = 0; k < p.taps; k++) {
+      const int *in = p.lists + 2 * k * p.small, *out = in + p.small;
+      float *g = gw + ((shared ? 0 : t * p.taps) + k) * p.filter;
       int m = 0;
-      for (long i = first; i < s.B && i < first + group; i++) for (int p = 0; p < counts[k]; p++) {
-        a[m] = x + ((t * s.B + i) * large + in[p]) * s.C;
-        b[m] = gy + ((t * s.B + i) * small + out[p]) * s.O;
-        if (++m == BLOCK) { all_columns(a, s.C, b, m, g, s.O); m = 0; }
-      }
-      all_columns(a, s.C, b, m, g, s.O);
+      for (long i = first; i < smaller(s.B, first + p.group); i++)
+        for (int q = 0; q < p.counts[k]; q++) {
+          a[m] = x + ((t * s.B + i) * p.large + in[q]) * s.C;
+          b[m] = gy + ((t * s.B + i) * p.small + out[q]) * s.O;
+          if (++m == BLOCK) { all_columns(a, s.C, b, m, g, s.O); m = 0; }
+        }
+      if (m) all_columns(a, s.C, b, m, g, s.O);
     }
-  free(lists);
+  free(p.lists);
   return 0;
 }
 
