@@ -11,12 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalearn.engine.kernels import ops
 
-#: Operations that return their argument.
-_IDENTITIES = (
-    torch.ops.aten.detach.default,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.lift_fresh_copy.default,
-)
+aten = torch.ops.aten
 
 
 class FastSums(TorchDispatchMode):
@@ -66,25 +61,49 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Remove identities and repeated operations; call own operators without the dispatcher."""
+    """Remove identities and repeated operations; call own operators without the dispatcher.
+
+    The results stay the same, bit for bit.
+    """
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _IDENTITIES:
-            node.replace_all_uses_with(node.args[0])
+        if node.target is aten.squeeze_.dims:  # changes no value
+            node.target = aten.squeeze.dims
+        if node.target is not operator.getitem and node.target._schema.is_mutable:
+            break  # then equal operations may have different results
+        _merge(node)
+        key = (node.target, str(node.args), str(node.kwargs))
+        same = node.args[0] if _is_identity(node) else seen.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
             graph.erase_node(node)
-            continue
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
         if getattr(node.target, "namespace", "") == "metalearn":
             node.target = ops.ON_CPU[node.target._schema.name.partition("::")[2]]
-        elif node.target is torch.ops.aten.squeeze_.dims:
-            node.target = torch.ops.aten.squeeze.dims
-        elif node.target is not operator.getitem and node.target._schema.is_mutable:
-            return  # then equal operations may have different results
-        key = (node.target, str(node.args), str(node.kwargs))
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            graph.erase_node(node)
-        else:
-            seen[key] = node
-    graph.eliminate_dead_code()
+
+
+def _merge(node: fx.Node) -> None:
+    """Merge two permutations, and a negation with a product with a number."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return
+    if node.target is first.target is aten.permute.default:
+        inner, outer = (one.args[1] for one in (first, node))
+        node.args = (first.args[0], [inner[axis] for axis in outer])
+    elif node.target is aten.mul.Tensor and first.target is aten.neg.default:
+        if isinstance(node.args[1], float):
+            node.args = (first.args[0], -node.args[1])
+
+
+def _is_identity(node: fx.Node) -> bool:
+    """Return True if a node returns its first argument."""
+    if node.target is aten.permute.default:
+        return list(node.args[1]) == sorted(node.args[1])
+    if node.target in (aten.view.default, aten.expand.default):
+        return node.meta["val"].shape == node.args[0].meta["val"].shape
+    return node.target in (
+        aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default
+    )  # fmt: skip

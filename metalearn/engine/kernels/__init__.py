@@ -6,8 +6,7 @@
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels import ops
-from metalearn.engine.kernels.functions import Affine, Conv, Norm
+from metalearn.engine.kernels.functions import Affine, Conv, Moments, Norm, Patches
 
 
 def weight_layout(weight: Tensor) -> Tensor:
@@ -59,16 +58,12 @@ def _first_block(
     Convolution and normalisation are one product with the patches, whose mean and covariance give
     the statistics of its outputs. In float64: float32 cost 5% of a gradient.
     """
-    patches = ops.patches(x.permute(0, 2, 3, 1), w.shape[0], stride)
-    exact = patches.double()
-    mean = exact.mean(0)
-    centred = exact - mean
-    covariance = centred.mT @ centred / len(centred)
+    patches = Patches.apply(x.permute(0, 2, 3, 1), w.shape[0], stride)
+    mean, covariance = (moment[..., :-1] for moment in Moments.apply(patches))
     filters = w.flatten(0, 2).double()
-    variance = (filters * (covariance @ filters)).sum(0)
+    variance = (filters * (covariance[:-1] @ filters)).sum(0)
     rate = scale.double() * torch.rsqrt(variance + eps)
     folded = torch.cat([filters * rate, (shift - mean @ filters * rate)[None]]).to(x.dtype)
-    ones = torch.ones_like(patches[:, :1])
-    y = Affine.apply(torch.cat([patches, ones], 1), folded, None, slope)
+    y = Affine.apply(patches, folded, None, slope)
     height, width = (-(-size // stride) for size in x.shape[-2:])
     return y.unflatten(0, (len(x), height, width)).permute(0, 3, 1, 2)

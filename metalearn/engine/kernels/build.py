@@ -17,8 +17,9 @@ _SIGNATURES = {
     "conv": "pppliS", "conv_input": "pppliS", "conv_weight": "pppliS",
     "norm": "ppppppllliff", "norm_vjp": "pppppppppplllif", "norm_second": "pppppppppppplllif",
     "affine": "ppppllllif", "affine_weight": "ppppllllif",
+    "patches": "ppS", "moments": "ppplll",
 }  # fmt: skip
-_RETURN_ERRORS = ("conv", "conv_input", "conv_weight")
+_RETURN_ERRORS = ("conv", "conv_input", "conv_weight", "moments")
 
 
 class Shape(ctypes.Structure):

@@ -226,3 +226,36 @@ class AffineWeight(_Function):
         if ctx.needs_input_grad[1]:
             dg = Affine.apply(x, u, y, ctx.slope)
         return dx, dg, None, None, None
+
+
+class Patches(_Function):
+    operator, ranks = ops.patches, (4, None, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, ctx.size, ctx.stride = inputs
+        ctx.shape = x.shape[-4:]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Any, ...]:
+        # Patches are a convolution with one filter for each of their elements.
+        batch, height, width, _ = ctx.shape
+        outputs = (-(-extent // ctx.stride) for extent in (height, width))
+        gy = gy[..., :-1].unflatten(-2, (batch, *outputs))
+        one = torch.eye(gy.shape[-1], dtype=gy.dtype, device=gy.device)
+        one = one.unflatten(0, (ctx.size, ctx.size, -1))
+        return ConvInput.apply(gy, one, height, width, ctx.stride), None, None
+
+
+class Moments(_Function):
+    operator, ranks, outputs = ops.moments, (2,), 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, gm: Tensor, gc: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        centred = x.double() - mean.unsqueeze(-2)
+        return ((gm.unsqueeze(-2) + centred @ (gc + gc.mT)) / x.shape[-2]).to(x.dtype)

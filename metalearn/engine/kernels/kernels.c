@@ -22,7 +22,7 @@
 #define BLOCK 64   // rows summed in registers before they are added in memory
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
@@ -404,9 +404,10 @@ void affine(const float *x, const float *w, const float *by, float *y, long T, l
   }
 }
 // gw [T or 1,K,O] = x^T (g masked by the activation's output y)
+#define DEEP 10
 INLINE void affine_weight_tile(int R, const float *x, long K, const float *g, const float *y,
                                long M, float *gw, long O, float slope, long c, int V, int n) {
-  vec s[ROWS][WIDE];
+  vec s[DEEP][2];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) s[r][v] = (vec){0};
   for (long i = 0; i < M; i++) UNROLL for (int v = 0; v < V; v++) {
     long e = i * O + c + v * LANES;
@@ -422,12 +423,68 @@ void affine_weight(const float *x, const float *g, const float *y, float *gw, lo
                    long K, long O, int shared, float slope) {
   memset(gw, 0, (shared ? 1 : T) * K * O * sizeof(float));
   for (long t = 0; t < T; t++) for (long i0 = 0; i0 < M; i0 += BLOCK) {
-    long i = t * M + i0, m = M - i0 < BLOCK ? M - i0 : BLOCK, k = 0;
+    long i = t * M + i0, m = smaller(M - i0, BLOCK), k = 0;
     float *to = gw + (shared ? 0 : t * K * O);
 #define WEIGHT(R, c, V, n) affine_weight_tile(R, x + i * K + k, K, g + i * O, y + i * O, m, to + k * O, O, slope, c, V, n)
-#define WEIGHTS(c, V, n) WEIGHT(5, c, V, n)
-#define WEIGHT_ONE(c, V, n) WEIGHT(1, c, V, n)
-    for (; k + 5 <= K; k += 5) { TILES(O, WEIGHTS) }
-    for (; k < K; k++) { TILES(O, WEIGHT_ONE) }
+#define WEIGHTS(R)                                                      \
+    for (long c = 0; c < O;) {                                          \
+      if (O - c >= 2 * LANES) { WEIGHT(R, c, 2, LANES); c += 2 * LANES; } \
+      else if (O - c >= LANES) { WEIGHT(R, c, 1, LANES); c += LANES; }  \
+      else { WEIGHT(R, c, 1, (int)(O - c)); c = O; }                    \
+    }
+    for (; k + DEEP <= K; k += DEEP) { WEIGHTS(DEEP) }
+    for (; k < K; k++) { WEIGHTS(1) }
   }
+}
+
+// x [N,H,W,C] -> y [N,H/s,W/s,K K C + 1]: the K x K surroundings of each output, and a 1
+void patches(const float *x, float *y, shape s) {
+  long ho = out_size(s.H, s.stride), wo = out_size(s.W, s.stride), pad = s.K / 2;
+  for (long b = 0; b < s.B; b++) for (long i = 0; i < ho; i++) for (long j = 0; j < wo; j++) {
+    long left = s.stride * j - pad, first = left < 0 ? -left : 0, last = smaller(s.K, s.W - left);
+    for (long ky = 0; ky < s.K; ky++, y += s.K * s.C) {
+      long u = s.stride * i + ky - pad;
+      int inside = u >= 0 && u < s.H;
+      const float *from = x + ((b * s.H + u) * s.W + left) * s.C;
+      for (long c = 0; c < s.K * s.C; c++)
+        y[c] = inside && c >= first * s.C && c < last * s.C ? from[c] : 0;
+    }
+    *y++ = 1;
+  }
+}
+// x [T,M,K] -> mean [T,K] and covariance [T,K,K], in float64
+typedef double dvec __attribute__((vector_size(4 * LANES)));
+#define HALF (LANES / 2)
+int moments(const float *x, double *mean, double *cov, long T, long M, long K) {
+  long P = (K + 7) / 8 * 8;
+  double *sums = malloc((P + BLOCK) * P * sizeof(double)), *part = sums + P * P;
+  if (!sums) return 1;
+  for (long t = 0; t < T; t++, mean += K, cov += K * K) {
+    const float *from = x + t * M * K;
+    for (long k = 0; k < P; k++) sums[k] = 0;
+    for (long i = 0; i < M; i++) for (long k = 0; k < K; k++) sums[k] += from[i * K + k];
+    for (long k = 0; k < K; k++) mean[k] = sums[k] / M;
+    memset(sums, 0, (P + BLOCK) * P * sizeof(double));
+    for (long i0 = 0; i0 < M; i0 += BLOCK) {
+      long m = smaller(M - i0, BLOCK);
+      for (long i = 0; i < m; i++)
+        for (long k = 0; k < K; k++) part[i * P + k] = from[(i0 + i) * K + k] - mean[k];
+      for (long k = 0; k < K; k += 4) for (long l = k / HALF * HALF; l < P; l += HALF) {
+        dvec s[4] = {{0}, {0}, {0}, {0}}, row;
+        for (long i = 0; i < m; i++) {
+          memcpy(&row, part + i * P + l, sizeof row);
+          UNROLL for (int q = 0; q < 4; q++) s[q] += part[i * P + k + q] * row;
+        }
+        UNROLL for (int q = 0; q < 4; q++) {
+          memcpy(&row, sums + (k + q) * P + l, sizeof row);
+          row += s[q];
+          memcpy(sums + (k + q) * P + l, &row, sizeof row);
+        }
+      }
+    }
+    for (long k = 0; k < K; k++) for (long l = k; l < K; l++)
+      cov[k * K + l] = cov[l * K + k] = sums[k * P + l] / M;
+  }
+  free(sums);
+  return 0;
 }

@@ -56,12 +56,40 @@ def _summed(gradient: Tensor, lead: int, keep: int) -> Tensor:
     return gradient.sum(tuple(range(keep, lead))) if keep < lead else gradient
 
 
+def _patches(x: Tensor, size: int, stride: int) -> Tensor:
+    x = x.contiguous()
+    height, width = (-(-extent // stride) for extent in x.shape[-3:-1])
+    *lead, batch, _, _, channels = x.shape
+    y = x.new_empty(*lead, batch * height * width, size * size * channels + 1)
+    _call("patches", x, y, build.Shape(x.shape[:-3].numel(), *x.shape[-3:], 0, size, stride))
+    return y
+
+
+@_operator("patches(Tensor x, int size, int stride) -> Tensor", _patches)
 def patches(x: Tensor, size: int, stride: int) -> Tensor:
-    """Return the K x K surroundings of each output pixel: [.., B, H, W, C] -> [.., M, K K C]."""
+    """Return the surroundings of each output, and a 1: [.., B, H, W, C] -> [.., M, K K C + 1]."""
     pad = size // 2
     x = F.pad(x, (0, 0, pad, pad, pad, pad))
     x = x.unfold(-3, size, stride).unfold(-3, size, stride).movedim(-3, -1)
-    return x.flatten(-3).flatten(-4, -2)
+    return F.pad(x.flatten(-3).flatten(-4, -2), (0, 1), value=1.0)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    *lead, count, size = x.shape
+    mean = x.new_empty(*lead, size, dtype=torch.float64)
+    covariance = x.new_empty(*lead, size, size, dtype=torch.float64)
+    _call("moments", x, mean, covariance, x.shape[:-2].numel(), count, size)
+    return mean, covariance
+
+
+@_operator("moments(Tensor x) -> (Tensor, Tensor)", _moments)
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean [.., K] and covariance [.., K, K] of the rows of x [.., M, K], in float64."""
+    exact = x.double()
+    mean = exact.mean(-2)
+    centred = exact - mean.unsqueeze(-2)
+    return mean, centred.mT @ centred / x.shape[-2]
 
 
 def _geometry(x: Tensor, w: Tensor, stride: int) -> tuple[int, int, build.Shape]:
@@ -86,7 +114,7 @@ def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
 def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     """Convolve x [.., B, H, W, C] with w [.., K, K, C, O], K odd, padding K // 2."""
     height, width = (-(-size // stride) for size in x.shape[-3:-1])
-    y = patches(x, w.shape[-4], stride) @ w.flatten(-4, -2)
+    y = patches(x, w.shape[-4], stride)[..., :-1] @ w.flatten(-4, -2)
     return y.unflatten(-2, (x.shape[-4], height, width))
 
 
@@ -130,7 +158,7 @@ def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Te
 )
 def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
-    gw = patches(x, size, stride).mT @ gy.flatten(-4, -2)
+    gw = patches(x, size, stride)[..., :-1].mT @ gy.flatten(-4, -2)
     return _summed(gw.unflatten(-2, (size, size, -1)), x.dim() - 4, keep)
 
 
