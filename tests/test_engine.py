@@ -318,7 +318,7 @@ def test_rematerialisation_recomputes_in_the_same_precision(make_run):
 
 @pytest.mark.slow
 def test_zero_threads_restores_all_threads(make_run, monkeypatch):
-    monkeypatch.setattr(process, "_ALL_THREADS", 2)
+    monkeypatch.setattr(process, "ALL_THREADS", 2)
     before = torch.get_num_threads()
     try:
         make_run("algo=protonet", "engine.threads=1")

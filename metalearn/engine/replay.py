@@ -1,6 +1,7 @@
 """Trace a computation once and replay its operations, without the cost of `torch.func`."""
 
 import operator
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metalearn.engine import threads
 from metalearn.engine.kernels import ops
+from metalearn.system.errors import first_line
+
+#: When to trace a computation: after so many seconds, and about as many calls as a trace costs.
+_SECONDS, _CALLS = 2.0, 10.0
 
 aten = torch.ops.aten
 
@@ -31,6 +37,58 @@ class FastSums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Replays:
+    """Compute the chunks of a step, by a replay where that is exact.
+
+    A chunk of a new shape is traced once it has cost some seconds. The trace is used if it gives
+    the same result as the computation, bit for bit; else `report` receives the reason.
+
+    Args:
+        report: Receives a line for the user.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._seconds: dict[Any, float] = {}
+        self._replays: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(
+        self, function: Callable[..., Any], state: Any, chunks: list[Any], *rest: Any
+    ) -> list[Any]:
+        """Return `function(state, chunk, *rest)` of each chunk."""
+        keys = [tuple(leaf.shape for leaf in pytree.tree_leaves(chunk)) for chunk in chunks]
+        start = time.perf_counter()
+        results = threads.in_order(
+            lambda item: self._replays.get(item[0], function)(state, item[1], *rest),
+            list(zip(keys, chunks, strict=True)),
+        )
+        seconds = (time.perf_counter() - start) / len(chunks)
+        for key, chunk, result in zip(keys, chunks, results, strict=True):
+            self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+            is_long = self._seconds[key] > max(_SECONDS, _CALLS * seconds)
+            if is_long and key not in self._replays:
+                self._replays[key] = self._traced(function, (state, chunk, *rest), result)
+        return results
+
+    def _traced(
+        self, function: Callable[..., Any], args: tuple[Any, ...], expected: Any
+    ) -> Callable[..., Any]:
+        """Return a replay of `function`, or the function itself."""
+
+        def exact_trace(_: int) -> Callable[..., Any]:  # in a thread, like the computation
+            replay = traced(function, *args)
+            pairs = zip(*map(pytree.tree_leaves, (replay(*args), expected)), strict=True)
+            if not all(torch.allclose(*pair, rtol=0, atol=0, equal_nan=True) for pair in pairs):
+                raise RuntimeError("the results differ")
+            return replay
+
+        try:
+            return threads.in_order(exact_trace, [0])[0]
+        except Exception as error:  # whatever cannot be traced is computed as before
+            self._report(f"the step is not replayed from a trace: {first_line(error)}")
+            return function
+
+
 def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """Return a function that computes `function` for arguments of the same shapes.
 
@@ -43,7 +101,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     leaves, spec = pytree.tree_flatten(args)
     specs: list[Any] = []
 
-    def flat(*leaves: Tensor) -> list[Tensor]:
+    def flat(*leaves: Any) -> list[Tensor]:
         result = function(*pytree.tree_unflatten(list(leaves), spec))
         outputs, out_spec = pytree.tree_flatten(result)
         specs.append(out_spec)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from metalearn.config.schema import TrainConfig
+from metalearn.engine.replay import Replays
 from metalearn.run import optimisers
 from metalearn.run.build import Run
 from metalearn.run.meter import Meter
@@ -55,8 +57,9 @@ class Training:
         has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, note: Callable[[str], None] = lambda text: None) -> None:
         self._run, self._settings = run, run.config.train
+        self._note = note
         self.state = State(
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
@@ -71,7 +74,7 @@ class Training:
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
-        self.engine = run.train_engine
+        self.engine, self._replays = run.train_engine, Replays(note)
         self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
@@ -94,7 +97,7 @@ class Training:
                 self._steps_done * settings.meta_batch + self._own_first, self._own_count
             )
         with record_function("gradients"):
-            step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
+            step = self.engine.step(self.state, tasks, progress, settings.meta_batch, self._replays)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
             gradients, logs, statistics, new_buffers, losses = run.processes.all_reduce_sum(
                 (*step[:4], losses)
@@ -186,7 +189,7 @@ class Training:
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
         if engine != self.engine:
-            self.engine = engine
+            self.engine, self._replays = engine, Replays(self._note)
 
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""

@@ -32,8 +32,12 @@ def _operator(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., 
 
     def define(in_torch: Callable[..., Any]) -> Any:
         def on_cpu(*args: Any) -> Any:
-            use_c = build.library() is not None and args[0].dtype == torch.float32
-            return (in_c if use_c else in_torch)(*args)
+            is_float = all(arg.dtype == torch.float32 for arg in args if isinstance(arg, Tensor))
+            function = in_c if is_float and build.library() is not None else in_torch
+            if not torch.autograd._profiler_enabled():
+                return function(*args)
+            with torch.profiler.record_function(f"metalearn::{name}"):
+                return function(*args)
 
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, in_torch, "CompositeExplicitAutograd")
@@ -138,9 +142,9 @@ def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> T
     for i in range(size):
         for j in range(size):
             part = (flat @ w[..., i, j, :, :].mT).unflatten(-2, gy.shape[-4:-1])
-            padded[
-                ..., i : i + stride * rows : stride, j : j + stride * columns : stride, :
-            ] += part
+            padded[..., i : i + stride * rows : stride, j : j + stride * columns : stride, :] += (
+                part
+            )
     return padded[..., pad : pad + height, pad : pad + width, :].contiguous()
 
 
