@@ -80,9 +80,11 @@ def conv_norm_act(
     if affine is not None and bias is None and norm.kernels.own is not None:
         slope = _SLOPES.get(activation or "", 1.0)
         x = norm.kernels.own.block(x, weight, *affine, stride, norm.eps, slope)
-        return x if activation in (None, *_SLOPES) else ACTIVATIONS[activation](x)
-    x = norm(f"norm{name}", convolution(x, weight, bias, stride, norm.kernels))
-    return x if activation is None else ACTIVATIONS[activation](x)
+        is_done = activation in _SLOPES
+    else:
+        x = norm(f"norm{name}", convolution(x, weight, bias, stride, norm.kernels))
+        is_done = False
+    return x if activation is None or is_done else ACTIVATIONS[activation](x)
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

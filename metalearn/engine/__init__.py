@@ -211,7 +211,7 @@ class Engine:
 
     def _chunk_step(
         self, state: State, chunk: Task | Batch, progress: Tensor, count: int
-    ) -> tuple[tuple[Params, Params, Params, Params], Tensor]:
+    ) -> tuple[tuple[Params, ...], Tensor]:
         """Return the fields of `Step` for some of the tasks, as sums divided by `count`."""
         params = {}
         for name, value in state.params.items():

@@ -62,6 +62,8 @@ def _lead(value: Tensor, rank: int) -> int:
 
 
 class Conv(_Function):
+    """`ops.conv`, whose gradients are the other two operators of its set."""
+
     operator, ranks, shared = ops.conv, (4, 4, None), (1,)
 
     @staticmethod
@@ -81,6 +83,8 @@ class Conv(_Function):
 
 
 class ConvInput(_Function):
+    """`ops.conv_input`, linear in both arguments."""
+
     operator, ranks, shared = ops.conv_input, (4, 4, None, None, None), (1,)
 
     @staticmethod
@@ -100,6 +104,8 @@ class ConvInput(_Function):
 
 
 class ConvWeight(_Function):
+    """`ops.conv_weight`, linear in both arguments."""
+
     operator, ranks, has_keep = ops.conv_weight, (4, 4, None, None, None), True
 
     @staticmethod
@@ -129,6 +135,8 @@ def _spread(u: Tensor, rank: int, x: Tensor) -> Tensor:
 
 
 class Norm(_Function):
+    """`ops.norm`; also gradients by xh and r, which second derivatives need."""
+
     operator, ranks, shared, outputs = ops.norm, (4, 1, 1, None, None), (1, 2), 3
 
     @staticmethod
@@ -151,6 +159,8 @@ def _shared(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 class NormVjp(_Function):
+    """`ops.norm_vjp`, differentiable where gradients by xh and r are zero."""
+
     operator, ranks = ops.norm_vjp, (4, 4, 1, 1, 4, 4, 1, None, None)
     shared, has_keep, outputs = (3,), True, 3
 
@@ -177,6 +187,8 @@ _NO_THIRD = (
 
 
 class NormSecond(_Function):
+    """`ops.norm_second`, which has no derivative."""
+
     operator, ranks = ops.norm_second, (4, 1, 1, 4, 1, 4, 4, 1, None, None)
     shared, has_keep, outputs = (1, 2, 4), True, 4
 
@@ -190,6 +202,8 @@ class NormSecond(_Function):
 
 
 class Affine(_Function):
+    """`ops.affine`."""
+
     operator, ranks, shared = ops.affine, (2, 2, 2, None), (1,)
 
     @staticmethod
@@ -209,6 +223,8 @@ class Affine(_Function):
 
 
 class AffineWeight(_Function):
+    """`ops.affine_weight`, linear in g."""
+
     operator, ranks, has_keep = ops.affine_weight, (2, 2, 2, None, None), True
 
     @staticmethod
@@ -229,6 +245,8 @@ class AffineWeight(_Function):
 
 
 class Patches(_Function):
+    """`ops.patches`."""
+
     operator, ranks = ops.patches, (4, None, None)
 
     @staticmethod
@@ -248,6 +266,8 @@ class Patches(_Function):
 
 
 class Moments(_Function):
+    """`ops.moments`."""
+
     operator, ranks, outputs = ops.moments, (2,), 2
 
     @staticmethod

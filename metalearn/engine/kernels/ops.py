@@ -273,12 +273,9 @@ def norm_second(
     u: Tensor, ug: Tensor, ub: Tensor, ga: Tensor, g: Tensor, a: Tensor, xh: Tensor, r: Tensor,
     slope: float, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of `norm_vjp` (gxh and gr zero) by ga, xh, r and g.
+    """Return the gradients of `norm_vjp` by ga, xh, r and g, for gxh = gr = 0.
 
-    Args:
-        u: Gradient by gy; ug and ub: by gg and gb.
-        ga, g, a, xh, r, slope: Arguments of `norm_vjp`.
-        keep: See the module.
+    u, ug and ub are the gradients by its outputs gy, gg and gb; the other arguments are its own.
     """
     m, count = _masked(ga, a, slope), xh.shape[-4:-1].numel()
     p, q = m.sum(_PIXELS), (m * xh).sum(_PIXELS)
