@@ -12,6 +12,7 @@ from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
+from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
 from metalearn.run import checkpoint
 from metalearn.run.engines import make_engines, stored_choices
@@ -154,6 +155,8 @@ def build(
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
     process.prepare(device, threads, settings.engine.precision)
+    if device.type == "cpu" and settings.engine.convolution in ("auto", "direct"):
+        kernels.load(cache_folder(settings))
     group = processes.join_processes(device)
     for name, count in (
         ("train.meta_batch", settings.train.meta_batch),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from metalearn.config.schema import TrainConfig
+from metalearn.engine.replay import Replays
 from metalearn.run import optimisers
 from metalearn.run.build import Run
 from metalearn.run.feed import Feed
@@ -57,8 +59,9 @@ class Training:
         has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, note: Callable[[str], None] = lambda text: None) -> None:
         self._run, self._settings = run, run.config.train
+        self._note = note
         self.state = State(
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
@@ -74,7 +77,7 @@ class Training:
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
-        self.engine = run.train_engine
+        self.engine, self._replays = run.train_engine, Replays(note)
         self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
@@ -114,7 +117,7 @@ class Training:
                 run.train.draw(first, self._own_count) if self._feed is None else self._feed.tasks
             )
         with record_function("gradients"):
-            step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
+            step = self.engine.step(self.state, tasks, progress, settings.meta_batch, self._replays)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
             counts = self._class_counts(first, step.class_errors)
             gradients, logs, statistics, new_buffers, losses, counts = run.processes.all_reduce_sum(
@@ -229,7 +232,7 @@ class Training:
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
         if engine != self.engine:
-            self.engine = engine
+            self.engine, self._replays = engine, Replays(self._note)
 
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""
