@@ -82,6 +82,9 @@ DATA ?= $(METALEARN_DATA)
 benchmark-scales: setup  ## train ProtoNet and ProtoMAML with different scales of their logits (an hour)
 	python scripts/benchmark_scales.py caltech101=$(DATA)/images/caltech101/images.zip cifar100=$(DATA)/cifar100
 
+benchmark-cross-domain: setup  ## test networks on datasets they were not trained on; writes benchmarks/
+	python scripts/benchmark_cross_domain.py data=$(DATA) $(BENCHMARK)
+
 benchmark-speed: setup  ## compare training speed with a plain loop over tasks; writes benchmarks/
 	python scripts/benchmark_speed.py
 

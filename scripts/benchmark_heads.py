@@ -211,7 +211,7 @@ def _about(part: dict[str, Any]) -> str:
     own = part["environment"]
     return (
         f"`{part['command']}`, commit {own['commit']}, {own['hardware']}, "
-        f"{part['threads']} threads, torch {own['versions']['torch']}, seed 0."
+        f"torch {own['versions']['torch']}, seed 0."
     )
 
 
@@ -225,7 +225,6 @@ def main() -> None:
     values: dict[str, Any] = {
         "command": " ".join(["python scripts/benchmark_heads.py", *shown]),
         "environment": describe_environment("cpu"),
-        "threads": threads,
     }
     if cifar100 is None:
         values["heads"] = {}

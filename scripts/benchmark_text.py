@@ -98,10 +98,10 @@ def _page(content: dict[str, Any]) -> str:
         "# Intents from a few texts",
         "",
         "Accuracy in %, 5-way, 15 queries a class, 1,000 test episodes a fold (Dopierre et al.",
-        "2021), mean over five folds (lowest to highest); for trained networks fold 1 with its 95%",
-        "interval. MiniLM (all-MiniLM-L6-v2) was trained on a billion pairs of sentences; whether",
-        "these are among them is not known. The transformer knows only the training classes; it is",
-        "trained on 9,600 tasks (ProtoNet) or 1,200 (MAML).",
+        "2021), mean over five folds or as stated (lowest to highest); for trained networks fold 1",
+        "with its 95% interval. MiniLM (all-MiniLM-L6-v2) was trained on a billion pairs of",
+        "sentences; whether these are among them is not known. The transformer knows only the",
+        "training classes; it is trained on 9,600 tasks (ProtoNet) or 1,200 (MAML).",
         "",
         f"| method | {' | '.join(f'{dataset}, {shot}-shot' for dataset, shot in columns)} |",
         f"|{'---|' * (len(columns) + 1)}",
@@ -113,7 +113,8 @@ def _page(content: dict[str, Any]) -> str:
                 texts.append("not measured")
                 continue
             single = f"{means[0]:.1f} ± {100 * own[column][0]['ci95']:.1f}"
-            several = f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f})"
+            few = "" if len(means) == 5 else f"; {len(means)} folds"
+            several = f"{statistics.mean(means):.1f} ({min(means):.1f} to {max(means):.1f}{few})"
             texts.append(single if len(means) == 1 else several)
         lines.append(f"| {method} | {' | '.join(texts)} |")
     commits = ", ".join(sorted({row["commit"] for row in content["rows"]}))

@@ -39,8 +39,8 @@ def _run(
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    process._ALL_THREADS = int(environment["OMP_NUM_THREADS"])
-    torch.set_num_threads(process._ALL_THREADS)
+    process.ALL_THREADS = int(environment["OMP_NUM_THREADS"])
+    torch.set_num_threads(process.ALL_THREADS)
     if path is not None:
         sys.path.insert(0, path)
     sys.argv = ["metalearn", *arguments]

@@ -19,7 +19,7 @@ from tests import command
 from tests.command import Command
 
 torch.set_num_threads(1)
-process._ALL_THREADS = 1  # tests run in parallel
+process.ALL_THREADS = 1  # tests run in parallel
 
 ALGORITHMS = sorted(composition.options("algo"))
 

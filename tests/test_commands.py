@@ -296,8 +296,9 @@ def test_all_classes_of_another_dataset_can_be_tested(run, console, tmp_path, na
         with pytest.raises(UserError, match="split=all: the run was trained on classes of this"):
             evaluate(folder, overrides, "all", None, console)
     if name == "baseline":  # colours are converted; its classifier has a weight for each feature
+        other += ["dataset.colour=rgb", "dataset.image_size=32"]
         with pytest.raises(UserError, match=r"its images are 1x32x32, but .* on 1x16x16; use"):
-            evaluate(folder, [*other, "dataset.colour=rgb"], "all", None, console)
+            evaluate(folder, other, "all", None, console)
 
 
 def test_all_classes_are_those_of_the_three_splits(tmp_path):
@@ -309,7 +310,7 @@ def test_all_classes_are_those_of_the_three_splits(tmp_path):
     data = opened()
     index = data.views["test"].index  # classes of different sizes have rows of different lengths
     data.views["test"] = ClassView(ClassIndex(index.rows[:, :-2], index.counts - 2, index.names))
-    everything = data.with_all_classes()
+    everything = data.with_split("all")
     names = everything.class_names("all")
     assert names == tuple(sorted(names)) and everything.num_classes("all") == 12
     merged = everything.views["all"].index
@@ -321,14 +322,14 @@ def test_all_classes_are_those_of_the_three_splits(tmp_path):
             assert merged.counts[place] == count
             assert torch.equal(merged.rows[place, :count], row[:count])
     hashes = [
-        opened(f"dataset.split_seed={seed}").with_all_classes().protocol("all") for seed in (1, 2)
+        opened(f"dataset.split_seed={seed}").with_split("all").protocol("all") for seed in (1, 2)
     ]
     assert hashes[0]["classes"] == hashes[1]["classes"] and hashes[0]["split"] == hashes[1]["split"]
 
     index = dataclasses.replace(data.views["val"].index, rows=data.views["train"].index.rows[:2])
     data.views["val"] = ClassView(index)  # as if each split numbered its own inputs
     with pytest.raises(UserError, match="stored apart"):
-        data.with_all_classes()
+        data.with_split("all")
 
 
 @pytest.mark.slow

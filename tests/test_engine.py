@@ -17,6 +17,7 @@ from metalearn.system.errors import RunFailed, UserError
 from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
+_PLAIN, _DIRECT = "engine.convolution=plain", "engine.convolution=direct"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
 
 
@@ -32,8 +33,10 @@ def cosine(first, second):
     ("overrides", "expected"),
     [
         (["algo=maml", "episode.train.query=1", "train.meta_batch=4"], "vmap"),
-        (["algo=maml", "episode.train.query=15", "train.meta_batch=4"], "mixed"),
+        (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _PLAIN], "mixed"),
+        (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _DIRECT], "vmap"),
         (["algo=maml", "train.meta_batch=1"], "loop"),
+        (["algo=protonet", "train.meta_batch=4", _DIRECT], "loop"),
         (["algo=reptile", "episode.train.query=15", "train.meta_batch=4"], "vmap"),
         (["algo=protonet", "episode.train.query=1", "train.meta_batch=4"], "loop"),
         (["algo=maml", "engine.strategy=loop", "train.meta_batch=4"], "loop"),
@@ -55,7 +58,8 @@ def test_chunk_is_at_most_the_meta_batch(make_run):
 
 def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
     assert (
-        make_run("algo=finetune", "episode.query=15", "device=cpu").test_engine.strategy == "mixed"
+        make_run("algo=finetune", "episode.query=15", "device=cpu", _PLAIN).test_engine.strategy
+        == "mixed"
     )
     assert (
         make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
@@ -294,7 +298,7 @@ def test_invalid_engine_choices_are_refused(make_run, tmp_path):
 
 
 def test_mixed_choices_are_refused_for_a_method_with_its_own_loss(make_run, tmp_path):
-    run = make_run("algo=maml", "train.meta_batch=4", "episode.train.query=15")
+    run = make_run("algo=maml", "train.meta_batch=4", "episode.train.query=15", _PLAIN)
     assert run.train_engine.strategy == "mixed"
     (tmp_path / "engine.json").write_text(json.dumps(run.choices))
     with pytest.raises(UserError, match="a method with its own loss"):
@@ -318,7 +322,7 @@ def test_rematerialisation_recomputes_in_the_same_precision(make_run):
 
 @pytest.mark.slow
 def test_zero_threads_restores_all_threads(make_run, monkeypatch):
-    monkeypatch.setattr(process, "_ALL_THREADS", 2)
+    monkeypatch.setattr(process, "ALL_THREADS", 2)
     before = torch.get_num_threads()
     try:
         make_run("algo=protonet", "engine.threads=1")

@@ -336,7 +336,7 @@ def test_classes_of_a_mix_are_named_by_their_part_and_batches_have_all(tmp_path)
     batch = data.batches("train", 500, 0).draw(0, 1)
     classes = class_and_image(batch.x)[0, :, 0]
     assert torch.equal(batch.y[0], classes % 100 + 6 * (classes // 100))
-    everything = data.with_all_classes().episodes("all", Shape(5, 1, 1), 0).draw(0, 50)
+    everything = data.with_split("all").episodes("all", Shape(5, 1, 1), 0).draw(0, 50)
     parts = class_and_image(everything.query.x)[..., 0] // 100
     assert (parts == parts[:, :1]).all() and parts.unique().numel() == 2
 

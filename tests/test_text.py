@@ -114,7 +114,7 @@ def test_texts_of_no_class_are_distractors(tmp_path):
     assert set(rows) == own
     assert data.protocol("test")["distractor_label"] == "oos"
     assert "distractor_label" not in plain.protocol("test")
-    whole = data.with_all_classes()
+    whole = data.with_split("all")
     assert len(whole.pools["all"]) == 40
     with pytest.raises(UserError, match=r"distractors x unlabelled = 22, but there are only 10"):
         data.episodes("test", dataclasses.replace(shape, distractors=11), 0)

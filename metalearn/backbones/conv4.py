@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.backbones import layers, normalisation
+from metalearn.backbones import normalisation
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import ACTIVATIONS, init_weight
+from metalearn.backbones.layers import ACTIVATIONS, conv_norm_act, init_weight
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, choice
 from metalearn.system.errors import UserError
@@ -83,12 +83,9 @@ class Conv4(Backbone):
         return (self.filters, height, width) if self.output == "flatten" else (self.filters,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        activation = ACTIVATIONS[self.activation]
         for block in range(self.blocks):
-            weight, bias = params[f"conv{block}.weight"], params.get(f"conv{block}.bias")
             stride = 2 if self.halves(block) and self.downsample == "stride" else 1
-            x = layers.convolution(x, weight, bias, stride, norm.kernels)
-            x = activation(norm(f"norm{block}", x))
+            x = conv_norm_act(norm, str(block), x, stride, self.activation)
             if self.halves(block) and self.downsample == "pool":
                 x = F.max_pool2d(x, 2)
         return x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)

@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
     "tanh": torch.tanh,
 }
+#: Slope for negative values of the activations that can be fused with a normalisation.
+_SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 
 
 def convolution(
@@ -32,6 +34,9 @@ def convolution(
         kernels: Selects the implementation, which does not change the result.
     """
     size = weight.shape[-1]
+    if kernels.own is not None:
+        output = kernels.own.convolution(x, weight, stride)
+        return output if bias is None else output + bias[:, None, None]
     if kernels.convolution == "plain":
         return F.conv2d(x, weight, bias, stride, padding=size // 2)
     height, width = (-(-extent // stride) for extent in x.shape[-2:])
@@ -55,9 +60,31 @@ def init_conv_norm(
 
 def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
     """Apply the named convolution to x [B, C, H, W], then its normalisation."""
-    return norm(
-        f"norm{name}", convolution(x, norm.params[f"conv{name}.weight"], None, stride, norm.kernels)
-    )
+    return conv_norm_act(norm, name, x, stride, None)
+
+
+def conv_norm_act(
+    norm: Normaliser, name: str, x: Tensor, stride: int, activation: str | None
+) -> Tensor:
+    """Apply the named convolution to x [B, C, H, W], its normalisation if any, and an activation.
+
+    Args:
+        norm: Has the parameters, and selects the implementation.
+        name: Of the convolution and its normalisation.
+        x: Inputs.
+        stride: Of the convolution.
+        activation: A name in `ACTIVATIONS`, or None.
+    """
+    weight, bias = norm.params[f"conv{name}.weight"], norm.params.get(f"conv{name}.bias")
+    affine = norm.of_batch(f"norm{name}", weight.shape[0])
+    if affine is not None and bias is None and norm.kernels.own is not None:
+        slope = _SLOPES.get(activation or "", 1.0)
+        x = norm.kernels.own.block(x, weight, *affine, stride, norm.eps, slope)
+        is_done = activation in _SLOPES
+    else:
+        x = norm(f"norm{name}", convolution(x, weight, bias, stride, norm.kernels))
+        is_done = False
+    return x if activation is None or is_done else ACTIVATIONS[activation](x)
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ class Normaliser:
             x = x * (1 + scale.view(shape)) + shift.view(shape)
         return x
 
+    def of_batch(self, name: str, features: int) -> tuple[Tensor, Tensor] | None:
+        """Return scale and shift [C] if the named layer is batch normalisation and no more.
+
+        None if it does not normalise, uses given statistics, collects them or has a `film`.
+        """
+        plain = self.given is None and not self.collect and self.film is None
+        if not plain or f"{name}.weight" not in self.params:
+            return None
+        self.features[name] = features
+        return self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+
     def _normalise(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
         if self.collect:

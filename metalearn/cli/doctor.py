@@ -86,8 +86,9 @@ def _versions() -> Iterator[str]:
 def _device(settings: Any) -> Iterator[str]:
     import torch
 
+    from metalearn.engine.kernels import build as kernels
     from metalearn.report.environment import describe_environment
-    from metalearn.run.parts import device_of
+    from metalearn.run.parts import cache_folder, device_of
 
     yield describe_environment("cpu")["hardware"]
     cuda = torch.version.cuda
@@ -97,6 +98,9 @@ def _device(settings: Any) -> Iterator[str]:
         memory = torch.cuda.get_device_properties(number).total_memory / 2**30
         yield f"{torch.cuda.get_device_name(number)}, {memory:.0f} GiB, CUDA {cuda}"
     yield f"device={settings.device} is {device_of(settings.device)}"
+    kernels.load(cache_folder(settings))
+    in_c = kernels.library() is not None
+    yield f"CPU kernels: {'in C' if in_c else f'without C ({kernels.reason()})'}"
 
 
 def _folders(settings: Any) -> Iterator[str]:

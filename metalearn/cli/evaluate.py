@@ -7,8 +7,9 @@ from typing import Any
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
-HELP = """metalearn evaluate <folder> [key=value …] [split=train|val|test|all]
-                    [curve=shot|way|steps] [at=1,5,10] [--json]
+HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,b] [test.overlap=allow]
+                    [split=train|val|test|all|train+test] [curve=shot|way|steps] [at=1,5]
+                    [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
@@ -19,19 +20,32 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … algo.test_inner_steps=10          more adaptation
   metalearn evaluate … dataset=glyphs                    a different dataset: its test classes
   metalearn evaluate … dataset=glyphs split=all          a different dataset: all its classes
+  metalearn evaluate run0 run1 dataset=glyphs,birds.zip:all      several runs and datasets: a table
   metalearn evaluate … split=train                       accuracy on the training classes
+  metalearn evaluate … split=train+test                  trained and new classes in each episode
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
 
-The folder can also be given as run=<folder>. --json prints one JSON document with the results, or
-the points of the curve, and the files; everything else goes to standard error.
+Images of a different dataset get the size, the channels and the normalisation of the run's own, and
+if they have fewer classes than an episode, the episode has all of them. In dataset=a,b each is a
+name, or a folder or zip of images, perhaps with its split: a:val. Each run is then tested with its
+own statistics. If the run was trained or validated on some of the tested images (found by a hash of
+their pixels before any resizing), the test is refused; with test.overlap=allow, the result lists
+them. A run without training steps has no training images.
+
+With split=train+test, half of the classes of each episode (rounded down) are base classes, which
+the run was trained on, with the same images; the others are novel. The accuracy is also given for
+each kind of query, with the harmonic mean of both (the mean over episodes).
+
+Folders can also be given as run=<folder>,<folder>. --json prints one JSON document with the results
+or the points of the curve, the files, and failed tests; everything else goes to standard error.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
     "{folder}",
     "run={folder}",
-    "split=train|val|test|all",
+    "split=train|val|test|all|train+test",
     "curve=shot|way|steps",
     "{settings}",
     "--json",
@@ -43,7 +57,7 @@ def main(args: list[str]) -> int:
     words = list(args)
     with _arguments.json_document(words) as document:
         document |= _evaluate(words)
-    return 0
+    return 1 if document.get("failures") else 0
 
 
 def _evaluate(args: list[str]) -> dict[str, Any]:
@@ -52,16 +66,46 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
         for word in args
     ]
     overrides = _arguments.parse_settings("evaluate", words)
-    run = _arguments.take(overrides, "run")
+    folders = [
+        folder
+        for word in overrides
+        if word.startswith("run=")
+        for folder in _listed(word.removeprefix("run="))
+    ]
+    overrides = [word for word in overrides if not word.startswith("run=")]
+    given = _arguments.take(overrides, "dataset")
+    datasets = _listed(given or "")
+    if given is not None and not datasets:
+        raise UserError(
+            "dataset=: should be one or several names or folders of images, with commas"
+        )
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
     points = _arguments.take(overrides, "at")
-    if run is None or split is None:
+    if not folders or split is None:
         raise UserError(
             "evaluate: takes a folder, or run=<folder>, and key=value settings; see metalearn "
             "evaluate --help"
         )
     from metalearn.report.console import open_console
-    from metalearn.run.evaluate import evaluate
+    from metalearn.run.evaluate import evaluate, evaluate_several
+    from metalearn.run.other_data import Target
 
-    return evaluate(Path(run), overrides, split, curve, open_console(), points)
+    if len(folders) == 1 and len(datasets) < 2:
+        targets = [Target.of(word) for word in datasets]
+        overrides = [word for target in targets for word in target.overrides] + overrides
+        split = next((target.split for target in targets if target.split), split)
+        return evaluate(Path(folders[0]), overrides, split, curve, open_console(), points)
+    if curve is not None or points is not None:
+        raise UserError("curve: takes one run and one dataset")
+    return evaluate_several(
+        [Path(folder) for folder in folders], datasets, overrides, split, open_console()
+    )
+
+
+def _listed(text: str) -> list[str]:
+    """Return the items of a list with commas; a path that exists, perhaps with `:…`, is one."""
+    name, _, split = text.rpartition(":")
+    if os.path.exists(text) or (os.path.exists(name) and "," not in split):
+        return [text]
+    return [word.strip(" '\"") for word in text.strip("[]").split(",") if word]

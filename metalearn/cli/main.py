@@ -36,6 +36,9 @@ examples
 
 def main() -> None:
     """Run the `metalearn` command."""
+    # Threads of torch that wait for each other in a busy loop lose most of their time to it if
+    # another process uses the cores. It has an effect only before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.set_threshold(100_000)  # what is imported stays: to look at it often costs 0.6 s
     atexit.register(_skip_collection)
     output.prepare_streams()

@@ -36,6 +36,7 @@ settings that are often changed
                                                           query is transductive
   train.steps=10000 train.meta_batch=32 train.lr=0.001 train.schedule=cosine train.patience=10
   val.every=500 val.episodes=300 test.episodes=1000
+  test_dataset=[glyphs,photos/birds:all]          also tests on other datasets, as evaluate does
   seed=0 episode_seed=1 device=auto|cpu|cuda data_dir=… cache_dir=…
   optimiser=sgd optimiser.momentum=0.9 optimiser.weight_decay=5e-4 augment=crop_flip
   loss=label_smoothing

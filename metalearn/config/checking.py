@@ -240,6 +240,8 @@ def _converted(value: Any, kind: Any, name: str) -> Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
+        if isinstance(value, str) and arguments[0] is str:
+            value = [value]  # one name
         if not isinstance(value, list | tuple):
             raise UserError(f"{name}={value}: should be a list")
         if any(isinstance(one, list | dict) for one in value):

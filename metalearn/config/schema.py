@@ -70,6 +70,7 @@ class TestConfig:
     __test__ = False  # not a test class for pytest
 
     episodes: int = at_least(2)
+    overlap: str = choice("refuse", "allow", default="refuse")
     when: str = choice("auto", "always", "best", default="auto", role="presentation")
 
 
@@ -89,7 +90,7 @@ class EngineConfig:
     evaluation_batch: int = at_least(1, default=32, rounds=True)
     threads: int = at_least(0, rounds=True)
     precision: str = choice("fp32", "tf32", "bf16", rounds=True)
-    convolution: str = choice("auto", "plain", "unfold", rounds=True)
+    convolution: str = choice("auto", "plain", "unfold", "direct", rounds=True)
     cuda_graph: bool = setting(default=True)
     rematerialise: bool = setting(rounds=True)
     features: bool = setting(default=False, rounds=True)
@@ -184,6 +185,7 @@ class RunConfig:
     train: TrainConfig = setting(role="identity")
     val: ValConfig = setting(role="identity")
     test: TestConfig = setting(role="protocol")
+    test_dataset: list[str] = setting(default=[], role="presentation")
     checkpoint: CheckpointConfig = setting(role="machine")
     engine: EngineConfig = setting(role="machine")
     seed: int = setting(role="seed")

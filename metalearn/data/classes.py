@@ -1,26 +1,41 @@
 """An opened dataset with classes, of any kind of input, and splits of its classes."""
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
-from metalearn.tasks.store import Augmentation, Augmented, ClassIndex, ClassView, Store
+from metalearn.tasks.store import (
+    Augmentation,
+    Augmented,
+    ClassIndex,
+    ClassView,
+    ImageStore,
+    MixedClasses,
+    Store,
+)
+
+_SPLITS = ("train", "val", "test")
 
 
-def joined(indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None) -> ClassIndex:
-    """Return the classes of several indices, ordered by name.
+def joined(
+    indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None, is_sorted: bool = True
+) -> ClassIndex:
+    """Return the classes of several indices.
 
     Args:
         indices: At least one.
         offsets: Number that is added to the rows of each index; None for 0.
+        is_sorted: Whether to order them by name.
     """
     last = torch.arange(max(one.rows.shape[1] for one in indices))
     rows = [
@@ -28,7 +43,9 @@ def joined(indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None) 
         for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
     ]
     names = [name for one in indices for name in one.names]
-    order = sorted(range(len(names)), key=names.__getitem__)
+    order = list(range(len(names)))
+    if is_sorted:
+        order.sort(key=names.__getitem__)
 
     def ordered(field: str) -> tuple[str, ...]:
         values = [value for one in indices for value in getattr(one, field)]
@@ -42,7 +59,18 @@ def joined(indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None) 
 
 
 class ClassData:
-    """An opened dataset with classes: an input store and a view of the classes of each split."""
+    """An opened dataset with classes: an input store and a view of the classes of each split.
+
+    Attributes:
+        stores: The inputs of each split.
+        views: The classes of each split.
+        content_hash: Hash of the data.
+        standardisation: Shift and scale of each channel; {} without standardisation.
+        hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
+            None if unknown.
+        is_on_host: Whether inputs stay on the host, and tasks are drawn there.
+        inputs: Kind and shape of one input.
+    """
 
     outputs: int | None = None
 
@@ -52,9 +80,12 @@ class ClassData:
         views: dict[str, ClassView],
         content_hash: str,
         standardisation: dict[str, list[float]] = {},  # noqa: B006
+        hashes: torch.Tensor | None = None,
+        is_on_host: bool = False,
     ) -> None:
         self.stores, self.views, self.content_hash = dict(stores), views, content_hash
-        self.standardisation = standardisation
+        self.standardisation, self.hashes = standardisation, hashes
+        self.is_on_host = is_on_host
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
@@ -68,7 +99,9 @@ class ClassData:
     def protocol(self, split: str) -> dict[str, object]:
         """Return the hashes of data and classes, the number of classes, and the rotations."""
         others = [
-            view.index.names for name, view in self.views.items() if split not in (name, "all")
+            view.index.names
+            for name, view in self.views.items()
+            if name in _SPLITS and split not in (name, "all")
         ]
         return {
             "data": self.content_hash,
@@ -79,20 +112,66 @@ class ClassData:
             **self.views[split].protocol,
         }
 
-    def with_all_classes(self) -> "ClassData":
-        """Return the data with one more split, "all": the classes of all splits, by name.
+    def with_split(self, split: str) -> "ClassData":
+        """Return the data with one more split.
+
+        Args:
+            split: "all", the classes of all splits by name; or "train+test", in whose episodes
+                classes of both meet (see `MixedClasses`).
 
         Raises:
-            UserError: If the splits do not share one store of inputs.
+            UserError: If the splits do not share one store of inputs, or the classes to mix are
+                rotated.
         """
-        index = joined([view.index for view in self.views.values()])
+        views = [self.views[name] for name in (_SPLITS if split == "all" else split.split("+"))]
+        parts = [view.index for view in views]
+        index = joined(parts, is_sorted=split == "all")
         if len(index.rows.unique()) < index.num_inputs:  # each split counts its rows from 0
             raise UserError(
-                "split=all: the splits of this dataset are stored apart; use split=test"
+                f"split={split}: the splits of this dataset are stored apart; use split=test"
             )
-        views = {**self.views, "all": dataclasses.replace(self.views["test"], index=index)}
-        stores = {**self.stores, "all": self.stores["test"]}
-        return ClassData(stores, views, self.content_hash, self.standardisation)
+        test = self.views["test"]
+        if split == "all":
+            view = dataclasses.replace(test, index=index)
+        elif test.has_rotations:
+            raise UserError(f"split={split}: requires dataset.rotations=none, or train_classes")
+        else:
+            view = MixedClasses(index, num_base=len(parts[0].names))
+        return self.changed(
+            stores={**self.stores, split: self.stores["test"]}, views={**self.views, split: view}
+        )
+
+    def standardised(self, standardisation: dict[str, list[float]]) -> "ClassData":
+        """Return the data with images that are normalised by the given shift and scale."""
+        stores: dict[str, Store] = {}
+        for split, store in self.stores.items():
+            if isinstance(store, ImageStore) and standardisation:
+                device = store.shift.device
+                shift, scale = (
+                    torch.tensor(standardisation[name], device=device).view(-1, 1, 1)
+                    for name in ("shift", "scale")
+                )
+                store = dataclasses.replace(store, shift=shift, scale=scale)
+            stores[split] = store
+        return self.changed(stores=stores, standardisation=standardisation)
+
+    def changed(self, **changes: Any) -> "ClassData":
+        """Return a copy with other attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    def class_hashes(self, split: str) -> dict[str, torch.Tensor]:
+        """Return the hashes of the inputs of each class of a split, by name; {} if unknown."""
+        index = self.views[split].index
+        if self.hashes is None:
+            return {}
+        return {
+            name: self.hashes[rows[:count]]
+            for name, rows, count in zip(
+                index.names, index.rows.cpu(), index.counts.tolist(), strict=True
+            )
+        }
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None

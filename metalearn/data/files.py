@@ -1,6 +1,7 @@
 """Decode images from folders and archives: in parallel, cached, with errors that name the file."""
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import sys
@@ -26,9 +27,27 @@ _FORMATS = (
     "PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "ICO",
     "ICNS", "DDS", "SGI", "QOI", "PSD", "SUN", "XBM", "XPM", "PCX", "TGA",
 )  # fmt: skip
+#: Version of the content of cached files.
+_CACHE_FORMAT = 2
 SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name in _FORMATS
 )
+
+
+class Decoded(NamedTuple):
+    """Decoded images.
+
+    Attributes:
+        images: uint8 [I, C, H, W].
+        left_out: Files that could not be read.
+        transparent: Number of images with transparent pixels.
+        hashes: `pixel_hash` of each image, int64 [I].
+    """
+
+    images: Tensor
+    left_out: list["ImageFile"]
+    transparent: int
+    hashes: Tensor
 
 
 class ImageFile(NamedTuple):
@@ -107,18 +126,14 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
 
 def decode(
     files: list[ImageFile], to_array: Callable[[Image.Image], np.ndarray], unreadable: str = ""
-) -> tuple[Tensor, list[ImageFile], int]:
-    """Decode images in parallel.
+) -> Decoded:
+    """Decode images in parallel, in the order of `files`, and hash them as the files have them.
 
     Args:
         files: At least one file.
         to_array: Converts an image to uint8 [C, H, W], the same shape for all.
         unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
             does not, "" means that there is no such setting.
-
-    Returns:
-        Images, uint8 [I, C, H, W], in the order of `files`; the files that were left out; and the
-        number of images with transparent pixels.
 
     Raises:
         UserError: If files cannot be read; it names the first ten.
@@ -127,14 +142,16 @@ def decode(
         raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
-    def decode_chunk(chunk: list[ImageFile]) -> tuple[list[np.ndarray], dict[ImageFile, str], int]:
+    def decode_chunk(chunk: list[ImageFile]) -> tuple[Any, dict[ImageFile, str], int, list[int]]:
         archives: dict[Path, zipfile.ZipFile] = {}
-        arrays, failures, transparent = [], {}, 0
+        arrays, failures, transparent, hashes = [], {}, 0, []
         try:
             for file in chunk:
                 try:
                     with _open(file, archives) as stream, open_image(stream) as image:
-                        arrays.append(to_array(image))
+                        array = to_array(image)
+                        hashes.append(pixel_hash(np.asarray(plain(image, "white", "RGB"))))
+                        arrays.append(array)
                         transparent += is_transparent(image)
                 # A corrupt file can raise any exception in Pillow and zipfile.
                 except Exception as error:
@@ -145,14 +162,14 @@ def decode(
         finally:
             for archive in archives.values():
                 archive.close()
-        return ([np.stack(arrays)] if arrays else []), failures, transparent
+        return ([np.stack(arrays)] if arrays else []), failures, transparent, hashes
 
     size = -(-len(files) // (4 * workers))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # about metadata, with paths of Pillow
         # Pillow releases the GIL to decode and resize.
-        parts, failures, transparent = zip(*pool.map(decode_chunk, chunks), strict=True)
+        parts, failures, transparent, hashes = zip(*pool.map(decode_chunk, chunks), strict=True)
     failed = {file: reason for some in failures for file, reason in some.items()}
     if failed and (unreadable != "skip" or len(failed) == len(files)):
         (first, reason), *others = failed.items()
@@ -164,7 +181,35 @@ def decode(
             f"replace or remove {them}{hint if unreadable == 'error' else ''}"
         )
     images = np.concatenate([array for arrays in parts for array in arrays])
-    return torch.from_numpy(images), list(failed), sum(transparent)
+    return Decoded(
+        torch.from_numpy(images),
+        list(failed),
+        sum(transparent),
+        torch.tensor([number for some in hashes for number in some]),
+    )
+
+
+def pixel_hash(pixels: np.ndarray) -> int:
+    """Return a hash of an image that does not depend on its file: 64 bits.
+
+    It is of the image in its own size: upright, in RGB, on white. So copies in different lossless
+    formats have the same hash; copies that were resized or compressed with loss again have not.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+    """
+    digest = hashlib.sha256(repr(pixels.shape).encode())
+    digest.update(pixels.tobytes())
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)
+
+
+def _stored_hashes(images: Tensor) -> Tensor | None:
+    """Return `pixel_hash` of images [I, C, H, W] that were not read from files, int64 [I]."""
+    channels = images.shape[1]
+    if channels not in (1, 3):
+        return None
+    pixels = images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    return torch.tensor([pixel_hash(one) for one in pixels])
 
 
 def named(files: Iterable[ImageFile]) -> str:
@@ -233,9 +278,11 @@ def cached(
 ) -> ClassImages:
     """Load images from the cache, or make and cache them.
 
-    The cache's key is a hash of `settings`, which includes the hash of the files.
+    The cache's key is a hash of `settings`, which includes the hash of the files. Images without
+    `hashes` are hashed as they are.
     """
-    path = cache_dir / f"{name}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.pt"
+    key = hashlib.sha256(repr((_CACHE_FORMAT, settings)).encode()).hexdigest()[:16]
+    path = cache_dir / f"{name}-{key}.pt"
     if path.is_file():
         try:
             return ClassImages(**torch.load(path, weights_only=True))
@@ -248,6 +295,8 @@ def cached(
     if sys.stderr.isatty():
         print(f"preparing the images of {name} (only the first time)", file=sys.stderr, flush=True)
     pictures = make()
+    if pictures.hashes is None:
+        pictures = dataclasses.replace(pictures, hashes=_stored_hashes(pictures.images))
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         remove_abandoned(cache_dir, older_than=3600)

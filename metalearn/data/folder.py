@@ -148,17 +148,20 @@ class Folder(ImageDataset):
             )
         names = sorted(classes)
         images = [file for name in names for file in classes[name]]
-        pixels, unreadable, transparent = files.decode(images, self.to_array, self.unreadable)
+        decoded = files.decode(images, self.to_array, self.unreadable)
         fill = "the colours hidden there" if self.background == "none" else self.background
+        background = f"which become {fill} (dataset.background)"
+        missing = len(decoded.left_out)
         facts = {
-            f"cannot be read and are left out: {files.named(unreadable)}": len(unreadable),
-            f"have transparent parts, which become {fill} (dataset.background)": transparent,
+            f"cannot be read and are left out: {files.named(decoded.left_out)}": missing,
+            f"have transparent parts, {background}": decoded.transparent,
         }
         notes = [f"{root}: {n} of {len(images)} images {what}" for what, n in facts.items() if n]
-        left_out = set(unreadable)
+        left_out = set(decoded.left_out)
         counts = {name: len(set(classes[name]) - left_out) for name in names}
         names = [name for name in names if counts[name]]
-        return ClassImages(pixels, [counts[name] for name in names], names, notes, splits)
+        sizes = [counts[name] for name in names]
+        return ClassImages(decoded.images, sizes, names, notes, splits, decoded.hashes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         image = files.plain(image, self.background, "RGB" if self.colour == "rgb" else "L")

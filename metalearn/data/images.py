@@ -29,6 +29,8 @@ class ClassImages:
         names: Name of each class.
         notes: Lines for the user about how the images were read.
         splits: Names of the classes of each split, if the files have splits; else {}.
+        hashes: `metalearn.data.files.pixel_hash` of each image before any resizing, int64 [I];
+            None: of the images as they are.
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class ClassImages:
     names: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
     splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    hashes: Tensor | None = None
 
     def content_hash(self) -> str:
         """Return a hash of pixels, classes and their order, independent of the source files."""
@@ -56,6 +59,11 @@ def with_channels(x: Tensor, channels: int | None) -> Tensor:
     return grey if x.is_floating_point() else grey.round().to(x.dtype)
 
 
+def is_too_large(images: Tensor, device: torch.device) -> bool:
+    """Return True if images need more than half of the free memory of a GPU."""
+    return device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(device)[0] / 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageDataset(Dataset):
     """Settings that all datasets of images share.
@@ -67,6 +75,8 @@ class ImageDataset(Dataset):
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
         channels: 1 or 3, to convert the images for a network; None for those of the dataset.
+        store: Where the images are: "device", "host", or "auto": on a GPU if they need at most half
+            of its free memory. Results do not depend on it.
         raw: Leave images in [0, 1], for a network that standardises them itself.
     """
 
@@ -77,6 +87,7 @@ class ImageDataset(Dataset):
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
+    store: str = choice("auto", "device", "host", default="auto", role="machine")
     channels: int | None = given_by_run(None)
     raw: bool = given_by_run(False)
 
@@ -97,7 +108,7 @@ class ImageDataset(Dataset):
         Args:
             pictures: All images.
             splits: Names of the classes of each split.
-            device: Device that holds the images.
+            device: Device of the run.
             standardise: Whether to subtract the mean and divide by the standard deviation of the
                 training images, per channel.
             superclass_of: Superclass of each class; {} if there are none.
@@ -105,8 +116,11 @@ class ImageDataset(Dataset):
         Raises:
             UserError: For a split without classes.
         """
+        images = with_channels(pictures.images, self.channels)
+        is_on_host = self.store == "host" or (self.store == "auto" and is_too_large(images, device))
+        where = torch.device("cpu") if is_on_host else device
         views: dict[str, ClassView] = {}
-        indices = class_indices(pictures.names, pictures.counts, splits, device, superclass_of)
+        indices = class_indices(pictures.names, pictures.counts, splits, where, superclass_of)
         for split, index in indices.items():
             if self.rotations in ("classes", f"{split}_classes"):
                 views[split] = RotatedClasses(
@@ -115,12 +129,11 @@ class ImageDataset(Dataset):
             else:
                 kind = RotatedEpisodes if self.rotations == "episode" else ClassView
                 views[split] = kind(index)
-        images = with_channels(pictures.images, self.channels)
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:
             shift, scale = moments(images, views["train"].index.rows.cpu().unique())
         store = ImageStore(
-            images.to(device),
+            images.to(where),
             shift.view(-1, 1, 1).to(device),
             1 / scale.view(-1, 1, 1).to(device),
         )
@@ -132,7 +145,10 @@ class ImageDataset(Dataset):
             "shift": store.shift.flatten().tolist(),
             "scale": store.scale.flatten().tolist(),
         }
-        return ClassData(stores, views, pictures.content_hash(), standardisation)
+        content = pictures.content_hash()
+        return ClassData(
+            stores, views, content, standardisation, pictures.hashes, is_on_host=is_on_host
+        )
 
 
 def moments(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,7 @@ def _assembled(
 ) -> ClassImages:
     """Read parts and convert their images; an error names the file of the part."""
     pixels: list[np.ndarray] = []
+    hashes: list[int] = []
     counts: list[int] = []
     names: list[list[str]] = []
     for file, read in reads:
@@ -159,7 +160,10 @@ def _assembled(
         try:
             for images, classes in read():
                 for name, rows in classes.items():
-                    pixels += [to_array(_image(images[row])) for row in rows]
+                    for image in (_image(images[row]) for row in rows):
+                        pixels.append(to_array(image))
+                        plain = files.plain(image, "white", "RGB")
+                        hashes.append(files.pixel_hash(np.asarray(plain)))
                     counts.append(len(rows))
                     names[-1].append(name)
         except Exception as error:  # a corrupt file can raise any
@@ -170,7 +174,11 @@ def _assembled(
     of_split = dict(zip(splits, names, strict=False))
     check_splits(of_split, f"{reads[0][0].source}")
     return ClassImages(
-        torch.from_numpy(np.stack(pixels)), counts, [*itertools.chain(*names)], splits=of_split
+        torch.from_numpy(np.stack(pixels)),
+        counts,
+        [*itertools.chain(*names)],
+        splits=of_split,
+        hashes=torch.tensor(hashes),
     )
 
 

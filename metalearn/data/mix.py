@@ -73,17 +73,21 @@ class Mix(Dataset):
         opened = {name: one.open(data_dir, cache_dir, device) for name, one in self.sets.items()}
         _check(opened)
         first = opened[self.parts[0]]
+        is_on_host = any(data.is_on_host for data in opened.values())
+        where = torch.device("cpu") if is_on_host else device
         joints: dict[tuple[int, ...], Tensor] = {}
         stores, views = {}, {}
         for split in ("train", "val", "test"):
             own = [data.stores[split] for data in opened.values()]
-            tensors = [_inputs(store) for store in own]
+            tensors = [_inputs(store).to(where) for store in own]
             places = tuple(tensor.data_ptr() for tensor in tensors)  # splits often share them
             if places not in joints:
                 joints[places] = _joined(tensors)
             stores[split] = _with_inputs(own[0], joints[places])
             starts = [0, *itertools.accumulate(map(len, tensors))][:-1]
-            indices = [_named(name, data.views[split].index) for name, data in opened.items()]
+            indices = [
+                _named(name, data.views[split].index, where) for name, data in opened.items()
+            ]
             views[split] = dataclasses.replace(first.views[split], index=joined(indices, starts))
         standardisation = first.standardisation
         if any(data.standardisation != standardisation for data in opened.values()):
@@ -97,7 +101,9 @@ class Mix(Dataset):
             stores = {split: dataclasses.replace(one, **change) for split, one in stores.items()}
         content = repr([(name, data.content_hash) for name, data in opened.items()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        return ClassData(stores, views, digest, standardisation)
+        hashes = [data.hashes for data in opened.values() if data.hashes is not None]
+        whole = torch.cat(hashes) if len(hashes) == len(opened) else None
+        return ClassData(stores, views, digest, standardisation, whole, is_on_host=is_on_host)
 
 
 def _check(opened: Mapping[str, Any]) -> None:
@@ -129,11 +135,13 @@ def _properties(data: ClassData) -> list[tuple[str, str]]:
     return properties
 
 
-def _named(part: str, index: ClassIndex) -> ClassIndex:
-    """Return an index with the name of its part in all names."""
+def _named(part: str, index: ClassIndex, device: torch.device) -> ClassIndex:
+    """Return an index on a device, with the name of its part in all names."""
     groups = [f"{part}/{name}" for name in index.superclasses] or [part] * len(index.names)
     return dataclasses.replace(
         index,
+        rows=index.rows.to(device),
+        counts=index.counts.to(device),
         names=tuple(f"{part}/{name}" for name in index.names),
         superclasses=tuple(groups),
         parts=(part,) * len(index.names),

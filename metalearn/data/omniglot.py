@@ -111,8 +111,9 @@ class Omniglot(ImageDataset):
                 )
 
         files = [sorted(images_of[name], key=lambda file: Path(file.name).name) for name in names]
-        images, _, _ = decode([file for own in files for file in own], self.to_array)
-        return ClassImages(images, [_NUM_IMAGES] * len(names), names)
+        decoded = decode([file for own in files for file in own], self.to_array)
+        counts = [_NUM_IMAGES] * len(names)
+        return ClassImages(decoded.images, counts, names, hashes=decoded.hashes)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
         return ink(image, self.image_size, _RESAMPLING[self.resample])

@@ -223,10 +223,10 @@ class _DistractedData(ClassData):
         super().__init__(stores, views, content_hash)
         self.pools, self.label = pools, label
 
-    def with_all_classes(self) -> ClassData:
-        data = super().with_all_classes()
-        pools = {**self.pools, "all": torch.cat(list(self.pools.values()))}
-        return _DistractedData(data.stores, data.views, data.content_hash, pools, self.label)
+    def with_split(self, split: str) -> ClassData:
+        names = list(self.pools) if split == "all" else split.split("+")
+        own = torch.cat([self.pools[name] for name in names])
+        return super().with_split(split).changed(pools={**self.pools, split: own})
 
     def protocol(self, split: str) -> dict[str, object]:
         digest = hashlib.sha256(repr(self.pools[split].tolist()).encode()).hexdigest()[:16]

@@ -6,6 +6,8 @@ Every speed optimisation is in this package. The strategies return the same resu
   mixed  batches adaptation and loops over tasks for the queries. With per-task weights, a batched
          convolution becomes a grouped one, which is slow on CPU with many queries. Requires the
          default `loss`.
+On CPU, `vmap` uses the operators of `kernels` if their C implementation is available: chunks run in
+threads, and training replays a trace of the step (`replay`).
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import memory
+from metalearn.engine import kernels, memory, process, replay, threads
 from metalearn.tasks.types import (
     CLASS_ERRORS,
     Batch,
@@ -37,6 +39,8 @@ from metalearn.tasks.types import (
 # input elements per chunk; measured in benchmarks/speed-cpu.md.
 _FEW_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 18
+# With convolution "direct", larger chunks have less overhead, and smaller ones stay in the caches.
+_DIRECT_CHUNK_ELEMENTS, _DIRECT_CHUNK = 1 << 20, (2, 16)
 
 
 class Step(NamedTuple):
@@ -62,7 +66,7 @@ class Engine:
         strategy: "vmap", "loop", "mixed" or "auto".
         chunk: Number of tasks processed at once, which bounds memory; 0 to choose automatically.
         precision: "fp32", "tf32" or "bf16" (autocast).
-        convolution: See `Kernels`; for per-task weights.
+        convolution: See `Kernels`; for per-task weights. "auto" until `resolve`.
     """
 
     algorithm: Algorithm
@@ -92,6 +96,13 @@ class Engine:
         )
         # Rollouts are chains of small operations.
         few = query.shape[1] < _FEW_QUERIES or not self.algorithm.family.predicts
+        iterates = self.algorithm.is_iterative and not self.algorithm.backbone.is_external
+        convolution = self.convolution
+        if convolution == "auto":
+            is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
+            suits = iterates and query.dim() == 5 and count > 1
+            may_vmap = self.strategy in ("auto", "vmap")
+            convolution = "direct" if is_fast and suits and may_vmap else "plain"
         strategy = self.strategy
         if strategy == "auto":
             if self.algorithm.backbone.is_external:
@@ -102,16 +113,22 @@ class Engine:
                 strategy = "loop"  # a single task is already a large batch
             else:
                 # "mixed" would loop over tasks for the predictions, where such a method computes.
-                is_batched = few or self.algorithm.is_transductive
+                is_batched = few or self.algorithm.is_transductive or convolution == "direct"
                 strategy = "vmap" if is_batched else "mixed"
         if strategy == "mixed" and training and self.has_own_loss(tasks):
             strategy = "vmap"
         batched = 0 if support is None else support[0].numel()
         batched += 0 if strategy == "mixed" else query[0].numel()
-        chunk = self.chunk or (max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count)
-        return dataclasses.replace(
-            self, strategy=strategy, chunk=1 if strategy == "loop" else min(chunk, count)
-        )
+        chunk = self.chunk
+        if not chunk and cpu and convolution == "direct":
+            # As many chunks as the machine has cores; the number of threads changes no result.
+            low, high = _DIRECT_CHUNK
+            share = max(low, min(high, -(-count // process.ALL_THREADS)))
+            chunk = max(1, min(share, _DIRECT_CHUNK_ELEMENTS // max(1, batched)))
+        elif not chunk:
+            chunk = max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count
+        chunk = 1 if strategy == "loop" else min(chunk, count)
+        return dataclasses.replace(self, strategy=strategy, convolution=convolution, chunk=chunk)
 
     def at(self, progress: float) -> "Engine":
         """Return the engine for a given progress of meta-training, in [0, 1]."""
@@ -142,7 +159,12 @@ class Engine:
         }
 
     def step(
-        self, state: State, tasks: Task | Batch, progress: Tensor, count: int | None = None
+        self,
+        state: State,
+        tasks: Task | Batch,
+        progress: Tensor,
+        count: int | None = None,
+        replays: replay.Replays | None = None,
     ) -> Step:
         """Compute meta-gradients of the mean loss over T tasks or batches.
 
@@ -152,6 +174,7 @@ class Engine:
             progress: [] in [0, 1].
             count: Divisor of sums over tasks, for processes that hold only a part of a step's
                 tasks; None for T.
+            replays: Replays long computations; None to use none.
 
         Returns:
             Gradients (named as in `state.params`), logs, statistics and buffers, averaged over
@@ -163,37 +186,72 @@ class Engine:
         count = count or tasks.key.shape[0]
 
         def with_chunk(size: int, few: Task | Batch = tasks) -> Step:
-            return dataclasses.replace(self, chunk=size)._step(state, few, progress, count)
+            return dataclasses.replace(self, chunk=size)._step(state, few, progress, count, replays)
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
-    def _step(self, state: State, tasks: Task | Batch, progress: Tensor, count: int) -> Step:
-        params = {name: value.detach().requires_grad_() for name, value in state.params.items()}
-        leaves = list(params.values())
-        total: Any = None
-        values: list[Tensor] = []
-        errors: list[Tensor] = []
-        for chunk in _split(tasks, self.chunk):
-            with self.autocast(chunk.key.device):
-                losses = self._losses(State(params, state.buffers), chunk, progress)
-            gradients = torch.autograd.grad(
-                losses.value.sum() / count, leaves, materialize_grads=True
-            )
-            if CLASS_ERRORS in losses.logs:
-                errors.append(losses.logs.pop(CLASS_ERRORS))
-            part = (
-                dict(zip(params, gradients, strict=True)),
-                *(
-                    _sum_over_tasks(part, count)
-                    for part in (losses.logs, losses.statistics, losses.buffers)
-                ),
-            )
-            total = part if total is None else pytree.tree_map(torch.add, total, part)
-            values.append(losses.logs["loss"].detach())
+    @property
+    def is_direct(self) -> bool:
+        """Return True if all convolutions with weights per task use the operators of `kernels`."""
+        return self.strategy == "vmap" and self.convolution == "direct"
+
+    def _step(
+        self,
+        state: State,
+        tasks: Task | Batch,
+        progress: Tensor,
+        count: int,
+        replays: replay.Replays | None,
+    ) -> Step:
+        def of_chunk(state: State, chunk: Task | Batch, progress: Tensor) -> Any:
+            return self._chunk_step(state, chunk, progress, count)
+
+        chunks = _split(tasks, self.chunk)
+        if self.is_direct and replays is not None and progress.device.type == "cpu":
+            parts = replays(of_chunk, state, chunks, progress)
+        else:
+            parts = self._each(lambda chunk: of_chunk(state, chunk, progress), chunks)
+        total = parts[0][0]
+        for part, _ in parts[1:]:
+            total = pytree.tree_map(torch.add, total, part)
         gradients, logs, statistics, buffers = total
-        each = torch.cat(values), torch.cat(errors) if errors else None
-        return Step(gradients, logs, statistics, buffers, *each)
+        gradients = {name: value.contiguous() for name, value in gradients.items()}
+        each = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
+        return Step(gradients, logs, statistics, buffers, **each)
+
+    def _each(self, function: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
+        """Return `function` of each chunk; own operators leave the use of several cores to us."""
+        if self.is_direct and chunks[0].key.device.type == "cpu":
+            return threads.in_order(function, chunks)
+        return [function(chunk) for chunk in chunks]
+
+    def _chunk_step(
+        self, state: State, chunk: Task | Batch, progress: Tensor, count: int
+    ) -> tuple[tuple[Params, ...], dict[str, Tensor]]:
+        """Return the fields of `Step` for some tasks: sums divided by `count`, and values."""
+        params = {}
+        for name, value in state.params.items():
+            is_filter = self.is_direct and value.dim() == 4
+            value = kernels.weight_layout(value) if is_filter else value
+            params[name] = value.detach().requires_grad_()
+        with self.autocast(chunk.key.device):
+            losses = self._losses(State(params, state.buffers), chunk, progress)
+        with replay.FastSums():
+            gradients = torch.autograd.grad(
+                losses.value.sum() / count, list(params.values()), materialize_grads=True
+            )
+        each = {"losses": losses.logs["loss"].detach()}
+        if CLASS_ERRORS in losses.logs:
+            each["class_errors"] = losses.logs.pop(CLASS_ERRORS)
+        part = (
+            dict(zip(params, gradients, strict=True)),
+            *(
+                _sum_over_tasks(part, count)
+                for part in (losses.logs, losses.statistics, losses.buffers)
+            ),
+        )
+        return part, each
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""
@@ -203,8 +261,10 @@ class Engine:
 
     def _with_kernels(self, batched: bool) -> Algorithm:
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
-        kernels = Kernels(self.convolution if batched else "plain", fused_norm=not batched)
-        backbone = dataclasses.replace(self.algorithm.backbone, kernels=kernels)
+        convolution = self.convolution if batched and self.convolution != "auto" else "plain"
+        own = kernels if convolution == "direct" else None
+        kinds = Kernels(convolution, fused_norm=not batched, own=own)
+        backbone = dataclasses.replace(self.algorithm.backbone, kernels=kinds)
         return dataclasses.replace(self.algorithm, backbone=backbone)
 
     def _losses(self, state: State, tasks: Task | Batch, progress: Tensor) -> Loss:
@@ -259,18 +319,18 @@ class Engine:
 
         return self._outputs(score, state, tasks, steps)
 
-    @torch.no_grad()
     def _outputs(
         self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
     ) -> Tensor:
         """Adapt to T tasks and stack `output(algorithm, learner, query, key)` of each."""
 
+        @torch.no_grad()  # also in threads
+        def of_chunk(chunk: Task) -> Tensor:
+            with self.autocast(chunk.key.device):
+                return self._chunk_outputs(output, state, chunk, steps)
+
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
-            parts = []
-            for chunk in _split(few, size):
-                with self.autocast(chunk.key.device):
-                    parts.append(self._chunk_outputs(output, state, chunk, steps))
-            return torch.cat(parts)
+            return torch.cat(self._each(of_chunk, _split(few, size)))
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)

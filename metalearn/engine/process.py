@@ -9,7 +9,7 @@ import torch
 from metalearn.system.errors import UserError
 
 #: Default of torch, before any run of this process sets fewer.
-_ALL_THREADS = torch.get_num_threads()
+ALL_THREADS = torch.get_num_threads()
 
 
 def prepare(device: torch.device, threads: int, precision: str) -> None:
@@ -29,9 +29,10 @@ def prepare(device: torch.device, threads: int, precision: str) -> None:
     if precision == "tf32" and device.type != "cuda":
         raise UserError("engine.precision=tf32: requires a CUDA device; use fp32 or bf16")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"  # type: ignore[union-attr]
-    torch.set_num_threads(threads or _ALL_THREADS)
+    torch.set_num_threads(threads or ALL_THREADS)
     if device.type == "cpu" and (glibc := _glibc()) is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+        glibc.mallopt(m_arena_max, 1)  # other arenas return their memory when they are empty
         glibc.mallopt(m_mmap_threshold, 1 << 30)
         glibc.mallopt(m_trim_threshold, (1 << 31) - 1)
 

@@ -155,6 +155,11 @@ class RunFeatures(Network):
                 f"run={run}: its features depend on the other images, so no head can learn from "
                 "them; leave out head="
             )
+        if isinstance(self, AdaptingRun) and self._model.is_transductive:
+            raise UserError(
+                f"run={run}: its predictions depend on the other queries, so an image alone has no "
+                "label; choose a head, such as head=ridge"
+            )
         self.identity = hashlib.sha256(RunFolder(Path(run)).best.read_bytes()).hexdigest()
         self.way = self._model.way if isinstance(self, AdaptingRun) else None
         self.pen = self._model.pen

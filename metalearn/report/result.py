@@ -33,7 +33,8 @@ class Result:
         seconds: Wall-clock seconds, of training and test or of an evaluation.
         split: The split whose classes were tested.
         training: Facts of the training: command, val, best_step, steps, engine, processes.
-        evaluation: Facts of a later evaluation: overrides, variant, dataset.
+        evaluation: Facts of a later evaluation: overrides, variant, dataset, and overlap if tested
+            examples were trained on.
         transductive_minus_inductive: Paired difference on the same episodes, if both were tested.
     """
 
@@ -144,7 +145,7 @@ def hash_of(protocol: dict[str, Any]) -> str:
 
 
 _REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
-_EVALUATION = ("overrides", "variant", "dataset")
+_EVALUATION = ("overrides", "variant", "dataset", "overlap")
 _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.
 _TYPES = {
@@ -157,6 +158,10 @@ _TYPES = {
     "details": {
         "worst_decile?": {"mean": float}, "worst_classes?": {"*": float},
         "expected_calibration_error?": float, "episodes_needed?": {"*": int},
+        "generalised?": {
+            "base": _ESTIMATE, "novel": _ESTIMATE, "harmonic_mean": _ESTIMATE,
+            "base_images_were_trained_on": bool,
+        },
     },
     "environment": {"hardware": str},
     "transductive_minus_inductive?": {**_ESTIMATE, "p_value": float},

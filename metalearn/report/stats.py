@@ -71,6 +71,25 @@ def paired_difference(a: Tensor, b: Tensor) -> Difference:
     return Difference(mean, half_width, float(2 * stdtr(count - 1, -abs(mean) / error)), count)
 
 
+def base_and_novel(correct: Tensor, is_base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute each episode's accuracy on base and on novel classes, and their harmonic mean.
+
+    As in generalised few-shot learning (Ye et al. 2021): the harmonic mean of an episode is 0 if
+    one of the two is 0.
+
+    Args:
+        correct: Whether each query was classified correctly, bool [E, Q].
+        is_base: Whether its class is a base class, bool [E, Q]; each episode has both kinds.
+
+    Returns:
+        Accuracy on base classes, on novel classes, harmonic mean: float64 [E] each.
+    """
+    base, novel = (
+        (correct & kind).sum(1).double() / kind.sum(1).double() for kind in (is_base, ~is_base)
+    )
+    return base, novel, 2 * base * novel / (base + novel).clamp_min(1e-12)
+
+
 def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """Compute the two-sided p-value of equal means of two groups of seeds (Welch 1947).
 

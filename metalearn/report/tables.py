@@ -69,14 +69,36 @@ def print_details(console: Console, result: Result) -> None:
     if (episodes := details.get("episodes_needed", {}).get("0.001")) is not None:
         parts.append(f"±0.10% needs {episodes:,} episodes")
     print_line(console, f"  {result.protocol['statistics']} statistics: {'; '.join(parts)}")
-    if pretraining := details.get("pretraining"):
+    print_generalised(console, result)
+    print_pretraining(console, result)
+
+
+def print_pretraining(console: Console, result: Result, owner: str = "") -> None:
+    """Print which test classes the data of pretrained weights contain, if there are such."""
+    if pretraining := result.details.get("pretraining"):
         data, shared = pretraining["data"], pretraining["shared"]
         text = "it may contain test classes"
         if shared:
             names = f"{', '.join(shared[:5])}{', …' if len(shared) > 5 else ''}"
             number = f"at least {len(shared)} of the {pretraining['classes']} test classes"
             text = f"which contains {number}, by their names: {names}"
-        print_line(console, f"  pretrained on {data or 'data that are not stated'}, {text}")
+        print_line(console, f"  {owner}pretrained on {data or 'data that are not stated'}, {text}")
+
+
+def print_generalised(console: Console, result: Result, owner: str = "") -> None:
+    """Print the accuracy on base and novel classes, if the episodes have both."""
+    if not (own := result.details.get("generalised")):
+        return
+    base, novel, both = (
+        format_score(result.metric, Estimate(**own[name]))
+        for name in ("base", "novel", "harmonic_mean")
+    )
+    seen = "; images of base classes were seen in training"
+    print_line(
+        console,
+        f"  {owner}base classes {base}, novel classes {novel}, harmonic mean {both}"
+        f"{seen if own['base_images_were_trained_on'] else ''}",
+    )
 
 
 def format_difference(metric: str, difference: Difference) -> str:
@@ -119,4 +141,19 @@ def result_row(name: str, result: Result) -> dict[str, Any]:
         f"{result.split} {result.metric}": format_score(result.metric, result.test),
         "protocol": result.protocol_id,
         "minutes": f"{result.seconds / 60:.1f}",
+    }
+
+
+def test_row(dataset: str, name: str, result: Result) -> dict[str, Any]:
+    """Return a row for `result_table`: a test of one of several runs on one of several datasets."""
+    mark = " (overlap)" if result.evaluation.get("overlap") else ""
+    return {
+        "dataset": dataset + mark,
+        "run": name,
+        "split": result.split,
+        "classes": result.protocol.get("num_classes", ""),
+        "episode": result.shape,
+        "statistics": result.protocol["statistics"],
+        "score": format_score(result.metric, result.test),
+        "protocol": result.protocol_id,
     }

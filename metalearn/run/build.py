@@ -12,6 +12,7 @@ from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
+from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
 from metalearn.run import checkpoint
 from metalearn.run.engines import make_engines, stored_choices
@@ -60,7 +61,7 @@ class Run:
         spec: Shapes of inputs and outputs.
         standardisation: Shift and scale of each channel; {} without standardisation.
         protocol: Everything that the measurement depends on, as plain data.
-        content_hash: Hash of the data.
+        data: The opened dataset.
         class_names: Names of the classes of each split.
         shapes_vary: Whether training episodes have different shapes from step to step.
         hard_classes: The recent errors of classes, if training draws classes by them; else None.
@@ -80,7 +81,7 @@ class Run:
     spec: Spec
     standardisation: dict[str, list[float]]
     protocol: dict[str, Any]
-    content_hash: str
+    data: OpenDataset
     class_names: dict[str, tuple[str, ...]]
     test_split: str
     shapes_vary: bool = False
@@ -102,6 +103,11 @@ class Run:
         return hash_of(self.protocol)
 
     @property
+    def draws_on_host(self) -> bool:
+        """True if the inputs are on the host, so that tasks are drawn there."""
+        return isinstance(self.data, ClassData) and self.data.is_on_host
+
+    @property
     def choices(self) -> dict[str, Any]:
         """The content of engine.json, with which another run repeats the computation."""
         return {
@@ -113,11 +119,25 @@ class Run:
         }
 
 
+def open_data(
+    settings: RunConfig, algorithm: Algorithm, device: torch.device, **runtime: Any
+) -> OpenDataset:
+    """Open the dataset for a method's backbone; `runtime` has more fields that runs set.
+
+    Raise UserError for missing or corrupt data.
+    """
+    backbone = algorithm.backbone
+    given = {"raw": backbone.is_external, "tokenizer": backbone.tokenizer(), **runtime}
+    dataset = components.make(settings.dataset, "dataset", **given)
+    data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
+    return data
+
+
 def build(
     settings: RunConfig,
     only_test: str | None = None,
     is_restored: bool = False,
-    channels: int | None = None,
+    data: OpenDataset | None = None,
 ) -> Run:
     """Read the data and build the run.
 
@@ -125,8 +145,7 @@ def build(
         settings: The run's settings.
         only_test: The split to test on, for a run that is not trained again.
         is_restored: Whether a checkpoint has the weights; see `algorithm_of`.
-        channels: Number of channels of the images that the network was trained on, if other images
-            should be converted to it.
+        data: The data of the dataset, if they are already open.
 
     Raises:
         UserError: If the settings do not fit together or do not fit the data.
@@ -136,6 +155,8 @@ def build(
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
     process.prepare(device, threads, settings.engine.precision)
+    if device.type == "cpu" and settings.engine.convolution in ("auto", "direct"):
+        kernels.load(cache_folder(settings))
     group = processes.join_processes(device)
     for name, count in (
         ("train.meta_batch", settings.train.meta_batch),
@@ -147,19 +168,9 @@ def build(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
     algorithm = algorithm_of(settings, is_restored)
-    dataset = components.make(
-        settings.dataset,
-        "dataset",
-        channels=channels,
-        raw=algorithm.backbone.is_external,
-        tokenizer=algorithm.backbone.tokenizer(),
-    )
-    with group.leader_first():
-        data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
-    if only_test == "all":
-        if not isinstance(data, ClassData):
-            raise UserError("split=all: this dataset has no classes; use split=test")
-        data = data.with_all_classes()
+    if data is None:
+        with group.leader_first():
+            data = open_data(settings, algorithm, device)
     episode = settings.episode
     check_inputs(settings, algorithm, data.inputs)
     augmentation, mixing = augmentation_of(settings), mixing_of(settings)
@@ -197,7 +208,8 @@ def build(
             train = Mixed(train, mixing, data.num_classes("train"))
         val = tested("val")[1]
     inputs, outputs = data.inputs, data.outputs or test_shape.way
-    spec = Spec(inputs.shape, outputs, data.num_classes("train"), dataset.target, inputs.vocabulary)
+    target = components.component(settings.dataset, "dataset").target
+    spec = Spec(inputs.shape, outputs, data.num_classes("train"), target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
         settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, choices
     )
@@ -221,7 +233,7 @@ def build(
         )
         test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
     return Run(
-        content_hash=data.content_hash,
+        data=data,
         class_names={
             split: data.class_names(split)
             for split in dict.fromkeys(("train", "val", "test", test_split))

@@ -15,11 +15,13 @@ from torch import Tensor
 from metalearn.report.folder import RunFolder
 from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import UserError, is_out_of_memory
-from metalearn.system.reading import check_limits, read_bytes
+from metalearn.system.reading import check_limits, check_types, read_bytes
 from metalearn.tasks.types import State
 
 #: Largest checkpoint that is read, in bytes.
 _MAX_BYTES = 16 << 30
+#: Shift and scale of each channel, as `check_types` takes it.
+STANDARDISATION = {"shift?": [float], "scale?": [float]}
 
 
 class CorruptCheckpoint(UserError):
@@ -65,11 +67,18 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return content
 
 
-def channels(path: Path) -> int | None:
-    """Return the number of channels of the images that a run was trained on; None if unknown."""
-    spec = load(path, torch.device("cpu")).get("spec")
-    shape = spec.get("input_shape") if isinstance(spec, dict) else None
-    return shape[0] if isinstance(shape, list | tuple) and len(shape) == 3 else None
+def inputs(path: Path) -> tuple[tuple[int, ...] | None, dict[str, list[float]] | None]:
+    """Return shape and standardisation of the inputs that a run was trained on; None if unknown.
+
+    Raise UserError if the checkpoint does not describe them as it should.
+    """
+    content = load(path, torch.device("cpu"))
+    try:
+        check_types(content, {"spec?": {"input_shape": [int]}, "standardisation?": STANDARDISATION})
+    except ValueError as error:
+        raise UserError(f"{path} does not describe its inputs ({error})") from None
+    shape = content["spec"]["input_shape"] if "spec" in content else None
+    return None if shape is None else tuple(shape), content.get("standardisation")
 
 
 def latest(files: RunFolder, tell: Callable[[str], None]) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ class Described:
         if split == "all":
             if not isinstance(self.data, ClassData):
                 raise UserError("split=all: this dataset has no classes; use split=test")
-            self.data = self.data.with_all_classes()
+            self.data = self.data.with_split("all")
         self.splits = (*_SPLITS, *(["all"] if split == "all" else []))
 
     @property

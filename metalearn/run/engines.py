@@ -41,8 +41,9 @@ def make_engines(
             )
         return engines[0], engines[1]
     own = settings.engine
-    convolution = "plain" if own.convolution == "auto" else own.convolution
-    engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, convolution)
+    if own.convolution == "direct" and own.precision == "bf16":
+        raise UserError("engine.convolution=direct: its kernels need engine.precision=fp32 or tf32")
+    engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, own.convolution)
     # The largest share, so that all processes make the same choice.
     share = -(-settings.train.meta_batch // num_processes)
     return engine.resolve(train, share, True), engine.resolve(test, own.evaluation_batch, False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from metalearn.report.plots import draw_lines
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv
 from metalearn.run.measure import trained_state
+from metalearn.run.other_data import Target
 from metalearn.run.request import Request
 from metalearn.system.atomic import make_folder
 from metalearn.system.errors import RunFailed, UserError
 
-_SPLITS = ("train", "val", "test", "all")
 #: Curves: the label of each, and where it is measured; the first number is the lowest possible.
 _CURVES = {
     "shot": ("shots", [1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50]),
@@ -56,11 +57,76 @@ def evaluate(
         UserError: If the run cannot be tested like this.
         RunFailed: If predictions are not finite.
     """
-    if split not in _SPLITS:
-        raise UserError(f"split={split}: should be one of {', '.join(_SPLITS)}")
     if curve is not None and curve not in _CURVES:
         raise UserError(f"curve={curve}: should be one of {', '.join(_CURVES)}")
     numbers = _numbers(points, curve) if points else []
+    request = _request(folder, overrides, split)
+    if curve is not None:
+        return _curve(request, curve, numbers, console)
+    return _both(request, console)
+
+
+def evaluate_several(
+    folders: Sequence[Path],
+    words: Sequence[str],
+    overrides: list[str],
+    split: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Test each of several runs on each of several datasets, and print one table.
+
+    Each test has the statistics of its run, or those in `overrides`, and is written as
+    `evaluate` does. A test that is impossible is a line below the table.
+
+    Args:
+        folders: The run folders.
+        words: The datasets, as `Target.of` takes them; [] for those of the runs.
+        overrides: As in `evaluate`, for all tests.
+        split: The split of the datasets that name none.
+        console: Where to print.
+
+    Returns:
+        "results", as the files hold them; the "files"; and "failures": run, dataset and reason.
+
+    Raises:
+        UserError: If no test is possible.
+    """
+    targets = [Target.of(word) for word in words] or [Target("own", [], None)]
+    rows, measured, files = [], [], []
+    failures: list[dict[str, str]] = []
+    first: Exception | None = None
+    for target in targets:
+        for folder in folders:
+            try:
+                request = _request(folder, [*target.overrides, *overrides], target.split or split)
+                result, _ = _measured(request, request.statistics[0])
+            except (UserError, RunFailed) as error:
+                first = first or error
+                reason = {"run": str(folder), "dataset": target.label, "reason": str(error)}
+                failures.append(reason)
+                continue
+            files.append(request.file(result.protocol_id, ".json"))
+            result.write(files[-1])
+            measured.append(result)
+            name = f"{request.own.name} ({folder.name})" if len(folders) > 1 else request.own.name
+            rows.append(tables.test_row(target.label, name, result))
+    if not rows:
+        assert first is not None
+        raise first
+    console.print(tables.result_table(rows, wrapping=2))
+    for row, result in zip(rows, measured, strict=True):
+        owner = f"{row['run']} on {row['dataset']}: "
+        tables.print_generalised(console, result, owner)
+        tables.print_pretraining(console, result, owner)
+    for failure in failures:
+        print_line(console, "{run} on {dataset}: {reason}".format(**failure))
+    for file in files:
+        print_line(console, f"  {file}")
+    results = [result.to_dict() for result in measured]
+    return {"results": results, "files": list(map(str, files)), "failures": failures}
+
+
+def _request(folder: Path, overrides: list[str], split: str) -> Request:
     request = Request.of(folder, overrides, split)
     try:
         make_folder(request.files.evaluations)
@@ -68,9 +134,17 @@ def evaluate(
         raise UserError(
             f"{request.files.evaluations} cannot be written ({error.strerror})"
         ) from None
-    if curve is not None:
-        return _curve(request, curve, numbers, console)
-    return _both(request, console)
+    return request
+
+
+def _measured(request: Request, statistics: str) -> tuple[Result, Tensor]:
+    """Test under some statistics; return the result and the score of each episode."""
+    start = time.perf_counter()
+    run = request.run(statistics)
+    state = trained_state(run, request.files.path)
+    result, scores = request.measure(run, state, request.file(run.protocol_id, "_"))
+    result.seconds = time.perf_counter() - start
+    return result, scores
 
 
 def _numbers(points: str, curve: str | None) -> list[int]:
@@ -89,11 +163,7 @@ def _both(request: Request, console: Console) -> dict[str, Any]:
     results: list[Result] = []
     scores: list[Tensor] = []
     for statistics in request.statistics:
-        start = time.perf_counter()
-        run = request.run(statistics)
-        state = trained_state(run, request.files.path)
-        result, own = request.measure(run, state, request.file(run.protocol_id, "_"))
-        result.seconds = time.perf_counter() - start
+        result, own = _measured(request, statistics)
         results.append(result)
         scores.append(own)
     lines = []
@@ -106,6 +176,8 @@ def _both(request: Request, console: Console) -> dict[str, Any]:
             result.transductive_minus_inductive = difference
         text = tables.format_difference(results[0].metric, difference)
         lines.append(f"  transductive minus inductive, on the same episodes: {text}")
+    if request.overlap:
+        lines.append(f"  test.overlap=allow: {request.overlap}")
     files = [request.file(result.protocol_id, ".json") for result in results]
     for result, file in zip(results, files, strict=True):
         result.write(file)

@@ -27,7 +27,7 @@ from metalearn.run.feature_cache import BATCH, FeatureCache, digest, embed_input
 from metalearn.run.parts import cache_folder
 from metalearn.tasks.ranges import Part, Varied
 from metalearn.tasks.sampling import BatchSampler, EpisodeSampler, TaskSource
-from metalearn.tasks.store import ArrayStore, Augmented, Store
+from metalearn.tasks.store import ArrayStore, Augmented, Store, transferred
 from metalearn.tasks.types import Batch, InputSpec, Params, State
 
 #: Largest size of the features of a split in memory.
@@ -173,7 +173,7 @@ class _Rows(ArrayStore):
         return self.size
 
     def load(self, rows: Tensor) -> Tensor:
-        return self.values[self.position[rows]]
+        return self.values[transferred(self.position[rows], self.values.device)]
 
 
 def _on_features(
@@ -206,14 +206,15 @@ def _on_features(
 
     keys = [b""] * len(rows)
     cache: contextlib.AbstractContextManager[FeatureCache | None] = contextlib.nullcontext()
+    device = run.device
     if backbone.is_frozen:  # the weights of others are of this run only
         for at in range(0, len(rows), BATCH):
             chunk = load(list(range(at, min(at + BATCH, len(rows))))).cpu().contiguous()
             keys[at : at + BATCH] = [digest(x.numpy()) for x in chunk]
-        name = network_key(backbone, tensors | given, rows.device, engine.precision)
+        name = network_key(backbone, tensors | given, device, engine.precision)
         cache = feature_cache.opened(cache_folder(run.config), name)
     with cache as opened, torch.no_grad():
-        values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(rows.device)
+        values = embed_inputs(keys, load, network, size, opened, listener.embedding).to(device)
     position = torch.zeros(int(rows.max()) + 1, dtype=torch.int64, device=rows.device)
     position[rows] = torch.arange(len(rows), device=rows.device)
     features = _Rows(values, size=len(store), position=position)

@@ -36,7 +36,7 @@ _NOT_ADAPTED = "the model is not adapted yet; call adapt(x, y) first"
 #: What a checkpoint says about the inputs and outputs of its run.
 _DESCRIPTION = {
     "spec": {"input_shape": [int], "way": int, "train_classes": int, "target": str},
-    "standardisation": {"shift?": [float], "scale?": [float]},
+    "standardisation": checkpoint.STANDARDISATION,
 }
 
 
@@ -388,9 +388,14 @@ class Model:
         return self._algorithm.fixed_way
 
     @property
+    def is_transductive(self) -> bool:
+        """True if a prediction depends on the other queries."""
+        return is_transductive(self._algorithm)
+
+    @property
     def why_not_alone(self) -> str | None:
         """Why a task is no function of a few tensors that a graph can have; None if it is one."""
-        if is_transductive(self._algorithm):
+        if self.is_transductive:
             return "its predictions depend on the other queries"
         if self._algorithm.takes_gradients:
             return "it learns by gradients of the support set's loss, which ONNX cannot compute"

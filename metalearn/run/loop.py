@@ -85,7 +85,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     """
     settings, val, files = run.config.train, run.val, RunFolder(folder)
     assert val is not None
-    training = Training(run)
+    training = Training(run, tracker.note)
     stored = run.processes.from_leader(stored)
     if stored is not None:
         training.load_state_dict(stored)
@@ -173,6 +173,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         while training.step < settings.steps and not _patience_is_over(training, settings):
             if profile:
                 profile.before(training.step)
+            training.load_tasks()
             take_step()
             if profile:
                 profile.after(training.step)
@@ -274,7 +275,7 @@ def test(
         classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            queries = {"classes": classes.gather(1, y), "correct": chosen == y}
+            queries = {"classes": classes.to(y.device).gather(1, y), "correct": chosen == y}
             missing = (0, max(0, most - y.shape[1]))
             outcome |= {name: F.pad(value, missing, value=-1) for name, value in queries.items()}
             outcome["confidence"] = F.pad(confidence, missing)

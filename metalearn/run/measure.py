@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from metalearn.data.classes import ClassData
 from metalearn.report import stats
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener
@@ -16,6 +17,7 @@ from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
+from metalearn.tasks.store import MixedClasses
 from metalearn.tasks.types import Estimate, State
 
 #: Half-widths of the interval for which the required number of episodes is reported.
@@ -74,6 +76,7 @@ def measure(
             )
         worst = [(name, share) for name, share, count in rows if count >= _MIN_QUERIES_OF_CLASS]
         details["worst_classes"] = dict(worst[:5])
+        details |= _generalised(run, tested.correct, tested.classes)
         if pretraining := run.algorithm.backbone.pretraining(names):
             details["pretraining"] = pretraining | {"classes": len(names)}
     result = result_of(run, stats.estimate(scores), name, environment)
@@ -81,6 +84,23 @@ def measure(
     result.protocol, result.protocol_id = run.protocol, run.protocol_id
     result.seconds = time.perf_counter() - start
     return result, scores
+
+
+def _generalised(run: Run, correct: Tensor, classes: Tensor) -> dict[str, Any]:
+    """Return the accuracy on base and on novel classes, if episodes have both; else {}."""
+    view = run.data.views[run.test_split] if isinstance(run.data, ClassData) else None
+    if not isinstance(view, MixedClasses):
+        return {}
+    parts = stats.base_and_novel(correct, classes < view.num_base)
+    return {
+        "generalised": {
+            **{
+                name: dataclasses.asdict(stats.estimate(part))
+                for name, part in zip(("base", "novel", "harmonic_mean"), parts, strict=True)
+            },
+            "base_images_were_trained_on": run.config.train.steps > 0,
+        }
+    }
 
 
 def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:

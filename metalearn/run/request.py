@@ -1,6 +1,7 @@
 """A requested test of a finished run: what it may change, and the run under its protocol."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,17 @@ from torch import Tensor
 from metalearn.config import components, composition, paths, roles
 from metalearn.config.checking import check_config
 from metalearn.config.schema import RunConfig
+from metalearn.data.base import OpenDataset
 from metalearn.report.console import open_console
 from metalearn.report.environment import describe_environment
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import Progress
 from metalearn.report.result import Result
-from metalearn.run import checkpoint
+from metalearn.run import checkpoint, other_data
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.measure import measure
-from metalearn.run.pairings import check_population, inductive_counterpart, target_name
+from metalearn.run.pairings import check_population, inductive_counterpart
 from metalearn.run.parts import algorithm_of, data_folder, device_of
 from metalearn.system.errors import UserError
 
@@ -37,6 +39,7 @@ class Request:
         variant: Settings of the adaptation that differ from the run's own test.
         overrides: The given changes.
         split: The split whose classes are tested.
+        inputs: The inputs of the trained network, if the test's data may differ from the run's.
     """
 
     files: RunFolder
@@ -46,10 +49,13 @@ class Request:
     variant: list[str]
     overrides: list[str]
     split: str
+    inputs: other_data.Inputs
 
     @staticmethod
     def of(folder: Path, overrides: list[str], split: str) -> "Request":
         """Return the request; raise UserError if the run is not finished or cannot be so tested."""
+        if split not in other_data.SPLITS:
+            raise UserError(f"split={split}: should be one of {', '.join(other_data.SPLITS)}")
         files = RunFolder(folder)
         if not files.is_finished:
             raise UserError(
@@ -60,20 +66,17 @@ class Request:
         own = files.read_result()
         stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone
+        inputs = other_data.Inputs(None, None)
+        if any(word.lstrip("+").startswith("dataset") for word in overrides):
+            inputs = other_data.Inputs(*checkpoint.inputs(files.best))
+        overrides = other_data.apply_target(stored, overrides, inputs)
         # Groups first, because the others may set what a chosen dataset has.
         changed = stored
         for word in sorted(overrides, key=lambda word: word.partition("=")[0] not in _GROUPS):
             changed = _apply(changed, word)
         paths.make_absolute(changed, overrides, data_folder(check_config(changed)))
         before, after = check_config(stored), check_config(changed)
-        old, new = (
-            components.component(settings.dataset, "dataset").target for settings in (before, after)
-        )
-        if old != new:
-            raise UserError(
-                f"dataset: the run learned {target_name(old)}, but this dataset has "
-                f"{target_name(new)}"
-            )
+        other_data.check_kind(before, after)
         has_fixed_way = algorithm_of(after, is_restored=True).fixed_way
         if has_fixed_way and after.episode.way != before.episode.way:
             raise UserError(
@@ -87,7 +90,7 @@ class Request:
         ]
         if after.engine.precision != before.engine.precision:
             variant.append(f"precision={after.engine.precision}")
-        return Request(files, own, before, changed, variant, overrides, split)
+        return Request(files, own, before, changed, variant, overrides, split, inputs)
 
     @property
     def statistics(self) -> list[str]:
@@ -98,38 +101,64 @@ class Request:
             return [after.statistics]
         return [after.statistics, inductive_counterpart(self.before, after.statistics)]
 
-    def run(self, statistics: str, **episode: int) -> Run:
+    @functools.cached_property
+    def data(self) -> OpenDataset:
+        """The data of the test, in the form that the network was trained on."""
+        return other_data.open_tested(check_config(self.changed), self.split, self.inputs)
+
+    @functools.cached_property
+    def overlap(self) -> other_data.Overlap | None:
+        """The tested examples that the run was trained or validated on, if that is allowed.
+
+        Raise UserError if it is not.
+        """
+        before, after = self.before, check_config(self.changed)
+        has_own_content = self.data.content_hash == self.own.protocol.get("data")
+        has_own_data = has_own_content or other_data.has_same_source(before, after)
+        if self.split == "all" and has_own_data:
+            raise UserError(
+                "split=all: the run was trained on classes of this dataset; use split=test"
+            )
+        tested, trained = self.data.protocol("test"), self.own.protocol
+        has_own_test = has_own_data and tested.get("classes") == trained.get("classes")
+        has_own_splits = has_own_test and tested.get("split") == trained.get("split")
+        if self.split == "train+test":
+            if not (has_own_content and has_own_splits):
+                raise UserError(
+                    "split=train+test: mixes the classes that the run was trained on with those of "
+                    "its test; requires the run's own dataset and split"
+                )
+            if after.episode.distractors:
+                raise UserError("split=train+test: set episode.distractors=0")
+        # Training classes of the run's own split are tested on purpose.
+        is_own = has_own_test if self.split == "test" else has_own_splits
+        if is_own or before.dataset == after.dataset:
+            return None
+        if not before.train.steps:  # a network that is not trained has no training images here
+            return None
+        own = other_data.open_own(before, after)
+        return other_data.check_overlap(before, after, own, self.data, self.split)
+
+    def run(self, statistics: str, **episode: Any) -> Run:
         """Build the run under the requested protocol.
 
-        Raise UserError if tested classes were used for training or validation.
+        Raise UserError if tested examples were used for training or validation.
         """
+        after = check_config(self.changed)
+        _ = self.overlap
+        given = {word.partition("=")[0].lstrip("+") for word in self.overrides}
+        if "dataset" in given and "way" not in episode:
+            is_given = bool(given & {"episode", "episode.way"})
+            way = other_data.fitting_way(after, self.data, self.split, is_given)
+            episode = {**episode, "way": way}
         settings: Any = OmegaConf.merge(
             self.changed, {"statistics": statistics, "episode": episode}
         )
         if not self.overrides and not episode and self.split == "test":
             settings.engine = OmegaConf.merge(settings.engine, self._engine_of_run())
-        after, before = check_config(settings), self.before
-        check_population(before, after.statistics)
-        channels = checkpoint.channels(self.files.best)
-        run = build(after, self.split, is_restored=True, channels=channels)
-        same_source = all(
-            before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path")
-        )
-        has_own_data = same_source or run.protocol["data"] == self.own.protocol.get("data")
-        if self.split == "all" and has_own_data:
-            raise UserError(
-                "split=all: the run was trained on classes of this dataset; use split=test"
-            )
-        if self.split == "test" and same_source and before.dataset != after.dataset:
-            own = dataclasses.replace(after, dataset=before.dataset, episode=before.episode)
-            names = build(own, self.split, is_restored=True).class_names
-            used = {*names["train"], *names["val"]}
-            if shared := sorted(used & set(run.class_names[self.split])):
-                raise UserError(
-                    f"class '{shared[0]}' and {len(shared) - 1} others of this test split were "
-                    "trained or validated on; keep the split of the run"
-                )
-        return run
+        after = check_config(settings)
+        check_population(self.before, after.statistics)
+        return build(after, self.split, is_restored=True, data=self.data)
 
     def _engine_of_run(self) -> dict[str, Any]:
         """Return engine settings that repeat the run's own test bit for bit, if possible here."""
@@ -163,6 +192,7 @@ class Request:
             "overrides": self.overrides,
             "variant": self.variant,
             "dataset": components.component(run.config.dataset, "dataset").__name__,
+            **({"overlap": self.overlap.counts} if self.overlap else {}),
         }
         return result, scores
 

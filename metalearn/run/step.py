@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,8 +11,10 @@ from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
 from metalearn.config.schema import TrainConfig
+from metalearn.engine.replay import Replays
 from metalearn.run import optimisers
 from metalearn.run.build import Run
+from metalearn.run.feed import Feed
 from metalearn.run.meter import Meter
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import TaskSource
@@ -56,8 +59,9 @@ class Training:
         has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, note: Callable[[str], None] = lambda text: None) -> None:
         self._run, self._settings = run, run.config.train
+        self._note = note
         self.state = State(
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
@@ -66,13 +70,14 @@ class Training:
         self.optimiser = optimisers.make(run.config.optimiser, lr, self._leaves)
         self.average = None if self._settings.ema is None else _copied(self.state)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
+        self._feed = self._new_feed()
         self.reads_host = run.device.type == "cpu"
         self.has_stepped = False
         # Hash of the classes of each split.
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
-        self.engine = run.train_engine
+        self.engine, self._replays = run.train_engine, Replays(note)
         self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
@@ -81,7 +86,21 @@ class Training:
     def use(self, run: Run) -> None:
         """Train with the tasks and the engine of another form of the same run."""
         self._run = run
+        self._feed = self._new_feed()
         self._enter_stage()
+
+    def _new_feed(self) -> Feed | None:
+        run = self._run
+        return Feed(run.train, self._own_count, run.device) if run.draws_on_host else None
+
+    def load_tasks(self) -> None:
+        """Provide the tasks of the next meta-step, if the host draws them."""
+        if self._feed is not None:
+            self._feed.load(self._first_task)
+
+    @property
+    def _first_task(self) -> int:
+        return self.step * self._settings.meta_batch + self._own_first
 
     def meta_step(self) -> None:
         """Take one step on the device without reading a value on the host.
@@ -94,9 +113,11 @@ class Training:
         done = self.step if run.shapes_vary else self._steps_done
         first = done * settings.meta_batch + self._own_first
         with record_function("draw tasks"):
-            tasks = run.train.draw(first, self._own_count)
+            tasks = (
+                run.train.draw(first, self._own_count) if self._feed is None else self._feed.tasks
+            )
         with record_function("gradients"):
-            step = self.engine.step(self.state, tasks, progress, settings.meta_batch)
+            step = self.engine.step(self.state, tasks, progress, settings.meta_batch, self._replays)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
             counts = self._class_counts(first, step.class_errors)
             gradients, logs, statistics, new_buffers, losses, counts = run.processes.all_reduce_sum(
@@ -192,8 +213,10 @@ class Training:
         return self.state if self.average is None else self.average
 
     def count(self) -> None:
-        """Do the host's part of a meta-step: count it and set the next learning rate."""
+        """Do the host's part of a meta-step: count it, set the next learning rate, draw tasks."""
         self.step += 1
+        if self._feed is not None and self.step < self._settings.steps:
+            self._feed.prefetch(self._first_task)
         self._set_learning_rate()
         self.meter.count(self._settings.meta_batch)
         self._enter_stage()
@@ -209,7 +232,7 @@ class Training:
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
         if engine != self.engine:
-            self.engine = engine
+            self.engine, self._replays = engine, Replays(self._note)
 
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""
@@ -249,7 +272,7 @@ class Training:
             **_parts(state),
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
-            "content_hash": self._run.content_hash,
+            "content_hash": self._run.data.content_hash,
         }
 
     def load_state_dict(self, content: dict[str, Any]) -> None:
@@ -265,7 +288,7 @@ class Training:
             )
         try:
             data = content["content_hash"], content["classes"]
-            if data != (self._run.content_hash, self._classes):
+            if data != (self._run.data.content_hash, self._classes):
                 raise UserError(
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"

@@ -28,7 +28,9 @@ from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
+from metalearn.run.evaluate import evaluate_several
 from metalearn.run.measure import measure, result_of
+from metalearn.run.other_data import check_targets
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
 from metalearn.system.lock import alone_in, is_in_use
@@ -82,6 +84,8 @@ def train(
         settings = _with_stored_choices(settings, files, before)
     start = time.perf_counter()
     run = build(settings, is_restored=before is not None and files.last.exists())
+    if is_tested:
+        check_targets(run, config, settings.test_dataset)
     # Now, because the checkout may change during the run.
     environment = describe_environment(str(run.device))
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +148,23 @@ def train(
         print_line(console, f"{title.partition(':')[0]}: {tables.result_line(result)}")
     else:
         _show(files, result, console)
+    if is_tested and settings.test_dataset:
+        _test_others(folder, settings.test_dataset, console)
     return fitted.best_val.mean
+
+
+def _test_others(folder: Path, words: list[str], console: Console) -> None:
+    """Test a finished run on other datasets; raise RunFailed if that fails for one."""
+    try:
+        failures = evaluate_several([folder], words, [], "test", console)["failures"]
+        reason = failures[0]["reason"] if failures else None
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        raise RunFailed(
+            f"{reason}; the run is finished, to test it again: metalearn evaluate {folder} "
+            f"dataset={','.join(words)}"
+        )
 
 
 def _first_lines(

@@ -1,4 +1,7 @@
-"""Sample episodes and batches on the device, each a function of (seed, split, number).
+"""Sample episodes and batches, each a function of (seed, split, number).
+
+They are drawn where the class index is: on the device, or on the host if the inputs are there. What
+is drawn is on the device in both cases.
 
 Legend: T tasks, N classes of a task (in `draw`, its distractors follow), C classes of the split,
 M inputs of the largest class, or in `_shuffled` of a set.
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.store import ClassView, Store
+from metalearn.tasks.store import ClassView, Store, transferred
 from metalearn.tasks.types import Batch, Query, Support, Task
 from metalearn.tasks.unbalanced import first_rows, query_counts
 
@@ -20,7 +23,7 @@ from metalearn.tasks.unbalanced import first_rows, query_counts
 SAMPLER_VERSION = 2
 #: Random stream of each split, so that one seed gives different tasks in different splits; "all"
 #: has the classes of the other three.
-STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3}
+STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +190,13 @@ class EpisodeSampler:
         x, order = self._shuffled(
             support.flatten(1)[:, place], prng.fold_in(key_T, 3), self.support_store
         )
-        y = place[order] // shape.shot
+        y = transferred(place[order] // shape.shot, x.device)
         query_x, query_y = self._queries(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = None
         if shape.unlabelled:
             more = self._shuffled(unlabelled.flatten(1), prng.fold_in(key_T, 6))[0]
-        return Task(Support(x, y, shape.way, more), Query(query_x, query_y), prng.fold_in(key_T, 5))
+        key = transferred(prng.fold_in(key_T, 5), x.device)
+        return Task(Support(x, y, shape.way, more), Query(query_x, query_y), key)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
         """Return the index in the split of each label's class, int64 [T, N]."""
@@ -206,13 +210,13 @@ class EpisodeSampler:
         shape = self.shape
         if not shape.dirichlet:
             x, order = self._shuffled(rows_TNK.flatten(1), key_T)
-            return x, order // shape.query
+            return x, transferred(order // shape.query, x.device)
         total = shape.way * shape.query
         counts = query_counts(prng.fold_in(key_T, 1), shape.way, total, shape.dirichlet)
         rows, y = first_rows(rows_TNK, counts, total)
         order = prng.permutation(key_T, total)
         x = self.store.gather(rows.gather(1, order), prng.fold_in(key_T, 0))
-        return x, y.gather(1, order)
+        return x, transferred(y.gather(1, order), x.device)
 
     def _shuffled(
         self, rows_TM: Tensor, key_T: Tensor, store: Store | None = None
@@ -248,4 +252,6 @@ class BatchSampler:
         rotations, y = self.view.rotate(key_T, classes, self.size)
         if rotations is not None:
             rows = rows + len(self.store) * rotations
-        return Batch(self.store.gather(rows, prng.fold_in(key_T, 3)), y, prng.fold_in(key_T, 2))
+        x = self.store.gather(rows, prng.fold_in(key_T, 3))
+        y, key = (transferred(part, x.device) for part in (y, prng.fold_in(key_T, 2)))
+        return Batch(x, y, key)

@@ -1,4 +1,7 @@
-"""Store all inputs of a dataset as one tensor on the device, and index them by class.
+"""Store all inputs of a dataset as one tensor, and index them by class.
+
+Images are on the device or, if they are too large for it, on the host. Then row numbers are also on
+the host, and the inputs of a task are copied to the device when they are loaded.
 
 Legend: I inputs, C classes, M inputs of the largest class, T tasks, B inputs per task or batch.
 """
@@ -14,6 +17,13 @@ from torch import Tensor
 from metalearn.tasks import prng
 from metalearn.tasks.choosing import Chooser, chooser
 from metalearn.tasks.types import InputSpec
+
+
+def transferred(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; copies to a GPU go through pinned memory and do not wait."""
+    if x.device == device:
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class Store:
@@ -73,9 +83,9 @@ class ImageStore(Store):
     """Images and their normalisation, (x / 255 - shift) * scale.
 
     Attributes:
-        images: uint8 [I, C, H, W].
-        shift: float32 [C, 1, 1].
-        scale: float32 [C, 1, 1].
+        images: uint8 [I, C, H, W], on the device or on the host.
+        shift: float32 [C, 1, 1], on the device.
+        scale: float32 [C, 1, 1], on the device.
         has_rotations: If True, rows I r to I r + I - 1 are the images rotated by 90 r degrees,
             r = 1, 2, 3.
     """
@@ -93,11 +103,12 @@ class ImageStore(Store):
         return len(self.images)
 
     def load(self, rows: Tensor) -> Tensor:
-        """Return images in [0, 1], float32 [*rows, C, H, W]."""
+        """Return images in [0, 1], float32 [*rows, C, H, W], on the device."""
+        device = self.shift.device
         if not self.has_rotations:
-            return self.images[rows].to(torch.float32) / 255
-        x = self.images[rows % len(self)]
-        rotations = (rows // len(self))[..., None, None, None]
+            return transferred(self.images[rows], device).to(torch.float32) / 255
+        x = transferred(self.images[rows % len(self)], device)
+        rotations = transferred(rows // len(self), device)[..., None, None, None]
         x = torch.where(rotations >= 2, x.flip((-2, -1)), x)
         x = torch.where(rotations % 2 == 1, x.rot90(1, (-2, -1)), x)
         return x.to(torch.float32) / 255
@@ -133,7 +144,8 @@ class Augmented(Store):
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
         """Load inputs, augment each with its own key, and normalise them."""
         key_TB = prng.fold_in(key[:, None], torch.arange(rows.shape[1], device=rows.device))
-        x = self.augment(self.load(rows).flatten(0, 1), key_TB.flatten())
+        x = self.load(rows).flatten(0, 1)
+        x = self.augment(x, transferred(key_TB.flatten(), x.device))
         return self.normalise(x.unflatten(0, rows.shape))
 
 
@@ -241,6 +253,33 @@ class ClassView:
             Rotations in units of 90 degrees, int64 [T, count] or None, and labels of that shape.
         """
         return None, classes
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedClasses(ClassView):
+    """Draw half of the classes of an episode, rounded down, from the first ones of the index.
+
+    Attributes:
+        num_base: Number of these base classes; the others are novel.
+    """
+
+    num_base: int
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        return super().protocol | {"base_classes": self.num_base}
+
+    @property
+    def max_way(self) -> int:
+        return min(2 * self.num_base + 1, 2 * (self.num_classes - self.num_base))
+
+    def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        key_T = prng.fold_in(key, 0)
+        num_novel = self.num_classes - self.num_base
+        base = prng.choice(prng.fold_in(key_T, 0), self.num_base, count // 2)
+        novel = prng.choice(prng.fold_in(key_T, 1), num_novel, count - count // 2) + self.num_base
+        order = prng.permutation(prng.fold_in(key_T, 2), count)
+        return torch.cat([base, novel], -1).gather(-1, order), None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,18 +178,40 @@ class Loss(NamedTuple):
     buffers: Params = {}  # noqa: RUF012
 
 
+class OwnLayers(Protocol):
+    """Layers on images [B, C, H, W] that are fast under `vmap` with weights per task."""
+
+    def convolution(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        """Convolve x with weight [O, C, K, K], K odd, padding K // 2."""
+
+    def block(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        stride: int,
+        eps: float,
+        slope: float,
+    ) -> Tensor:
+        """Convolve, normalise by the statistics of the batch, and activate (leaky ReLU)."""
+
+
 class Kernels(NamedTuple):
     """Implementations of the same mathematics; the engine chooses the faster ones.
 
     Attributes:
         convolution: "plain", which becomes a grouped convolution under `vmap` with per-task
-            weights; or "unfold", patches times weights, which becomes a batched matrix product.
+            weights; "unfold", patches times weights, which becomes a batched matrix product; or
+            "direct", the engine's own operators.
         fused_norm: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second
             derivative under `vmap` with per-task weights.
+        own: The engine's operators, for "direct".
     """
 
     convolution: str = "plain"
     fused_norm: bool = False
+    own: OwnLayers | None = None
 
 
 @dataclasses.dataclass(frozen=True)

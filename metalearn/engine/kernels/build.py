@@ -1,0 +1,97 @@
+"""The C implementation of the operators: compiled once by the system's compiler, for this CPU."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+#: Not -ffast-math: it would drop NaN. The two options only drop errno and floating-point traps.
+_OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SIGNATURES = {
+    "conv": "pppliS", "conv_input": "pppliS", "conv_weight": "pppliS",
+    "norm": "ppppppllliff", "norm_vjp": "pppppppppplllif", "norm_second": "pppppppppppplllif",
+    "affine": "ppppllllif", "affine_weight": "ppppllllif",
+    "patches": "ppS", "moments": "ppplll",
+}  # fmt: skip
+_RETURN_ERRORS = ("conv", "conv_input", "conv_weight", "moments")
+
+
+class Shape(ctypes.Structure):
+    """Shape of a convolution, as in kernels.c."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("B", "H", "W", "C", "O", "K", "stride"))
+
+
+class _State:
+    """The library of this process: it never changes once computations have used it."""
+
+    library: ctypes.CDLL | None = None
+    #: Why there is none.
+    reason = "not loaded yet"
+
+
+def library() -> ctypes.CDLL | None:
+    """Return the compiled library, or None if it could not be made."""
+    return _State.library
+
+
+def reason() -> str:
+    """Return why there is no compiled library."""
+    return _State.reason
+
+
+def load(folder: Path) -> None:
+    """Load the library from a cache folder; compile it there first if it is missing.
+
+    Nothing happens where there is no compiler or the folder cannot be written: `reason` says why.
+    """
+    if _State.library is not None:
+        return
+    try:
+        _State.library = _loaded(folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        _State.reason = str(error).partition("\n")[0]
+
+
+def _loaded(folder: Path) -> ctypes.CDLL:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler")
+    path = folder / f"kernels-{_key(compiler)}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            part = Path(name) / path.name
+            command = [compiler, *_OPTIONS, "-o", str(part), str(_SOURCE), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            if done.returncode:
+                raise OSError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
+            os.replace(part, path)
+    loaded = ctypes.CDLL(str(path))
+    types = {
+        "p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float,
+        "S": Shape,
+    }  # fmt: skip
+    for name, signature in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes = [types[letter] for letter in signature]
+        function.restype = ctypes.c_int if name in _RETURN_ERRORS else None
+    return loaded
+
+
+@functools.cache
+def _key(compiler: str) -> str:
+    """Return a hash of the source, the options, the compiler and the CPU."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    parts = (_SOURCE.read_bytes(), repr(_OPTIONS).encode(), version, flags.encode())
+    machine = f"{platform.machine()} {lines[0]}".encode()
+    return hashlib.sha256(b"\0".join((*parts, machine))).hexdigest()[:16]

@@ -1,0 +1,320 @@
+"""Layers of T tasks as operators of `torch.library`, on channels-last tensors.
+
+Two sets of operators are closed under differentiation, so that reverse mode over reverse mode needs
+no other: convolution with its two gradients, and normalisation with activation, its vector-Jacobian
+product and the derivative of that. `affine` is the first block, a product with constant patches.
+
+Every operator has a torch implementation, for any device and dtype, and one in C (`build`) for
+float32 on a CPU. Every tensor may have leading axes L (tasks). Weights that all tasks share have
+none. `keep` is the number of leading axes that a gradient of weights keeps; it is summed over the
+others.
+
+Legend of shapes: B images, H x W pixels, C channels in, O out, K size of filters, M = B H W.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.engine.kernels import build
+
+_LIBRARY = torch.library.Library("metalearn", "DEF")
+#: The function behind each operator on a CPU, which a replay calls without the dispatcher.
+ON_CPU: dict[str, Callable[..., Any]] = {}
+
+
+def _operator(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Define an operator by its torch implementation; `in_c` is for float32 on a CPU."""
+    name = schema.partition("(")[0]
+
+    def define(in_torch: Callable[..., Any]) -> Any:
+        def on_cpu(*args: Any) -> Any:
+            is_float = all(arg.dtype == torch.float32 for arg in args if isinstance(arg, Tensor))
+            function = in_c if is_float and build.library() is not None else in_torch
+            if not torch.autograd._profiler_enabled():
+                return function(*args)
+            with torch.profiler.record_function(f"metalearn::{name}"):
+                return function(*args)
+
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, in_torch, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, on_cpu, "CPU")
+        ON_CPU[name] = on_cpu
+        return getattr(torch.ops.metalearn, name).default
+
+    return define
+
+
+def _call(name: str, *args: Any) -> None:
+    """Call a C function; tensors become addresses."""
+    if getattr(build.library(), name)(
+        *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
+    ):
+        raise MemoryError(f"metalearn::{name}: out of memory")
+
+
+def _summed(gradient: Tensor, lead: int, keep: int) -> Tensor:
+    return gradient.sum(tuple(range(keep, lead))) if keep < lead else gradient
+
+
+def _patches(x: Tensor, size: int, stride: int) -> Tensor:
+    x = x.contiguous()
+    height, width = (-(-extent // stride) for extent in x.shape[-3:-1])
+    *lead, batch, _, _, channels = x.shape
+    y = x.new_empty(*lead, batch * height * width, size * size * channels + 1)
+    _call("patches", x, y, build.Shape(x.shape[:-3].numel(), *x.shape[-3:], 0, size, stride))
+    return y
+
+
+@_operator("patches(Tensor x, int size, int stride) -> Tensor", _patches)
+def patches(x: Tensor, size: int, stride: int) -> Tensor:
+    """Return the surroundings of each output, and a 1: [.., B, H, W, C] -> [.., M, K K C + 1]."""
+    pad = size // 2
+    x = F.pad(x, (0, 0, pad, pad, pad, pad))
+    x = x.unfold(-3, size, stride).unfold(-3, size, stride).movedim(-3, -1)
+    return F.pad(x.flatten(-3).flatten(-4, -2), (0, 1), value=1.0)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    *lead, count, size = x.shape
+    mean = x.new_empty(*lead, size, dtype=torch.float64)
+    covariance = x.new_empty(*lead, size, size, dtype=torch.float64)
+    _call("moments", x, mean, covariance, x.shape[:-2].numel(), count, size)
+    return mean, covariance
+
+
+@_operator("moments(Tensor x) -> (Tensor, Tensor)", _moments)
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean [.., K] and covariance [.., K, K] of the rows of x [.., M, K], in float64."""
+    exact = x.double()
+    mean = exact.mean(-2)
+    centred = exact - mean.unsqueeze(-2)
+    return mean, centred.mT @ centred / x.shape[-2]
+
+
+def _geometry(x: Tensor, w: Tensor, stride: int) -> tuple[int, int, build.Shape]:
+    """Return T, whether tasks share the weights, and the shape, for inputs x and weights w."""
+    batch, height, width, _ = x.shape[-4:]
+    size, _, channels, out = w.shape[-4:]
+    tasks = x.shape[:-4].numel()
+    shape = build.Shape(batch, height, width, channels, out, size, stride)
+    return tasks, int(w.dim() == 4), shape
+
+
+def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
+    x, w = x.contiguous(), w.contiguous()
+    height, width = (-(-size // stride) for size in x.shape[-3:-1])
+    y = x.new_empty(*x.shape[:-3], height, width, w.shape[-1])
+    tasks, shared, shape = _geometry(x, w, stride)
+    _call("conv", x, w, y, tasks, shared, shape)
+    return y
+
+
+@_operator("conv(Tensor x, Tensor w, int stride) -> Tensor", _conv)
+def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
+    """Convolve x [.., B, H, W, C] with w [.., K, K, C, O], K odd, padding K // 2."""
+    height, width = (-(-size // stride) for size in x.shape[-3:-1])
+    y = patches(x, w.shape[-4], stride)[..., :-1] @ w.flatten(-4, -2)
+    return y.unflatten(-2, (x.shape[-4], height, width))
+
+
+def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
+    gy, w = gy.contiguous(), w.contiguous()
+    gx = gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2])
+    tasks, shared, shape = _geometry(gx, w, stride)
+    _call("conv_input", gy, w, gx, tasks, shared, shape)
+    return gx
+
+
+@_operator(
+    "conv_input(Tensor gy, Tensor w, int height, int width, int stride) -> Tensor", _conv_input
+)
+def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """Return the gradient of `conv` by x [.., B, height, width, C]."""
+    size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
+    pad = size // 2
+    padded = gy.new_zeros(*gy.shape[:-3], height + 2 * pad, width + 2 * pad, w.shape[-2])
+    flat = gy.flatten(-4, -2)
+    for i in range(size):
+        for j in range(size):
+            part = (flat @ w[..., i, j, :, :].mT).unflatten(-2, gy.shape[-4:-1])
+            padded[..., i : i + stride * rows : stride, j : j + stride * columns : stride, :] += (
+                part
+            )
+    return padded[..., pad : pad + height, pad : pad + width, :].contiguous()
+
+
+def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
+    x, gy = x.contiguous(), gy.contiguous()
+    lead = x.shape[:-4] if keep else ()
+    gw = x.new_empty(*lead, size, size, x.shape[-1], gy.shape[-1])
+    tasks, _, shape = _geometry(x, gw, stride)
+    _call("conv_weight", x, gy, gw, tasks, int(not keep), shape)
+    return _summed(gw, len(lead), keep)
+
+
+@_operator(
+    "conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight
+)
+def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
+    """Return the gradient of `conv` by w [.., K, K, C, O]."""
+    gw = patches(x, size, stride)[..., :-1].mT @ gy.flatten(-4, -2)
+    return _summed(gw.unflatten(-2, (size, size, -1)), x.dim() - 4, keep)
+
+
+def _masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
+    """Multiply g by the derivative of the activation whose output is a."""
+    return torch.where(a <= 0, g * slope, g)  # NaN passes
+
+
+def _expanded(g: Tensor, like: Tensor) -> Tensor:
+    """Return per-channel values [C] or [.., C] as [.., 1, 1, 1, C] beside `like`."""
+    return g[..., None, None, None, :] if g.dim() > 1 or like.dim() == 4 else g
+
+
+_PIXELS = (-4, -3, -2)
+
+
+def _sizes(y: Tensor, g: Tensor) -> tuple[int, int, int, int]:
+    """Return T, M, C, and whether tasks share the weights g."""
+    return y.shape[:-4].numel(), y.shape[-4:-1].numel(), y.shape[-1], int(g.dim() == 1)
+
+
+def _norm(
+    y: Tensor, g: Tensor, b: Tensor, eps: float, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if g.dim() != b.dim():
+        g, b = (value.expand(*y.shape[:-4], y.shape[-1]) for value in (g, b))
+    y, g, b = y.contiguous(), g.contiguous(), b.contiguous()
+    a, xh = torch.empty_like(y), torch.empty_like(y)
+    r = y.new_empty(*y.shape[:-4], y.shape[-1])
+    _call("norm", y, g, b, a, xh, r, *_sizes(y, g), eps, slope)
+    return a, xh, r
+
+
+@_operator(
+    "norm(Tensor y, Tensor g, Tensor b, float eps, float slope) -> (Tensor, Tensor, Tensor)", _norm
+)
+def norm(
+    y: Tensor, g: Tensor, b: Tensor, eps: float, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise y [.., B, H, W, C] by its statistics, then apply scale, shift and activation.
+
+    Returns:
+        a = act(xh g + b), where act(z) = z if z > 0 else slope z; xh = (y - mean) r [like y];
+        r = 1 / sqrt(var + eps) [.., C].
+    """
+    var, mean = torch.var_mean(y, _PIXELS, correction=0, keepdim=True)
+    r = torch.rsqrt(var + eps)
+    xh = (y - mean) * r
+    z = xh * _expanded(g, y) + _expanded(b, y)
+    return _masked(z, z, slope), xh, r[..., 0, 0, 0, :].contiguous()
+
+
+def _norm_vjp(
+    ga: Tensor, gxh: Tensor | None, gr: Tensor | None, g: Tensor, a: Tensor, xh: Tensor, r: Tensor,
+    slope: float, keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ga, g, a, xh, r = (value.contiguous() for value in (ga, g, a, xh, r))
+    if gxh is not None or gr is not None:
+        gxh = torch.zeros_like(xh) if gxh is None else gxh.contiguous()
+        gr = torch.zeros_like(r) if gr is None else gr.contiguous()
+    gy, gg, gb = torch.empty_like(xh), torch.empty_like(r), torch.empty_like(r)
+    _call("norm_vjp", ga, gxh, gr, g, a, xh, r, gy, gg, gb, *_sizes(xh, g), slope)
+    lead = r.dim() - 1
+    return gy, _summed(gg, lead, keep), _summed(gb, lead, keep)
+
+
+@_operator(
+    "norm_vjp(Tensor ga, Tensor? gxh, Tensor? gr, Tensor g, Tensor a, Tensor xh, Tensor r, "
+    "float slope, int keep) -> (Tensor, Tensor, Tensor)",
+    _norm_vjp,
+)
+def norm_vjp(
+    ga: Tensor, gxh: Tensor | None, gr: Tensor | None, g: Tensor, a: Tensor, xh: Tensor, r: Tensor,
+    slope: float, keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of `norm` by y, g and b, given those by a, xh and r (None for zero)."""
+    m = _masked(ga, a, slope)
+    gb, gg = m.sum(_PIXELS), (m * xh).sum(_PIXELS)
+    h = m * _expanded(g, xh)
+    if gxh is not None:
+        h = h + gxh
+    along = (h * xh).mean(_PIXELS)
+    if gr is not None:
+        along = along + r * gr / xh.shape[-4:-1].numel()
+    along = _expanded(along, xh)
+    gy = _expanded(r, xh) * (h - h.mean(_PIXELS, keepdim=True) - xh * along)
+    lead = r.dim() - 1
+    return gy, _summed(gg, lead, keep), _summed(gb, lead, keep)
+
+
+def _norm_second(
+    u: Tensor, ug: Tensor, ub: Tensor, ga: Tensor, g: Tensor, a: Tensor, xh: Tensor, r: Tensor,
+    slope: float, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    u, ga, g, a, xh, r = (value.contiguous() for value in (u, ga, g, a, xh, r))
+    ug, ub = ug.expand_as(r).contiguous(), ub.expand_as(r).contiguous()
+    da, dxh, dr, dg = (torch.empty_like(value) for value in (xh, xh, r, r))
+    _call("norm_second", u, ug, ub, ga, g, a, xh, r, da, dxh, dr, dg, *_sizes(xh, g), slope)
+    return da, dxh, dr, _summed(dg, r.dim() - 1, keep)
+
+
+@_operator(
+    "norm_second(Tensor u, Tensor ug, Tensor ub, Tensor ga, Tensor g, Tensor a, Tensor xh, "
+    "Tensor r, float slope, int keep) -> (Tensor, Tensor, Tensor, Tensor)",
+    _norm_second,
+)
+def norm_second(
+    u: Tensor, ug: Tensor, ub: Tensor, ga: Tensor, g: Tensor, a: Tensor, xh: Tensor, r: Tensor,
+    slope: float, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of `norm_vjp` by ga, xh, r and g, for gxh = gr = 0.
+
+    u, ug and ub are the gradients by its outputs gy, gg and gb; the other arguments are its own.
+    """
+    m, count = _masked(ga, a, slope), xh.shape[-4:-1].numel()
+    p, q = m.sum(_PIXELS), (m * xh).sum(_PIXELS)
+    sum_u, along_u = u.sum(_PIXELS), (u * xh).sum(_PIXELS)
+    ds = (u * m).sum(_PIXELS) - (sum_u * p + along_u * q) / count
+    s = g * r
+    shift, along = ub - s * sum_u / count, ug - s * along_u / count
+    gn = _expanded(s, xh) * u + _expanded(shift, xh) + _expanded(along, xh) * xh
+    dxh = _expanded(along, xh) * m - _expanded(s * q / count, xh) * u
+    return _masked(gn, a, slope), dxh, g * ds, _summed(r * ds, r.dim() - 1, keep)
+
+
+def _affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
+    x, w = x.contiguous(), w.contiguous()
+    by = None if by is None else by.contiguous()
+    y = x.new_empty(*x.shape[:-1], w.shape[-1])
+    _call("affine", x, w, by, y, x.shape[:-2].numel(), *x.shape[-2:], w.shape[-1],
+          int(w.dim() == 2), slope)  # fmt: skip
+    return y
+
+
+@_operator("affine(Tensor x, Tensor w, Tensor? by, float slope) -> Tensor", _affine)
+def affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
+    """Return x [.., M, K] @ w [.., K, O], then the activation, or its derivative where `by` is."""
+    y = x @ w
+    return _masked(y, y if by is None else by, slope)
+
+
+def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
+    x, g, y = x.contiguous(), g.contiguous(), y.contiguous()
+    lead = x.shape[:-2] if keep else ()
+    gw = x.new_empty(*lead, x.shape[-1], g.shape[-1])
+    _call("affine_weight", x, g, y, gw, x.shape[:-2].numel(), *x.shape[-2:], g.shape[-1],
+          int(not keep), slope)  # fmt: skip
+    return _summed(gw, len(lead), keep)
+
+
+@_operator("affine_weight(Tensor x, Tensor g, Tensor y, float slope, int keep) -> Tensor",
+           _affine_weight)  # fmt: skip
+def affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
+    """Return the gradient of `affine` by w [.., K, O]; y: the output, or `by`."""
+    return _summed(x.mT @ _masked(g, y, slope), x.dim() - 2, keep)

@@ -1,0 +1,24 @@
+"""Run chunks of tasks in threads that each use one core."""
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+
+def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return `function` of each item, computed with as many threads as torch uses.
+
+    Each item is computed by one thread on its own, so the results do not depend on their number.
+    """
+    count = torch.get_num_threads()
+    if count == 1:
+        return [function(item) for item in items]
+    return list(_pool(count).map(function, items))
+
+
+@functools.cache
+def _pool(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "metalearn", functools.partial(torch.set_num_threads, 1))

@@ -1,0 +1,289 @@
+"""Own operators equal plain torch, with first and second derivatives, batched and not."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, vmap
+
+from metalearn.engine import Engine, kernels, process, replay, threads
+from metalearn.engine.kernels import build, functions, ops
+from metalearn.run.step import Training
+from metalearn.system.errors import UserError
+from tests.fixtures import to_float64
+
+_EPS = 1e-5
+_HALF = torch.tensor(0.5)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The C implementation."""
+    build.load(tmp_path_factory.mktemp("kernels"))
+    if build.library() is None:
+        pytest.skip(build.reason())
+
+
+def plain_block(x, weight, scale, shift, stride, slope):
+    y = F.conv2d(x, weight, None, stride, weight.shape[-1] // 2)
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+    y = (y - mean) * torch.rsqrt(var + _EPS) * scale[:, None, None] + shift[:, None, None]
+    return F.leaky_relu(y, slope)
+
+
+def own_block(x, weight, scale, shift, stride, slope):
+    return kernels.block(x, weight, scale, shift, stride, _EPS, slope)
+
+
+def own_unfused(x, weight, scale, shift, stride, slope):
+    y = kernels.convolution(x, weight, stride)
+    y = functions.Norm.apply(y.permute(0, 2, 3, 1), scale, shift, _EPS, slope)[0]
+    return y.permute(0, 3, 1, 2)
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "channels": st.sampled_from([1, 2, 3, 5]),
+        "out": st.sampled_from([1, 3, 16, 17, 33, 64, 70]),
+        "size": st.sampled_from([1, 3, 5]),
+        "height": st.integers(3, 9),
+        "width": st.integers(3, 9),
+        "stride": st.sampled_from([1, 2]),
+        "slope": st.sampled_from([0.0, 0.01, 1.0]),
+        "images": st.integers(1, 4),
+    }
+)
+
+
+def case(shape, dtype, tasks=2):
+    """Return inputs [T, B, C, H, W] of two sets, and the parameters of one block."""
+    g = torch.Generator().manual_seed(hash(tuple(shape.values())) % 2**31)
+    x = torch.rand(
+        2, tasks, shape["images"], shape["channels"], shape["height"], shape["width"],
+        generator=g, dtype=torch.float64,
+    )  # fmt: skip
+    weight = torch.randn(
+        shape["out"], shape["channels"], shape["size"], shape["size"], generator=g, dtype=x.dtype
+    )
+    scale = 0.5 + torch.rand(shape["out"], generator=g, dtype=x.dtype)
+    shift = 0.3 * torch.randn(shape["out"], generator=g, dtype=x.dtype)
+    return x.to(dtype), [value.to(dtype) for value in (weight, scale, shift)]
+
+
+def derivatives(block, x, params, stride, slope):
+    """Return first derivatives by everything, and those after a gradient step per task."""
+
+    def loss(x, *params):
+        y = block(x, *params, stride, slope)
+        return (
+            y.sin() * torch.linspace(0.5, 1.5, len(y), dtype=y.dtype)[:, None, None, None]
+        ).sum()
+
+    leaves = [value.clone().requires_grad_() for value in (x[0, 0], *params)]
+    first = torch.autograd.grad(loss(*leaves), leaves)
+
+    def after_a_step(support, query, *params):
+        gradients = grad(loss, (1, 2, 3))(support, *params)
+        adapted = [p - 0.01 * gradient for p, gradient in zip(params, gradients, strict=True)]
+        return loss(query, *adapted)
+
+    leaves = [value.clone().requires_grad_() for value in (*x, *params)]
+    value = vmap(after_a_step, (0, 0, None, None, None))(*leaves).sum()
+    return [*first, *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("own", [own_block, own_unfused])
+@given(shape=shapes)
+@settings(max_examples=10, deadline=None)
+def test_derivatives_equal_those_of_plain_torch(own, shape):
+    x, params = case(shape, torch.float64)
+    # Away from equal inputs: there 1 / sqrt(var + eps) amplifies rounding.
+    expected = derivatives(plain_block, x, params, shape["stride"], shape["slope"])
+    for mine, plain in zip(
+        derivatives(own, x, params, shape["stride"], shape["slope"]), expected, strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-7 * plain.abs().max().item())
+
+
+@given(shape=shapes)
+@settings(max_examples=25, deadline=None)
+def test_c_operators_equal_those_in_torch(library, shape):
+    """Each operator on its own, in float32, so that no derivative amplifies its rounding."""
+    x, (weight, scale, shift) = case(shape, torch.float32)
+    x, stride, slope = x[0].permute(0, 1, 3, 4, 2), shape["stride"], shape["slope"]
+    shared = weight.permute(2, 3, 1, 0)
+    for w in (shared, shared + 0.1 * torch.rand(2, *shared.shape)):
+        lead = w.dim() - 4
+        g, b = (value.expand(2, -1) if lead else value for value in (scale, shift))
+        y = compare("conv", x, w, stride)[0]
+        compare("conv_input", y, w, *x.shape[2:4], stride)
+        compare("conv_weight", x, y, shape["size"], stride, lead)
+        a, xh, r = compare("norm", y, g, b, _EPS, slope)
+        ga, gxh, gr = (torch.randn_like(value) for value in (a, xh, r))
+        gy, _, _ = compare("norm_vjp", ga, None, None, g, a, xh, r, slope, lead)
+        compare("norm_vjp", ga, gxh, gr, g, a, xh, r, slope, lead)
+        compare("norm_second", gy, g, b, ga, g, a, xh, r, slope, lead)
+    p = compare("patches", x, shape["size"], stride)[0]
+    compare("moments", p)
+    for v in (torch.randn(p.shape[-1], shape["out"]), torch.randn(2, p.shape[-1], shape["out"])):
+        z = compare("affine", p, v, None, slope)[0]
+        compare("affine", p, v, torch.randn_like(z), slope)
+        compare("affine_weight", p, torch.randn_like(z), z, slope, v.dim() - 2)
+
+
+def compare(name, *args):
+    """Return the outputs of an operator in C, after comparing them with those in torch."""
+    exact = [
+        arg.double() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+        for arg in args
+    ]
+    mine, expected = ops.ON_CPU[name](*args), ops.ON_CPU[name](*exact)
+    mine, expected = ((one,) if isinstance(one, torch.Tensor) else one for one in (mine, expected))
+    for one, other in zip(mine, expected, strict=True):
+        scale = other.abs().max().item() or 1.0
+        torch.testing.assert_close(
+            one.double(), other, rtol=1e-4, atol=2e-5 * scale, msg=lambda text: f"{name}: {text}"
+        )
+    return mine
+
+
+def test_nan_stays_nan(library):
+    x, weight = torch.rand(3, 16, 5, 5), torch.rand(16, 16, 3, 3)
+    one, zero = torch.ones(16), torch.zeros(16)
+    x[0, 0, 0, 0] = torch.nan
+    assert own_block(x, weight, one, zero, 2, 0.0).isnan().any()
+    assert own_block(x[:, :1], weight[:, :1], one, zero, 2, 0.0).isnan().any()
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_third_derivatives_are_refused(channels):
+    x, weight = torch.rand(2, channels, 4, 4), torch.rand(8, channels, 3, 3)
+    scale = torch.ones(8, requires_grad=True)
+
+    def value(scale):
+        y = functions.Norm.apply(
+            kernels.convolution(x, weight, 1).permute(0, 2, 3, 1), scale, scale, _EPS, 0.0
+        )[0]
+        return y.pow(4).sum()
+
+    first = torch.autograd.grad(value(scale), scale, create_graph=True)[0].square().sum()
+    second = torch.autograd.grad(first, scale, create_graph=True)[0].square().sum()
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        torch.autograd.grad(second, scale)
+
+
+def test_operators_have_meta_kernels():
+    x, w = torch.empty(2, 3, 5, 5, 4, device="meta"), torch.empty(3, 3, 4, 6, device="meta")
+    y = ops.conv(x, w, 2)
+    assert y.shape == (2, 3, 3, 3, 6)
+    assert ops.conv_input(y, w, 5, 5, 2).shape == x.shape
+    assert ops.conv_weight(x, y, 3, 2, 0).shape == w.shape
+    g = torch.empty(6, device="meta")
+    a, xh, r = ops.norm(y, g, g, _EPS, 0.0)
+    gy, gg, gb = ops.norm_vjp(a, None, None, g, a, xh, r, 0.0, 1)
+    assert (gy.shape, gg.shape, gb.shape) == (y.shape, (2, 6), (2, 6))
+    assert ops.norm_second(gy, gg, gb, a, g, a, xh, r, 0.0, 0)[-1].shape == (6,)
+
+
+def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(build._State, "library", None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    build.load(tmp_path)
+    assert build.library() is None and build.reason() == "no C compiler"
+    assert ops.conv(torch.ones(1, 2, 2, 3), torch.ones(1, 1, 3, 4), 1).eq(3).all()
+
+
+def test_failed_compilation_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(build._State, "library", None)
+    monkeypatch.setattr(build, "_SOURCE", tmp_path / "wrong.c")
+    (tmp_path / "wrong.c").write_text("this is no C")
+    build._key.cache_clear()
+    try:
+        build.load(tmp_path / "cache")
+    finally:
+        build._key.cache_clear()
+    assert build.library() is None and "failed" in build.reason()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("query", [1, 15])
+@pytest.mark.parametrize("backbone", [[], ["backbone.downsample=stride", "backbone.output=mean"]])
+def test_engine_with_own_operators_equals_the_loop(query, backbone, make_run):
+    run = make_run(
+        "algo=maml", "algo.inner_steps=2", "train.meta_batch=4", f"episode.train.query={query}",
+        *backbone,
+    )  # fmt: skip
+    state, tasks = to_float64(run.state), to_float64(run.train.draw(0, 4))
+    step, expected = (
+        Engine(run.algorithm, strategy, 2, convolution=convolution).step(state, tasks, _HALF)
+        for strategy, convolution in (("vmap", "direct"), ("loop", "plain"))
+    )
+    for name, value in expected.gradients.items():
+        torch.testing.assert_close(step.gradients[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_auto_uses_own_operators_for_methods_that_iterate(library, make_run):
+    maml = make_run("algo=maml", "train.meta_batch=4").train_engine
+    assert (maml.strategy, maml.convolution) == ("vmap", "direct")
+    assert make_run("algo=protonet", "train.meta_batch=4").train_engine.convolution == "plain"
+    assert make_run("algo=maml", "engine.precision=bf16").train_engine.convolution == "plain"
+    with pytest.raises(UserError, match=r"engine\.convolution=direct"):
+        make_run("algo=maml", "engine.precision=bf16", "engine.convolution=direct")
+
+
+def trained(run, steps, notes):
+    training = Training(run, notes.append)
+    for _ in range(steps):
+        training.meta_step()
+        training.count()
+    return training
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reptile", "proto_maml"))],
+)
+def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
+    make = functools.partial(
+        make_run, f"algo={name}", "train.meta_batch=4", "train.steps=6", "engine.task_chunk=2"
+    )
+    notes: list[str] = []
+    expected = trained(make(), 6, notes).state.params
+    monkeypatch.setattr(replay, "_SECONDS", -1.0)
+    monkeypatch.setattr(replay, "_CALLS", -1.0)
+    monkeypatch.setattr(process, "ALL_THREADS", 2)
+    try:
+        training = trained(make(), 6, notes)
+    finally:
+        torch.set_num_threads(1)
+    assert len(training._replays._replays) == 1 and not notes
+    assert all(training._replays._replays.values())
+    for key, value in training.state.params.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):
+    monkeypatch.setattr(replay, "_SECONDS", -1.0)
+    monkeypatch.setattr(replay, "_CALLS", -1.0)
+    notes: list[str] = []
+    replays = replay.Replays(notes.append)
+
+    def reads_a_value(state, chunk):
+        return chunk * 2 if float(chunk.sum()) > 0 else chunk
+
+    for _ in range(3):
+        assert replays(reads_a_value, None, [torch.ones(2)])[0].tolist() == [2, 2]
+    assert len(notes) == 1 and notes[0].startswith("the step is not replayed from a trace")
+
+
+def test_chunks_are_computed_by_single_threads(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = threads.in_order(lambda _: torch.get_num_threads(), range(4))
+        assert seen == [1] * 4 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
