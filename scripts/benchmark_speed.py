@@ -35,6 +35,7 @@ from torch.func import functional_call
 
 from metalearn.algorithms.base import Algorithm
 from metalearn.config import checking, composition
+from metalearn.engine import replay
 from metalearn.report.environment import describe_environment
 from metalearn.run import loop
 from metalearn.run.build import Run, build
@@ -236,8 +237,11 @@ def rates(run: Run, repeats: int) -> dict[str, list[float]]:
         ("auto", run.train_engine),
         ("bf16", dataclasses.replace(run.train_engine, precision="bf16")),
     ):
-        steps[name] = functools.partial(engine.step, run.state, tasks, progress)
+        steps[name] = functools.partial(
+            engine.step, run.state, tasks, progress, replays=replay.Replays(print)
+        )
     steps |= library_steps(run, tasks)
+    replay._SECONDS = replay._CALLS = 0.0  # trace in the warm-up
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
