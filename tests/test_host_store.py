@@ -13,6 +13,7 @@ from metalearn.data.images import is_too_large
 from metalearn.report.progress import SILENT
 from metalearn.run import loop, train
 from metalearn.run.feed import Feed
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.augment import AUGMENTATIONS, chain
 from metalearn.tasks.mixing import MIXINGS, Mixed, one_of
@@ -68,6 +69,18 @@ def test_a_run_on_the_host_is_resumed_on_the_device_and_back(compose, tmp_path, 
             run("again", "dataset.store=host")
     run("again", "dataset.store=host")
     assert difference(left(tmp_path / "whole"), left(tmp_path / "again")) is None
+
+
+def test_episodes_of_varying_shapes_are_the_same_and_hard_classes_are_refused(make_run, tmp_path):
+    words = ["algo=protonet", "episode.train.way=[2,5]", "train.steps=4"]
+    states = [
+        loop.fit(make_run(*words, f"dataset.store={store}"), SILENT, tmp_path).state
+        for store in ("device", "host")
+    ]
+    for one, other in zip(*map(pytree.tree_leaves, states), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(UserError, match=r"sampler=hard: .* use dataset\.store=device"):
+        make_run("algo=protonet", "episode.train.sampler=hard", "dataset.store=host")
 
 
 class Recorder(TorchDispatchMode):

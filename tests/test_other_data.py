@@ -208,11 +208,16 @@ def test_mixed_episodes_have_base_and_novel_classes():
 
 def test_base_and_novel_accuracy_by_hand():
     correct = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
-    is_base = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
-    base, novel, both = base_and_novel(correct, is_base)
+    classes = torch.tensor([[0, 1, 2, 3, 4], [0, 2, 5, 4, 3]])
+    base, novel, both = base_and_novel(correct, classes, 3)
     torch.testing.assert_close(base, torch.tensor([2 / 3, 0]).double())
     torch.testing.assert_close(novel, torch.tensor([1 / 2, 1]).double())
     torch.testing.assert_close(both, torch.tensor([4 / 7, 0]).double())
+    # The second episode has fewer queries.
+    padded = torch.tensor([[0, 1, 2, 3, 4, 4], [0, 2, 5, 4, 3, -1]])
+    more = torch.cat([correct.long(), torch.tensor([[0], [-1]])], 1)
+    base, novel, both = base_and_novel(more, padded, 3)
+    torch.testing.assert_close(novel, torch.tensor([1 / 3, 1]).double())
 
 
 def test_base_and_novel_classes_are_reported_apart(run, tmp_path):

@@ -71,21 +71,26 @@ def paired_difference(a: Tensor, b: Tensor) -> Difference:
     return Difference(mean, half_width, float(2 * stdtr(count - 1, -abs(mean) / error)), count)
 
 
-def base_and_novel(correct: Tensor, is_base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def base_and_novel(
+    correct: Tensor, classes: Tensor, num_base: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute each episode's accuracy on base and on novel classes, and their harmonic mean.
 
     As in generalised few-shot learning (Ye et al. 2021): the harmonic mean of an episode is 0 if
     one of the two is 0.
 
     Args:
-        correct: Whether each query was classified correctly, bool [E, Q].
-        is_base: Whether its class is a base class, bool [E, Q]; each episode has both kinds.
+        correct: Whether each query was classified correctly, [E, Q].
+        classes: Its class, int64 [E, Q]; -1 after the queries of an episode that has fewer than
+            others. Each episode has queries of both kinds.
+        num_base: Number of base classes, which come first.
 
     Returns:
         Accuracy on base classes, on novel classes, harmonic mean: float64 [E] each.
     """
     base, novel = (
-        (correct & kind).sum(1).double() / kind.sum(1).double() for kind in (is_base, ~is_base)
+        ((correct == 1) & kind).sum(1).double() / kind.sum(1).double()
+        for kind in ((classes >= 0) & (classes < num_base), classes >= num_base)
     )
     return base, novel, 2 * base * novel / (base + novel).clamp_min(1e-12)
 

@@ -201,6 +201,11 @@ def build(
             meta_batch = settings.train.meta_batch
             largest, train = own, varied(own, train_ranges, "train", settings.seed, meta_batch)
             hard_classes = own.view.chooser.hard if isinstance(own, EpisodeSampler) else None
+            if hard_classes and isinstance(data, ClassData) and data.is_on_host:
+                raise UserError(
+                    "episode.train.sampler=hard: tasks are drawn on the host before the last step "
+                    "is done, so classes cannot be chosen by its errors; use dataset.store=device"
+                )
         else:
             size = settings.train.batch_size
             largest = train = data.batches("train", size, settings.seed, augmentation)

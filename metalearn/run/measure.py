@@ -91,7 +91,7 @@ def _generalised(run: Run, correct: Tensor, classes: Tensor) -> dict[str, Any]:
     view = run.data.views[run.test_split] if isinstance(run.data, ClassData) else None
     if not isinstance(view, MixedClasses):
         return {}
-    parts = stats.base_and_novel(correct, classes < view.num_base)
+    parts = stats.base_and_novel(correct, classes, view.num_base)
     return {
         "generalised": {
             **{
