@@ -45,14 +45,10 @@ def _compare(folders: list[str]) -> dict[str, Any]:
         )
     if not folders:
         raise UserError("compare: takes folders of runs; see metalearn compare --help")
-    from metalearn.report.console import open_console, print_line
+    from metalearn.report.console import open_console
 
-    console = open_console()
     paths = [Path(word) for word in folders]
-    content = compare(paths, None if out is None else Path(out), console)
-    for line in content["left_out"]:
-        print_line(console, f"  left out: {line}")
-    return content
+    return compare(paths, None if out is None else Path(out), open_console())
 
 
 def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, Any]:
@@ -102,7 +98,7 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, An
         more = f" and {len(untested) - 1} more" if len(untested) > 1 else ""
         left_out.append(f"{untested[0]}{more}, not tested; to test it: metalearn resume <folder>")
     left_out += [f"{one} {reason}" for one, reason in others.items() if one not in untested]
-    for line in content["files"]:
+    for line in [*(f"left out: {line}" for line in left_out), *content["files"]]:
         print_line(console, f"  {line}")
     return {**content, "left_out": left_out}
 
