@@ -40,7 +40,7 @@ def own_block(x, weight, scale, shift, stride, slope):
 
 def own_unfused(x, weight, scale, shift, stride, slope):
     y = kernels.convolution(x, weight, stride)
-    y = functions.Norm.apply(y.permute(0, 2, 3, 1), scale, shift, _EPS, slope)[0]
+    y = functions.norm(y.permute(0, 2, 3, 1), scale, shift, _EPS, slope)[0]
     return y.permute(0, 3, 1, 2)
 
 
@@ -164,7 +164,7 @@ def test_third_derivatives_are_refused(channels):
     scale = torch.ones(8, requires_grad=True)
 
     def value(scale):
-        y = functions.Norm.apply(
+        y = functions.norm(
             kernels.convolution(x, weight, 1).permute(0, 2, 3, 1), scale, scale, _EPS, 0.0
         )[0]
         return y.pow(4).sum()

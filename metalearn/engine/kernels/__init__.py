@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels.functions import Affine, Conv, Moments, Norm, Patches
+from metalearn.engine.kernels import functions
 
 
 def weight_layout(weight: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def weight_layout(weight: Tensor) -> Tensor:
 
 def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Convolve x [B, C, H, W] with weight [O, C, K, K], K odd, padding K // 2."""
-    y = Conv.apply(x.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0), stride)
+    y = functions.conv(x.permute(0, 2, 3, 1), weight.permute(2, 3, 1, 0), stride)
     return y.permute(0, 3, 1, 2)
 
 
@@ -46,8 +46,8 @@ def block(
     w = weight.permute(2, 3, 1, 0)
     if 2 * w[..., 0].numel() <= weight.shape[0]:
         return _first_block(x, w, scale, shift, stride, eps, slope)
-    y = Conv.apply(x.permute(0, 2, 3, 1), w, stride)
-    return Norm.apply(y, scale, shift, eps, slope)[0].permute(0, 3, 1, 2)
+    y = functions.conv(x.permute(0, 2, 3, 1), w, stride)
+    return functions.norm(y, scale, shift, eps, slope)[0].permute(0, 3, 1, 2)
 
 
 def _first_block(
@@ -58,12 +58,12 @@ def _first_block(
     Convolution and normalisation are one product with the patches, whose mean and covariance give
     the statistics of its outputs. In float64: float32 cost 5% of a gradient.
     """
-    patches = Patches.apply(x.permute(0, 2, 3, 1), w.shape[0], stride)
-    mean, covariance = (moment[..., :-1] for moment in Moments.apply(patches))
+    patches = functions.patches(x.permute(0, 2, 3, 1), w.shape[0], stride)
+    mean, covariance = (moment[..., :-1] for moment in functions.moments(patches))
     filters = w.flatten(0, 2).double()
     variance = (filters * (covariance[:-1] @ filters)).sum(0)
     rate = scale.double() * torch.rsqrt(variance + eps)
     folded = torch.cat([filters * rate, (shift - mean @ filters * rate)[None]]).to(x.dtype)
-    y = Affine.apply(patches, folded, None, slope)
+    y = functions.affine(patches, folded, None, slope)
     height, width = (-(-size // stride) for size in x.shape[-2:])
     return y.unflatten(0, (len(x), height, width)).permute(0, 3, 1, 2)

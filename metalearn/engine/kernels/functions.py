@@ -61,7 +61,7 @@ def _lead(value: Tensor, rank: int) -> int:
     return value.dim() - rank
 
 
-class Conv(_Function):
+class _Conv(_Function):
     """`ops.conv`, whose gradients are the other two operators of its set."""
 
     operator, ranks, shared = ops.conv, (4, 4, None), (1,)
@@ -76,13 +76,13 @@ class Conv(_Function):
         x, w = ctx.saved_tensors
         gx = gw = None
         if ctx.needs_input_grad[0]:
-            gx = ConvInput.apply(gy, w, *x.shape[-3:-1], ctx.stride)
+            gx = _ConvInput.apply(gy, w, *x.shape[-3:-1], ctx.stride)
         if ctx.needs_input_grad[1]:
-            gw = ConvWeight.apply(x, gy, w.shape[-4], ctx.stride, _lead(w, 4))
+            gw = _ConvWeight.apply(x, gy, w.shape[-4], ctx.stride, _lead(w, 4))
         return gx, gw, None
 
 
-class ConvInput(_Function):
+class _ConvInput(_Function):
     """`ops.conv_input`, linear in both arguments."""
 
     operator, ranks, shared = ops.conv_input, (4, 4, None, None, None), (1,)
@@ -97,13 +97,13 @@ class ConvInput(_Function):
         gy, w = ctx.saved_tensors
         dgy = dw = None
         if ctx.needs_input_grad[0]:
-            dgy = Conv.apply(u, w, ctx.stride)
+            dgy = _Conv.apply(u, w, ctx.stride)
         if ctx.needs_input_grad[1]:
-            dw = ConvWeight.apply(u, gy, w.shape[-4], ctx.stride, _lead(w, 4))
+            dw = _ConvWeight.apply(u, gy, w.shape[-4], ctx.stride, _lead(w, 4))
         return dgy, dw, None, None, None
 
 
-class ConvWeight(_Function):
+class _ConvWeight(_Function):
     """`ops.conv_weight`, linear in both arguments."""
 
     operator, ranks, has_keep = ops.conv_weight, (4, 4, None, None, None), True
@@ -119,9 +119,9 @@ class ConvWeight(_Function):
         u = _spread(u, 4, x)
         dx = dgy = None
         if ctx.needs_input_grad[0]:
-            dx = ConvInput.apply(gy, u, *x.shape[-3:-1], ctx.stride)
+            dx = _ConvInput.apply(gy, u, *x.shape[-3:-1], ctx.stride)
         if ctx.needs_input_grad[1]:
-            dgy = Conv.apply(x, u, ctx.stride)
+            dgy = _Conv.apply(x, u, ctx.stride)
         return dx, dgy, None, None, None
 
 
@@ -134,7 +134,7 @@ def _spread(u: Tensor, rank: int, x: Tensor) -> Tensor:
     return u.expand(*x.shape[:lead], *u.shape[lead:])
 
 
-class Norm(_Function):
+class _Norm(_Function):
     """`ops.norm`; also gradients by xh and r, which second derivatives need."""
 
     operator, ranks, shared, outputs = ops.norm, (4, 1, 1, None, None), (1, 2), 3
@@ -150,7 +150,7 @@ class Norm(_Function):
         g, b, a, xh, r = ctx.saved_tensors
         ga = torch.zeros_like(a) if ga is None else ga
         keep = max(_lead(g, 1), _lead(b, 1))
-        gy, gg, gb = NormVjp.apply(ga, gxh, gr, g, a, xh, r, ctx.slope, keep)
+        gy, gg, gb = _NormVjp.apply(ga, gxh, gr, g, a, xh, r, ctx.slope, keep)
         return gy, _shared(gg, g), _shared(gb, b), None, None
 
 
@@ -158,7 +158,7 @@ def _shared(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.sum_to_size(like.shape) if gradient.dim() > like.dim() else gradient
 
 
-class NormVjp(_Function):
+class _NormVjp(_Function):
     """`ops.norm_vjp`, differentiable where gradients by xh and r are zero."""
 
     operator, ranks = ops.norm_vjp, (4, 4, 1, 1, 4, 4, 1, None, None)
@@ -176,7 +176,7 @@ class NormVjp(_Function):
             raise NotImplementedError(_NO_THIRD)
         ga, g, a, xh, r = ctx.saved_tensors
         ug, ub = (_spread(value, 1, u) for value in (ug, ub))
-        dga, dxh, dr, dg = NormSecond.apply(u, ug, ub, ga, g, a, xh, r, ctx.slope, _lead(g, 1))
+        dga, dxh, dr, dg = _NormSecond.apply(u, ug, ub, ga, g, a, xh, r, ctx.slope, _lead(g, 1))
         return dga, None, None, dg, None, dxh, dr, None, None
 
 
@@ -186,7 +186,7 @@ _NO_THIRD = (
 )
 
 
-class NormSecond(_Function):
+class _NormSecond(_Function):
     """`ops.norm_second`, which has no derivative."""
 
     operator, ranks = ops.norm_second, (4, 1, 1, 4, 1, 4, 4, 1, None, None)
@@ -201,7 +201,7 @@ class NormSecond(_Function):
         raise NotImplementedError(_NO_THIRD)
 
 
-class Affine(_Function):
+class _Affine(_Function):
     """`ops.affine`."""
 
     operator, ranks, shared = ops.affine, (2, 2, 2, None), (1,)
@@ -218,11 +218,11 @@ class Affine(_Function):
         if ctx.needs_input_grad[0]:
             gx = torch.where(by <= 0, gy * ctx.slope, gy) @ w.mT
         if ctx.needs_input_grad[1]:
-            gw = AffineWeight.apply(x, gy, by, ctx.slope, _lead(w, 2))
+            gw = _AffineWeight.apply(x, gy, by, ctx.slope, _lead(w, 2))
         return gx, gw, None, None
 
 
-class AffineWeight(_Function):
+class _AffineWeight(_Function):
     """`ops.affine_weight`, linear in g."""
 
     operator, ranks, has_keep = ops.affine_weight, (2, 2, 2, None, None), True
@@ -240,11 +240,11 @@ class AffineWeight(_Function):
         if ctx.needs_input_grad[0]:
             dx = torch.where(y <= 0, g * ctx.slope, g) @ u.mT
         if ctx.needs_input_grad[1]:
-            dg = Affine.apply(x, u, y, ctx.slope)
+            dg = _Affine.apply(x, u, y, ctx.slope)
         return dx, dg, None, None, None
 
 
-class Patches(_Function):
+class _Patches(_Function):
     """`ops.patches`."""
 
     operator, ranks = ops.patches, (4, None, None)
@@ -262,10 +262,10 @@ class Patches(_Function):
         gy = gy[..., :-1].unflatten(-2, (batch, *outputs))
         one = torch.eye(gy.shape[-1], dtype=gy.dtype, device=gy.device)
         one = one.unflatten(0, (ctx.size, ctx.size, -1))
-        return ConvInput.apply(gy, one, height, width, ctx.stride), None, None
+        return _ConvInput.apply(gy, one, height, width, ctx.stride), None, None
 
 
-class Moments(_Function):
+class _Moments(_Function):
     """`ops.moments`."""
 
     operator, ranks, outputs = ops.moments, (2,), 2
@@ -279,3 +279,9 @@ class Moments(_Function):
         x, mean = ctx.saved_tensors
         centred = x.double() - mean.unsqueeze(-2)
         return ((gm.unsqueeze(-2) + centred @ (gc + gc.mT)) / x.shape[-2]).to(x.dtype)
+
+
+#: The operators of the same names in `ops`, differentiable and batched by `vmap`.
+conv, norm, affine, patches, moments = (
+    function.apply for function in (_Conv, _Norm, _Affine, _Patches, _Moments)
+)
