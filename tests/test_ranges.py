@@ -156,12 +156,12 @@ def test_tasks_of_a_meta_batch_share_their_shape(monkeypatch, tmp_path):
     shapes = []
     step = type(run.train_engine).step
 
-    def recording(engine, state, tasks, progress, count):
+    def recording(engine, state, tasks, *rest):
         shapes.append(tuple(sorted(tasks.support.y[0].bincount().tolist())))
         for y in tasks.support.y:
             assert y.bincount().tolist() == tasks.support.y[0].bincount().tolist()
         assert len(tasks.key.unique()) == 5
-        return step(engine, state, tasks, progress, count)
+        return step(engine, state, tasks, *rest)
 
     monkeypatch.setattr(type(run.train_engine), "step", recording)
     loop.fit(run, SILENT, tmp_path)
