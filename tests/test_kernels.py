@@ -235,7 +235,8 @@ def test_auto_uses_own_operators_for_methods_that_iterate(library, make_run):
 
 
 def trained(run, steps, notes):
-    training = Training(run, notes.append)
+    training = Training(run)
+    training.note = notes.append
     for _ in range(steps):
         training.meta_step()
         training.count()

@@ -85,7 +85,8 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     """
     settings, val, files = run.config.train, run.val, RunFolder(folder)
     assert val is not None
-    training = Training(run, tracker.note)
+    training = Training(run)
+    training.note = tracker.note
     stored = run.processes.from_leader(stored)
     if stored is not None:
         training.load_state_dict(stored)

@@ -56,12 +56,13 @@ class Training:
         meter: Metrics since the last row.
         row: The row of this step while its validation is under way; None otherwise.
         reads_host: Whether values may be read on the host, which is free on a CPU.
+        note: Receives lines for the user.
         has_stepped: Whether the optimiser has taken a step, so that all of its state exists.
     """
 
-    def __init__(self, run: Run, note: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, run: Run) -> None:
         self._run, self._settings = run, run.config.train
-        self._note = note
+        self.note: Callable[[str], None] = lambda text: None
         self.state = State(
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
@@ -77,7 +78,7 @@ class Training:
         self._classes = hashlib.sha256(repr(run.class_names).encode()).hexdigest()
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
-        self.engine, self._replays = run.train_engine, Replays(note)
+        self.engine, self._replays = run.train_engine, Replays(lambda text: self.note(text))
         self._enter_stage()
         self.best: Best | None = None
         self.meter = Meter(run.device)
@@ -232,7 +233,7 @@ class Training:
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
         if engine != self.engine:
-            self.engine, self._replays = engine, Replays(self._note)
+            self.engine, self._replays = engine, Replays(lambda text: self.note(text))
 
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""
