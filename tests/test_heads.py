@@ -84,6 +84,15 @@ def test_soft_kmeans_without_unlabelled_examples_is_protonet():
     torch.testing.assert_close(predictions(algorithm, init_state(algorithm), task), expected)
 
 
+def test_masked_soft_kmeans_is_finite_if_all_unlabelled_examples_are_at_a_class_mean():
+    algorithm = SoftKMeans(
+        **_HEAD, variant="masked", temperature=1.0, iterations=1, radius=1.0, hidden=4
+    )
+    params = init_state(algorithm).params
+    z = torch.zeros(4, 4).double()
+    assert algorithm.shares(params, z, z[:3]).isfinite().all()
+
+
 @pytest.mark.parametrize("most", [None, 2])
 def test_bd_cspn_averages_the_members_of_each_class(most):
     algorithm = BDCSPN(**_BATCHES, scale=7.0, most=most)

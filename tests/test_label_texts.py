@@ -136,6 +136,7 @@ def test_sources_of_texts(encoding, folder):
         (["support=one.csv"], "at least 2"),
         (["support=examples", "query=x.png"], "x.png: backbone=bag_of_ngrams takes texts"),
         (["support=examples", "query=nothing"], "nothing: no images there, and no .txt files"),
+        (["support=examples", "query=missing.txt"], "missing.txt: there is no such file"),
         (["support=examples", "backbone=efficientnet_lite0"], "takes images, not texts"),
         (["support=examples", "backbone=text_transformer"], "should be a pretrained network"),
         (["support=examples", "backbone=text_encoder backbone.model=no/where"], "no/where"),

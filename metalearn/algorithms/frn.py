@@ -39,7 +39,8 @@ class FRN(EmbeddingAlgorithm):
     Departure: the backbone is trained from the start, without their pre-training.
 
     Attributes:
-        scale: Initial scale (theirs: 1). Its logarithm is learned.
+        scale: Initial scale (theirs: 1, with features of ResNet-12 divided by the square root of
+            640). Its logarithm is learned.
         auxiliary: Weight of the second loss (theirs: 0.03).
     """
 

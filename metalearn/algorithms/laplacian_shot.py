@@ -34,7 +34,8 @@ class LaplacianShot(CentredHead):
         smoothness: lambda (theirs: chosen on validation classes from 0.1 to 1.5).
         neighbours: Number of nearest queries (theirs: 3; their code counts the query itself: 2).
         steps: Number of steps (theirs: until the energy is constant, at most 20).
-        rectify: Whether to shift queries and to rectify class means as BD-CSPN does (theirs).
+        rectify: Whether to shift queries and to rectify class means as BD-CSPN does, as in their
+            code, which also moves support examples to the class with the nearest mean.
     """
 
     is_transductive: ClassVar[bool] = True

@@ -90,7 +90,8 @@ class SoftKMeans(EmbeddingAlgorithm):
             return torch.cat([logits_UN, own], -1).softmax(-1)[:, :-1]
         if self.variant == "plain":
             return logits_UN.softmax(-1)
-        distance_UN = -logits_UN / -logits_UN.mean(0)
+        mean_N = -logits_UN.mean(0)
+        distance_UN = -logits_UN / torch.where(mean_N > 0, mean_N, 1)  # 0: all are at the mean
         hidden = _statistics(distance_UN.detach()) @ weights["head.weight0"].T
         hidden = (hidden + weights["head.bias0"]).tanh()
         threshold, slope = (hidden @ weights["head.weight1"].T + weights["head.bias1"]).exp().T

@@ -84,7 +84,11 @@ def queries(sources: list[str], unpacked: Path) -> list[Item]:
         paths = [path] if path.exists() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         found = {item.name: item for one in paths for item in _items(one, unpacked, source)}
         if not found:
-            raise UserError(f"{source}: no images there, and no .txt files")
+            is_pattern = glob.has_magic(str(path))
+            reason = "no images there, and no .txt files"
+            raise UserError(
+                f"{source}: {reason if path.exists() or is_pattern else 'there is no such file'}"
+            )
         items |= found
     return list(items.values())
 
