@@ -39,8 +39,8 @@ class CAVIA(LinearHeadAlgorithm):
     """Gradient descent on context parameters phi; all other weights theta are only meta-learned.
 
     phi_0 = 0, phi_k+1 = phi_k - inner_lr * grad_phi L_support(theta, phi_k) (Zintgraf et al. 2019,
-    section 3). Each channel c of the layer after a normalisation is x (1 + s_c) + t_c, where (s, t)
-    = W phi is linear in phi and W belongs to theta, as in their convolutional network.
+    section 3). Each channel c of the layer after a normalisation is x (1 + s_c) + t_c, where
+    (s, t) = W phi is linear in phi and W belongs to theta, as in their convolutional network.
 
     Departures: every layer is modulated, also of fully connected networks (theirs: the third
     convolution; elsewhere phi is a further input of the first layer), and phi = 0 is the unmodified
