@@ -9,7 +9,7 @@ from metalearn.system.errors import UserError
 
 HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,b] [test.overlap=allow]
                     [split=train|val|test|all|train+test] [curve=shot|way|steps] [at=1,5]
-                    [--json]
+                    [corrupt=noise|occlusion] [ensemble=true] [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
 their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
@@ -26,6 +26,12 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
   metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
+  metalearn evaluate … corrupt=noise at=0,10,30          accuracy on noisy queries, in percent
+  metalearn evaluate run0 run1 ensemble=true             the mean of the runs' predictions
+
+corrupt= changes the queries (and unlabelled images), not the support set: normal noise on the
+pixels, or a grey box that covers a share of the image. ensemble=true averages probabilities of runs
+that are tested by the same protocol, and writes into the first folder.
 
 Images of a different dataset get the size, the channels and the normalisation of the run's own, and
 if they have fewer classes than an episode, the episode has all of them. In dataset=a,b each is a
@@ -47,6 +53,8 @@ TAKES: tuple[str, ...] = (
     "run={folder}",
     "split=train|val|test|all|train+test",
     "curve=shot|way|steps",
+    "corrupt=noise|occlusion",
+    "ensemble=true",
     "{settings}",
     "--json",
 )
@@ -82,22 +90,35 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
     split = _arguments.take(overrides, "split", "test")
     curve = _arguments.take(overrides, "curve")
     points = _arguments.take(overrides, "at")
+    corrupt = _arguments.take(overrides, "corrupt")
+    ensemble = _arguments.take(overrides, "ensemble", "false")
+    if ensemble not in ("true", "false"):
+        raise UserError(f"ensemble={ensemble}: should be true or false")
     if not folders or split is None:
         raise UserError(
             "evaluate: takes a folder, or run=<folder>, and key=value settings; see metalearn "
             "evaluate --help"
         )
     from metalearn.report.console import open_console
+    from metalearn.run.ensemble import evaluate_ensemble
     from metalearn.run.evaluate import evaluate, evaluate_several
     from metalearn.run.other_data import Target
 
-    if len(folders) == 1 and len(datasets) < 2:
+    is_ensemble = ensemble == "true"
+    if is_ensemble and (len(folders) < 2 or len(datasets) > 1):
+        raise UserError("ensemble=true: takes several runs, and at most one dataset")
+    has_curve = any(word is not None for word in (curve, points, corrupt))
+    if has_curve and (is_ensemble or len(folders) > 1 or len(datasets) > 1):
+        name = "curve" if corrupt is None else "corrupt"
+        raise UserError(f"{name}: takes one run and one dataset")
+    if is_ensemble or (len(folders) == 1 and len(datasets) < 2):
         targets = [Target.of(word) for word in datasets]
         overrides = [word for target in targets for word in target.overrides] + overrides
         split = next((target.split for target in targets if target.split), split)
-        return evaluate(Path(folders[0]), overrides, split, curve, open_console(), points)
-    if curve is not None or points is not None:
-        raise UserError("curve: takes one run and one dataset")
+        if is_ensemble:
+            paths = [Path(folder) for folder in folders]
+            return evaluate_ensemble(paths, overrides, split, open_console())
+        return evaluate(Path(folders[0]), overrides, split, curve, open_console(), points, corrupt)
     return evaluate_several(
         [Path(folder) for folder in folders], datasets, overrides, split, open_console()
     )

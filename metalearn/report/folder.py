@@ -32,6 +32,8 @@ class RunFolder:
         self.previous = path / "checkpoints" / "previous.pt"
         #: Results of `metalearn evaluate`.
         self.evaluations = path / "evaluations"
+        #: Images of `metalearn plot`.
+        self.plots = path / "plots"
         #: The verdict of `metalearn reproduce`.
         self.reproduction = path / "reproduction.json"
         #: Why a run of a multirun failed, and the traceback if the cause is a bug.

@@ -118,7 +118,7 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
     own = files.read_result()
     config = read_yaml(files.config)
     try:
-        settings, dataset = _identity(config), dict(config["dataset"])
+        settings, dataset = identity(config), dict(config["dataset"])
     except (KeyError, TypeError, ValueError, AttributeError):  # foreign: not the settings of a run
         raise UserError(f"{files.config} does not hold the settings of a run") from None
     # A run is named by method and dataset; "folder" alone would not say which.
@@ -177,7 +177,7 @@ def _check_scores(file: Path, scores: Tensor, result: Result) -> None:
         raise UserError(f"{file} has mean {mean:.4f}, the result {test.mean:.4f}")
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
+def identity(config: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that distinguish a method from others, by dotted name."""
     complete = checking.complete(config, is_strict=False)
     known = roles.roles(complete, is_strict=False)

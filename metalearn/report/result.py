@@ -34,7 +34,7 @@ class Result:
         split: The split whose classes were tested.
         training: Facts of the training: command, val, best_step, steps, engine, processes.
         evaluation: Facts of a later evaluation: overrides, variant, dataset, and overlap if tested
-            examples were trained on.
+            examples were trained on; of an ensemble, the folders of its runs.
         transductive_minus_inductive: Paired difference on the same episodes, if both were tested.
     """
 
@@ -145,7 +145,7 @@ def hash_of(protocol: dict[str, Any]) -> str:
 
 
 _REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
-_EVALUATION = ("overrides", "variant", "dataset", "overlap")
+_EVALUATION = ("overrides", "variant", "dataset", "overlap", "ensemble")
 _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.
 _TYPES = {

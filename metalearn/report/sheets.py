@@ -13,6 +13,7 @@ from metalearn.system.atomic import atomic_writer
 _WIDTH = 860  # pixels: that of a page of text
 _CELL = (56, 84)  # smallest and largest side of an image, in pixels
 _GAP, _BETWEEN, _LABEL = 4, 20, 190  # between images, between groups, widest label
+_CAPTION, _LINE = 18, 34  # heights of a text below an image, and of a row of text
 _SIZES = {"title": 17, "label": 13}
 
 
@@ -22,20 +23,27 @@ def draw_sheet(
     rows: Sequence[tuple[str, Sequence[Sequence[Tensor]]]],
     headings: Sequence[str],
     is_ink: bool = False,
+    predictions: Sequence[Sequence[str]] = (),
 ) -> None:
     """Draw images with labels into a PNG file.
 
     Args:
         path: The file; one that exists is replaced.
         title: Line above.
-        rows: Label, and groups of images, float [C, H, W] in [0, 1] with 1 or 3 channels.
+        rows: Label, and groups of images, float [C, H, W] in [0, 1] with 1 or 3 channels. A row
+            without groups is a line of text.
         headings: Line above each group; "" for none.
         is_ink: Whether to draw 1 dark and 0 light, as ink on paper.
+        predictions: For each row, what each image of its last group was taken for: "" for what it
+            is, which is framed green; a wrong name is framed red and written below its image.
     """
     fonts = {name: _font(size) for name, size in _SIZES.items()}
-    label_width = min(_LABEL, max(math.ceil(fonts["label"].getlength(one)) for one, _ in rows))
-    totals = [max(len(groups[place]) for _, groups in rows) for place in range(len(headings))]
-    height, width = rows[0][1][0][0].shape[-2:]
+    label_width = min(
+        _LABEL, max(math.ceil(fonts["label"].getlength(one)) for one, own in rows if own)
+    )
+    full = [groups for _, groups in rows if groups]
+    totals = [max(len(groups[place]) for groups in full) for place in range(len(headings))]
+    height, width = full[0][0][0].shape[-2:]
     factor = max(1, round(_CELL[0] / max(height, width)))
     scale = min(factor, _CELL[1] / max(height, width))
     cell = round(width * scale), round(height * scale)
@@ -44,19 +52,25 @@ def draw_sheet(
     lefts = [_GAP + label_width + _BETWEEN // 2]
     for size in sizes:
         lefts.append(lefts[-1] + size * (cell[0] + _GAP) + _BETWEEN)
-    title_width = round(fonts["title"].getlength(title))
-    sheet = Image.new(
-        "RGB",
-        (max(lefts[-1] - _BETWEEN, title_width) + 2 * _GAP, top + len(rows) * (cell[1] + _GAP)),
-        "white",
-    )
+    row_height = cell[1] + _GAP + (_CAPTION if predictions else 0)
+    heights = [row_height if groups else _LINE for _, groups in rows]
+    ends = [lefts[-1] - _BETWEEN, math.ceil(fonts["title"].getlength(title))]
+    shown_headings = [
+        f"{heading}, {size} of {total}" if heading and size < total else heading
+        for heading, size, total in zip(headings, sizes, totals, strict=True)
+    ]
+    for left, heading in zip(lefts, shown_headings, strict=False):
+        ends.append(left + math.ceil(fonts["label"].getlength(heading)))
+    sheet = Image.new("RGB", (max(ends) + 2 * _GAP, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 5), title, "black", fonts["title"])
-    for left, heading, size, total in zip(lefts, headings, sizes, totals, strict=False):
-        shown = f"{heading}, {size} of {total}" if heading and size < total else heading
-        draw.text((left, 31), shown, "#555", fonts["label"])
+    for left, heading in zip(lefts, shown_headings, strict=False):
+        draw.text((left, 31), heading, "#555", fonts["label"])
     for number, (label, groups) in enumerate(rows):
-        y = top + number * (cell[1] + _GAP)
+        y = top + sum(heights[:number])
+        if not groups:
+            draw.text((_GAP, y + _LINE - 6), label, "black", fonts["label"], anchor="ls")
+            continue
         shown = _shortened(label, fonts["label"], label_width)
         draw.text((_GAP, y + cell[1] // 2), shown, "black", fonts["label"], anchor="lm")
         for left, size, group in zip(lefts, sizes, groups, strict=False):
@@ -65,7 +79,15 @@ def draw_sheet(
                 sheet.paste(image, (x0, y))
                 if not is_ink:  # white images have no edge
                     draw.rectangle((x0 - 1, y - 1, x0 + cell[0], y + cell[1]), outline="#ccc")
-    if all(x.shape[0] == 1 for _, groups in rows for group in groups for x in group):
+                if predictions and group is groups[-1]:
+                    wrong = predictions[number][place]
+                    colour = "#c22" if wrong else "#2a2"
+                    box = (x0 - 1, y - 1, x0 + cell[0], y + cell[1])
+                    draw.rectangle(box, outline=colour, width=2)
+                    middle = (x0 + cell[0] // 2, y + cell[1] + 2)
+                    draw.text(middle, wrong, colour, fonts["label"], anchor="ma")
+    is_grey = all(x.shape[0] == 1 for groups in full for group in groups for x in group)
+    if is_grey and not predictions:
         sheet = sheet.convert("L")  # a third of the size
     with atomic_writer(path) as stream:
         sheet.save(stream, "PNG", optimize=True)

@@ -51,7 +51,7 @@ class Tracker(Progress):
         first_lines: list[str],
     ) -> None:
         file = files.metrics
-        self.rows = [row for row in _read_rows(file) if row["step"] <= step] if step >= 0 else []
+        self.rows = [row for row in read_rows(file) if row["step"] <= step] if step >= 0 else []
         self.seconds_before = float(self.rows[-1].get("seconds", 0.0)) if self.rows else 0.0
         super().__init__(
             settings, metric.name, console, first_lines, max(0, step), self.seconds_before
@@ -100,7 +100,7 @@ def _as_line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _read_rows(file: Path) -> Iterator[dict[str, Any]]:
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows that `Tracker.log` wrote, up to the first incomplete one."""
     for line in read_text(file, _MAX_BYTES).splitlines() if file.exists() else []:
         try:

@@ -14,10 +14,11 @@ from metalearn.report.console import print_line
 from metalearn.report.plots import draw_lines
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv
+from metalearn.run.corruption import corrupted
 from metalearn.run.measure import trained_state
 from metalearn.run.other_data import Target
 from metalearn.run.request import Request
-from metalearn.system.atomic import make_folder
+from metalearn.system.atomic import make_writable
 from metalearn.system.errors import RunFailed, UserError
 
 #: Curves: the label of each, and where it is measured; the first number is the lowest possible.
@@ -25,6 +26,11 @@ _CURVES = {
     "shot": ("shots", [1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50]),
     "way": ("ways", [2, 3, 4, 5, 7, 10, 15, 20, 30, 50]),
     "steps": ("inner steps", list(range(11))),
+}
+#: The same of queries that are made harder to read, by severity in percent.
+_SEVERITIES = {
+    "noise": ("noise, standard deviation in % of the range of pixels", [0, 5, 10, 20, 30, 50]),
+    "occlusion": ("covered share of each query (%)", [0, 5, 10, 20, 30, 50]),
 }
 
 
@@ -35,6 +41,7 @@ def evaluate(
     curve: str | None,
     console: Console,
     points: str | None = None,
+    corrupt: str | None = None,
 ) -> dict[str, Any]:
     """Test the best checkpoint of a run and write `evaluations/<protocol_id>.json`.
 
@@ -49,6 +56,7 @@ def evaluate(
         curve: "shot", "way", "steps" or None.
         console: Where to print.
         points: Where to measure the curve, like "1,5,10"; None: the default of the curve.
+        corrupt: "noise" or "occlusion" of the queries, for a curve over its severity; or None.
 
     Returns:
         "results", as the files hold them, or the "curve" and its "points"; and the "files".
@@ -59,8 +67,13 @@ def evaluate(
     """
     if curve is not None and curve not in _CURVES:
         raise UserError(f"curve={curve}: should be one of {', '.join(_CURVES)}")
+    if corrupt is not None and corrupt not in _SEVERITIES:
+        raise UserError(f"corrupt={corrupt}: should be one of {', '.join(_SEVERITIES)}")
+    if curve is not None and corrupt is not None:
+        raise UserError(f"corrupt={corrupt}: has a curve of its own; remove curve={curve}")
+    curve = curve or corrupt
     numbers = _numbers(points, curve) if points else []
-    request = _request(folder, overrides, split)
+    request = open_request(folder, overrides, split)
     if curve is not None:
         return _curve(request, curve, numbers, console)
     return _both(request, console)
@@ -98,7 +111,9 @@ def evaluate_several(
     for target in targets:
         for folder in folders:
             try:
-                request = _request(folder, [*target.overrides, *overrides], target.split or split)
+                request = open_request(
+                    folder, [*target.overrides, *overrides], target.split or split
+                )
                 result, _ = _measured(request, request.statistics[0])
             except (UserError, RunFailed) as error:
                 first = first or error
@@ -126,14 +141,10 @@ def evaluate_several(
     return {"results": results, "files": list(map(str, files)), "failures": failures}
 
 
-def _request(folder: Path, overrides: list[str], split: str) -> Request:
+def open_request(folder: Path, overrides: list[str], split: str) -> Request:
+    """Return the request, whose run folder can be written; arguments as in `evaluate`."""
     request = Request.of(folder, overrides, split)
-    try:
-        make_folder(request.files.evaluations)
-    except OSError as error:
-        raise UserError(
-            f"{request.files.evaluations} cannot be written ({error.strerror})"
-        ) from None
+    make_writable(request.files.evaluations)
     return request
 
 
@@ -151,7 +162,7 @@ def _numbers(points: str, curve: str | None) -> list[int]:
     """Return the numbers in a list like "1,5,10", in ascending order."""
     if curve is None:
         raise UserError(f"at={points}: belongs to a curve; add curve={' or curve='.join(_CURVES)}")
-    lowest = _CURVES[curve][1][0]
+    lowest = (_CURVES | _SEVERITIES)[curve][1][0]
     words = points.strip("[]").split(",")
     if not all(word.isdecimal() and int(word) >= lowest for word in words):
         raise UserError(f"at={points}: should be numbers of at least {lowest}, like at=5,10,20")
@@ -190,8 +201,44 @@ def _both(request: Request, console: Console) -> dict[str, Any]:
     return {"results": [one.to_dict() for one in results], "files": list(map(str, files))}
 
 
-def _curve(request: Request, curve: str, numbers: list[int], console: Console) -> dict[str, Any]:
-    """Measure over shots, ways or inner steps; print a table, write a CSV and a PNG."""
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A score over a number.
+
+    Attributes:
+        label: What the number counts.
+        heading: Split and metric.
+        title: Name of the run and what all points share.
+        protocol_id: Protocol of the test that the points change.
+        results: The measurement at each number.
+        note: Why the curve ends early, or "".
+    """
+
+    label: str
+    heading: str
+    title: str
+    protocol_id: str
+    results: dict[int, Result]
+    note: str
+
+    def draw(self, path: Path) -> None:
+        """Plot the curve into a PNG file."""
+        points = [(float(x), one.test.mean, one.test.ci95) for x, one in self.results.items()]
+        draw_lines({self.title: points}, self.label, self.heading, path)
+
+
+def measure_curve(request: Request, curve: str, numbers: list[int]) -> Curve:
+    """Measure a run over shots, ways, inner steps or a severity.
+
+    Args:
+        request: The run and its test.
+        curve: Name of the curve.
+        numbers: Where to measure; []: at the usual numbers, as far as the data suffice.
+
+    Raises:
+        UserError: If the method has no such curve, or the data do not suffice.
+        RunFailed: If the first predictions are not finite.
+    """
     statistics = request.statistics[0]
     run = request.run(statistics)
     if curve == "steps" and not run.algorithm.adapts_in_steps:
@@ -203,18 +250,18 @@ def _curve(request: Request, curve: str, numbers: list[int], console: Console) -
             f"curve=way: the run distinguishes {run.spec.way} classes, the number of ways is part "
             "of its weights; use curve=shot"
         )
-    label, usual = _CURVES[curve]
+    label, usual = (_CURVES | _SEVERITIES)[curve]
     state = trained_state(run, request.files.path)
-    protocol, metric = run.protocol, run.metric.name
-    table_file, plot_file = (
-        request.file(run.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png")
-    )
+    protocol = run.protocol
     results: dict[int, Result] = {}
     note = ""
     for number in numbers or usual:
         steps = number if curve == "steps" else None
         try:
-            own = request.run(statistics, **{curve: number}) if steps is None else run
+            if curve in _SEVERITIES:
+                own = corrupted(run, curve, number)
+            else:
+                own = request.run(statistics, **{curve: number}) if steps is None else run
             results[number] = request.measure(own, state, steps=steps)[0]
         except UserError:  # the split has too few classes, or a class too few examples
             if numbers or not results:
@@ -225,9 +272,24 @@ def _curve(request: Request, curve: str, numbers: list[int], console: Console) -
                 raise
             note = f"  predictions with {number} {label} are not finite; the curve ends here"
             break
-    heading = f"{request.split} {metric}"
+    shape = [f"{protocol[name]}-{name}" for name in ("way", "shot") if name != curve]
+    title = (
+        f"{request.own.name}, {', '.join(shape)}, {protocol['query']} queries, "
+        f"statistics {protocol['statistics']}"
+    )
+    heading = f"{request.split} {run.metric.name}"
+    return Curve(label, heading, title, run.protocol_id, results, note)
+
+
+def _curve(request: Request, curve: str, numbers: list[int], console: Console) -> dict[str, Any]:
+    """Measure a curve; print a table, write a CSV and a PNG."""
+    measured = measure_curve(request, curve, numbers)
+    results, metric = measured.results, next(iter(measured.results.values())).metric
+    table_file, plot_file = (
+        request.file(measured.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png")
+    )
     rows = [
-        {label: x, heading: tables.format_score(metric, result.test)}
+        {measured.label: x, measured.heading: tables.format_score(metric, result.test)}
         for x, result in results.items()
     ]
     write_csv(
@@ -239,21 +301,15 @@ def _curve(request: Request, curve: str, numbers: list[int], console: Console) -
             for test in (result.test,)
         ),
     )
-    shape = [f"{protocol[name]}-{name}" for name in ("way", "shot") if name != curve]
-    title = (
-        f"{request.own.name}, {', '.join(shape)}, {protocol['query']} queries, "
-        f"statistics {protocol['statistics']}"
-    )
-    points = [(float(x), result.test.mean, result.test.ci95) for x, result in results.items()]
-    draw_lines({title: points}, label, heading, plot_file)
+    measured.draw(plot_file)
     console.print(tables.result_table(rows))
-    if note:
-        print_line(console, note)
+    if measured.note:
+        print_line(console, measured.note)
     files = [table_file, plot_file]
     for file in files:
         print_line(console, f"  {file}")
-    measured = [
+    points = [
         {curve: x, **dataclasses.asdict(result.test), "protocol_id": result.protocol_id}
         for x, result in results.items()
     ]
-    return {"curve": curve, "metric": metric, "points": measured, "files": list(map(str, files))}
+    return {"curve": curve, "metric": metric, "points": points, "files": list(map(str, files))}

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +209,25 @@ def evaluate(
 ) -> Tensor:
     """Return the score of each episode, float32 [E] on the host."""
     scores, numbers = [], []
-    for part, engine, tasks in _drawn(run, state, source, episodes, "val", listener):
+    size = run.config.engine.evaluation_batch
+    for part, engine, tasks in _drawn(run, state, source, episodes, size, "val", listener):
         scores.append(engine.scores(state, tasks))
         numbers.append(numbers_of(part))
     return _gathered(run, scores, numbers, episodes)
 
 
 def _drawn(
-    run: Run, state: State, source: TaskSource, episodes: int, phase: str, listener: Listener
+    run: Run,
+    state: State,
+    source: TaskSource,
+    episodes: int,
+    size: int,
+    phase: str,
+    listener: Listener,
 ) -> Iterator[tuple[Part, Engine, Task]]:
-    """Yield this process's share of the episodes in parts, each counted when it is done."""
+    """Yield this process's share of the episodes in parts of `size`, each counted when done."""
     first, total = run.processes.share(episodes)
-    parts = parts_of(source, first, total, run.config.engine.evaluation_batch)
+    parts = parts_of(source, first, total, size)
     engine, source = features.with_features(run, run.test_engine, source, state, parts, listener)
     listener.episodes(phase, 0, total)
     done = 0
@@ -237,12 +245,14 @@ class Tested:
         scores: Score of each episode, float32 [E].
         classes: Index within the split of each query's class, int64 [E, Q]; None for regression.
             An episode with fewer queries than others has -1 after its own.
+        predicted: Index within the split of the class that was predicted, as `classes`.
         correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
         confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
     """
 
     scores: Tensor
     classes: Tensor | None = None
+    predicted: Tensor | None = None
     correct: Tensor | None = None
     confidence: Tensor | None = None
 
@@ -252,19 +262,41 @@ def test(
     state: State,
     steps: int | None,
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
+    others: Sequence[tuple[Run, State]] = (),  # noqa: PT028
 ) -> Tested:
-    """Test on the fixed test episodes, with the method's number of adaptation steps or another.
+    """Test on the fixed test episodes.
 
-    Raise RunFailed if a prediction is not finite.
+    Args:
+        run: The run.
+        state: Its state.
+        steps: Number of adaptation steps; None for the method's own.
+        listener: Receives the number of episodes done.
+        others: More runs with the same test episodes: the predictions of all are averaged, of
+            classes their probabilities.
+
+    Raises:
+        RunFailed: If a prediction is not finite.
     """
     episodes, own = run.config.test.episodes, run.config.episode
     columns: dict[str, list[Tensor]] = {}
     numbers: list[Tensor] = []
     most = own.query * (own.way[-1] if isinstance(own.way, list) else own.way)
-    for part, engine, tasks in _drawn(run, state, run.test, episodes, "test", listener):
-        answers = (engine.predictions if run.family.predicts else engine.scores)(
-            state, tasks, steps
-        )
+    size = run.config.engine.evaluation_batch
+    members = [
+        _drawn(one, own_state, one.test, episodes, size, "test", listener if one is run else SILENT)
+        for one, own_state in ((run, state), *others)
+    ]
+    states = [state, *(own_state for _, own_state in others)]
+    for drawn in zip(*members, strict=True):
+        part, _, tasks = drawn[0]
+        each = [
+            (engine.predictions if run.family.predicts else engine.scores)(
+                own_state, own_tasks, steps
+            )
+            for (_, engine, own_tasks), own_state in zip(drawn, states, strict=True)
+        ]
+        classes = run.test.classes(*part)
+        answers = each[0] if len(each) == 1 else _averaged(each, classes is not None)
         if not answers.isfinite().all():
             among = numbers_of(part)
             raise RunFailed(
@@ -273,10 +305,14 @@ def test(
             )
         prediction, y = answers, tasks.query.y
         outcome = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}
-        classes = run.test.classes(*part)
         if classes is not None:
             confidence, chosen = prediction.softmax(-1).max(-1)
-            queries = {"classes": classes.to(y.device).gather(1, y), "correct": chosen == y}
+            classes = classes.to(y.device)
+            queries = {
+                "classes": classes.gather(1, y),
+                "predicted": classes.gather(1, chosen),
+                "correct": chosen == y,
+            }
             missing = (0, max(0, most - y.shape[1]))
             outcome |= {name: F.pad(value, missing, value=-1) for name, value in queries.items()}
             outcome["confidence"] = F.pad(confidence, missing)
@@ -286,6 +322,14 @@ def test(
     return Tested(
         **{name: _gathered(run, parts, numbers, episodes) for name, parts in columns.items()}
     )
+
+
+def _averaged(outputs: list[Tensor], is_class: bool) -> Tensor:
+    """Return the mean of outputs [T, Q, N]; of logits, the logarithm of the mean probability."""
+    stacked = torch.stack(outputs)
+    if not is_class:
+        return stacked.mean(0)
+    return stacked.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
 
 
 def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: int) -> Tensor:

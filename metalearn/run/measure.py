@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def measure(
     prefix: Path | None = None,
     steps: int | None = None,
     listener: Listener = SILENT,
+    others: Sequence[tuple[Run, State]] = (),
 ) -> tuple[Result, Tensor]:
     """Test a state once; return the result, and the score of each episode, [E].
 
@@ -45,9 +47,10 @@ def measure(
         prefix: Write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
         steps: Adaptation steps; None: as in the settings.
         listener: Receives the number of episodes done.
+        others: Runs whose predictions are averaged with this run's; see `loop.test`.
     """
     start = time.perf_counter()
-    tested = loop.test(run, state, steps, listener)
+    tested = loop.test(run, state, steps, listener, others)
     scores = tested.scores
     if prefix:
         write_scores(prefix.with_name(f"{prefix.name}scores.csv"), run.metric.name, scores)

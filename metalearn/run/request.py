@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from metalearn.run.measure import measure
 from metalearn.run.pairings import check_population, inductive_counterpart
 from metalearn.run.parts import algorithm_of, data_folder, device_of
 from metalearn.system.errors import UserError
+from metalearn.tasks.types import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,12 @@ class Request:
         return self.files.evaluations / name
 
     def measure(
-        self, run: Run, state: Any, prefix: Path | None = None, steps: int | None = None
+        self,
+        run: Run,
+        state: State,
+        prefix: Path | None = None,
+        steps: int | None = None,
+        others: Sequence[tuple[Run, State]] = (),
     ) -> tuple[Result, Tensor]:
         """Test the run. See `metalearn.run.measure.measure`."""
         environment = describe_environment(str(run.device))
@@ -186,7 +193,7 @@ class Request:
         progress = Progress(run.config, score, open_console(), [], steps_done)
         with progress.live():
             result, scores = measure(
-                run, state, self.own.name, environment, prefix, steps, progress
+                run, state, self.own.name, environment, prefix, steps, progress, others
             )
         result.evaluation = {
             "overrides": self.overrides,

@@ -88,3 +88,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def make_writable(path: Path) -> None:
+    """Create a folder like `make_folder`; raise UserError if it cannot be written."""
+    try:
+        make_folder(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None

@@ -1,0 +1,71 @@
+"""Test the mean of the predictions of several runs."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metalearn.report import tables
+from metalearn.report.console import print_line
+from metalearn.report.result import hash_of
+from metalearn.run.evaluate import open_request
+from metalearn.run.measure import trained_state
+from metalearn.system.errors import UserError
+
+
+def evaluate_ensemble(
+    folders: Sequence[Path], overrides: list[str], split: str, console: Console
+) -> dict[str, Any]:
+    """Test the mean of the predictions of several runs (of classes: of their probabilities).
+
+    The result is written into the evaluations of the first run.
+
+    Args:
+        folders: The run folders, at least two.
+        overrides: As in `evaluate`, for all runs.
+        split: The split whose classes are tested.
+        console: Where to print.
+
+    Returns:
+        "results", as the file holds it; and the "files".
+
+    Raises:
+        UserError: If the runs cannot be tested like this, or not by the same protocol.
+        RunFailed: If predictions are not finite.
+    """
+    start = time.perf_counter()
+    requests = [open_request(folder, overrides, split) for folder in folders]
+    runs = [request.run(request.statistics[0]) for request in requests]
+    if not runs[0].family.predicts:
+        raise UserError("ensemble=true: the tasks of these runs have no predictions to average")
+    for folder, run in zip(folders, runs, strict=True):
+        keys = sorted(runs[0].protocol.keys() | run.protocol.keys())
+        other = [key for key in keys if runs[0].protocol.get(key) != run.protocol.get(key)]
+        if other:
+            raise UserError(
+                f"ensemble=true: {folder} is tested under a different protocol than {folders[0]} "
+                f"({', '.join(other)}); set these settings for all of them"
+            )
+    states = [trained_state(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    names = [str(folder) for folder in folders]
+    label = f"ensemble={len(names)}-{hash_of({'runs': names})[:4]}"
+    request = dataclasses.replace(requests[0], variant=[*requests[0].variant, label])
+    others = list(zip(runs, states, strict=True))[1:]
+    prefix = request.file(runs[0].protocol_id, "_")
+    result, _ = request.measure(runs[0], states[0], prefix, others=others)
+    result.evaluation["ensemble"] = names
+    result.seconds = time.perf_counter() - start
+    file = request.file(result.protocol_id, ".json")
+    result.write(file)
+    rows = [
+        tables.result_row(f"{one.own.name} ({one.files.path.name})", one.own)
+        for one in requests
+        if one.own.protocol_id == result.protocol_id
+    ]
+    rows.append(tables.result_row(f"ensemble of {len(names)}", result))
+    console.print(tables.result_table(rows))
+    print_line(console, f"  {file}")
+    return {"results": [result.to_dict()], "files": [str(file)]}

@@ -1,0 +1,90 @@
+"""Compute what `metalearn plot` draws of a multirun folder."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from metalearn.report.console import print_line
+from metalearn.report.folder import RunFolder
+from metalearn.report.measurements import identity, runs_in
+from metalearn.report.plots import draw_heat_map
+from metalearn.system.atomic import make_writable
+from metalearn.system.errors import UserError
+from metalearn.system.reading import read_yaml
+
+
+def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str, Any]:
+    """Draw validation scores of a multirun over two of its settings, as plots/sensitivity.png.
+
+    Args:
+        folder: The multirun folder.
+        settings: Names of two settings; [] for those that differ, if these are two.
+        console: Where to print.
+
+    Returns:
+        "files"; the "settings"; and "points": their values, the mean score, and number of runs.
+
+    Raises:
+        UserError: If there are no runs, or no two such settings.
+    """
+    finished, others = runs_in([folder])
+    runs = [*finished, *(one for one in others if RunFolder(one).is_trained)]
+    if not runs:
+        raise UserError(f"{folder}: no finished run there or below")
+    results = [RunFolder(one).read_result() for one in runs]
+    own = [identity(read_yaml(RunFolder(one).config)) for one in runs]
+    swept = [
+        key
+        for key in dict.fromkeys(key for one in own for key in one)
+        if len({repr(one.get(key)) for one in own}) > 1
+    ]
+    wrong = [key for key in settings if key not in swept]
+    if wrong or len(settings or swept) != 2:
+        differing = ", ".join(swept) or "none"
+        raise UserError(
+            f"{folder}: a heat map takes two settings that differ between the runs "
+            f"({differing} {'do' if len(swept) > 1 else 'does'}); choose them with settings=a,b"
+        )
+    if len({one.metric for one in results}) > 1:
+        raise UserError(f"{folder}: its runs have different metrics")
+    first, second = settings or swept
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    values: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for one, result in zip(own, results, strict=True):
+        pair = tuple(json.dumps(one.get(key)).strip('"') for key in (first, second))
+        for texts, text, key in zip(values, pair, (first, second), strict=True):
+            texts[text] = one.get(key)
+        scores[pair[0], pair[1]].append(result.validation_score)
+    ticks = (_ordered(values[0]), _ordered(values[1]))
+    means = {pair: sum(some) / len(some) for pair, some in scores.items()}
+    metric = results[0].metric
+    path = RunFolder(folder).plots / "sensitivity.png"
+    make_writable(path.parent)
+    draw_heat_map(
+        (first, second),
+        ticks,
+        [[means.get((row, column), math.nan) for column in ticks[1]] for row in ticks[0]],
+        metric,
+        results[0].higher_is_better,
+        path,
+        f"{results[0].name}, validation, {len(runs)} runs",
+    )
+    points = [
+        {first: values[0][row], second: values[1][column], metric: mean,
+         "runs": len(scores[row, column])}
+        for (row, column), mean in means.items()
+    ]  # fmt: skip
+    print_line(console, f"validation {metric} of {len(runs)} runs over {first} and {second}")
+    print_line(console, f"  {path}")
+    return {"files": [str(path)], "settings": [first, second], "points": points}
+
+
+def _ordered(values: dict[str, Any]) -> list[str]:
+    """Return the texts of values, in the order of their numbers if all are numbers."""
+    if all(isinstance(one, int | float) for one in values.values()):
+        return sorted(values, key=values.__getitem__)
+    return sorted(values)
