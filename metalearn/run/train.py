@@ -191,6 +191,7 @@ def _first_lines(
     if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
         method = type(run.algorithm).__name__
         lines.append(f"{method} does not use the unlabelled examples of its episodes")
+    lines += run.notes
     if stored:
         lines.append(f"resuming from step {stored['step']} of {folder}")
     return lines
