@@ -203,7 +203,8 @@ def build(
     train: BatchSource = test  # a foreign dataset need not suffice for training
     val: TaskSource | None = None
     hard_classes, shapes_vary = None, False
-    training, notes = data, []
+    training: OpenDataset = data
+    notes: list[str] = []
     if not only_test:
         is_episodic = settings.train.source == "episodes"
         with group.leader_first():

@@ -87,7 +87,8 @@ def training_data(
         )
     left_out = number * shape[0] - len(index.names)
     kind = {"clusters": "clusters", "random": "random classes"}[own["labels"]]
-    line = f"training labels: {len(index.names):,} {kind} of {shape[1]:,} images"
+    name = index.names[0].partition("/")[0]
+    line = f"training labels: {len(index.names):,} {kind} ({name}) of {shape[1]:,} images"
     if shape[0] > 1:
         line += f" in {shape[0]} partitions"
     if left_out:
@@ -109,7 +110,9 @@ def grouped(rows: Tensor, groups: Tensor, smallest: int, device: torch.device) -
         device: Device of the index.
     """
     name = digest(groups.contiguous().numpy()).hex()[:8]
-    ordered, counts, names, parts = [], [], [], []
+    ordered: list[Tensor] = []
+    counts: list[int] = []
+    names: list[str] = []
     for partition, own in enumerate(groups):
         ordered.append(rows[own.argsort(stable=True)])
         counts += own.bincount().tolist()
@@ -118,8 +121,7 @@ def grouped(rows: Tensor, groups: Tensor, smallest: int, device: torch.device) -
     if not chosen:
         return ClassIndex(rows[:0, None], rows[:0], ())
     index = class_indices(names, counts, {"train": chosen}, torch.device("cpu"))["train"]
-    if len(groups) > 1:
-        parts = [one.rpartition("/")[0] for one in chosen]
+    parts = [one.rpartition("/")[0] for one in chosen] if len(groups) > 1 else []
     return ClassIndex(
         torch.cat(ordered)[index.rows].to(device), index.counts.to(device), index.names,
         parts=tuple(parts),
@@ -130,8 +132,8 @@ def k_means(z: Tensor, key: Tensor, number: int) -> Tensor:
     """Cluster features by k-means, once for each partition.
 
     The first partition clusters the features as they are, each other one multiplies every feature
-    by a random number in [0, 1] (Hsu et al. 2019, 2.2). The result does not depend on the number of
-    threads.
+    by a random number in [0, 1], as in the code of CACTUs' authors. The result does not
+    depend on the number of threads.
 
     Args:
         z: Features [I, D], on the CPU.

@@ -130,6 +130,7 @@ def train(
                 "steps": fitted.steps,
                 "engine": run.choices,
                 "processes": run.processes.size,
+                **({"notes": list(run.notes)} if run.notes else {}),
             }
             if is_tested:
                 tracker.finish(result, tables.result_table([tables.result_row(name, result)]))
