@@ -13,10 +13,12 @@ import threadpoolctl
 import torch
 from torch import Tensor
 
+from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.files import stored
+from metalearn.data.images import ImageDataset
 from metalearn.report.folder import RunFolder
 from metalearn.run.feature_cache import digest
 from metalearn.run.parts import cache_folder
@@ -32,7 +34,10 @@ _CHUNK = 1024
 
 def check(settings: RunConfig) -> None:
     """Raise UserError unless the settings of training classes fit together."""
-    labels, folder = settings.dataset.get("labels"), settings.dataset.get("clusters_of")
+    dataset = components.make(settings.dataset, "dataset")
+    if not isinstance(dataset, ImageDataset):
+        return
+    labels, folder = dataset.labels, dataset.clusters_of
     if labels == "clusters" and not folder:
         raise UserError(
             "dataset.labels=clusters: set dataset.clusters_of, the folder of a finished run whose "
@@ -62,23 +67,23 @@ def training_data(
         UserError: If there are fewer inputs than clusters, no cluster is large enough, or the run
             whose embeddings are clustered cannot embed the inputs.
     """
-    own = settings.dataset
-    if own.get("labels", "true") == "true":
+    own = components.make(settings.dataset, "dataset")
+    if not isinstance(own, ImageDataset) or own.labels == "true":
         return data, []
     assert isinstance(data, ClassData)
-    view, number = data.views["train"], own["clusters"]
+    view, number = data.views["train"], own.clusters
     rows = view.index.rows.unique().cpu()
     if number > len(rows):
         raise UserError(
             f"dataset.clusters={number}: should be at most {len(rows)}, the number of training "
             "images"
         )
-    shape = own["partitions"], len(rows)
+    shape = own.partitions, len(rows)
     key = prng.fold_in(prng.key_of(settings.seed, _STREAM), torch.arange(shape[0]))
-    if own["labels"] == "random":
+    if own.labels == "random":
         groups = prng.permutation(key, shape[1]) % number
     else:
-        groups = _clusters(settings, data, rows, key)
+        groups = _clusters(settings, own, data, rows, key)
     index = grouped(rows, groups, smallest, view.index.rows.device)
     if not index.names:
         raise UserError(
@@ -86,7 +91,7 @@ def training_data(
             "episode; use fewer clusters or smaller training episodes"
         )
     left_out = number * shape[0] - len(index.names)
-    kind = {"clusters": "clusters", "random": "random classes"}[own["labels"]]
+    kind = {"clusters": "clusters", "random": "random classes"}[own.labels]
     name = index.names[0].partition("/")[0]
     line = f"training labels: {len(index.names):,} {kind} ({name}) of {shape[1]:,} images"
     if shape[0] > 1:
@@ -155,12 +160,14 @@ def k_means(z: Tensor, key: Tensor, number: int) -> Tensor:
     return torch.stack(groups)
 
 
-def _clusters(settings: RunConfig, data: ClassData, rows: Tensor, key: Tensor) -> Tensor:
+def _clusters(
+    settings: RunConfig, own: ImageDataset, data: ClassData, rows: Tensor, key: Tensor
+) -> Tensor:
     """Return the cluster of each training input, int64 [P, I], from the cache if it has them."""
     from metalearn.run.load import load  # it imports modules that import this one
 
-    own = settings.dataset
-    folder, number = Path(own["clusters_of"]), own["clusters"]
+    assert own.clusters_of is not None
+    folder, number = Path(own.clusters_of), own.clusters
     where = f"dataset.clusters_of={folder}"
     model = load(folder, device=settings.device)
     if not model.embeds_alone:
