@@ -170,4 +170,4 @@ def test_run_on_clusters_is_tested_again_without_the_embedding_run(
     shutil.rmtree(copy)
     evaluate(folder, ["episode.query=3"], "test", None, _SILENT)
     with pytest.raises(UserError, match=r"dataset\.labels"):
-        evaluate(folder, ["dataset.labels=true"], "test", None, _SILENT)
+        evaluate(folder, ["dataset.labels=given"], "test", None, _SILENT)

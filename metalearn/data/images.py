@@ -74,8 +74,8 @@ class ImageDataset(Dataset):
             random in each episode).
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
-        labels: Classes of training: "true"; "clusters" of the embeddings of a run; or "random", of
-            about equal size. Validation and test have the true ones.
+        labels: Classes of training: "given"; "clusters" of the embeddings of a run; or "random", of
+            about equal size. Validation and test have the given ones.
         clusters: Number of clusters or random classes.
         partitions: Number of such groupings of all training images; an episode is in one.
         clusters_of: Folder of the run whose embeddings are clustered.
@@ -93,7 +93,7 @@ class ImageDataset(Dataset):
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
     store: str = choice("auto", "device", "host", default="auto", role="machine")
-    labels: str = choice("true", "clusters", "random", default="true", role="identity")
+    labels: str = choice("given", "clusters", "random", default="given", role="identity")
     clusters: int = at_least(2, default=500, role="identity")
     partitions: int = at_least(1, default=1, role="identity")
     clusters_of: str | None = setting(default=None, role="identity")

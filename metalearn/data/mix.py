@@ -71,7 +71,7 @@ class Mix(Dataset):
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
         for name, one in self.sets.items():
-            if (labels := getattr(one, "labels", "true")) != "true":
+            if (labels := getattr(one, "labels", "given")) != "given":
                 raise UserError(
                     f"dataset.settings: labels={labels} of {name} is impossible in a mixed "
                     "dataset; leave it out"

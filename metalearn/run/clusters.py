@@ -68,7 +68,7 @@ def training_data(
             whose embeddings are clustered cannot embed the inputs.
     """
     own = components.make(settings.dataset, "dataset")
-    if not isinstance(own, ImageDataset) or own.labels == "true":
+    if not isinstance(own, ImageDataset) or own.labels == "given":
         return data, []
     assert isinstance(data, ClassData)
     view, number = data.views["train"], own.clusters
