@@ -242,7 +242,7 @@ def test_queries_are_mixed_within_their_task_and_batches_over_all_classes(make_r
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_method_mixes_queries_or_says_that_it_cannot(name, make_run):
     words = [f"algo={name}", "+augment.mix.mixup={}", "train.meta_batch=2", "train.batch_size=6"]
-    if name in ("feat", "reptile", "relation", "siamese"):
+    if name in ("feat", "reptile", "relation", "siamese", "simclr"):
         with pytest.raises(UserError, match=r"augment\.mix: .* cannot use; leave it out"):
             make_run(*words)
         return

@@ -80,6 +80,7 @@ _HINTS = {
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
     ("methods.py", "gaussians"),
+    ("methods.py", "glyphs"),
     ("methods.py", "protonet"),
     # The setting augment.mix.
     *((name, "mix") for name in ("checking.py", "pairings.py", "parts.py")),

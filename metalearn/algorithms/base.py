@@ -28,6 +28,8 @@ class Algorithm:
     targets: ClassVar[tuple[str, ...]] = ("class",)
     #: What the method can train on: "episodes", "batches" (labels over all training classes).
     sources: ClassVar[tuple[str, ...]] = ("episodes",)
+    #: Number of views of each example of an ordinary batch, each with its own augmentation.
+    num_views: ClassVar[int] = 1
     #: True if the number of ways is part of the weights, so training and test must use the same.
     fixed_way: ClassVar[bool] = False
     #: True if a prediction depends on the other queries under any `statistics`.

@@ -10,7 +10,7 @@ from metalearn.config.composition import quoted
 #: Settings that hold a path.
 PATHS = frozenset(
     ("dataset.path", "dataset.split", "hydra.run.dir", "hydra.sweep.dir", "data_dir", "cache_dir",
-     "backbone.weights", "engine.choices", "train.start")
+     "backbone.weights", "engine.choices", "train.start", "dataset.clusters_of")
 )  # fmt: skip
 #: Values that keep Hydra's meaning: null, a quoted text, an interpolation.
 _OWN_MEANING = re.compile(r"""null|'.*'|".*"|.*\$\{.*""", re.DOTALL)

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from metalearn.data.images import ClassImages
 from metalearn.system.atomic import atomic_writer, remove_abandoned
 from metalearn.system.errors import UserError, first_line, is_out_of_memory
 
+_T = TypeVar("_T")
 #: Raster formats that Pillow decodes itself; vector formats would need another program. The first
 #: that fits a file is used, so the one without a signature is last.
 _FORMATS = (
@@ -282,28 +283,47 @@ def cached(
     `hashes` are hashed as they are.
     """
     key = hashlib.sha256(repr((_CACHE_FORMAT, settings)).encode()).hexdigest()[:16]
-    path = cache_dir / f"{name}-{key}.pt"
+
+    def content() -> dict[str, Any]:
+        if sys.stderr.isatty():
+            text = f"preparing the images of {name} (only the first time)"
+            print(text, file=sys.stderr, flush=True)
+        pictures = make()
+        if pictures.hashes is None:
+            pictures = dataclasses.replace(pictures, hashes=_stored_hashes(pictures.images))
+        return vars(pictures)
+
+    return stored(cache_dir / f"{name}-{key}.pt", content, lambda own: ClassImages(**own))
+
+
+def stored(path: Path, make: Callable[[], dict[str, Any]], read: Callable[[Any], _T]) -> _T:
+    """Return what `read` gives for a file of the cache, which is made if it is absent or corrupt.
+
+    Args:
+        path: The file, in the cache folder.
+        make: Returns the content, tensors and plain data.
+        read: Converts the content; it may raise anything for a wrong one.
+
+    Raises:
+        UserError: If the file cannot be read or written.
+    """
     if path.is_file():
         try:
-            return ClassImages(**torch.load(path, weights_only=True))
+            return read(torch.load(path, weights_only=True))
         except PermissionError:
             raise UserError(f"{path} cannot be read; choose another cache_dir") from None
         except Exception as error:  # a corrupt file can raise any exception
             if is_out_of_memory(error):
                 raise
             print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(f"preparing the images of {name} (only the first time)", file=sys.stderr, flush=True)
-    pictures = make()
-    if pictures.hashes is None:
-        pictures = dataclasses.replace(pictures, hashes=_stored_hashes(pictures.images))
+    content = make()
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(cache_dir, older_than=3600)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, older_than=3600)
         with atomic_writer(path) as stream:
-            torch.save(vars(pictures), stream)
+            torch.save(content, stream)
     except OSError as error:
         raise UserError(
-            f"cache_dir={cache_dir} cannot be written ({error.strerror}); choose another folder"
+            f"cache_dir={path.parent} cannot be written ({error.strerror}); choose another folder"
         ) from None
-    return pictures
+    return read(content)

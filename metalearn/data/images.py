@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metalearn.config.fields import choice, given_by_run, setting
+from metalearn.config.fields import at_least, choice, given_by_run, setting
 from metalearn.data.base import Dataset
 from metalearn.data.classes import ClassData, class_indices
 from metalearn.tasks.store import ClassView, ImageStore, RotatedClasses, RotatedEpisodes
@@ -74,6 +74,11 @@ class ImageDataset(Dataset):
             random in each episode).
         rotations_may_meet: See `RotatedClasses`.
         rotations_share_drawings: See `RotatedClasses`.
+        labels: Classes of training: "given"; "clusters" of the embeddings of a run; or "random", of
+            about equal size. Validation and test have the given ones.
+        clusters: Number of clusters or random classes.
+        partitions: Number of such groupings of all training images; an episode is in one.
+        clusters_of: Folder of the run whose embeddings are clustered.
         channels: 1 or 3, to convert the images for a network; None for those of the dataset.
         store: Where the images are: "device", "host", or "auto": on a GPU if they need at most half
             of its free memory. Results do not depend on it.
@@ -88,6 +93,10 @@ class ImageDataset(Dataset):
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
     store: str = choice("auto", "device", "host", default="auto", role="machine")
+    labels: str = choice("given", "clusters", "random", default="given", role="identity")
+    clusters: int = at_least(2, default=500, role="identity")
+    partitions: int = at_least(1, default=1, role="identity")
+    clusters_of: str | None = setting(default=None, role="identity")
     channels: int | None = given_by_run(None)
     raw: bool = given_by_run(False)
 

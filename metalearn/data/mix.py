@@ -70,6 +70,12 @@ class Mix(Dataset):
         return all(part.is_present(data_dir) for part in self.sets.values())
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        for name, one in self.sets.items():
+            if (labels := getattr(one, "labels", "given")) != "given":
+                raise UserError(
+                    f"dataset.settings: labels={labels} of {name} is impossible in a mixed "
+                    "dataset; leave it out"
+                )
         opened = {name: one.open(data_dir, cache_dir, device) for name, one in self.sets.items()}
         _check(opened)
         first = opened[self.parts[0]]

@@ -1,6 +1,7 @@
 """Build a run from a checked configuration."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
-from metalearn.run import checkpoint
+from metalearn.run import checkpoint, clusters
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
 from metalearn.run.parts import (
@@ -36,7 +37,13 @@ from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.metrics import Metric
 from metalearn.tasks.mixing import Mixed
 from metalearn.tasks.ranges import varied
-from metalearn.tasks.sampling import SAMPLER_VERSION, BatchSource, EpisodeSampler, TaskSource
+from metalearn.tasks.sampling import (
+    SAMPLER_VERSION,
+    BatchSampler,
+    BatchSource,
+    EpisodeSampler,
+    TaskSource,
+)
 from metalearn.tasks.types import Spec, State
 
 #: Random stream of the initial weights; `metalearn.tasks.sampling` numbers those of the tasks.
@@ -64,6 +71,7 @@ class Run:
         data: The opened dataset.
         class_names: Names of the classes of each split.
         shapes_vary: Whether training episodes have different shapes from step to step.
+        notes: Lines about the data for the user.
         hard_classes: The recent errors of classes, if training draws classes by them; else None.
         test_split: The split whose classes are tested.
     """
@@ -86,6 +94,7 @@ class Run:
     test_split: str
     shapes_vary: bool = False
     hard_classes: HardClasses | None = None
+    notes: Sequence[str] = ()
 
     @property
     def family(self) -> TaskFamily:
@@ -194,10 +203,17 @@ def build(
     train: BatchSource = test  # a foreign dataset need not suffice for training
     val: TaskSource | None = None
     hard_classes, shapes_vary = None, False
+    training: OpenDataset = data
+    notes: list[str] = []
     if not only_test:
-        if settings.train.source == "episodes":
+        is_episodic = settings.train.source == "episodes"
+        with group.leader_first():
+            training, notes = clusters.training_data(
+                settings, data, train_shape.examples if is_episodic else 1
+            )
+        if is_episodic:
             shapes_vary = train_ranges is not None
-            own = data.episodes("train", train_shape, settings.seed, augmentation)
+            own = training.episodes("train", train_shape, settings.seed, augmentation)
             meta_batch = settings.train.meta_batch
             largest, train = own, varied(own, train_ranges, "train", settings.seed, meta_batch)
             hard_classes = own.view.chooser.hard if isinstance(own, EpisodeSampler) else None
@@ -208,13 +224,17 @@ def build(
                 )
         else:
             size = settings.train.batch_size
-            largest = train = data.batches("train", size, settings.seed, augmentation)
+            train = training.batches("train", size, settings.seed, augmentation)
+            if algorithm.num_views > 1:
+                assert isinstance(train, BatchSampler)
+                train = dataclasses.replace(train, num_views=algorithm.num_views)
+            largest = train
         if mixing is not None:
-            train = Mixed(train, mixing, data.num_classes("train"))
+            train = Mixed(train, mixing, training.num_classes("train"))
         val = tested("val")[1]
     inputs, outputs = data.inputs, data.outputs or test_shape.way
     target = components.component(settings.dataset, "dataset").target
-    spec = Spec(inputs.shape, outputs, data.num_classes("train"), target, inputs.vocabulary)
+    spec = Spec(inputs.shape, outputs, training.num_classes("train"), target, inputs.vocabulary)
     train_engine, test_engine = make_engines(
         settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, choices
     )
@@ -240,12 +260,13 @@ def build(
     return Run(
         data=data,
         class_names={
-            split: data.class_names(split)
+            split: (training if split == "train" else data).class_names(split)
             for split in dict.fromkeys(("train", "val", "test", test_split))
         },
         test_split=test_split,
         shapes_vary=shapes_vary,
         hard_classes=hard_classes,
+        notes=notes,
         config=settings,
         algorithm=algorithm,
         state=state,

@@ -6,7 +6,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
-from metalearn.run import optimisers
+from metalearn.run import clusters, optimisers
 from metalearn.run.parts import (
     algorithm_of,
     augment_functions,
@@ -90,6 +90,7 @@ def check(settings: RunConfig) -> None:
         if value is not None and not is_used:
             raise UserError(f"{key}={value}: {name} does not use this loss; leave it out")
     optimisers.check(settings.optimiser)
+    clusters.check(settings)
     if settings.train.schedule == "milestones" and not settings.train.milestones:
         raise UserError("train.schedule=milestones: set train.milestones, like [0.6,0.8]")
     _check_augment(settings, algorithm, target)
@@ -133,6 +134,11 @@ def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> No
             "augment=none"
         )
     support_augmentation_of(settings, algorithm)
+    if algorithm.num_views > 1 and not own.ops:
+        raise UserError(
+            f"augment=none: {name} learns that differently augmented views of one input belong "
+            "together; choose augment=views"
+        )
     if not mixing_of(settings):
         return
     if not algorithm.accepts_soft_labels:

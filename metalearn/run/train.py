@@ -130,6 +130,7 @@ def train(
                 "steps": fitted.steps,
                 "engine": run.choices,
                 "processes": run.processes.size,
+                **({"notes": list(run.notes)} if run.notes else {}),
             }
             if is_tested:
                 tracker.finish(result, tables.result_table([tables.result_row(name, result)]))
@@ -191,6 +192,7 @@ def _first_lines(
     if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
         method = type(run.algorithm).__name__
         lines.append(f"{method} does not use the unlabelled examples of its episodes")
+    lines += run.notes
     if stored:
         lines.append(f"resuming from step {stored['step']} of {folder}")
     return lines

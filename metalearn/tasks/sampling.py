@@ -60,6 +60,11 @@ class Shape:
         """Return the greatest number of queries of a class."""
         return self.query * (self.way if self.dirichlet else 1)
 
+    @property
+    def examples(self) -> int:
+        """Return the number of examples that each class needs."""
+        return self.shot + self.most_queries + self.unlabelled
+
 
 class BatchSource(Protocol):
     """A source of training data for a method."""
@@ -131,7 +136,7 @@ class EpisodeSampler:
         self._check(("way", "distractors"), self.view.max_way, owner, "classes")
         name, available = index.smallest
         self._check(("shot", "query", "unlabelled"), available, f"class '{name}'", "examples")
-        total = shape.shot + shape.most_queries + shape.unlabelled
+        total = shape.examples
         if shape.dirichlet and total > available:
             raise UserError(
                 f"dirichlet={shape.dirichlet}: a task may have {total} examples of one class, its "
@@ -173,7 +178,7 @@ class EpisodeSampler:
             prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
         )
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
-        picks = prng.smallest(key_TN, padding, shape.shot + shape.most_queries + shape.unlabelled)
+        picks = prng.smallest(key_TN, padding, shape.examples)
         rows = rows_TNM.gather(-1, picks)
         if rotations_TN is not None:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
@@ -229,12 +234,16 @@ class EpisodeSampler:
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampler:
-    """Sample ordinary batches, with labels 0..C-1 over all classes of the view."""
+    """Sample ordinary batches, with labels 0..C-1 over all classes of the view.
+
+    Each example is there `num_views` times, in adjacent rows: an augmented store changes each row.
+    """
 
     store: Store
     view: ClassView
     size: int
     key: Tensor
+    num_views: int = 1
 
     def __post_init__(self) -> None:
         # Read on the host and cached here, because `draw` must not read from the device.
@@ -252,6 +261,8 @@ class BatchSampler:
         rotations, y = self.view.rotate(key_T, classes, self.size)
         if rotations is not None:
             rows = rows + len(self.store) * rotations
+        if self.num_views > 1:
+            rows, y = (part.repeat_interleave(self.num_views, 1) for part in (rows, y))
         x = self.store.gather(rows, prng.fold_in(key_T, 3))
         y, key = (transferred(part, x.device) for part in (y, prng.fold_in(key_T, 2)))
         return Batch(x, y, key)

@@ -80,7 +80,7 @@ class Batch:
     """An ordinary batch.
 
     Attributes:
-        x: Inputs [B, *X].
+        x: Inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent.
         y: Labels over all training classes, int64 [B], or targets, float32 [B, D].
         key: int64 [].
     """

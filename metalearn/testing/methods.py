@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
-from metalearn.config import checking, composition
+from metalearn.config import checking, components, composition
 from metalearn.config import plugins as registry
 from metalearn.config.schema import RunConfig
 from metalearn.engine import Engine
@@ -25,14 +25,19 @@ from metalearn.run.build import Run, build
 from metalearn.run.parts import family_of
 from metalearn.run.step import Training
 from metalearn.tasks import prng
-from metalearn.tasks.sampling import TaskSource
+from metalearn.tasks.sampling import BatchSampler, TaskSource
 from metalearn.tasks.types import Batch, Params, Task
 
-#: Easy classes of feature vectors, a small network, few episodes.
+#: Few episodes.
 _SMALL = (
-    "dataset=gaussians", "backbone.hidden=[16]", "episode.way=5", "episode.shot=1",
-    "episode.query=5", "train.meta_batch=4", "train.batch_size=64", "val.episodes=100",
-    "test.episodes=100", "logger=none", "device=cpu",
+    "episode.way=5", "episode.shot=1", "episode.query=5", "train.meta_batch=4",
+    "train.batch_size=64", "val.episodes=100", "test.episodes=100", "logger=none", "device=cpu",
+)  # fmt: skip
+#: Easy classes of feature vectors and a small network; images, for methods that compare views.
+_FEATURES = ("dataset=gaussians", "backbone.hidden=[16]")
+_IMAGES = (
+    "dataset=glyphs", "dataset.num_classes=60", "dataset.drawings=10", "dataset.image_size=12",
+    "dataset.jitter=0.7", "augment=views", "backbone=mlp", "backbone.hidden=[32]",
 )  # fmt: skip
 _STEPS = 60
 _HALF = torch.tensor(0.5, dtype=torch.float64)
@@ -54,15 +59,22 @@ class Method:
     def _configs(self) -> dict[tuple[str, ...], RunConfig]:
         return {}
 
+    @functools.cached_property
+    def _small(self) -> tuple[str, ...]:
+        cls: Any = self.cls
+        if isinstance(cls, str):
+            cls = components.component(composition.compose_config([f"algo={cls}"]).algo, "algo")
+        return *_SMALL, *(_IMAGES if cls.num_views > 1 else _FEATURES)
+
     def _config(self, words: tuple[str, ...]) -> RunConfig:
         """Return the checked configuration of a small run, composed once for the same words."""
         if words not in self._configs:
             if isinstance(self.cls, str):
                 own = [f"algo.{name}={value}" for name, value in self.settings]
-                overrides = [f"algo={self.cls}", *_SMALL, *own, *words]
+                overrides = [f"algo={self.cls}", *self._small, *own, *words]
             else:
                 source = "batches" if "episodes" not in self.cls.sources else "episodes"
-                overrides = ["algo=protonet", *_SMALL, f"train.source={source}", *words]
+                overrides = ["algo=protonet", *self._small, f"train.source={source}", *words]
             config = checking.check_config(composition.compose_config(overrides))
             if not config.optimiser["_target_"].endswith("SGD"):
                 config.train.lr = 0.01
@@ -89,9 +101,13 @@ class Method:
         )
         state = algorithm.init(run.spec, prng.key_of(config.seed, 100))
         engine = Engine(algorithm, "vmap", 4)
+        train = run.train
+        if isinstance(train, BatchSampler):
+            train = dataclasses.replace(train, num_views=algorithm.num_views)
         return dataclasses.replace(
-            run, algorithm=algorithm, state=state, train_engine=engine, test_engine=engine
-        )
+            run, algorithm=algorithm, state=state, train=train, train_engine=engine,
+            test_engine=engine,
+        )  # fmt: skip
 
     @functools.cached_property
     def trained(self) -> tuple[Run, float, float, Any]:
@@ -268,7 +284,8 @@ def runs_on_any_device(method: Method) -> None:
         if _has_loss(run, strategy):
             engine = Engine(run.algorithm, strategy, 4).at(0.5)
             step = engine.step(state, tasks, torch.zeros((), device=device))
-            assert {leaf.device for leaf in pytree.tree_leaves(step)} == {device}
+            leaves = [leaf for leaf in pytree.tree_leaves(step) if leaf is not None]
+            assert {leaf.device for leaf in leaves} == {device}
     assert (
         Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4))).device
         == device
