@@ -41,9 +41,13 @@ _FEWER_STEPS: dict[str, tuple[tuple[str, int], ...]] = {
 }
 
 
+#: More training (steps and learning rate) for the methods that learn how to compare.
+_MORE_TRAINING = {"in_context": (300, 0.003), "mann": (400, 0.003), "snail": (300, 0.001)}
+
+
 @functools.cache
 def method(name: str) -> testing.Method:
-    return testing.Method(name, _FEWER_STEPS.get(name, ()))
+    return testing.Method(name, _FEWER_STEPS.get(name, ()), *_MORE_TRAINING.get(name, ()))
 
 
 @pytest.mark.parametrize(
