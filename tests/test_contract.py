@@ -42,7 +42,7 @@ _FEWER_STEPS: dict[str, tuple[tuple[str, int], ...]] = {
 
 
 #: More training (steps and learning rate) for the methods that learn how to compare.
-_MORE_TRAINING = {"in_context": (300, 0.003), "mann": (400, 0.003), "snail": (300, 0.001)}
+_MORE_TRAINING = {"in_context": (300, 0.003), "snail": (300, 0.003)}
 
 
 @functools.cache

@@ -51,6 +51,7 @@ class InContext(EmbeddingAlgorithm):
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")
     class_equivariant: ClassVar[bool] = False  # each code has its own output weights
+    is_iterative: ClassVar[bool] = True  # many small operations on few tokens
 
     layers: int = at_least(1)
     width: int = at_least(1)
