@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from metalearn.algorithms.in_context import InContext, equiangular
-from metalearn.algorithms.mann import MANN
 from metalearn.algorithms.snail import SNAIL
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -138,58 +137,3 @@ def test_snail_equals_causal_convolutions_over_one_sequence_per_query():
         h = attention("attention1", h, 4)
         expected.append(F.linear(h[-1], *parameters("output")))
     torch.testing.assert_close(predictions(algorithm, state, task), torch.stack(expected))
-
-
-@pytest.mark.parametrize("reads", [1, 2])
-def test_mann_writes_where_its_memory_is_used_least(reads):
-    hidden, locations, size, decay = 5, 4, 3, 0.7
-    algorithm = MANN(
-        **_HEAD, controller=hidden, locations=locations, size=size, reads=reads, decay=decay
-    )
-    task, state = make_task(), changed(init_state(algorithm), 0.5)
-    params = state.params
-    lstm = torch.nn.LSTMCell(4 + 3 + reads * size, hidden).double()
-    with torch.no_grad():
-        recurrent = params["head.lstm.recurrent"]
-        lstm.weight_ih.copy_(torch.cat([params["head.lstm.input"], recurrent[:, hidden:]], 1))
-        lstm.weight_hh.copy_(recurrent[:, :hidden])
-        lstm.bias_ih.copy_(params["head.lstm.bias"])
-        lstm.bias_hh.zero_()
-
-    def final_step(query):
-        h, c = torch.zeros(1, hidden).double(), torch.zeros(1, hidden).double()
-        memory = [torch.zeros(size).double() for _ in range(locations)]
-        usage = [0.0] * locations
-        read_weights = [[0.0] * locations for _ in range(reads)]
-        result = torch.zeros(reads * size).double()
-        x, y = sequence(task)
-        before = torch.cat([torch.zeros(1, 3).double(), y])  # labels come one step late
-        for z, label in zip(torch.cat([x, query[None]]), before, strict=True):
-            h, c = lstm(torch.cat([z, label, result])[None], (h, c))
-            access = (params["head.access"] @ h[0]).view(reads, size + 1)
-            ranked = sorted(range(locations), key=lambda place: usage[place])
-            written = [[0.0] * locations for _ in range(reads)]
-            for place in ranked[:reads]:
-                memory[place] = torch.zeros(size).double()
-            for head in range(reads):
-                gate = float(access[head, -1].detach().sigmoid())
-                for place in range(locations):
-                    least = float(place == ranked[head])
-                    weight = gate * read_weights[head][place] + (1 - gate) * least
-                    memory[place] = memory[place] + weight * access[head, :-1].tanh()
-                    written[head][place] = weight
-            parts = []
-            for head in range(reads):
-                key = access[head, :-1].tanh()
-                similar = [F.cosine_similarity(key, row, 0, 1e-12) for row in memory]
-                share = torch.stack(similar).softmax(0)
-                read_weights[head] = share.tolist()
-                parts.append(sum(w * row for w, row in zip(share, memory, strict=True)))
-            result = torch.cat(parts)
-            for place in range(locations):
-                own = sum(read_weights[head][place] + written[head][place] for head in range(reads))
-                usage[place] = decay * usage[place] + own
-        return params["head.output"] @ torch.cat([h[0], result]) + params["head.bias"]
-
-    expected = torch.stack([final_step(query) for query in task.query.x]).detach()
-    torch.testing.assert_close(predictions(algorithm, state, task), expected)
