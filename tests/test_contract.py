@@ -4,6 +4,7 @@ import functools
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,21 +30,26 @@ _QUICK = ("maml", "protonet")
 _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
-#: Fewer adaptation steps for the methods with the most.
-_FEWER_STEPS: dict[str, tuple[tuple[str, int], ...]] = {
+#: Fewer adaptation steps, or smaller networks, for the methods with the most.
+_FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
     "baseline": (("head_steps", 20),),
     "baseline_pp": (("head_steps", 20),),
     "calibration": (("samples", 50), ("iterations", 50)),
     "finetune": (("test_inner_steps", 5),),
     "pt_map": (("steps", 5), ("iterations", 20)),
     "tim": (("steps", 20),),
+    "snail": (("filters", 16), ("keys", [16, 16, 16]), ("values", [16, 16, 16])),
     "imaml": (("inner_steps", 5), ("test_inner_steps", 5), ("cg_steps", 2)),
 }
 
 
+#: More training (steps and learning rate) for the methods that learn how to compare.
+_MORE_TRAINING = {"in_context": (300, 0.003), "snail": (300, 0.003)}
+
+
 @functools.cache
 def method(name: str) -> testing.Method:
-    return testing.Method(name, _FEWER_STEPS.get(name, ()))
+    return testing.Method(name, _FEWER_STEPS.get(name, ()), *_MORE_TRAINING.get(name, ()))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import init_weight
 from metalearn.backbones.normalisation import Normaliser
+from metalearn.backbones.transformer import init_transformer, transformer
 from metalearn.config.fields import at_least, between, setting
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -121,9 +121,6 @@ def words(text: str) -> list[str]:
 class TextTransformer(Backbone):
     """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
 
-    Attention is written out, so that an inner loop can differentiate through it twice (fused
-    attention has no second derivative).
-
     Args:
         layers: Number of layers.
         width: Number of features D.
@@ -153,31 +150,16 @@ class TextTransformer(Backbone):
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         """Initialise the embeddings of tokens and positions, and the layers."""
-        width, device = self.width, key.device
+        width = self.width
         if width % self.heads:
             raise UserError(f"backbone.heads={self.heads}: should divide backbone.width={width}")
-
-        def layer_norm(name: str) -> Params:
-            return {
-                f"{name}.weight": torch.ones(width, device=device),
-                f"{name}.bias": torch.zeros(width, device=device),
-            }
 
         vocabulary = inputs.vocabulary or self.vocabulary + 1
         params: Params = {
             "token.weight": prng.normal(prng.fold_in(key, 0), (vocabulary, width)) * width**-0.5,
             "position.weight": prng.normal(prng.fold_in(key, 1), (inputs.shape[0], width)) * 0.02,
-            **layer_norm("last"),
+            **init_transformer(key, self.layers, width),
         }
-        shapes = {"qkv": (3 * width, width), "out": (width, width),
-                  "up": (4 * width, width), "down": (width, 4 * width)}  # fmt: skip
-        for layer in range(self.layers):
-            own = prng.fold_in(key, 2 + layer)
-            params |= layer_norm(f"layer{layer}.attend") | layer_norm(f"layer{layer}.feed")
-            for number, (name, (rows, columns)) in enumerate(shapes.items()):
-                weight = init_weight(prng.fold_in(own, number), rows, columns)
-                params[f"layer{layer}.{name}.weight"] = weight
-                params[f"layer{layer}.{name}.bias"] = torch.zeros(rows, device=device)
         return params, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
@@ -186,31 +168,12 @@ class TextTransformer(Backbone):
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         """Compute the mean output over the tokens x [B, L] that are no padding."""
-
-        def linear(name: str, z: Tensor) -> Tensor:
-            return F.linear(z, params[f"{name}.weight"], params[f"{name}.bias"])
-
-        def layer_norm(name: str, z: Tensor) -> Tensor:
-            return F.layer_norm(
-                z, z.shape[-1:], params[f"{name}.weight"], params[f"{name}.bias"], self.eps
-            )
-
         is_word = x != 0
         if key is not None and self.dropout:
             is_word = is_word & (prng.uniform(key, tuple(x.shape)) >= self.dropout)
         mask = torch.where(is_word, 0.0, -1e9)[:, None, None, :]  # a text without words: uniform
         position = params["position.weight"][: x.shape[1]]
         z = F.embedding(x, params["token.weight"]) + position
-        for layer in range(self.layers):
-            name = f"layer{layer}"
-            qkv = linear(f"{name}.qkv", layer_norm(f"{name}.attend", z))
-            query, keys, value = (
-                part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1)
-            )
-            scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
-            read = ((scores + mask).softmax(-1) @ value).transpose(1, 2).flatten(2)
-            z = z + linear(f"{name}.out", read)
-            hidden = F.gelu(linear(f"{name}.up", layer_norm(f"{name}.feed", z)))
-            z = z + linear(f"{name}.down", hidden)
+        z = transformer(params, z, self.layers, self.heads, self.eps, mask)
         weight = is_word.to(z.dtype).unsqueeze(-1)
-        return (layer_norm("last", z) * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return (z * weight).sum(1) / weight.sum(1).clamp_min(1)

@@ -39,7 +39,7 @@ _IMAGES = (
     "dataset=glyphs", "dataset.num_classes=60", "dataset.drawings=10", "dataset.image_size=12",
     "dataset.jitter=0.7", "augment=views", "backbone=mlp", "backbone.hidden=[32]",
 )  # fmt: skip
-_STEPS = 60
+_STEPS, _LR = 60, 0.01
 _HALF = torch.tensor(0.5, dtype=torch.float64)
 
 
@@ -50,10 +50,15 @@ def as_double(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method under test: its name in `conf/algo/`, or its class, and its settings."""
+    """A method under test: its name in `conf/algo/`, or its class, and its settings.
+
+    It is trained for `steps` steps with the learning rate `lr`.
+    """
 
     cls: str | type[Algorithm]
     settings: tuple[tuple[str, Any], ...] = ()
+    steps: int = _STEPS
+    lr: float = _LR
 
     @functools.cached_property
     def _configs(self) -> dict[tuple[str, ...], RunConfig]:
@@ -77,7 +82,7 @@ class Method:
                 overrides = ["algo=protonet", *self._small, f"train.source={source}", *words]
             config = checking.check_config(composition.compose_config(overrides))
             if not config.optimiser["_target_"].endswith("SGD"):
-                config.train.lr = 0.01
+                config.train.lr = self.lr
             self._configs[words] = config
         return copy.deepcopy(self._configs[words])
 
@@ -112,7 +117,7 @@ class Method:
     @functools.cached_property
     def trained(self) -> tuple[Run, float, float, Any]:
         """Train briefly. Return (run, validation before and after, trained state)."""
-        run = self.run(f"train.steps={_STEPS}", f"val.every={_STEPS}")
+        run = self.run(f"train.steps={self.steps}", f"val.every={self.steps}")
         assert run.val is not None
         before = loop.evaluate(run, run.state, run.val, 100)
         with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +229,7 @@ def training_improves(method: Method) -> None:
     """A short training on easy classes improves the validation score."""
     _, before, after, _ = method.trained
     assert after > before, (
-        f"validation {after:.3f} after {_STEPS} steps, at most {before:.3f} before"
+        f"validation {after:.3f} after {method.steps} steps, at most {before:.3f} before"
     )
 
 
@@ -322,19 +327,26 @@ METHOD_CHECKS: dict[str, Callable[[Method], None]] = {
 
 
 def check_method(
-    method: str | type[Algorithm], plugins: Iterable[str] = (), **settings: Any
+    method: str | type[Algorithm],
+    plugins: Iterable[str] = (),
+    *,
+    train_steps: int = _STEPS,
+    train_lr: float = _LR,
+    **settings: Any,
 ) -> None:
     """Check that a method fulfils the contract of every method.
 
     Args:
         method: Its name in `conf/algo/` (also of a plugin), or its class.
         plugins: Packages to import and allow, for the name of a method without an entry point.
+        train_steps: Number of training steps; a method that learns how to compare needs more.
+        train_lr: Learning rate of the training.
         **settings: Settings of the method; for a class, all that have no default.
 
     Raises:
         AssertionError: If it violates the contract.
     """
     registry.add(plugins)
-    case = Method(method, tuple(settings.items()))
+    case = Method(method, tuple(settings.items()), train_steps, train_lr)
     for check in METHOD_CHECKS.values():
         check(case)
