@@ -106,6 +106,29 @@ def test_second_derivatives_of_normalisation_with_weights_per_task(mapped):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalisation_is_accurate_if_most_values_are_equal(layout):
+    torch.manual_seed(0)
+    shape = (20, 8, 14, 14)
+    background = torch.randn(1, 8, 1, 1).expand(shape)
+    x = torch.where(torch.rand(20, 1, 14, 14) < 0.8, background, torch.randn(shape))
+    factors, direction = torch.randn(2, *shape)
+    affine = {"n.weight": torch.rand(8) + 0.5, "n.bias": torch.randn(8)}
+
+    def results(dtype):
+        params = {name: value.to(dtype).requires_grad_() for name, value in affine.items()}
+        images = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+        y = normalisation.Normaliser(params, kernels=Kernels(fused_norm=True))("n", images)
+        inputs = (images, *params.values())
+        loss = (y.tanh() * factors).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        second = torch.autograd.grad((first[0] * direction).sum(), inputs)
+        return [value.detach().double() for value in (y, *first, *second)]
+
+    for actual, exact in zip(results(torch.float32), results(torch.float64), strict=True):
+        assert (actual - exact).norm() < 5e-6 * exact.norm()
+
+
 def test_given_statistics_of_a_batch_equal_its_statistics():
     net = conv4()
     params, _ = net.init(InputSpec((1, 16, 16)), prng.key_of(0))

@@ -80,6 +80,31 @@ def test_unfold_convolution_equals_plain_convolution(downsample, normalisation, 
     torch.testing.assert_close(unfolded.gradients, plain.gradients, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "queries", "tolerance"),
+    [("maml", 1, 1, 1e-5), ("maml", 1, 15, 1e-5), ("protonet", 0, 15, 1e-4)]
+    + [pytest.param("maml", 5, queries, 1e-4, marks=pytest.mark.slow) for queries in (1, 15)],
+)
+def test_float32_gradients_of_every_strategy_are_accurate(
+    algorithm, steps, queries, tolerance, make_run
+):
+    """The images have a background, so many pre-activations are equal."""
+    inner = [f"algo.inner_steps={steps}"] if steps else []
+    run = make_run(f"algo={algorithm}", *inner, "episode.train.shot=1",
+        f"episode.train.query={queries}", "dataset.image_size=28", "backbone.filters=16",
+    )  # fmt: skip
+    tasks = run.train.draw(0, 2)
+
+    def gradients(strategy, state, tasks, progress):
+        step = Engine(run.algorithm, strategy, 2).step(state, tasks, progress)
+        return torch.cat([value.flatten() for value in step.gradients.values()]).double()
+
+    exact = gradients("loop", to_float64(run.state), to_float64(tasks), _HALF.double())
+    for strategy in ("loop", "mixed", "vmap") if steps else ("loop", "vmap"):
+        error = (gradients(strategy, run.state, tasks, _HALF) - exact).norm() / exact.norm()
+        assert error < tolerance, strategy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["vmap", "loop", "mixed"])
 @pytest.mark.parametrize("part", ["all", "head"])

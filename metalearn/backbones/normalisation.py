@@ -1,6 +1,7 @@
 """Batch normalisation as a function of explicit statistics; the only place that normalises."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class Normaliser:
             self.seen.update({f"{name}.mean": mean, f"{name}.var": var})
         if self.given is None:
             if self.kernels.fused_norm:
-                return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+                return _fused(x, weight, bias, self.eps)
             # The affine part is outside: under vmap, the second derivative of F.batch_norm is wrong
             # when its weight differs between tasks (torch 2.15; tests/test_backbones.py).
             standard = F.batch_norm(x, None, None, training=True, eps=self.eps)
@@ -87,3 +88,44 @@ class Normaliser:
         scale = weight * torch.rsqrt(self.given[f"{name}.var"] + self.eps)
         shift = bias - self.given[f"{name}.mean"] * scale
         return x * scale.view(shape) + shift.view(shape)
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise x [B, C, ...] by its statistics, for a single task."""
+    if x.device.type != "cpu":
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    # For images in channels-last, the statistics of F.batch_norm on CPU (torch 2.15) are running
+    # sums in float32, whose errors add up if many values are equal, as in a background.
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    values = x.detach()
+    mean = values.mean(axes, dtype=torch.promote_types(x.dtype, torch.float32))
+    deviations = values - mean.view(shape)
+    var = deviations.mul_(deviations).mean(axes)
+    y: Tensor = _BatchNorm.apply(x, weight, bias, mean, var, eps)
+    return y
+
+
+class _BatchNorm(torch.autograd.Function):
+    """F.batch_norm by statistics of x that are given, but not as constants: a function of x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, mean, var, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + ctx.eps))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, mean, inverse = ctx.saved_tensors
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True]
+        )
+        return *gradients, None, None, None
