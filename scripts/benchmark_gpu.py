@@ -50,6 +50,7 @@ _OTHERS = [
 ]
 #: The share of the time after which each part ends; the recipes divide the rest evenly.
 _ENDS = {"tests": 0.15, "speed": 0.32, "jax": 0.38, _MAIN: 0.66, "episodes": 0.74}
+_NARROW = ["backbone.filters=8"]
 #: In seconds: a part does not start with less; a recipe has at least; time to save a stopped run.
 _LEAST, _USEFUL, _GRACE = 15.0, 40.0, 10.0
 
@@ -57,7 +58,7 @@ _LEAST, _USEFUL, _GRACE = 15.0, 40.0, 10.0
 def speed(device: str, small: bool) -> Iterator[dict[str, Any]]:
     """Measure tasks per second of whole training steps, and of gradients by the plain loop."""
     for case, overrides in cases(quick=small):
-        run = build_run(overrides, device)
+        run = build_run([*overrides, *(_NARROW if small else [])], device)
         batch, notes = run.config.train.meta_batch, list[str]()
         plain = plain_gradient_step if "inner_steps" in run.config.algo else plain_metric_step
         training = Training(run)
@@ -125,7 +126,8 @@ def jax_speed(small: bool) -> Iterator[dict[str, Any]]:
     for case, overrides in cases(quick=small):
         if not case.startswith("MAML"):
             continue
-        run = build_run(overrides, "cpu")  # leaves the GPU to JAX
+        # On a CPU, which leaves the GPU to JAX.
+        run = build_run([*overrides, *(_NARROW if small else [])], "cpu")
         batch = run.config.train.meta_batch
         tasks = run.train.draw(0, batch)
         ours = run.train_engine.step(run.state, tasks, torch.zeros(())).gradients
@@ -256,8 +258,9 @@ def main() -> None:
     environment = describe_environment(device)
     session = Session(out, seconds, {"command": sys.argv[1:], "environment": environment})
     pytest = ["-m", "pytest", "-n", "0", "-v", "-rs", "-k", "cuda", "-p", "no:cacheprovider"]
-    tests = str(Path(__file__).parent.parent / "tests")
-    session.part("tests", _ENDS["tests"], [sys.executable, *pytest, tests])
+    files = (Path(__file__).parent.parent / "tests").glob("test_*.py")
+    tests = [str(file) for file in files if "mark.cuda" in file.read_text()]  # others take long
+    session.part("tests", _ENDS["tests"], [sys.executable, *pytest, *sorted(tests)])
     session.part("speed", _ENDS["speed"], [*own, "part=speed"])
     has_jax = importlib.util.find_spec("jax") is not None
     command = [*own, "part=jax"] if has_jax else None
@@ -265,7 +268,8 @@ def main() -> None:
     folder = session.recipe(_MAIN, _ENDS[_MAIN], budget, words)
     test = [f"hydra.run.dir={out / 'episodes'}-{time.time_ns()}", "logger=none", *words]
     command = [sys.executable, "-m", "metalearn", "train", *Recipe(_MAIN, budget).overrides(test)]
-    command += ["train.steps=0", f"train.start={folder}", f"test.episodes={episodes}"]
+    command += ["train.steps=0", f"train.start={folder}", "val.episodes=8"]
+    command.append(f"test.episodes={episodes}")
     session.part(
         "episodes",
         _ENDS["episodes"],
