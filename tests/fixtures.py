@@ -36,6 +36,12 @@ def to_float64(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests that require a GPU where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("requires a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")

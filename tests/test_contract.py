@@ -25,13 +25,13 @@ from tests.test_user_tasks import write_ratings
 
 _HALF = torch.tensor(0.5)
 #: Methods of each kind that `make check` checks.
-_QUICK = ("maml", "protonet")
+QUICK = ("maml", "protonet")
 #: The checks that it runs.
 _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
 #: Fewer adaptation steps, or smaller networks, for the methods with the most.
-_FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
+FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
     "baseline": (("head_steps", 20),),
     "baseline_pp": (("head_steps", 20),),
     "calibration": (("samples", 50), ("iterations", 50)),
@@ -49,14 +49,14 @@ _MORE_TRAINING = {"in_context": (300, 0.003), "snail": (300, 0.003)}
 
 @functools.cache
 def method(name: str) -> testing.Method:
-    return testing.Method(name, _FEWER_STEPS.get(name, ()), *_MORE_TRAINING.get(name, ()))
+    return testing.Method(name, FEWER_STEPS.get(name, ()), *_MORE_TRAINING.get(name, ()))
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
     [
         pytest.param(
-            name, check, marks=() if name in _QUICK and check in _CHEAP else pytest.mark.slow
+            name, check, marks=() if name in QUICK and check in _CHEAP else pytest.mark.slow
         )
         for name in ALGORITHMS
         for check in METHOD_CHECKS

@@ -18,7 +18,6 @@ from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
 _PLAIN, _DIRECT = "engine.convolution=plain", "engine.convolution=direct"
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
 
 
 def cosine(first, second):
@@ -397,7 +396,7 @@ def on_cuda(make_run, *overrides):
     )
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "maml_pp"])
 def test_cuda_graph_run_equals_plain_run(name, make_run, tmp_path):
     class Notes(Listener):
@@ -418,7 +417,7 @@ def test_cuda_graph_run_equals_plain_run(name, make_run, tmp_path):
         torch.testing.assert_close(getattr(graph, part), getattr(plain, part), rtol=1e-3, atol=1e-4)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", ["maml", "reptile", "protonet", "maml_pp"])
 @pytest.mark.parametrize("graph", ["true", "false"])
 def test_no_step_waits_for_the_device(name, graph, make_run, tmp_path, monkeypatch):
@@ -436,7 +435,7 @@ def test_no_step_waits_for_the_device(name, graph, make_run, tmp_path, monkeypat
     loop.fit(run, SILENT, tmp_path)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_failed_capture_continues_and_reports_why():
     value = torch.zeros((), device="cuda")
     notes: list[str] = []
@@ -453,14 +452,14 @@ def test_failed_capture_continues_and_reports_why():
     assert notes[0].startswith("no CUDA graph: capture failed (")
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_faster_convolution_is_chosen_by_timing(make_run):
     run = on_cuda(make_run, "algo=maml")
     assert run.train_engine.convolution in ("plain", "unfold")
     assert run.test_engine.convolution == run.train_engine.convolution
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_tf32_gradients_are_close(make_run):
     tasks = on_cuda(make_run, "algo=maml").train.draw(0, 8)
     exact = on_cuda(make_run, "algo=maml")

@@ -175,7 +175,7 @@ def test_images_go_to_the_host_if_they_need_more_than_half_of_the_memory(monkeyp
     assert not is_too_large(images, torch.device("cpu"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("case", _CASES)
 def test_runs_on_host_and_gpu_are_the_same(case, make_run, tmp_path):
     outcomes = []

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, kernels, process, replay, threads
 from metalearn.engine.kernels import build, functions, ops
@@ -175,17 +176,37 @@ def test_third_derivatives_are_refused(channels):
         torch.autograd.grad(second, scale)
 
 
-def test_operators_have_meta_kernels():
-    x, w = torch.empty(2, 3, 5, 5, 4, device="meta"), torch.empty(3, 3, 4, 6, device="meta")
-    y = ops.conv(x, w, 2)
-    assert y.shape == (2, 3, 3, 3, 6)
-    assert ops.conv_input(y, w, 5, 5, 2).shape == x.shape
-    assert ops.conv_weight(x, y, 3, 2, 0).shape == w.shape
-    g = torch.empty(6, device="meta")
-    a, xh, r = ops.norm(y, g, g, _EPS, 0.0)
-    gy, gg, gb = ops.norm_vjp(a, None, None, g, a, xh, r, 0.0, 1)
-    assert (gy.shape, gg.shape, gb.shape) == (y.shape, (2, 6), (2, 6))
-    assert ops.norm_second(gy, gg, gb, a, g, a, xh, r, 0.0, 0)[-1].shape == (6,)
+#: Arguments of each operator: B=3, H=W=5, C=4, O=6, K=3; two tasks.
+_X, _W, _Y, _G, _ROWS = (2, 3, 5, 5, 4), (2, 3, 3, 4, 6), (2, 3, 3, 3, 6), (2, 6), (2, 27, 37)
+_ARGUMENTS = {
+    "patches": [_X, 3, 2],
+    "moments": [_ROWS],
+    "conv": [_X, _W, 2],
+    "conv_input": [_Y, _W, 5, 5, 2],
+    "conv_weight": [_X, _Y, 3, 2, 1],
+    "norm": [_Y, _G, _G, _EPS, 0.0],
+    "norm_vjp": [_Y, _Y, _G, _G, _Y, _Y, _G, 0.0, 1],
+    "norm_second": [_Y, _G, _G, _Y, _G, _Y, _Y, _G, 0.0, 1],
+    "affine": [_ROWS, (2, 37, 6), (2, 27, 6), 0.0],
+    "affine_weight": [_ROWS, (2, 27, 6), (2, 27, 6), 0.0, 1],
+}
+
+
+@pytest.mark.parametrize("name", ops.ON_CPU)
+def test_torch_implementation_reads_no_value_on_the_host(name):
+    """It runs on the `meta` device, and there gives the same shapes as on a CPU."""
+
+    def outputs(device):
+        args = [
+            torch.rand(arg, device=device) if isinstance(arg, tuple) else arg
+            for arg in _ARGUMENTS[name]
+        ]
+        return [
+            (one.shape, one.dtype, one.stride(), one.device.type)
+            for one in pytree.tree_leaves(getattr(torch.ops.metalearn, name)(*args))
+        ]
+
+    assert outputs("meta") == [(*one[:3], "meta") for one in outputs("cpu")]
 
 
 def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):

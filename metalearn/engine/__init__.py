@@ -12,8 +12,7 @@ threads, and training replays a trace of the step (`replay`).
 
 import contextlib
 import dataclasses
-import math
-import time
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import kernels, memory, process, replay, threads
+from metalearn.engine import capture, kernels, memory, process, replay, threads
 from metalearn.tasks.types import (
     CLASS_ERRORS,
     Batch,
@@ -134,21 +133,22 @@ class Engine:
         """Return the engine for a given progress of meta-training, in [0, 1]."""
         return dataclasses.replace(self, algorithm=self.algorithm.stage(progress))
 
-    def time_convolutions(self, state: State, tasks: Task | Batch) -> "Engine":
-        """Return the engine with the convolution that is faster for per-task weights. GPU only."""
-        progress = torch.zeros((), device=tasks.key.device)
+    def time_convolutions(
+        self, state: State, tasks: Task | Batch, reason_not_captured: str | None
+    ) -> "Engine":
+        """Return the engine with the convolution that is faster for per-task weights.
+
+        Each is timed as training will run it: as a CUDA graph, unless there is a reason not to.
+        """
+        progress, device = torch.zeros((), device=tasks.key.device), tasks.key.device
         seconds: dict[str, float] = {}
         for convolution in ("plain", "unfold"):
             engine = dataclasses.replace(self, convolution=convolution)
-            for number in range(4):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                engine.step(state, tasks, progress)
-                torch.cuda.synchronize()
-                if number:  # the first call selects kernels and allocates memory
-                    seconds[convolution] = min(
-                        time.perf_counter() - start, seconds.get(convolution, math.inf)
-                    )
+            step = functools.partial(engine.step, state, tasks, progress)
+            captured = capture.Captured(
+                step, lambda: None, device, reason_not_captured, lambda line: None
+            )
+            seconds[convolution] = capture.fastest_seconds(captured, device)
         return dataclasses.replace(self, convolution=min(seconds, key=seconds.__getitem__))
 
     @property

@@ -1,5 +1,6 @@
 """Capture a meta-step as one CUDA graph."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ class Captured:
 
     def __init__(
         self,
-        step: Callable[[], None],
+        step: Callable[[], object],
         stage: Callable[[], object],
         device: torch.device,
         reason_not_captured: str | None,
@@ -69,3 +70,23 @@ class Captured:
             self._report(f"no CUDA graph: capture failed ({first_line(error)})")
         else:
             self._graph = graph
+
+
+def fastest_seconds(step: Callable[[], object], device: torch.device, calls: int = 3) -> float:
+    """Return the seconds of the fastest of some calls, after those that `Captured` captures in."""
+
+    def seconds() -> float:
+        _wait(device)
+        start = time.perf_counter()
+        step()
+        _wait(device)
+        return time.perf_counter() - start
+
+    for _ in range(_WARM_UP + 1):
+        step()
+    return min(seconds() for _ in range(calls))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

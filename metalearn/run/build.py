@@ -15,7 +15,7 @@ from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, process
 from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
-from metalearn.run import checkpoint, clusters
+from metalearn.run import checkpoint, clusters, optimisers
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs, is_transductive
 from metalearn.run.parts import (
@@ -115,6 +115,19 @@ class Run:
     def draws_on_host(self) -> bool:
         """True if the inputs are on the host, so that tasks are drawn there."""
         return isinstance(self.data, ClassData) and self.data.is_on_host
+
+    @property
+    def reason_not_captured(self) -> str | None:
+        """Why a meta-step is not captured as a CUDA graph, or None."""
+        if not self.config.engine.cuda_graph:
+            return "engine.cuda_graph=false"
+        if self.shapes_vary:
+            return "the shapes of episodes differ from step to step"
+        if self.processes.size > 1:
+            return "several processes exchange gradients within a step"
+        name = self.config.optimiser["_target_"].rpartition(".")[2]
+        is_possible = optimisers.can_be_captured(getattr(torch.optim, name))
+        return None if is_possible else f"{name} cannot be captured"
 
     @property
     def choices(self) -> dict[str, Any]:
@@ -249,15 +262,7 @@ def build(
             f"backbone.frozen=true: {type(algorithm).__name__} has no other parameters to train; "
             "test it as it is with train.steps=0"
         )
-    can_time = settings.engine.convolution == "auto" and device.type == "cuda"
-    can_time = can_time and bool(algorithm.training_steps) and train_engine.strategy != "loop"
-    # Several processes could each choose a different convolution.
-    if can_time and not choices and not only_test and group.size == 1:
-        train_engine = train_engine.time_convolutions(
-            state, train.draw(0, settings.train.meta_batch)
-        )
-        test_engine = dataclasses.replace(test_engine, convolution=train_engine.convolution)
-    return Run(
+    run = Run(
         data=data,
         class_names={
             split: (training if split == "train" else data).class_names(split)
@@ -297,6 +302,15 @@ def build(
             "episode_seed": settings.episode_seed,
         },
     )
+    can_time = settings.engine.convolution == "auto" and device.type == "cuda"
+    can_time = can_time and bool(algorithm.training_steps) and train_engine.strategy != "loop"
+    # Several processes could each choose a different convolution.
+    if can_time and not choices and not only_test and group.size == 1:
+        tasks = run.train.draw(0, settings.train.meta_batch)
+        timed = train_engine.time_convolutions(state, tasks, run.reason_not_captured)
+        test_engine = dataclasses.replace(test_engine, convolution=timed.convolution)
+        run = dataclasses.replace(run, train_engine=timed, test_engine=test_engine)
+    return run
 
 
 def _sampler_protocol(data: OpenDataset, split: str, sampler: str) -> dict[str, str]:

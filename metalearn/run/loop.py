@@ -19,7 +19,7 @@ from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener
 from metalearn.report.stats import estimate
-from metalearn.run import checkpoint, features, nonfinite, optimisers
+from metalearn.run import checkpoint, features, nonfinite
 from metalearn.run.build import Run
 from metalearn.run.step import Training
 from metalearn.system import signals
@@ -95,7 +95,11 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         run = features.for_training(run, training.state, tracker)
         training.use(run)
     take_step = Captured(
-        training.meta_step, lambda: training.engine, run.device, _why_no_graph(run), tracker.note
+        training.meta_step,
+        lambda: training.engine,
+        run.device,
+        run.reason_not_captured,
+        tracker.note,
     )
     profile = None
     if run.config.engine.profile and run.processes.is_leader:
@@ -346,16 +350,3 @@ def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: in
         wide = run.processes.scatter(values.double(), episodes)  # exact for every integer here
         values = run.processes.all_reduce_sum(wide).to(values.dtype)
     return values.cpu()
-
-
-def _why_no_graph(run: Run) -> str | None:
-    """Return why a meta-step is not captured as a CUDA graph, or None."""
-    if not run.config.engine.cuda_graph:
-        return "engine.cuda_graph=false"
-    if run.shapes_vary:
-        return "the shapes of episodes differ from step to step"
-    if run.processes.size > 1:
-        return "several processes exchange gradients within a step"
-    name = run.config.optimiser["_target_"].rpartition(".")[2]
-    is_possible = optimisers.can_be_captured(getattr(torch.optim, name))
-    return None if is_possible else f"{name} cannot be captured"
