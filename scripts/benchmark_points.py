@@ -27,6 +27,8 @@ _METHODS = {
     "maml, 10 steps": ["algo=maml", "episode.train.shot=[1,20]"],
     "maml on 10 points, 10 steps": ["algo=maml"],
 }
+#: A larger error means that the inner steps diverged; such points are left out.
+_DIVERGED = 20.0
 _POINTS = (1, 2, 3, 5, 7, 10, 15, 20)
 
 
@@ -40,6 +42,7 @@ def points_curve(folder: Path, more: list[str]) -> list[tuple[float, float, floa
         return [
             (float(row["shot"]), float(row["mean"]), float(row["ci95"]))
             for row in csv.DictReader(file)
+            if float(row["mean"]) < _DIVERGED  # false also for NaN
         ]
 
 
@@ -50,7 +53,7 @@ def main() -> None:
         folder = _RUNS / name.replace(",", "").replace(" ", "_")
         results[name] = result = run(folder, [*settings, "dataset=sinusoid"], more)
         curves[name] = points_curve(folder, more)
-        errors = {
+        errors = dict.fromkeys(map(str, _POINTS), "diverged") | {
             f"{points:.0f}": format_interval("mse", mean, ci95)
             for points, mean, ci95 in curves[name]
         }

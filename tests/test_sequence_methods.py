@@ -117,7 +117,7 @@ def test_snail_equals_causal_convolutions_over_one_sequence_per_query():
         reads = []
         for t in range(len(h)):
             share = torch.stack([q[t] @ k[s] / keys**0.5 for s in range(t + 1)]).softmax(0)
-            reads.append(sum(share[s] * v[s] for s in range(t + 1)))
+            reads.append(torch.stack([share[s] * v[s] for s in range(t + 1)]).sum(0))
         return torch.cat([h, torch.stack(reads)], 1)
 
     def dense(name, h, dilation):
