@@ -129,7 +129,7 @@ def jax_speed(small: bool) -> Iterator[dict[str, Any]]:
         # On a CPU, which leaves the GPU to JAX.
         run = build_run([*overrides, *(_NARROW if small else [])], "cpu")
         batch = run.config.train.meta_batch
-        tasks = run.train.draw(0, batch)
+        tasks: Any = run.train.draw(0, batch)
         ours = run.train_engine.step(run.state, tasks, torch.zeros(())).gradients
         params = {name: jax.numpy.asarray(v.numpy()) for name, v in run.state.params.items()}
         parts = [
@@ -245,7 +245,7 @@ def main() -> None:
     seconds, out = float(given.pop("seconds", 540)), Path(given.pop("out", "outputs/gpu"))
     device, budget = given.pop("device", "cuda"), given.pop("budget", "paper")
     episodes, small = given.pop("episodes", "10000"), given.pop("small", "false") == "true"
-    measured = {"speed": functools.partial(speed, device), "jax": jax_speed}
+    measured: dict[str, Any] = {"speed": functools.partial(speed, device), "jax": jax_speed}
     if "part" in given:
         for row in measured[given["part"]](small):
             print(json.dumps(row), flush=True)
