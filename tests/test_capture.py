@@ -1,5 +1,7 @@
 """What a CUDA graph requires of a meta-step, tested without a GPU, for every method."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -119,7 +121,7 @@ def test_steps_can_be_replayed_as_a_graph(name, small_run):
         assert torch.equal(one, other)
 
 
-_READS = {
+_READS: dict[str, Callable[[torch.Tensor], object]] = {
     "a value": lambda x: x[0].item(),
     "a condition": lambda x: bool(x[0] > 2),
     "a mask": lambda x: x[x > 0],

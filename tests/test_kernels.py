@@ -1,6 +1,7 @@
 """Own operators equal plain torch, with first and second derivatives, batched and not."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_third_derivatives_are_refused(channels):
 
 #: Arguments of each operator: B=3, H=W=5, C=4, O=6, K=3; two tasks.
 _X, _W, _Y, _G, _ROWS = (2, 3, 5, 5, 4), (2, 3, 3, 4, 6), (2, 3, 3, 3, 6), (2, 6), (2, 27, 37)
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "patches": [_X, 3, 2],
     "moments": [_ROWS],
     "conv": [_X, _W, 2],
