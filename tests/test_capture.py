@@ -1,6 +1,6 @@
 """What a CUDA graph requires of a meta-step, tested without a GPU, for every method."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_steps_can_be_replayed_as_a_graph(name, small_run):
         assert torch.equal(one, other)
 
 
-_READS: dict[str, Any] = {
+_READS: dict[str, Callable[[torch.Tensor], object]] = {
     "a value": lambda x: x[0].item(),
     "a condition": lambda x: bool(x[0] > 2),
     "a mask": lambda x: x[x > 0],

@@ -179,7 +179,7 @@ def test_third_derivatives_are_refused(channels):
 
 #: Arguments of each operator: B=3, H=W=5, C=4, O=6, K=3; two tasks.
 _X, _W, _Y, _G, _ROWS = (2, 3, 5, 5, 4), (2, 3, 3, 4, 6), (2, 3, 3, 3, 6), (2, 6), (2, 27, 37)
-_ARGUMENTS: dict[str, Any] = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "patches": [_X, 3, 2],
     "moments": [_ROWS],
     "conv": [_X, _W, 2],
