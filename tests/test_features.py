@@ -33,9 +33,9 @@ _POPULATION = ["statistics=population", "test.episodes=6", "val.episodes=4"]
 #: Methods whose embedding never changes with the task.
 _HEADS = (
     "baseline", "baseline_pp", "bd_cspn", "calibration", "feat", "frn", "hallucinate",
-    "laplacian_shot", "mapping", "matching", "meta_baseline", "metanet", "metaopt_svm", "protonet",
+    "in_context", "laplacian_shot", "mapping", "matching", "meta_baseline", "metanet", "metaopt_svm", "protonet",
     "pt_map", "r2d2", "relation", "rfs", "siamese", "simclr",
-    "simple_shot", "soft_kmeans", "tim",
+    "simple_shot", "snail", "soft_kmeans", "tim",
     "transductive_finetune",
 )  # fmt: skip
 _QUICK = ("protonet", "rfs", "maml")

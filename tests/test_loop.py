@@ -92,8 +92,8 @@ def test_learning_rate_follows_its_schedule(schedule, expected, make_run, tmp_pa
     gradients = []
     step = type(run.train_engine).step
 
-    def recording_step(engine, state, tasks, progress, count):
-        result = step(engine, state, tasks, progress, count)
+    def recording_step(engine, state, tasks, *rest):
+        result = step(engine, state, tasks, *rest)
         weights.append(state.params["head.weight"].clone())
         gradients.append(result.gradients["head.weight"])
         return result
