@@ -39,6 +39,7 @@ _NO_GRAPH = {
     "calibration": "linalg_cholesky_ex",
     "frn": "only one linear system at a time",
     "metaopt_svm": "only one linear system at a time",
+    "snail": "it reads the support examples one after the other",
 }
 #: What the first use of a dataset prints.
 _PREPARING = "preparing the images of glyphs (only the first time)\n"

@@ -322,7 +322,9 @@ def test_invalid_checkpoints_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_method_enters_its_next_stage_on_time(make_run, monkeypatch):
-    run = make_run("algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4")
+    run = make_run(
+        "algo=maml_pp", "algo.multi_step_share=0.5", "train.steps=4", "engine.convolution=plain"
+    )
     calls: list[int] = []
 
     def step_weights(self, steps, progress):
