@@ -12,8 +12,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 #: Known defects, to be fixed: the end of a test's name, and what is wrong.
 _KNOWN = {
-    "test_strategies_agree_on_images[tim-query]": "TIM differs between strategies",
-    "test_scores_equal_those_without_features[tim]": "TIM differs between strategies",
     "test_every_method_is_exported_or_says_why_not[in_context]": "onnxruntime rejects its graph",
     "test_different_adaptation_never_replaces_the_plain_evaluation": "predictions stay finite",
 }

@@ -43,6 +43,8 @@ FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 
 
+#: On embeddings of an untrained network, TIM's 150 steps amplify rounding without bound.
+STABLE = {"tim": ["algo.steps=10"]}
 #: More training (steps and learning rate) for the methods that learn how to compare.
 _MORE_TRAINING = {"in_context": (300, 0.003), "snail": (300, 0.003)}
 
@@ -80,7 +82,7 @@ def test_strategies_agree_on_images(name, statistics, make_run):
         "episode.train.way=5",
         "backbone.filters=4",
     ]
-    run = make_run(f"algo={name}", *overrides, *maps)
+    run = make_run(f"algo={name}", *overrides, *maps, *STABLE.get(name, []))
     tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     strategies = (
         ["vmap", "loop"] if run.train_engine.has_own_loss(tasks) else ["vmap", "loop", "mixed"]

@@ -25,6 +25,7 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec
 from tests import command
 from tests.fixtures import ALGORITHMS
+from tests.test_contract import STABLE
 from tests.test_pretrained import GLYPHS, TINY
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,7 @@ def check_same_scores(run, other):
 
 @pytest.mark.parametrize("algo", methods(ALGORITHMS))
 def test_scores_equal_those_without_features(algo, run_of):
-    counting = check_same_scores(*run_of(f"algo={algo}", *_POPULATION))
+    counting = check_same_scores(*run_of(f"algo={algo}", *_POPULATION, *STABLE.get(algo, [])))
     assert bool(counting.inputs) is (algo in _HEADS)
 
 

@@ -98,7 +98,7 @@ class LoRA(GradientAdaptation):
         return _Open(self.backbone).embed(select(params, "net"), x, given or None)[0]
 
     def at_step(self, params: Params, step: int) -> Params:
-        """Add B A to the weights; a frozen backbone's own are constants."""
+        """Return the weights plus B A; no gradient reaches those of a frozen backbone."""
         params = dict(params)
         for name in [name for name in params if name.startswith("net.")]:
             if self.backbone.is_frozen and not self.adapts(name):

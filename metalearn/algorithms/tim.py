@@ -74,6 +74,9 @@ class TIM(TransductiveHead):
     def alternate(self, support: Examples, z: Tensor) -> Tensor:
         """Compute the logits [Q, N] of queries [Q, D] after the steps of proposition 1.
 
+        If embeddings of all classes nearly coincide, as in an untrained network, the steps amplify
+        differences without bound: results then depend on rounding.
+
         Every w is a sum of embeddings, w_n = sum_i a_in z_i, so a step needs only a [M + Q, N] and
         the inner products of the embeddings.
         """
