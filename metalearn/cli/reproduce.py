@@ -145,7 +145,7 @@ class Recipe:
             )
         else:
             gap = result.sign * (measured["mean"] - result.test.mean)
-            code = 0 if gap <= result.test.ci95 + measured["ci95"] else 1
+            code = 0 if gap <= result.test.ci95 + measured["ci95"] + 1e-12 else 1
             target = self._shown(measured["mean"], measured["ci95"])
             reason = f"{here} against {target} (measured for budget={self.budget})"
         outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]

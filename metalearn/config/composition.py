@@ -38,7 +38,7 @@ def _recipe(kind: str, algo: str, *others: str) -> str:
     """Return the name of the recipe of a method for a dataset and a backbone, or "none".
 
     A method without a recipe uses the first that exists of the methods that a comment
-    `# recipes: …` in its file names. Without a backbone (""), it is the one that the recipe chooses.
+    `# recipes: …` in its file names. Backbone "": the recipe's choice.
     """
     if others[1:] == ("",):
         others = (others[0], _recipe_choice("backbone", "conv4", algo, others[0]))
@@ -85,8 +85,8 @@ def _by(key: str, table: Mapping[Any, Any], *, _root_: Any) -> Any:
     if str(value) not in values and "else" not in values:
         known = ", ".join(values)
         raise UserError(
-            f"{key}={value}: this method's recipe for this dataset has {known} only; choose one, or "
-            "set what it should be yourself (docs/training.md)"
+            f"{key}={value}: this method's recipe for this dataset has {known} only; choose one, "
+            "and change single settings as you like"
         )
     return values.get(str(value), values.get("else"))
 
