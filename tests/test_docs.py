@@ -108,3 +108,8 @@ def test_recipe_line_names_the_recipes_of_a_run():
         OmegaConf.create({"algo": "metanet", "dataset": "cifar_fs", "backbone": "mlp"})
     )
     assert line == "recipe: none for metanet on cifar_fs; general settings apply"
+    gate = {"experiment": "maml_omniglot_5w1s", "algo": "maml", "dataset": "omniglot"}
+    line = composition.recipe_line(OmegaConf.create({**gate, "backbone": "conv4"}))
+    assert line == "recipe: maml-omniglot, gradient-omniglot-conv4"
+    demo = {"experiment": "demo", "algo": "maml", "dataset": "glyphs", "backbone": "conv4"}
+    assert composition.recipe_line(OmegaConf.create(demo)) == "recipe: experiment demo"

@@ -105,7 +105,7 @@ def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:
 
 def recipe_line(choices: Any) -> str:
     """Return a line that names the recipe for Hydra's choices of groups."""
-    if choices.get("experiment"):
+    if choices.get("experiment") not in (None, *reproductions()):
         return f"recipe: experiment {choices.experiment}"
     if names := recipe_names(choices.algo, choices.dataset, choices.backbone):
         return f"recipe: {', '.join(names)}"

@@ -153,7 +153,7 @@ class RunConfig:
     test_dataset: list[str] = setting(default=[], role="presentation")
     checkpoint: CheckpointConfig = setting(role="machine")
     engine: EngineConfig = setting(role="machine")
-    budget: str | None = choice(*BUDGETS, default=None, role="presentation")
+    budget: str = choice(*BUDGETS, default="day", role="identity")
     seed: int = setting(role="seed")
     episode_seed: int = setting(role="identity protocol")
     statistics: str = choice(
