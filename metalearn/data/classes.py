@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from metalearn.data.base import OpenDataset
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
@@ -58,21 +59,16 @@ def joined(
     )
 
 
-class ClassData:
+class ClassData(OpenDataset):
     """An opened dataset with classes: an input store and a view of the classes of each split.
 
     Attributes:
         stores: The inputs of each split.
         views: The classes of each split.
-        content_hash: Hash of the data.
-        standardisation: Shift and scale of each channel; {} without standardisation.
         hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
             None if unknown.
         is_on_host: Whether inputs stay on the host, and tasks are drawn there.
-        inputs: Kind and shape of one input.
     """
-
-    outputs: int | None = None
 
     def __init__(
         self,
@@ -89,7 +85,6 @@ class ClassData:
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
-        """Return the names of the classes of a split."""
         return self.views[split].index.names
 
     def num_classes(self, split: str) -> int:
@@ -176,7 +171,6 @@ class ClassData:
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> EpisodeSampler:
-        """Return a sampler of the episodes of a split."""
         try:
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
@@ -188,7 +182,6 @@ class ClassData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
-        """Return a sampler of batches of a split."""
         return BatchSampler(
             self._store(split, augment), self.views[split], size, self._key(split, seed)
         )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from metalearn.config.fields import at_least, setting
-from metalearn.data.base import Dataset
+from metalearn.data.base import Dataset, OpenDataset
 from metalearn.data.classes import seeded_split, shares
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys
+from metalearn.tasks.sampling import STREAMS, Shape, TaskSource, numbered_keys
 from metalearn.tasks.store import Augmentation
 from metalearn.tasks.types import Batch, InputSpec, Query, Support, Task
 
@@ -155,7 +155,7 @@ def _numbers(path: Path, name: str, cells: np.ndarray) -> np.ndarray:
     return cells.astype(np.float64)
 
 
-class UserData:
+class UserData(OpenDataset):
     """The opened table; users take the place of classes in its splits."""
 
     def __init__(
@@ -172,14 +172,9 @@ class UserData:
         self.x, self.y, self.rows, self.users, self.classes = x, y, rows, users, classes
         self.content_hash, self.standardisation = content_hash, standardisation
         self.inputs = InputSpec(tuple(x.shape[1:]))
-        self.outputs: int | None = len(classes) or 1
-
-    def class_names(self, split: str) -> tuple[str, ...]:
-        """Return (): no class belongs to one split."""
-        return ()
+        self.outputs = len(classes) or 1
 
     def num_classes(self, split: str) -> int:
-        """Return the number of classes of every user; 0 for values."""
         return len(self.classes)
 
     def protocol(self, split: str) -> dict[str, object]:
@@ -224,7 +219,6 @@ class UserData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> "UserBatches":
-        """Return batches of rows of all users of a split."""
         starts, counts = (part.flatten() for part in self.rows[split])
         first = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
         rows = first + torch.arange(len(first), device=first.device)
@@ -232,7 +226,7 @@ class UserData:
 
 
 @dataclasses.dataclass(frozen=True)
-class UserEpisodes:
+class UserEpisodes(TaskSource):
     """Tasks of one user each; all have the same numbers of rows, however many a user has.
 
     Attributes:
@@ -251,12 +245,7 @@ class UserEpisodes:
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int | Tensor, count: int) -> None:
-        """Return None: no class belongs to one split."""
-        return None
-
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Sample tasks `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
         user_T = prng.integers(prng.fold_in(key_T, 0), (1,), len(self.starts))[:, 0]
         starts_TG, counts_TG = self.starts[user_T], self.counts[user_T]
@@ -289,7 +278,6 @@ class UserBatches:
     key: Tensor
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
-        """Sample batches `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
         rows = self.rows[prng.integers(prng.fold_in(key_T, 0), (self.size,), len(self.rows))]
         return Batch(self.data.x[rows], self.data.y[rows], prng.fold_in(key_T, 1))

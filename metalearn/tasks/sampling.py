@@ -90,6 +90,7 @@ class TaskSource(BatchSource, Protocol):
 
         Arguments as in `draw`.
         """
+        return None
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
