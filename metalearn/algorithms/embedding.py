@@ -85,7 +85,6 @@ class EmbeddingAlgorithm(BatchTraining):
         return self.family
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone, the head and, for training on batches, the classifier."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_head(spec, size, prng.fold_in(key, 1))

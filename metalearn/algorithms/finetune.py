@@ -32,7 +32,6 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     test_inner_steps: int = at_least(0)
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone and the classifier that is trained on batches."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_classifier(spec, size, prng.fold_in(key, 1))

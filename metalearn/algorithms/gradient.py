@@ -61,7 +61,6 @@ class GradientAdaptation(LinearHeadAlgorithm):
 
     @property
     def can_rematerialise(self) -> bool:
-        """Return True unless first-order, where no inner step is differentiated."""
         return not self.first_order
 
     @property

@@ -40,7 +40,6 @@ class LinearHeadAlgorithm(Algorithm):
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone, the head and the parameters that the family adds."""
         params, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         features = math.prod(self.backbone.shape(spec.inputs))
         head = {

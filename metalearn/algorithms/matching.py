@@ -41,7 +41,6 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return self.full_context
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the three LSTMs of full context."""
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}

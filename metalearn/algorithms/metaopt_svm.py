@@ -85,7 +85,6 @@ class MetaOptSVM(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithm of the scale."""
         return {"head.log_scale": torch.full((), self.scale, device=key.device).log()}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:

@@ -56,7 +56,6 @@ class R2D2(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithms of strength and scale."""
         start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
         return {
             name: torch.full((), value, device=key.device).log() for name, value in start.items()

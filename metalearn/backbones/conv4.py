@@ -66,7 +66,6 @@ class Conv4(Backbone):
         return self.halvings is None or block < self.halvings
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
             height, width = (

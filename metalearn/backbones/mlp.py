@@ -59,7 +59,6 @@ class MLP(Backbone):
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the width of the last layer, or of the flattened input if there are no layers."""
         return (self.hidden[-1] if self.hidden else math.prod(inputs.shape),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:

@@ -61,7 +61,6 @@ class ResNet12(Backbone):
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = (extent >> len(self.filters) for extent in inputs.shape[1:])
         if height == 0 or width == 0:
             raise UserError(

@@ -75,30 +75,24 @@ class BagOfNGrams(Backbone):
 
     @property
     def normalises(self) -> bool:
-        """Return False."""
         return False
 
     @property
     def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
         return self.frozen
 
     def tokenizer(self) -> Tokenizer:
-        """Return the hash of n-grams."""
         return HashedTokens(
             self.features + 1, self.length, lambda text: character_ngrams(text, self.ngram)
         )
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return a weight of 1 for each hash value."""
         return {"weight": torch.ones(self.features, device=key.device)}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         return (self.features,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Count the tokens x [B, L], weigh and normalise."""
         counts = torch.zeros(len(x), self.features + 1, device=x.device)
         counts = counts.scatter_add(1, x, torch.ones_like(x, dtype=counts.dtype))[:, 1:]
         return F.normalize(counts.sqrt() * params["weight"], dim=-1)
@@ -145,11 +139,9 @@ class TextTransformer(Backbone):
         return False
 
     def tokenizer(self) -> Tokenizer:
-        """Return the hash of words."""
         return HashedTokens(self.vocabulary + 1, self.length, words)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise the embeddings of tokens and positions, and the layers."""
         width = self.width
         if width % self.heads:
             raise UserError(f"backbone.heads={self.heads}: should divide backbone.width={width}")
@@ -163,7 +155,6 @@ class TextTransformer(Backbone):
         return params, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         return (self.width,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:

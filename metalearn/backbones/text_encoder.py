@@ -75,15 +75,12 @@ class TextEncoder(Backbone):
 
     @property
     def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
         return self.frozen
 
     def tokenizer(self) -> Tokenizer:
-        """Return the encoder's own tokenizer."""
         return _Tokens(_folder(self.model) / "tokenizer.json", self.length)
 
     def without_weights(self) -> "TextEncoder":
-        """Return a copy that reads no weights."""
         return dataclasses.replace(self, is_restored=True)
 
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +88,6 @@ class TextEncoder(Backbone):
         return {"data": f"the texts of {self.model}", "shared": []}
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return the pretrained weights."""
         module = _module(self.model)
         tensors: Params = dict(module.named_parameters())
         if not self.is_restored:
@@ -104,7 +100,6 @@ class TextEncoder(Backbone):
         return {name: value.detach().to(key.device) for name, value in tensors.items()}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         config: Any = _module(self.model).config
         return (int(config.hidden_size),)
 

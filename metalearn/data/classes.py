@@ -92,7 +92,6 @@ class ClassData(OpenDataset):
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return the hashes of data and classes, the number of classes, and the rotations."""
         others = [
             view.index.names
             for name, view in self.views.items()

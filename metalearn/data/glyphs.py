@@ -66,7 +66,6 @@ class Glyphs(ImageDataset):
         return self.class_data(pictures, splits, device)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert your own image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size)
 
     def _render(self) -> ClassImages:

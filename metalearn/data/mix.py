@@ -48,25 +48,20 @@ class Mix(Dataset):
 
     @property
     def reads_image_files(self) -> bool:  # type: ignore[override]
-        """Return True if the parts read images."""
         return all(part.reads_image_files for part in self.sets.values())
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert an image as the first part does."""
         array: np.ndarray = self.sets[self.parts[0]].to_array(image)
         return array
 
     @property
     def addresses(self) -> list[str]:
-        """Return the addresses of all parts."""
         return [address for part in self.sets.values() for address in part.addresses]
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files of all parts."""
         return [file for part in self.sets.values() for file in part.files(data_dir)]
 
     def is_present(self, data_dir: Path) -> bool:
-        """Return True if all parts are present."""
         return all(part.is_present(data_dir) for part in self.sets.values())
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:

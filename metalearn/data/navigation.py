@@ -75,7 +75,6 @@ class Navigation(Dataset):
     def family(
         self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
     ) -> TaskFamily:
-        """Return the family of policy gradients, which has no other losses."""
         return PolicyGradient(
             Plane(self.horizon),
             self.discount,

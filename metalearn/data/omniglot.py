@@ -79,7 +79,6 @@ class Omniglot(ImageDataset):
         return self.class_data(pictures, splits, device, superclass_of=alphabets)
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the two archives or folders to read, or the download targets."""
         # omniglot-py is torchvision's name.
         folders = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
         paths = []

@@ -100,12 +100,10 @@ class Text(Dataset):
         return list(self.urls.values())
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files to read."""
         root = data_dir / Path(self.path).expanduser()
         return [root / name for name in self.parts] or [root]
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read the files, tokenise the texts, and split the classes."""
         if self.tokenizer is None:
             raise UserError(
                 "dataset: has texts, which this backbone does not take; use "

@@ -178,7 +178,6 @@ class UserData(OpenDataset):
         return len(self.classes)
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return hashes of the table and of the users, their number, and the classes."""
         digest = hashlib.sha256(repr(self.users[split]).encode()).hexdigest()[:16]
         own = {"data": self.content_hash, "users": digest, "num_users": len(self.users[split])}
         return own | ({"classes": self.classes} if self.classes else {})

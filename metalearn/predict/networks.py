@@ -78,7 +78,6 @@ class Function(Network):
         self._embedding = embedding
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Call the function, which reads the items."""
         return np.asarray(self._embedding(list(items)), dtype=np.float32)
 
 
@@ -110,15 +109,12 @@ class PretrainedFeatures(Network):
         self.identity = hashed.hexdigest()
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Embed items."""
         return self._embedder(items, self._progress, unreadable).numpy()
 
     def pixels(self, images: Items) -> Tensor:
-        """Resize and crop images."""
         return self._embedder.pixels(images)
 
     def preprocessing(self) -> dict[str, str]:
-        """Describe resizing and cropping."""
         own: Any = self._embedder.network
         own = own.preprocessing
         return {
@@ -130,7 +126,6 @@ class PretrainedFeatures(Network):
         }
 
     def outputs_of(self, x: Tensor) -> Tensor:
-        """Compute features."""
         return self._embedder.features(x)
 
 
@@ -176,15 +171,12 @@ class RunFeatures(Network):
         return np.stack([blank, *arrays])[1:]
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Embed items."""
         return self._model.embed(self._read(items, unreadable)).cpu().numpy()
 
     def pixels(self, images: Items) -> Tensor:
-        """Read images as the run's dataset reads its own."""
         return torch.from_numpy(self._read(images, None) / np.float32(255)).to(self._model.device)
 
     def outputs_of(self, x: Tensor) -> Tensor:
-        """Compute features."""
         return self._model.tensor_outputs(x, embed=True)
 
 

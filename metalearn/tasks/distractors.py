@@ -47,7 +47,6 @@ class DistractedSampler(EpisodeSampler):
         return self.shape.distractors * self.shape.unlabelled
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw episodes first .. first + count - 1."""
         task = self._plain.draw(first, count)
         key_T = prng.fold_in(numbered_keys(self.key, first, count), 7)
         rows = self.pool[prng.choice(prng.fold_in(key_T, 0), len(self.pool), self._count)]
@@ -60,5 +59,4 @@ class DistractedSampler(EpisodeSampler):
         return dataclasses.replace(task, support=support)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         return self._plain.classes(first, count)

@@ -111,12 +111,10 @@ class Mixed:
     num_classes: int
 
     def classes(self, first: int | Tensor, count: int) -> Tensor | None:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         classes: Tensor | None = self.source.classes(first, count)
         return classes
 
     def draw(self, first: int | Tensor, count: int) -> Task | Batch:
-        """Draw tasks or batches; arguments as in `BatchSource`."""
         drawn: Task | Batch = self.source.draw(first, count)
         examples = drawn if isinstance(drawn, Batch) else drawn.query
         way = self.num_classes if isinstance(drawn, Batch) else drawn.support.way

@@ -117,7 +117,6 @@ class Varied:
         return self.at(first).draw(first, count)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor | None:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         return self.at(first).classes(first, count)
 
 

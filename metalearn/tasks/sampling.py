@@ -168,7 +168,6 @@ class EpisodeSampler:
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw episodes first .. first + count - 1."""
         shape, index = self.shape, self.view.index
         key_T = numbered_keys(self.key, first, count)
         classes_TN, rotations_TN = self.view.choose(key_T, shape.way + shape.distractors)
@@ -205,7 +204,6 @@ class EpisodeSampler:
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), key)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
@@ -251,7 +249,6 @@ class BatchSampler:
         _ = self.view.index.num_inputs
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
-        """Draw batches first .. first + count - 1."""
         index = self.view.index
         key_T = numbered_keys(self.key, first, count)
         # Uniform over inputs, not over classes. The cumulative counts map an input to its class.

@@ -142,7 +142,6 @@ class Augmented(Store):
         return self.store.normalise(x)
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Load inputs, augment each with its own key, and normalise them."""
         key_TB = prng.fold_in(key[:, None], torch.arange(rows.shape[1], device=rows.device))
         x = self.load(rows).flatten(0, 1)
         x = self.augment(x, transferred(key_TB.flatten(), x.device))
