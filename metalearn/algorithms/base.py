@@ -79,9 +79,14 @@ class Algorithm:
         return False
 
     @property
+    def network(self) -> Backbone:
+        """Return the backbone that embeds; a method may change how it does."""
+        return self.backbone
+
+    @property
     def normalisation(self) -> Normalisation:
         """Return the normalisation of support sets and queries that `statistics` names."""
-        return STATISTICS[self.statistics](self.backbone)
+        return STATISTICS[self.statistics](self.network)
 
     def init(self, spec: Spec, key: Tensor) -> State:
         """Create the initial state on the device of `key`, int64 []."""

@@ -55,7 +55,7 @@ class LinearHeadAlgorithm(Algorithm):
 
     def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
         """Compute embeddings [M, D] of x [M, *X] in adaptation; given: the result of `given`."""
-        return self.backbone.embed(select(params, "net"), x, given or None)[0]
+        return self.network.embed(select(params, "net"), x, given or None)[0]
 
     def head(self, params: Params, z: Tensor) -> Tensor:
         """Compute outputs [M, N] for embeddings z [M, D]."""
