@@ -13,7 +13,9 @@ from metalearn.algorithms.gradient import MetaGradient
 from metalearn.algorithms.params import prefixed, select
 from metalearn.backbones.base import Backbone
 from metalearn.config.fields import at_least
-from metalearn.tasks.types import Params, State, Support
+from metalearn.system.errors import UserError
+from metalearn.tasks import prng
+from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,25 @@ class CAVIA(MetaGradient):
     @property
     def network(self) -> Backbone:
         return _Modulated(self.backbone)  # type: ignore[return-value]
+
+    def init(self, spec: Spec, key: Tensor) -> State:
+        """Add W of each scale and shift, as "context.<name>" [C, num_context], with variance 1 / C.
+
+        So a step of phi moves each of them about as much as a step along its own gradient would.
+        """
+        state = super().init(spec, key)
+        film = self.backbone.film(spec.inputs, key.device)
+        if not film:
+            raise UserError(
+                f"backbone={type(self.backbone).__name__}: has no layer that CAVIA can modulate; "
+                "choose another backbone"
+            )
+        weights = {
+            name: prng.normal(prng.fold_in(key, 100 + number), (len(zero), self.num_context))
+            * len(zero) ** -0.5
+            for number, (name, zero) in enumerate(film.items())
+        }
+        return State(state.params | prefixed(weights, "context"), state.buffers)
 
     def adapts(self, name: str) -> bool:
         """Return True for phi alone."""
