@@ -48,10 +48,8 @@ class Network:
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
         """Compute what is learned from: features, float32 [M, D].
 
-        Args:
-            items: Image files or PIL images; or texts.
-            unreadable: Gets the reason for each one that cannot be read, by its index; its row
-                has no meaning. None: raise UserError for the first.
+        `unreadable` gets the reason for each item that cannot be read, by its index; its row has no
+        meaning. None: raise UserError for the first.
         """
         raise NotImplementedError
 
@@ -124,17 +122,9 @@ def read_each(
     kind: str,
     unreadable: dict[int, str] | None,
 ) -> list[Any]:
-    """Apply a function to each item.
+    """Apply a function to each item; the result is `blank` where it raises an exception.
 
-    Args:
-        items: Images or texts.
-        read: The function.
-        blank: Its result for an item for which it raises an exception.
-        kind: "images" or "texts".
-        unreadable: Gets the reason for each such item, by its index. None: the first is an error.
-
-    Raises:
-        UserError: For an item that cannot be read.
+    `unreadable` gets the reason for each such item, by its index; None: the first is a UserError.
     """
     results = []
     for index, item in enumerate(items):
@@ -157,16 +147,10 @@ def read_each(
 
 
 class Embedder(Network):
-    """A frozen pretrained network; features are cached on disk.
+    """A frozen pretrained network with settings as in conf/backbone; features are cached on disk.
 
-    Args:
-        backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
-        device: Where to compute.
-        cache_dir: Folder of the cache; None for no cache, and batches as small as they are given.
-        progress: Called with the numbers of items done and of all.
-
-    Raises:
-        UserError: If weights cannot be read, or the network is not a pretrained one.
+    Without `cache_dir` there is no cache, and batches are as small as they are given. `progress` is
+    called with the numbers of items done and of all. Raise UserError for a different network.
     """
 
     def __init__(

@@ -139,19 +139,11 @@ def open_network(
     has_head: bool,
     is_cached: bool = True,
 ) -> Network | None:
-    """Open a network.
+    """Open a pretrained backbone by name, a function that embeds items, or a run.
 
-    Args:
-        backbone: Name of a pretrained backbone, a function that embeds items, or None.
-        run: Folder of a trained run, or None.
-        has_head: Whether a head learns from the run's features, instead of the run's own method.
-        is_cached: False to store no features on disk.
-
-    Returns:
-        The network; None if neither is given, for feature vectors.
-
-    Raises:
-        UserError: If there is no such network, or both are given.
+    `has_head`: a head learns from the run's features, instead of the run's own method. Return None
+    if nothing is given, for feature vectors. Raise UserError if there is no such network, or both
+    are given.
     """
     if run is not None and backbone is not None:
         raise UserError("backbone= and run=: give one of them")

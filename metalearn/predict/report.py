@@ -47,12 +47,7 @@ def note(name: str, value: Path | str) -> dict[str, str]:
 
 
 def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[str]:
-    """Say in sentences how far to trust the labels.
-
-    Args:
-        classifier: The classifier.
-        labels: Labels of images or texts; None for one that cannot be read.
-    """
+    """Say in sentences how far to trust the labels; None for one that cannot be read."""
     trust, names = classifier.confidence_, classifier.classes_.tolist()
     kind = "texts" if classifier.kind == "texts" else "images"
     readable = [label for label in labels if label is not None]
@@ -133,14 +128,7 @@ def content(
     labels: list[Label | None],
     errors: dict[int, str],
 ) -> dict[str, Any]:
-    """Return what predictions.json contains.
-
-    Args:
-        classifier: The classifier.
-        items: Images or texts.
-        labels: Label of each; None for one that cannot be read.
-        errors: Why one cannot be read, by its index.
-    """
+    """Return what predictions.json contains; an item without a label has an error, by its index."""
     trust = classifier.confidence_
     interval = trust.interval(sum(label is not None for label in labels) or None)
     predictions = []
@@ -166,13 +154,9 @@ def content(
 def labelled(
     classifier: FewShotClassifier, items: Sequence[Item], x: np.ndarray, errors: dict[int, str]
 ) -> dict[str, Any]:
-    """Label represented images or texts; return what predictions.json contains.
+    """Label items with what `represent` returned for them; return what predictions.json contains.
 
-    Args:
-        classifier: The classifier.
-        items: The images or texts.
-        x: What `represent` returned for them.
-        errors: Why one cannot be read, by its index.
+    `errors` says why some cannot be read, by index.
     """
     readable = [index for index in range(len(items)) if index not in errors]
     labels: list[Any] = [None] * len(items)
@@ -207,14 +191,7 @@ def table(result: dict[str, Any]) -> str:
 def write(
     folder: Path, classifier: FewShotClassifier, result: dict[str, Any], items: Sequence[Item]
 ) -> None:
-    """Write predictions.csv, predictions.json and report.html.
-
-    Args:
-        folder: Where to write.
-        classifier: The classifier.
-        result: What `content` returned.
-        items: The image or text of each prediction.
-    """
+    """Write predictions.csv, predictions.json and report.html, given the result of `content`."""
     page = _page(classifier, result, items)
     write_json(folder / "predictions.json", result)
     for name, document in (("predictions.csv", table(result)), ("report.html", page)):
