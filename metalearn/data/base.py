@@ -67,13 +67,7 @@ class OpenDataset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`.
-
-    Args:
-        source: Who made the data, and where they are.
-        licence: What its users may do.
-        by_hand: What to put where, for files that are not downloaded.
-    """
+    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`."""
 
     #: Kind of its tasks: "class", "value", or one that a task family defines.
     target: ClassVar[str] = "class"
@@ -98,15 +92,12 @@ class Dataset:
         return all(path.exists() for path in self.files(data_dir))
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> OpenDataset:
-        """Read the data onto the device.
+        """Read the data onto the device; raise UserError for missing or corrupt data.
 
         Args:
             data_dir: Folder of the files, and of downloads.
             cache_dir: Folder of the cache of decoded data.
             device: Device that holds the inputs.
-
-        Raises:
-            UserError: For missing or corrupt data.
         """
         raise NotImplementedError
 

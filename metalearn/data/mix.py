@@ -27,12 +27,7 @@ class Mix(Dataset):
 
     A class is named <part>/<class>. A hierarchical sampler chooses among the superclasses of all
     parts; a part without any is one. If a part standardises its images, the training images of all
-    parts together standardise all.
-
-    Args:
-        parts: Names of the datasets.
-        settings: Changes of their settings, which `sets` already has.
-        sets: The datasets.
+    parts together standardise all. `sets` are the datasets, with the changes of `settings`.
     """
 
     parts: list[str] = setting()

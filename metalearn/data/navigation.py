@@ -55,9 +55,6 @@ class Navigation(Dataset):
         goal: Range [low, high] of both coordinates of a goal.
         horizon: Number of steps of a trajectory.
         discount: See `PolicyGradient`, also for the others.
-        dice_lambda: 1 for meta-gradients that are right in expectation.
-        standardise: Whether advantages are standardised.
-        initial_log_std: Of the policy.
     """
 
     target: ClassVar[str] = "control"

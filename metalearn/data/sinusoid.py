@@ -23,11 +23,7 @@ from metalearn.tasks.types import Query, Support, Task
 class Sinusoid(Dataset):
     """Sinusoids with random amplitude and phase.
 
-    Args:
-        amplitude: Range [low, high].
-        phase: Range [low, high], radians.
-        x: Range [low, high] of the inputs.
-        noise: Standard deviation.
+    Amplitude, phase (radians) and inputs have ranges [low, high]; `noise` is a standard deviation.
     """
 
     target: ClassVar[str] = "value"

@@ -37,8 +37,6 @@ class UserValues(Dataset):
         value: Column of what is predicted: a number.
         features: Columns of the inputs, numbers; []: all others.
         standardise: Whether to standardise each feature with the statistics of the training users.
-        split_seed: Seed of the split of users.
-        fractions: Fractions of the users for train, val and test.
     """
 
     target: ClassVar[str] = "value"
@@ -229,12 +227,9 @@ class UserEpisodes(TaskSource):
     """Tasks of one user each; all have the same numbers of rows, however many a user has.
 
     Attributes:
-        data: The table.
         starts: First row of each group, int64 [U, G].
         counts: Number of rows of each, int64 [U, G], each at least shot + query.
         largest: The largest of them.
-        shape: Shape of a task.
-        key: int64 [].
     """
 
     data: UserData
