@@ -24,13 +24,10 @@ class Conv4(Backbone):
 
     Args:
         filters: Number of filters of each block.
-        blocks: Number of blocks.
         halvings: Number of blocks that halve the image, from the first; None for all.
         downsample: "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
             no pooling: Finn on Omniglot).
         output: "flatten", or "mean" over positions.
-        normalisation: "batch" or "none".
-        activation: A name in `ACTIVATIONS`.
     """
 
     filters: int = at_least(1)

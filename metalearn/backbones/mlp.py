@@ -21,12 +21,8 @@ from metalearn.tasks.types import InputSpec, Params
 class MLP(Backbone):
     """Linear layers, each with an optional normalisation and an activation.
 
-    Args:
-        hidden: Number of units of each layer.
-        normalisation: "batch" or "none".
-        activation: A name in `ACTIVATIONS`.
-        initialisation: Variance of the initial weights: "he", 2 / fan_in, or "xavier",
-            2 / (fan_in + fan_out) (Glorot and Bengio 2010).
+    `initialisation` is the variance of the initial weights: "he", 2 / fan_in, or "xavier",
+    2 / (fan_in + fan_out) (Glorot and Bengio 2010).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("images", "features")

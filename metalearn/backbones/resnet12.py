@@ -29,8 +29,8 @@ class ResNet12(Backbone):
         filters: Number of filters of each block (authors: 64, 160, 320, 640).
         output: "mean" over positions, or "flatten".
         dropout: Rate after each block in meta-training.
-        drop_block: Whether DropBlock replaces dropout in the last two blocks.
-        block_size: Side of DropBlock's squares in pixels.
+        drop_block: Whether DropBlock, with squares of `block_size`, replaces dropout in the last
+            two blocks.
     """
 
     filters: list[int] = at_least(1)

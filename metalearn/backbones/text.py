@@ -27,10 +27,7 @@ from metalearn.tasks.types import InputSpec, Params, Tokenizer
 class HashedTokens:
     """Splits texts into parts, and numbers them by a hash: 1 to `vocabulary` - 1.
 
-    Attributes:
-        vocabulary: Number of tokens, padding included.
-        length: Largest number of tokens of a text; the others are left out.
-        split: Returns the parts of a text.
+    Of a text, the first `length` tokens are used.
     """
 
     vocabulary: int
@@ -59,11 +56,8 @@ def character_ngrams(text: str, size: int) -> list[str]:
 class BagOfNGrams(Backbone):
     """The square roots of the counts of hashed character n-grams, times a weight each, with norm 1.
 
-    Args:
-        ngram: Number of characters.
-        features: Number of hash values D.
-        length: Largest number of n-grams of a text; those after it are left out.
-        frozen: Whether the weights stay 1.
+    `features` is the number of hash values D, and `length` the largest number of n-grams of a text;
+    those after it are left out. The weights are 1 before training.
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
@@ -116,7 +110,6 @@ class TextTransformer(Backbone):
     """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
 
     Args:
-        layers: Number of layers.
         width: Number of features D.
         heads: Number of attention heads H, a divisor of D.
         vocabulary: Number of hash values of words.

@@ -13,16 +13,11 @@ from metalearn.tasks.types import Task
 
 @dataclasses.dataclass(frozen=True)
 class DistractedSampler(EpisodeSampler):
-    """Draw distractors from a pool of inputs, in the place of classes.
+    """Draw distractors from a pool of inputs, rows int64 [R], in the place of classes.
 
     A task has `shape.distractors` times `shape.unlabelled` of them, as many as if they were of
     classes. Its classes, support and query sets are those of the same task without distractors.
-
-    Attributes:
-        pool: Rows of the store, int64 [R].
-
-    Raises:
-        UserError: As `EpisodeSampler`; or if the pool is too small.
+    Raise UserError as `EpisodeSampler` does; or if the pool is too small.
     """
 
     pool: Tensor = dataclasses.field(kw_only=True)

@@ -78,11 +78,7 @@ MIXINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"mixup": mixup, "cut
 
 
 def one_of(ops: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> Mixing:
-    """Return a mixing that draws one of several for each batch or query set.
-
-    Args:
-        ops: Maps each name to (function, settings).
-    """
+    """Return a mixing that draws one of (function, settings) for each batch or query set."""
 
     def mix(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         chosen = prng.integers(prng.fold_in(key, len(ops)), (), len(ops))
@@ -100,10 +96,7 @@ def one_of(ops: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> M
 class Mixed:
     """Training tasks or batches with mixed examples and with probabilities as their labels.
 
-    Attributes:
-        source: The tasks or batches.
-        mix: How a batch or the query set of a task is mixed.
-        num_classes: Number of classes N of all training, for batches.
+    `num_classes` is the number of classes N of all training, for batches.
     """
 
     source: Any

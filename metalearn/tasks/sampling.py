@@ -28,13 +28,9 @@ STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an episode.
+    """The shape of an episode: `shot`, `query` and `unlabelled` are examples per class.
 
     Attributes:
-        way: Number of classes.
-        shot: Support examples per class.
-        query: Query examples per class.
-        unlabelled: Unlabelled examples per class.
         distractors: Number of additional classes with unlabelled examples only.
         where: The settings that give the shape, for error messages.
         copies: Number of augmented copies that replace each support example; 0 for the example.
@@ -104,17 +100,12 @@ def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
 class EpisodeSampler:
     """Sample N-way K-shot episodes of a split.
 
-    Support, query and unlabelled examples share no input.
+    Support, query and unlabelled examples share no input. Raise UserError if the shape is
+    impossible, or the split has too few classes or examples for it.
 
     Attributes:
-        store: Inputs.
-        view: Classes.
-        shape: Shape of the episodes.
         key: int64 [].
         support_store: Inputs of support sets; None for those of `store`.
-
-    Raises:
-        UserError: The shape is impossible, or the split has too few classes or examples for it.
     """
 
     store: Store
