@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.batches import BatchTraining
+from metalearn.algorithms.geometry import one_hot
 from metalearn.algorithms.params import prefixed, select
 from metalearn.tasks import prng
 from metalearn.tasks.family import Supervised
@@ -36,9 +37,9 @@ class EmbeddingLearner(NamedTuple):
 class EmbeddingAlgorithm(BatchTraining):
     """A method that learns from embeddings of the support set and compares queries with it.
 
-    A method implements `learn` and `compare`. It overrides `init_head` if its head has weights, and
-    `embedding_loss` if its objective is not the loss of its predictions. The argument `weights`
-    holds the parameters and buffers of the state.
+    A method implements `compare`, and perhaps `learn`. It overrides `init_head` if its head has
+    weights, and `embedding_loss` if its objective is not the loss of its predictions. The argument
+    `weights` holds the parameters and buffers of the state.
 
     In training on episodes with `statistics=population`, support and query are embedded in one
     batch, as in the code of ProtoNet's authors.
@@ -63,7 +64,7 @@ class EmbeddingAlgorithm(BatchTraining):
         Returns:
             Any pytree of tensors.
         """
-        raise NotImplementedError
+        return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
     def compare(self, weights: Params, learned: Any, z: Tensor) -> Tensor:
         """Compute logits [Q, N] for query embeddings z [Q, D]."""
