@@ -52,7 +52,7 @@ class EmbeddingAlgorithm(BatchTraining):
         return {}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Any:
-        """Learn from a support set.
+        """Learn from a support set; the default keeps the examples.
 
         Args:
             weights: Parameters and buffers of the state.

@@ -96,18 +96,10 @@ class GradientDescent(LinearHeadAlgorithm):
         given: Params,
         key: Tensor,
     ) -> Params:
-        """Compute `fast` after one inner step.
+        """Compute the weights that adapt, `fast`, after an inner step; `start`: before the first.
 
-        Every tensor must be an argument, because `rematerialised` stores nothing else.
-
-        Args:
-            step: Number of the inner step, from 0.
-            fast: Weights that adapt.
-            start: Values of `fast` before the first step.
-            slow: Weights that do not adapt.
-            seen: Support set; with `embeds_once`, its x holds the embeddings.
-            given: See `embed`.
-            key: int64 [], of this step.
+        Every tensor must be an argument, because `rematerialised` stores nothing else. `slow` are
+        the other weights; with `embeds_once`, the x of the support set holds embeddings.
         """
 
         def net(params: Params, x: Tensor) -> tuple[Tensor, Params]:

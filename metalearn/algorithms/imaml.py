@@ -86,15 +86,8 @@ class IMAML(GradientDescent):
 def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
     """Solve product(x) = b approximately by conjugate gradients (Hestenes and Stiefel 1952).
 
-    A residual that is exactly zero stays zero.
-
-    Args:
-        product: Multiplies a tree by a symmetric matrix.
-        b: Right-hand side.
-        steps: Fixed number of steps, from x = 0.
-
-    Returns:
-        x; with 0 steps, b itself.
+    `product` multiplies a tree by a symmetric matrix. A residual that is exactly zero stays zero.
+    Return x after a fixed number of steps from x = 0; with 0 steps, b itself.
     """
     if steps == 0:
         return b

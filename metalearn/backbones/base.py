@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.config.fields import above, given_by_run
+from metalearn.config.fields import above, given_by_run, setting
 from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 
 
@@ -117,3 +117,14 @@ class Backbone:
             for name, features in norm.features.items()
             for part in ("scale", "shift")
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezableBackbone(Backbone):
+    """A network whose weights the setting `frozen` leaves as they are, in adaptation too."""
+
+    frozen: bool = setting()
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen

@@ -2,17 +2,14 @@
 
 import dataclasses
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.backbones import normalisation
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import ACTIVATIONS, conv_norm_act, init_weight
+from metalearn.backbones.layers import ACTIVATIONS, conv_norm_act, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, choice
 from metalearn.system.errors import UserError
-from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 
@@ -43,20 +40,16 @@ class Conv4(Backbone):
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        params: Params = {}
-        population: Params = {}
-        channels = inputs.shape[0]
-        for block in range(self.blocks):
-            weight = init_weight(prng.fold_in(key, block), self.filters, channels, 3, 3)
-            params[f"conv{block}.weight"] = weight
-            if self.normalisation == "batch":
-                affine, statistics = normalisation.init(f"norm{block}", self.filters, key.device)
-                params |= affine
-                population |= statistics
-            else:
-                params[f"conv{block}.bias"] = torch.zeros(self.filters, device=key.device)
-            channels = self.filters
-        return params, population
+        channels = [inputs.shape[0], *[self.filters] * (self.blocks - 1)]
+        layers = [(str(block), self.filters, one, 3) for block, one in enumerate(channels)]
+        params, population = init_conv_norms(key, layers)
+        if self.normalises:
+            return params, population
+        return {
+            name.replace("norm", "conv"): value
+            for name, value in params.items()
+            if name.startswith("conv") or name.endswith("bias")
+        }, {}
 
     def halves(self, block: int) -> bool:
         """Return whether a block halves height and width."""

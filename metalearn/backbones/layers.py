@@ -1,7 +1,7 @@
 """Shared parts of backbones: initial weights, activations, normalised convolutions, and noise."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +45,21 @@ def init_weight(key: Tensor, *shape: int) -> Tensor:
     return prng.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
-def init_conv_norm(
-    name: str, key: Tensor, out: int, channels: int, size: int
+def init_conv_norms(
+    key: Tensor, layers: Iterable[tuple[str, int, int, int]]
 ) -> tuple[Params, Params]:
-    """Initialise a convolution without bias and its normalisation: parameters and statistics."""
-    affine, population = normalisation.init(f"norm{name}", out, key.device)
-    return {f"conv{name}.weight": init_weight(key, out, channels, size, size)} | affine, population
+    """Initialise convolutions (name, O, C, K) without bias, and their normalisations.
+
+    Return parameters and population statistics.
+    """
+    params: Params = {}
+    population: Params = {}
+    for number, (name, out, channels, size) in enumerate(layers):
+        weight = init_weight(prng.fold_in(key, number), out, channels, size, size)
+        affine, statistics = normalisation.init(f"norm{name}", out, key.device)
+        params |= {f"conv{name}.weight": weight} | affine
+        population |= statistics
+    return params, population
 
 
 def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
@@ -93,3 +102,9 @@ def drop_block(x: Tensor, rate: float, size: int, key: Tensor) -> Tensor:
     corners = prng.uniform(key, (batch, channels, *positions)) < corner_rate
     mask = 1 - F.max_pool2d(F.pad(corners.to(x.dtype), [size - 1] * 4), size, stride=1)
     return x * mask * (mask.numel() / mask.sum().clamp_min(1))
+
+
+def masked_mean(z: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean [B, D] of the tokens z [B, L, D] that a mask [B, L] has; 0 without any."""
+    weight = mask.to(z.dtype).unsqueeze(-1)
+    return (z * weight).sum(1) / weight.sum(1).clamp_min(1)

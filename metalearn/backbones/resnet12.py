@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import conv_norm, drop_block, dropout, init_conv_norm
+from metalearn.backbones.layers import conv_norm, drop_block, dropout, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, between, choice
 from metalearn.system.errors import UserError
@@ -44,19 +44,12 @@ class ResNet12(Backbone):
         population: Params = {}
         channels = inputs.shape[0]
         for block, filters in enumerate(self.filters):
-            block_key = prng.fold_in(key, block)
-            layers = [
-                (f"{block}_{number}", filters if number else channels, 3)
-                for number in range(_CONVOLUTIONS)
-            ]
-            for number, (name, width, size) in enumerate(
-                [*layers, (f"{block}_beside", channels, 1)]
-            ):
-                weights, statistics = init_conv_norm(
-                    name, prng.fold_in(block_key, number), filters, width, size
-                )
-                params |= weights
-                population |= statistics
+            widths = [channels, *[filters] * (_CONVOLUTIONS - 1)]
+            layers = [(f"{block}_{n}", filters, width, 3) for n, width in enumerate(widths)]
+            layers.append((f"{block}_beside", filters, channels, 1))
+            weights, statistics = init_conv_norms(prng.fold_in(key, block), layers)
+            params |= weights
+            population |= statistics
             channels = filters
         return params, population
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from metalearn.backbones.base import Backbone
+from metalearn.backbones.base import Backbone, FreezableBackbone
+from metalearn.backbones.layers import masked_mean
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.backbones.transformer import init_transformer, transformer
-from metalearn.config.fields import at_least, between, setting
+from metalearn.config.fields import at_least, between
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params, Tokenizer
@@ -53,7 +54,7 @@ def character_ngrams(text: str, size: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BagOfNGrams(Backbone):
+class BagOfNGrams(FreezableBackbone):
     """The square roots of the counts of hashed character n-grams, times a weight each, with norm 1.
 
     `features` is the number of hash values D, and `length` the largest number of n-grams of a text;
@@ -61,19 +62,11 @@ class BagOfNGrams(Backbone):
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+    normalises: ClassVar[bool] = False  # type: ignore[assignment]
 
     ngram: int = at_least(1)
     features: int = at_least(2)
     length: int = at_least(1)
-    frozen: bool = setting()
-
-    @property
-    def normalises(self) -> bool:
-        return False
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.frozen
 
     def tokenizer(self) -> Tokenizer:
         return HashedTokens(
@@ -118,6 +111,7 @@ class TextTransformer(Backbone):
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+    normalises: ClassVar[bool] = False  # type: ignore[assignment]
 
     layers: int = at_least(1)
     width: int = at_least(2)
@@ -125,11 +119,6 @@ class TextTransformer(Backbone):
     vocabulary: int = at_least(1)
     length: int = at_least(1)
     dropout: float = between(0, 1)
-
-    @property
-    def normalises(self) -> bool:
-        """Return False: each token is normalised alone."""
-        return False
 
     def tokenizer(self) -> Tokenizer:
         return HashedTokens(self.vocabulary + 1, self.length, words)
@@ -159,5 +148,4 @@ class TextTransformer(Backbone):
         position = params["position.weight"][: x.shape[1]]
         z = F.embedding(x, params["token.weight"]) + position
         z = transformer(params, z, self.layers, self.heads, self.eps, mask)
-        weight = is_word.to(z.dtype).unsqueeze(-1)
-        return (z * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return masked_mean(z, is_word)
