@@ -46,6 +46,7 @@ class Mix(Dataset):
         return all(part.reads_image_files for part in self.sets.values())
 
     def to_array(self, image: Image.Image) -> np.ndarray:
+        """Convert an image as the first part does."""
         array: np.ndarray = self.sets[self.parts[0]].to_array(image)
         return array
 

@@ -19,7 +19,7 @@ from metalearn.data.classes import seeded_split, shares
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.sampling import STREAMS, Shape, TaskSource, numbered_keys
+from metalearn.tasks.sampling import STREAMS, BatchSource, Shape, TaskSource, numbered_keys
 from metalearn.tasks.store import Augmentation
 from metalearn.tasks.types import Batch, InputSpec, Query, Support, Task
 
@@ -263,7 +263,7 @@ class UserEpisodes(TaskSource):
 
 
 @dataclasses.dataclass(frozen=True)
-class UserBatches:
+class UserBatches(BatchSource):
     """Batches of `size` of the rows, int64 [R]."""
 
     data: UserData

@@ -91,6 +91,7 @@ class PolicyGradient:
         return Loss(value, {"loss": value.detach() - score, self.metric.name: score}, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
+        """Compute the mean return of new trajectories."""
         rollouts = self.rollouts(net, params, query, prng.fold_in(key, 2))
         return self.metric.of(rollouts.rewards, query.y)
 

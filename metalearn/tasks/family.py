@@ -66,12 +66,15 @@ class Supervised:
     counts_errors: bool = False
 
     def init(self, spec: Spec, key: Tensor) -> Params:
+        """Return {}: supervised tasks need no parameters of the family."""
         return {}
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
+        """Compute `inner_loss` on the support set."""
         return self.inner_loss(net(params, support.x)[0], support.y)
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
+        """Compute `loss` on the queries or on a batch."""
         prediction, statistics = net(params, query.x)
         return self.make_loss(self.loss(prediction, query.y), prediction, query.y, statistics)
 
@@ -83,6 +86,7 @@ class Supervised:
         return Loss(value, logs, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
+        """Compute `metric` on the queries."""
         return self.metric.of(net(params, query.x)[0], query.y)
 
 

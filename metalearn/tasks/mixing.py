@@ -17,6 +17,7 @@ from torch.func import vmap
 from metalearn.config.fields import between
 from metalearn.tasks import prng
 from metalearn.tasks.augment import inside, takes
+from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Batch, Query, Task
 
 #: (x [B, *X], y [B, N], key []) -> (x, y).
@@ -93,7 +94,7 @@ def one_of(ops: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> M
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixed:
+class Mixed(TaskSource):
     """Training tasks or batches with mixed examples and with probabilities as their labels.
 
     `num_classes` is the number of classes N of all training, for batches.
@@ -107,7 +108,7 @@ class Mixed:
         classes: Tensor | None = self.source.classes(first, count)
         return classes
 
-    def draw(self, first: int | Tensor, count: int) -> Task | Batch:
+    def draw(self, first: int | Tensor, count: int) -> Task | Batch:  # type: ignore[override]
         drawn: Task | Batch = self.source.draw(first, count)
         examples = drawn if isinstance(drawn, Batch) else drawn.query
         way = self.num_classes if isinstance(drawn, Batch) else drawn.support.way

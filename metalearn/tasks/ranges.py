@@ -73,7 +73,7 @@ def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[i
 
 
 @dataclasses.dataclass(frozen=True)
-class Varied:
+class Varied(TaskSource):
     """Tasks whose shape is a function of the seed and of their number.
 
     Attributes:

@@ -97,7 +97,7 @@ def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodeSampler:
+class EpisodeSampler(TaskSource):
     """Sample N-way K-shot episodes of a split.
 
     Support, query and unlabelled examples share no input. Raise UserError if the shape is
@@ -223,7 +223,7 @@ class EpisodeSampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSampler:
+class BatchSampler(BatchSource):
     """Sample ordinary batches, with labels 0..C-1 over all classes of the view.
 
     Each example is there `num_views` times, in adjacent rows: an augmented store changes each row.
