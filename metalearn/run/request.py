@@ -104,7 +104,8 @@ class Request:
         before, after = self.before, self.after
         has_own_content = self.data.content_hash == self.own.protocol.get("data")
         has_own_data = has_own_content or other_data.has_same_source(before, after)
-        if self.split == "all" and has_own_data:
+        is_trained = other_data.is_trained(before)
+        if self.split == "all" and has_own_data and is_trained:
             raise UserError(
                 "split=all: the run was trained on classes of this dataset; use split=test"
             )
@@ -121,8 +122,7 @@ class Request:
                 raise UserError("split=train+test: set episode.distractors=0")
         # Training classes of the run's own split are tested on purpose.
         is_own = has_own_test if self.split == "test" else has_own_splits
-        # A network that is not trained has no training images here.
-        if is_own or before.dataset == after.dataset or not before.train.steps:
+        if is_own or before.dataset == after.dataset or not is_trained:
             return None
         own = other_data.open_own(before, after)
         return other_data.check_overlap(before, after, own, self.data, self.split)
