@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
         )
     if form not in (None, "onnx", "safetensors"):
         raise UserError(f"format={form}: should be onnx or safetensors")
-    from metalearn.report.console import open_console, print_line
+    from metalearn.report.console import open_console, print_line, print_lines
 
     if form == "safetensors":
         from metalearn.run.model import export_model
@@ -66,7 +66,6 @@ def main(args: list[str]) -> int:
     console = open_console()
     differences = export(folder, file)
     print_line(console, "Largest difference of a probability between onnxruntime and this package:")
-    for what, difference in differences.items():
-        print_line(console, f"  {difference:.1e}  {what}")
-    print_line(console, f"  {file}")
+    lines = [f"{difference:.1e}  {what}" for what, difference in differences.items()]
+    print_lines(console, [*lines, file], "  ")
     return 0

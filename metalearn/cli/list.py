@@ -1,9 +1,9 @@
 """List algorithms, datasets, backbones and other choices, and trained models."""
 
 import itertools
+import json
 from pathlib import Path
 
-from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
 HELP = """metalearn list [--json]
@@ -45,9 +45,8 @@ def main(args: list[str]) -> int:
         for name in names:
             choices["algo"][name]["family"] = family
     models = _models()
-    with _arguments.json_document(list(args)) as document:
-        document |= choices | {"run": models}
     if "--json" in args:
+        print(json.dumps(choices | {"run": models}, indent=2))
         return 0
     width = max(map(len, itertools.chain(*choices.values())))
     choices["run"] = models
