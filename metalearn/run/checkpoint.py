@@ -42,13 +42,13 @@ def save_model(path: Path, content: dict[str, Any]) -> None:
     """Write the content of a checkpoint as safetensors: tensors, and the rest as JSON."""
     from safetensors.torch import save as serialised
 
+    # In an order that depends on names only: the checksum depends on it.
+    parts = {part: dict(sorted(content[part].items())) for part in _PARTS}
+    rest = {key: value for key, value in sorted(content.items()) if key not in _PARTS}
+    rest["checksum"] = _checksum(rest | parts)
     tensors = {
-        f"{part}.{name}": value.contiguous()
-        for part in _PARTS
-        for name, value in content[part].items()
+        f"{part} {name}": x.contiguous() for part in _PARTS for name, x in parts[part].items()
     }
-    rest = {key: value for key, value in content.items() if key not in _PARTS}
-    rest["checksum"] = _checksum(_of_model(rest, tensors))
     with atomic_writer(path) as stream:
         stream.write(serialised(tensors, {"metalearn": json.dumps(rest)}))
 
@@ -57,21 +57,11 @@ def _read_model(data: bytes, device: torch.device) -> dict[str, Any]:
     from safetensors.torch import load as tensors_of
 
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-    tensors = {name: value.to(device) for name, value in tensors_of(data).items()}
-    return _of_model(parse_json(header["__metadata__"]["metalearn"]), tensors)
-
-
-def _of_model(rest: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the content of a checkpoint, in an order that depends on names only."""
-    parts = {
-        part: {
-            name.removeprefix(f"{part}."): tensors[name]
-            for name in sorted(tensors)
-            if name.startswith(f"{part}.")
-        }
-        for part in _PARTS
-    }
-    return dict(sorted(rest.items())) | parts
+    content = parse_json(header["__metadata__"]["metalearn"]) | {part: {} for part in _PARTS}
+    for key, value in sorted(tensors_of(data).items()):
+        part, _, name = key.partition(" ")
+        content[part][name] = value.to(device)
+    return dict(content)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:

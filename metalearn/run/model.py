@@ -82,18 +82,8 @@ def _card(folder: Path, result: Result, settings: dict[str, Any]) -> str:
         "licence": "weights: MIT, as metalearn. They contain no image of the training data, whose "
         f"licence is: {data.get('licence', 'unknown')}",
     }
-    return "\n".join(
-        [
-            f"# {algo} on {dataset}: {score} ({result.shape})",
-            "",
-            *("| | |", "| --- | --- |"),
-            *(f"| {name} | {text} |" for name, text in rows.items()),
-            "",
-            "```",
-            f"metalearn predict run={folder.as_posix()} support=<examples> query=<images>",
-            f"metalearn evaluate run={folder.as_posix()}",
-            f"metalearn serve run={folder.as_posix()}",
-            "```",
-            "",
-        ]
-    )
+    lines = [f"# {algo} on {dataset}: {score} ({result.shape})", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {text} |" for name, text in rows.items()]
+    run = f"run={folder.as_posix()}"
+    uses = [f"predict {run} support=<examples> query=<images>", f"evaluate {run}", f"serve {run}"]
+    return "\n".join([*lines, "", "```", *(f"metalearn {use}" for use in uses), "```", ""])
