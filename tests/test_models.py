@@ -11,8 +11,9 @@ from rich.console import Console
 import metalearn
 from metalearn.cli import export
 from metalearn.cli import list as list_command
+from metalearn.config import checking, composition
 from metalearn.report.folder import RunFolder
-from metalearn.run import checkpoint
+from metalearn.run import checkpoint, parts
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
@@ -55,6 +56,16 @@ def test_model_names_no_folder_and_is_listed(exported, tmp_path, capsys):
         export.main([f"run={run}", "format=safetensors"])
     with pytest.raises(UserError, match="no finished run"):
         export.main([f"run={tmp_path}", "format=safetensors"])
+
+
+def test_data_of_a_model_are_where_the_environment_says(exported, monkeypatch, tmp_path):
+    stored = composition.load_config(exported[1])
+    assert stored.data_dir is stored.cache_dir is None
+    monkeypatch.setenv("METALEARN_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
+    settings = checking.check_config(stored)
+    folders = parts.data_folder(settings), parts.cache_folder(settings)
+    assert folders == (tmp_path / "data", tmp_path / "cache")
 
 
 def test_changed_weights_are_noticed(exported):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,15 +156,15 @@ def device_of(name: str) -> torch.device:
 
 
 def data_folder(settings: RunConfig) -> Path:
-    """Return `data_dir`, by default the user's data folder."""
+    """Return `data_dir`, by default $METALEARN_DATA, which models need, or the user's."""
     default = platformdirs.user_data_path("metalearn", appauthor=False)
-    return _absolute(settings.data_dir, default)
+    return _absolute(settings.data_dir or os.environ.get("METALEARN_DATA"), default)
 
 
 def cache_folder(settings: RunConfig) -> Path:
-    """Return `cache_dir`, by default the user's cache folder."""
+    """Return `cache_dir`, by default $METALEARN_CACHE, or the user's cache folder."""
     default = platformdirs.user_cache_path("metalearn", appauthor=False)
-    return _absolute(settings.cache_dir, default)
+    return _absolute(settings.cache_dir or os.environ.get("METALEARN_CACHE"), default)
 
 
 def _absolute(path: str | None, default: Path) -> Path:
