@@ -65,7 +65,7 @@ def main() -> None:
         sys.exit(f"only={only}: no such gate; choose from {', '.join(gates.gates())}")
     root = Path("outputs/benchmark")
     root.mkdir(parents=True, exist_ok=True)
-    failed = []
+    failed, table = [], list[str]()
     with alone_in(root):
         for number, (seed, name) in enumerate(itertools.product(seeds, names), 1):
             print(f"\n[{number}/{len(seeds) * len(names)}] {name}, seed {seed}", flush=True)
@@ -103,4 +103,7 @@ def run(name: str, budget: str, folder: Path, settings: dict[str, str]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:  # such as another process that runs the gates
+        sys.exit(str(error))
