@@ -27,9 +27,7 @@ class Baseline(EmbeddingAlgorithm):
     at random. Departures: each step uses all support examples (theirs: batches of 4), and the
     classes of a task have no learned norm.
 
-    Attributes:
-        train_scale: Scale of the cosines in meta-training. There, each class also has a learned
-            norm, as in the authors' code.
+    In meta-training, cosines have `train_scale`, and each class a learned norm, as in their code.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

@@ -46,9 +46,8 @@ class BDCSPN(TransductiveHead):
 
     Both as `rectified` computes them from embeddings of norm 1 (Liu et al. 2020, 3.2 and 3.3).
 
-    Attributes:
-        scale: Scale of the cosines (theirs: 10).
-        most: Z, the greatest number of queries that join a class; None: all that are nearest to it.
+    `most` is Z, the greatest number of queries that join a class; None: all that are nearest to it.
+    Their scale is 10.
     """
 
     scale: float = above(0)

@@ -33,14 +33,7 @@ class Calibration(EmbeddingAlgorithm):
     Departures: m_c and V_c are of training batches with weights that decay (theirs: of all training
     images, at the end); all examples share the samples' noise, so that their order does not matter.
 
-    Attributes:
-        power: lambda (theirs: 0.5).
-        neighbours: k (theirs: 2).
-        spread: alpha (theirs: 0.21).
-        samples: Samples per class (theirs: 750).
-        cost: Weight of the cross-entropies against 1/2 |W|^2 (theirs: 1).
-        iterations: Number of iterations of the logistic regression.
-        decay: Decay of the statistics in each training step.
+    Theirs: power lambda 0.5, neighbours k 2, spread alpha 0.21, 750 samples per class, cost 1.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

@@ -44,9 +44,6 @@ class CAVIA(MetaGradient):
     convolution; elsewhere phi is a further input of the first layer), and phi = 0 is the unmodified
     network (theirs: a bias of s and t is learned, and 1 is not added). Both make phi_0 = 0 a
     network that can be pretrained.
-
-    Attributes:
-        num_context: Number of context parameters.
     """
 
     num_context: int = at_least(1)

@@ -36,10 +36,7 @@ class FEAT(EmbeddingAlgorithm):
     Departures: no dropout in T (theirs: 0.1 and 0.5); the backbone is trained from the start
     (theirs: first as a classifier).
 
-    Attributes:
-        temperature: Divides squared distances; None: a quarter of the number of features.
-        contrast: Weight of the second loss (theirs: 0.01 to 1).
-        contrast_temperature: The temperature in it.
+    Their `contrast` is 0.01 to 1.
     """
 
     accepts_soft_labels: ClassVar[bool] = False

@@ -27,11 +27,6 @@ class GradientDescent(LinearHeadAlgorithm):
     """Gradient descent on the support set from the meta-trained weights.
 
     theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) (Finn et al. 2017, eq. 1).
-
-    Attributes:
-        inner_lr: Learning rate.
-        test_inner_steps: K in testing.
-        rematerialise: Whether the backward pass recomputes inner steps.
     """
 
     inner_lr: float = above(0)
@@ -144,11 +139,9 @@ class GradientDescent(LinearHeadAlgorithm):
 class MetaGradient(GradientDescent):
     """Gradient descent that meta-training differentiates through.
 
-    Attributes:
-        inner_steps: K in meta-training.
-        step_lrs: Learning rates of the first inner steps; the last one is used for all later steps.
-            If empty, all steps use inner_lr.
-        first_order: If true, drop the derivative of the inner gradient (Finn et al. 2017, 5.2).
+    The last of `step_lrs`, the rates of the first inner steps, is used for all later steps; if they
+    are empty, all steps use inner_lr. `first_order` drops the derivative of the inner gradient
+    (Finn et al. 2017, 5.2).
     """
 
     inner_steps: int = at_least(0, in_testing="test_inner_steps")

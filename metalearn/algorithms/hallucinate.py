@@ -28,10 +28,6 @@ class Hallucination(EmbeddingAlgorithm):
 
     Departures: each example is the seed of `generated` ones (theirs: random seeds, up to a number
     per class); all seeds share the noise, so that their order does not matter.
-
-    Attributes:
-        generated: Generated embeddings for each example.
-        temperature: Divides squared distances; None: a quarter of the number of features.
     """
 
     generated: int = at_least(0)

@@ -25,13 +25,8 @@ class IMAML(GradientDescent):
     (I + H / lambda)^-1 grad L_query(phi), with H the Hessian of L_support at phi (Rajeswaran et al.
     2019, eq. 3 and 6). All weights adapt, including those of normalisation.
 
-    Attributes:
-        inner_steps: Gradient steps towards phi in meta-training.
-        strength: lambda.
-        cg_steps: Number of conjugate gradient steps, fixed.
-        damping: Added to 1 in the matrix, as in the authors' code: at a phi that is only near the
-            minimum, H may not be positive.
-        strength_damping: Added to lambda in the matrix, for the same reason.
+    `damping` is added to 1 and `strength_damping` to lambda (`strength`) in the matrix, as in the
+    authors' code: at a phi that is only near the minimum, H may not be positive.
     """
 
     inner_steps: int = at_least(0, in_testing="test_inner_steps")

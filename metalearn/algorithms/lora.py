@@ -45,10 +45,7 @@ class LoRA(GradientAdaptation):
     meta-learned; a frozen backbone's W stays. Departure: A and B are the initialisation of gradient
     descent on few examples, so they are meta-learned (theirs: trained once on a large dataset).
 
-    Attributes:
-        rank: Rank of each change, at most.
-        scale: Factor of BA.
-        layers: Regular expression; a weight of the backbone is changed if it occurs in its name.
+    A weight is changed if the regular expression `layers` occurs in its name.
     """
 
     rank: int = at_least(1)

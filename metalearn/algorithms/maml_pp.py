@@ -22,18 +22,13 @@ class MAMLPlusPlus(GradientAdaptation):
     Steps beyond the number in meta-training use the parameters of the last step. `stage` ends both
     fractions of meta-training below.
 
-    Attributes:
-        multi_step_share: Fraction of meta-training in which w moves from 1 / K for each step to the
-            last step (4.1; the other steps have at least 0.03 / K, as in their code). After it,
-            only the last step counts.
-        learned_rates: If true, learn a rate for each weight tensor and step (LSLR), starting from
-            inner_lr or step_lrs.
-        normalisation_per_step: If true, each step has its own scale and shift of each normalisation
-            (BNWB). Those of earlier steps learn only through second derivatives and the losses of
-            their steps. Departure: no running statistics of each step (BNRS), because in the
-            authors' code they never reach an output.
-        first_order_share: Fraction of meta-training without second derivatives (DA); 0 in all their
-            recipes.
+    `multi_step_share` is the fraction of meta-training in which w moves from 1 / K for each step to
+    the last step (4.1; the other steps have at least 0.03 / K, as in their code); `learned_rates`
+    learns a rate for each weight tensor and step (LSLR); with `normalisation_per_step`, each step
+    has its own scale and shift of each normalisation (BNWB), of which those of earlier steps learn
+    only through second derivatives and the losses of their steps. `first_order_share` is the
+    fraction without second derivatives (DA); 0 in all their recipes. Departure: no running
+    statistics of each step (BNRS), because in the authors' code they never reach an output.
     """
 
     multi_step_share: float = between(0, 1)

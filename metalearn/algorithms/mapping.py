@@ -28,9 +28,7 @@ class MappingNetwork(EmbeddingAlgorithm):
     also predicts a bias. Its output is added to the mean, so the method starts as a classifier by
     inner products. These are divided by sqrt(D).
 
-    Attributes:
-        hidden: Widths of phi's hidden layers, with leaky ReLU. If empty, phi is linear, the paper's
-            first choice.
+    Hidden layers have leaky ReLU. Without any, phi is linear, the paper's first choice.
     """
 
     hidden: list[int] = at_least(1)

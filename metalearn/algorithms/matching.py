@@ -24,11 +24,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
     p(y | x) = sum_i a(x, x_i) y_i, with a the softmax of the cosine similarities (Vinyals et al.
     2016, eq. 1 and 2.1.1).
 
-    Attributes:
-        temperature: Divides the similarities. The paper has none (1); then p stays flat, because
-            cosines are in [-1, 1].
-        full_context: If true, a bidirectional LSTM embeds the support set in its order, and an LSTM
-            with `processing_steps` steps embeds each query with attention to it (A.1, A.2).
+    With full context, a bidirectional LSTM embeds the support set in its order, and an LSTM with
+    `processing_steps` steps embeds each query with attention to it (A.1, A.2). The paper has no
+    temperature (1); then p stays flat, because cosines are in [-1, 1].
     """
 
     temperature: float = above(0)

@@ -23,8 +23,7 @@ class MetaBaseline(EmbeddingAlgorithm):
     The first stage of the paper (Classifier-Baseline) trains on batches, the second on episodes,
     from the weights of the first (`train.start`).
 
-    Attributes:
-        scale: Initial scale (theirs: 10). Its logarithm is learned on episodes.
+    The logarithm of the scale (theirs: initially 10) is learned on episodes.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")

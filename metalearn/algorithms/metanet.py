@@ -54,9 +54,8 @@ class MetaNet(EmbeddingAlgorithm):
     the gradients, the paper's alternative to its LSTM, so the order of the support set does not
     matter. m and d have one hidden layer.
 
-    Attributes:
-        second_order: If true, meta-gradients also flow through the gradients that m and d use. In
-            the authors' code they do not, so the output weights of r's own loss are never trained.
+    With `second_order`, meta-gradients also flow through the gradients that m and d use. In the
+    authors' code they do not, so the output weights of r's own loss are never trained.
     """
 
     fixed_way: ClassVar[bool] = True

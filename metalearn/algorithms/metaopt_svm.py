@@ -63,10 +63,7 @@ def svm_dual(gram: Tensor, y: Tensor, cost: float, iterations: int) -> Tensor:
 class MetaOptSVM(EmbeddingAlgorithm):
     """logits = scale * z w_n, with the support vector machine w_n = sum_i a_in z_i (`svm_dual`).
 
-    Attributes:
-        cost: C (theirs: 0.1).
-        iterations: Steps of the interior-point method (theirs: 15).
-        scale: Initial scale (theirs: 1). Its logarithm is learned.
+    The logarithm of the scale is learned. Theirs: cost C 0.1, 15 iterations, initial scale 1.
     """
 
     is_iterative: ClassVar[bool] = True

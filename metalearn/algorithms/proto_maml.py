@@ -23,9 +23,7 @@ class ProtoMAML(GradientAdaptation):
     The head starts at W_n = 2 c_n, b_n = -|c_n|^2 for class means c. Meta-gradients flow through c
     (Triantafillou et al. 2020, 3.2).
 
-    Attributes:
-        temperature: Divides squared distances: the head sees z / sqrt(temperature). None: by the
-            number of features, as in ProtoNet.
+    The temperature divides squared distances: the head sees z / sqrt(temperature).
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class",)

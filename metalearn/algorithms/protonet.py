@@ -30,10 +30,8 @@ def distance_scale(z_MD: Tensor) -> float:
 class ProtoNet(EmbeddingAlgorithm):
     """Classify by the distance to the class means: logits = -d(z, c_n) (Snell et al. 2017, eq. 2).
 
-    Attributes:
-        distance: "squared_euclidean", or "cosine" for logits that are cosine similarities.
-        temperature: Divides the logits. None: a quarter of the number of features for squared
-            distances, which grow with it; 0.1 for cosines.
+    The default temperature is a quarter of the number of features for squared distances, which grow
+    with it, and 0.1 for cosines.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")

@@ -54,12 +54,8 @@ class PTMAP(TransductiveHead):
 
     Departure: for negative features, whose power does not exist, -(|z| + eps)^power.
 
-    Attributes:
-        power: beta (theirs: 0.5).
-        scale: lambda (theirs: 10).
-        step_size: alpha (theirs: 0.2).
-        steps: Number of steps (theirs: 20).
-        iterations: Iterations of Sinkhorn's algorithm (theirs: to an error of 1e-6, at most 1,000).
+    Theirs: power beta 0.5, scale lambda 10, step size alpha 0.2, 20 steps, Sinkhorn iterations to
+    an error of 1e-6, at most 1,000.
     """
 
     power: float = above(0)

@@ -39,9 +39,7 @@ class R2D2(EmbeddingAlgorithm):
     strength suits every support size. Departure: their bias that all logits share is left out,
     because it does not change the softmax.
 
-    Attributes:
-        strength: Initial strength. Its logarithm is learned, so it stays positive.
-        scale: Initial scale of the logits, learned in the same way.
+    The logarithms of strength and scale are learned, so they stay positive.
     """
 
     strength: float = above(0)

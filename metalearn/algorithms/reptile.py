@@ -27,9 +27,7 @@ class Reptile(LinearHeadAlgorithm):
     size for small and large gradients. The moment and its total weight are buffers, averaged over
     the tasks of each meta-step. Departure: all tasks of a meta-step start from the same moment.
 
-    Attributes:
-        inner_batch: Examples per mini-batch, sampled without replacement in each epoch.
-        test_inner_batch: The same in testing.
+    Mini-batches are sampled without replacement in each epoch.
     """
 
     support_order_matters: ClassVar[bool] = True  # mini-batches are sampled by index

@@ -41,10 +41,6 @@ class SimCLR(EmbeddingAlgorithm):
     the share of views whose nearest other one is of the same image.
 
     Departures: Adam instead of LARS; the augmentations are those of `augment.ops`.
-
-    Attributes:
-        projection: Number P of values of a projection.
-        contrast_temperature: t.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

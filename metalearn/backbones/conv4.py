@@ -19,12 +19,8 @@ class Conv4(Backbone):
 
     Convolutions have a bias only if no normalisation follows.
 
-    Args:
-        filters: Number of filters of each block.
-        halvings: Number of blocks that halve the image, from the first; None for all.
-        downsample: "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
-            no pooling: Finn on Omniglot).
-        output: "flatten", or "mean" over positions.
+    `downsample` is "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
+    no pooling: Finn on Omniglot); `output` is "flatten", or "mean" over positions.
     """
 
     filters: int = at_least(1)

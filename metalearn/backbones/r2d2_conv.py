@@ -27,10 +27,7 @@ class R2D2Conv(Backbone):
     features for 32x32 images with the published filters. (The reimplementation of Lee et al. (2019)
     halves a fourth time instead and omits the last activation.)
 
-    Args:
-        filters: Number of filters of each block.
-        dropout: Rate in meta-training (authors: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on
-            Omniglot).
+    Authors' dropout: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on Omniglot.
     """
 
     filters: list[int] = at_least(1)

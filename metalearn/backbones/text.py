@@ -102,12 +102,8 @@ def words(text: str) -> list[str]:
 class TextTransformer(Backbone):
     """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
 
-    Args:
-        width: Number of features D.
-        heads: Number of attention heads H, a divisor of D.
-        vocabulary: Number of hash values of words.
-        length: Largest number of words of a text; those after it are left out.
-        dropout: Probability that a word is left out in training (of all words; none is scaled).
+    `heads` is a divisor of the number `width` of features; words after `length` are left out.
+    `dropout` leaves words out in training (none is scaled).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)

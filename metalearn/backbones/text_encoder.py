@@ -52,12 +52,9 @@ class _Tokens:
 class TextEncoder(FreezableBackbone):
     """A sentence encoder, in evaluation mode: the mean of the last hidden states of its tokens.
 
-    Args:
-        model: "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
-            config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub,
-            from which only these three files are read.
-        length: Largest number of tokens of a text; those after it are left out.
-        is_restored: Whether a checkpoint has the weights.
+    `model` is "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
+    config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub, from which
+    only these three files are read. Tokens after `length` are left out.
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)

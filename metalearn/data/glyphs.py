@@ -28,9 +28,7 @@ _MAX_PIXELS = 50 * 20 * 28**2  # rendered at a time; limits memory to about 700 
 class Glyphs(ImageDataset):
     """Generated handwriting.
 
-    Args:
-        drawings: Number of images of each class.
-        jitter: Scale of all deviations from the class (1 is legible, 0 makes identical images).
+    `jitter` scales all deviations from the class: 1 is legible, 0 makes identical images.
     """
 
     pen: ClassVar[float | None] = 0.075

@@ -51,10 +51,7 @@ class Plane:
 class Navigation(Dataset):
     """Goals that are uniform in a square; every trajectory starts at the origin.
 
-    Args:
-        goal: Range [low, high] of both coordinates of a goal.
-        horizon: Number of steps of a trajectory.
-        discount: See `PolicyGradient`, also for the others.
+    `discount` and the settings after it are those of `PolicyGradient`.
     """
 
     target: ClassVar[str] = "control"

@@ -39,10 +39,8 @@ def vinyals_split() -> dict[str, list[str]]:
 class Omniglot(ImageDataset):
     """Images with ink = 1 and paper = 0.
 
-    Args:
-        split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`) or
-            "alphabet" (30/5/15 alphabets by `split_seed`; no alphabet is in two splits).
-        url: Address of the folder with the two archives.
+    The split is that of Vinyals (1028/172/423 characters), random (1100/100/423), or of 30/5/15
+    alphabets, so that no alphabet is in two splits. `url` is the folder of the two archives.
     """
 
     pen: ClassVar[float | None] = 0.03

@@ -68,15 +68,11 @@ class Text(Dataset):
     A class is a label; where domains share labels, a label of a domain. A text that a class has
     twice is left out.
 
-    Args:
-        path: A file, or the folder of `parts`; in `data_dir` unless absolute.
-        parts: Names of files in the folder; domains.json there maps a domain to its labels.
-        urls: Address of each file that can be downloaded, by name; `md5` has its checksum.
-        split: "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5" for the
-            folds of Dopierre et al. (2021); or a JSON file as for `Folder`.
-        domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
-        distractors: Label of texts of no class, such as "oos": they are the distractors of episodes
-            (`episode.distractors`), each in one split; "": distractors are other classes.
+    `path` is a file, or the folder of `parts`, in which domains.json maps a domain to its labels.
+    The split is "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5", the
+    folds of Dopierre et al. (2021); or a JSON file as for `Folder`. Texts of the label
+    `distractors`, such as "oos", are the distractors of episodes (`episode.distractors`), each in
+    one split; without it, distractors are other classes.
     """
 
     path: str = setting()

@@ -30,13 +30,6 @@ class UserValues(Dataset):
 
     No user is in two splits. A row that repeats the features of another row of its user is left
     out, so that no query is in the support set.
-
-    Args:
-        path: The file; here, or in `data_dir`.
-        user: Column of the user, or of whatever makes a task.
-        value: Column of what is predicted: a number.
-        features: Columns of the inputs, numbers; []: all others.
-        standardise: Whether to standardise each feature with the statistics of the training users.
     """
 
     target: ClassVar[str] = "value"
