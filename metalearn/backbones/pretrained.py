@@ -129,9 +129,7 @@ class Pretrained(FreezableBackbone):
         if self.weights is not None and not self.is_restored:
             is_own = self.weights == self._own_weights
             path = self._own_file() if is_own else Path(self.weights).expanduser()
-            stored = weights.read(path, max(tensors, key=len), self.name)
-            for name, like in tensors.items():
-                tensors[name] = weights.tensor(stored, name, like, str(path), self.name)
+            tensors = weights.load(path, tensors, self.name)
         tensors = {name: one.to(key.device) for name, one in tensors.items()}
         return {ours: tensors.pop(name) for name, ours in _names(module).items()}, tensors
 

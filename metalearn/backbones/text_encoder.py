@@ -80,11 +80,7 @@ class TextEncoder(FreezableBackbone):
         tensors: Params = dict(module.named_parameters())
         if not self.is_restored:
             path = _folder(self.model) / "model.safetensors"
-            stored = weights.read(path, max(tensors, key=len), self.model)
-            tensors = {
-                name: weights.tensor(stored, name, like, str(path), self.model)
-                for name, like in tensors.items()
-            }
+            tensors = weights.load(path, tensors, self.model)
         return {name: value.detach().to(key.device) for name, value in tensors.items()}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:

@@ -1,14 +1,15 @@
 """Texts with labels: published sets of intents and sentiments, and your own CSV files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +21,7 @@ from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.distractors import DistractedSampler
 from metalearn.tasks.sampling import EpisodeSampler, Shape
-from metalearn.tasks.store import ArrayStore, Augmentation, ClassView, Store
+from metalearn.tasks.store import ArrayStore, Augmentation, ClassView
 from metalearn.tasks.types import Tokenizer
 
 #: Names of the columns of a file of texts.
@@ -40,19 +41,25 @@ class Row(NamedTuple):
     domain: str
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file; an error in the block is that of the file."""
+    try:
+        yield json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
 
     Raise UserError if it cannot be read, or a row has no text or no label.
     """
     if path.suffix == ".json":
-        try:
-            sets = json.loads(path.read_bytes())
+        with _reading(path) as sets:
             return [
                 Row(str(text), str(label), "") for part in sets.values() for text, label in part
             ]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     rows, first = table(path, read_csv(path), COLUMNS)
     for number, row in enumerate(rows, first):
         if not row["text"] or not row["label"]:
@@ -129,7 +136,8 @@ class Text(Dataset):
             split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
             for split, some in parts.items()
         }
-        return _DistractedData(stores, views, digest, pools, self.distractors)
+        data = _DistractedData(stores, views, digest)
+        return data.changed(pools=pools, label=self.distractors)
 
     def _read(self, paths: list[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the texts and the domain of each class."""
@@ -144,11 +152,8 @@ class Text(Dataset):
                     "first lines of the dataset's file in conf/dataset say what it is)"
                 )
             if path.name == "domains.json":
-                try:
-                    content = json.loads(path.read_bytes())
+                with _reading(path) as content:
                     known = {label: domain for domain, some in content.items() for label in some}
-                except (OSError, ValueError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path} cannot be read ({first_line(error)})") from None
             else:
                 rows += read_rows(path)
         domains: dict[str, set[str]] = defaultdict(set)
@@ -201,16 +206,8 @@ class Text(Dataset):
 class _DistractedData(ClassData):
     """Classes, and inputs of none of them: rows int64 [R] of each split."""
 
-    def __init__(
-        self,
-        stores: Mapping[str, Store],
-        views: dict[str, ClassView],
-        content_hash: str,
-        pools: dict[str, torch.Tensor],
-        label: str,
-    ) -> None:
-        super().__init__(stores, views, content_hash)
-        self.pools, self.label = pools, label
+    pools: dict[str, torch.Tensor]
+    label: str
 
     def with_split(self, split: str) -> ClassData:
         names = list(self.pools) if split == "all" else split.split("+")

@@ -44,17 +44,12 @@ class Ranges:
             dataclasses.replace(largest, way=way, shot=shot)
             for way, shot in zip(ways, shots, strict=True)
         ]
-        if not self.unbalanced:
-            return shapes
-        uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
-        own = [
-            unbalanced_shots(shape.way, shape.shot, most, row)
-            for shape, row in zip(shapes, uniform, strict=True)
-        ]
-        return [
-            dataclasses.replace(shape, shot=max(shots), shots=shots)
-            for shape, shots in zip(shapes, own, strict=True)
-        ]
+        if self.unbalanced:
+            uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
+            for number, shape in enumerate(shapes):
+                own = unbalanced_shots(shape.way, shape.shot, most, uniform[number])
+                shapes[number] = dataclasses.replace(shape, shot=max(own), shots=own)
+        return shapes
 
 
 def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[int, ...]:

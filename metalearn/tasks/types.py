@@ -167,25 +167,6 @@ class Loss(NamedTuple):
     buffers: Params = {}  # noqa: RUF012
 
 
-class OwnLayers(Protocol):
-    """Layers on images [B, C, H, W] that are fast under `vmap` with weights per task."""
-
-    def convolution(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        """Convolve x with weight [O, C, K, K], K odd, padding K // 2."""
-
-    def block(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        eps: float,
-        slope: float,
-    ) -> Tensor:
-        """Convolve, normalise by the statistics of the batch, and activate (leaky ReLU)."""
-
-
 class Kernels(NamedTuple):
     """Implementations of the same mathematics; the engine chooses the faster ones.
 
@@ -195,12 +176,12 @@ class Kernels(NamedTuple):
             "direct", the engine's own operators.
         fused_norm: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second
             derivative under `vmap` with per-task weights.
-        own: The engine's operators, for "direct".
+        own: The engine's operators (the module `metalearn.engine.kernels`), for "direct".
     """
 
     convolution: str = "plain"
     fused_norm: bool = False
-    own: OwnLayers | None = None
+    own: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
