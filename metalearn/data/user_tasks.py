@@ -217,18 +217,12 @@ class UserData(OpenDataset):
 
 @dataclasses.dataclass(frozen=True)
 class UserEpisodes(TaskSource):
-    """Tasks of one user each; all have the same numbers of rows, however many a user has.
-
-    Attributes:
-        starts: First row of each group, int64 [U, G].
-        counts: Number of rows of each, int64 [U, G], each at least shot + query.
-        largest: The largest of them.
-    """
+    """Tasks of one user each; all have the same numbers of rows, however many a user has."""
 
     data: UserData
-    starts: Tensor
-    counts: Tensor
-    largest: int
+    starts: Tensor  # first row of each group, int64 [U, G]
+    counts: Tensor  # number of rows of each, int64 [U, G], each at least shot + query
+    largest: int  # the largest of them
     shape: Shape
     key: Tensor
 

@@ -35,21 +35,14 @@ Procedure = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Outputs]
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Predictions of examples by classifiers that were trained without them.
+    """Predictions of examples by classifiers that were trained without them."""
 
-    Attributes:
-        rows: The example of each prediction, int64 [P]; `y` is its class.
-        logits: [P, N]; `novelty` is [P].
-        folds: Number of folds; each classifier has learned from (folds - 1) / folds of a class.
-        repeats: Number of repetitions, with different folds.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # the example of each prediction, int64 [P]; `y` is its class
     y: np.ndarray
-    logits: np.ndarray
+    logits: np.ndarray  # [P, N]; `novelty` is [P]
     novelty: np.ndarray
-    folds: int
-    repeats: int
+    folds: int  # number of folds; each classifier has learned from (folds - 1) / folds of a class
+    repeats: int  # number of repetitions, with different folds
 
     @property
     def examples(self) -> int:

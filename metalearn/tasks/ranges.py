@@ -69,20 +69,13 @@ def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[i
 
 @dataclasses.dataclass(frozen=True)
 class Varied(TaskSource):
-    """Tasks whose shape is a function of the seed and of their number.
+    """Tasks whose shape is a function of the seed and of their number."""
 
-    Attributes:
-        source: Tasks of the largest shape: a dataclass with the fields `shape` and `key`.
-        key: Key of the shapes, int64 [] on the CPU.
-        most: See `unbalanced_shots`.
-        each: Number of consecutive tasks that share a shape.
-    """
-
-    source: Any
+    source: Any  # tasks of the largest shape: a dataclass with the fields `shape` and `key`
     ranges: Ranges
-    key: Tensor
-    most: int
-    each: int = 1
+    key: Tensor  # key of the shapes, int64 [] on the CPU
+    most: int  # see `unbalanced_shots`
+    each: int = 1  # number of consecutive tasks that share a shape
 
     def shapes(self, numbers: Tensor) -> list[Shape]:
         """Return the shapes of tasks, int64 [E] on the CPU."""

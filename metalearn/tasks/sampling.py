@@ -102,17 +102,13 @@ class EpisodeSampler(TaskSource):
 
     Support, query and unlabelled examples share no input. Raise UserError if the shape is
     impossible, or the split has too few classes or examples for it.
-
-    Attributes:
-        key: int64 [].
-        support_store: Inputs of support sets; None for those of `store`.
     """
 
     store: Store
     view: ClassView
     shape: Shape
-    key: Tensor
-    support_store: Store | None = None
+    key: Tensor  # int64 []
+    support_store: Store | None = None  # inputs of support sets; None for those of `store`
 
     def __post_init__(self) -> None:
         shape, index = self.shape, self.view.index

@@ -77,17 +77,11 @@ class Task:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An ordinary batch: labels are over all training classes.
+    """An ordinary batch: labels are over all training classes."""
 
-    Attributes:
-        x: Inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent.
-        y: Labels int64 [B], or targets, float32 [B, D].
-        key: int64 [].
-    """
-
-    x: Tensor
-    y: Tensor
-    key: Tensor
+    x: Tensor  # inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent
+    y: Tensor  # labels int64 [B], or targets, float32 [B, D]
+    key: Tensor  # int64 []
 
 
 class State(NamedTuple):
