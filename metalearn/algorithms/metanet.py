@@ -25,17 +25,12 @@ _P = 7
 
 
 class Memory(NamedTuple):
-    """A learner of MetaNet.
+    """A learner of MetaNet."""
 
-    Attributes:
-        fast: Fast weights of the base learner for each support example, [M, H, D] and [M, N, H].
-        keys: Representations of the support examples [M, R].
-        representation: The task's fast weights of the representation layer [R, D].
-    """
-
+    #: Fast weights of the base learner for each support example, [M, H, D] and [M, N, H].
     fast: Params
-    keys: Tensor
-    representation: Tensor
+    keys: Tensor  # representations of the support examples [M, R]
+    representation: Tensor  # the task's fast weights of the representation layer [R, D]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

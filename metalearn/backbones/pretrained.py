@@ -73,21 +73,18 @@ class Pretrained(FreezableBackbone):
     A subclass has `name`, `_network` (with random weights), `_own_preprocessing`, `_own_file` (of
     the library's weights, downloaded if needed) and `_own_data` (their training data). Parameters
     keep their names, those of normalisations after "norm."; population statistics are buffers.
-
-    Args:
-        weights: None (random), "hub" or "package" for the library's own weights, or a file:
-            safetensors, or saved by torch.
-        image_size: Height and width of the network's input; None for that of its training.
-        is_restored: Whether a checkpoint has the weights.
     """
 
     is_external: ClassVar[bool] = True
     _own_weights: ClassVar[str] = "hub"
 
+    #: None (random), "hub" or "package" for the library's own weights, or a file: safetensors, or
+    #: saved by torch.
     weights: str | None = setting()
+    #: Height and width of the network's input; None for that of its training.
     image_size: int | None = at_least(8)
     eps: float = given_by_run(1e-5)
-    is_restored: bool = given_by_run(False)
+    is_restored: bool = given_by_run(False)  # whether a checkpoint has the weights
 
     @property
     def name(self) -> str:

@@ -163,29 +163,21 @@ def conformal_threshold(
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """What cross-validation on the support set says about new labels.
+    """What cross-validation on the support set says about new labels."""
 
-    Attributes:
-        examples: Number of examples that were held out; 0 if every class has one.
-        folds: Number of folds.
-        accuracy: Share of right held-out predictions; None without any.
-        temperature: Divides the logits.
-        error_rate: The rate that the thresholds are for.
-        set_threshold: Classes with a probability of at least 1 - `set_threshold` are in the set of
-            plausible classes; None if there are too few examples.
-        novelty_threshold: Images with a larger novelty are unknown; None if too few.
-        confusion: Mean number of held-out examples by class (row) and prediction (column), [N, N].
-        doubtful: (example, likely class, its probability) where the label looks wrong, worst first.
-    """
-
-    examples: int = 0
-    folds: int = 0
-    accuracy: float | None = None
-    temperature: float = 1.0
-    error_rate: float = 0.1
+    examples: int = 0  # number of examples that were held out; 0 if every class has one
+    folds: int = 0  # number of folds
+    accuracy: float | None = None  # share of right held-out predictions; None without any
+    temperature: float = 1.0  # divides the logits
+    error_rate: float = 0.1  # the rate that the thresholds are for
+    #: Classes with a probability of at least 1 - `set_threshold` are in the set of plausible
+    #: classes; None if there are too few examples.
     set_threshold: float | None = None
+    #: Images with a larger novelty are unknown; None if too few.
     novelty_threshold: float | None = None
+    #: Mean number of held-out examples by class (row) and prediction (column), [N, N].
     confusion: list[list[float]] = dataclasses.field(default_factory=list)
+    #: (example, likely class, its probability) where the label looks wrong, worst first.
     doubtful: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
 
     def interval(self, queries: int | None = None) -> tuple[float, float] | None:

@@ -24,18 +24,14 @@ _IMAGE_COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An image or a text.
+    """An image or a text."""
 
-    Attributes:
-        name: What a user calls it: its path, its path in a zip after the zip's, or the file and the
-            row of a text.
-        value: The text; or the file of the image, which does not exist if it cannot be unpacked.
-        label: Its class; "" if none is given.
-    """
-
+    #: What a user calls it: its path, its path in a zip after the zip's, or the file and the row of
+    #: a text.
     name: str
+    #: The text; or the file of the image, which does not exist if it cannot be unpacked.
     value: Path | str
-    label: str = ""
+    label: str = ""  # its class; "" if none is given
 
     @property
     def kind(self) -> str:

@@ -53,21 +53,15 @@ class PolicyGradient:
     task. Every loss samples its own trajectories, so each inner step has new ones.
 
     The loss is that of `surrogate`, with the advantages of a linear baseline (Duan et al. 2016).
-
-    Attributes:
-        environment: The environment.
-        discount: Factor of the rewards of each later step.
-        dice_lambda: See `surrogate`.
-        standardise: If true, advantages have mean 0 and variance 1 in each set of trajectories.
-            The scale is a constant in the meta-gradient.
-        initial_log_std: Initial logarithm of the standard deviation of actions.
     """
 
-    environment: Environment
-    discount: float
-    dice_lambda: float
+    environment: Environment  # the environment
+    discount: float  # factor of the rewards of each later step
+    dice_lambda: float  # see `surrogate`
+    #: If true, advantages have mean 0 and variance 1 in each set of trajectories. The scale is a
+    #: constant in the meta-gradient.
     standardise: bool
-    initial_log_std: float
+    initial_log_std: float  # initial logarithm of the standard deviation of actions
 
     target: str = "control"
     metric: Metric = RETURN

@@ -28,27 +28,22 @@ STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an episode: `shot`, `query` and `unlabelled` are examples per class.
-
-    Attributes:
-        distractors: Number of additional classes with unlabelled examples only.
-        where: The settings that give the shape, for error messages.
-        copies: Number of augmented copies that replace each support example; 0 for the example.
-        sampler: How classes are chosen: "uniform", "hierarchical" or "hard".
-        shots: Support examples of each class, if they differ; `shot` is then the largest.
-        dirichlet: Parameter of the distribution of the way * query queries over the classes; 0:
-            each class has the same number.
-    """
+    """The shape of an episode: `shot`, `query` and `unlabelled` are examples per class."""
 
     way: int
     shot: int
     query: int
     unlabelled: int = 0
-    distractors: int = 0
+    distractors: int = 0  # number of additional classes with unlabelled examples only
+    #: The settings that give the shape, for error messages.
     where: str = dataclasses.field(default="episode", compare=False)
+    #: Number of augmented copies that replace each support example; 0 for the example.
     copies: int = 0
-    sampler: str = "uniform"
+    sampler: str = "uniform"  # how classes are chosen: "uniform", "hierarchical" or "hard"
+    #: Support examples of each class, if they differ; `shot` is then the largest.
     shots: tuple[int, ...] = ()
+    #: Parameter of the distribution of the way * query queries over the classes; 0: each class has
+    #: the same number.
     dirichlet: int = 0
 
     @property
