@@ -37,14 +37,12 @@ class HashedTokens:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return tokens, int64 [I, L], padded with 0 to the longest text."""
-        rows = [torch.tensor(self._numbers(text), dtype=torch.int64) for text in texts]
-        return (
-            pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
-        )
-
-    def _numbers(self, text: str) -> list[int]:
-        parts = itertools.islice(self.split(text), self.length)
-        return [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+        rows = [torch.zeros(1, dtype=torch.int64)]
+        for text in texts:
+            parts = itertools.islice(self.split(text), self.length)
+            numbers = [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+            rows.append(torch.tensor(numbers, dtype=torch.int64))
+        return pad_sequence(rows, batch_first=True)[1:]
 
 
 def character_ngrams(text: str, size: int) -> list[str]:

@@ -88,7 +88,9 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
     if path.is_dir() or suffix == ".zip":
         images = list_images(path)
         files = images or list_images(path, (".txt",))
-        places = _unpack(path, files, unpacked) if suffix == ".zip" else map(_place, files)
+        places = (file.container / file.name for file in files)
+        if suffix == ".zip":
+            places = _unpack(path, files, unpacked)
         for file, place in zip(files, places, strict=True):
             inside = PurePosixPath(file.name)
             if images:
@@ -101,10 +103,6 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
         yield from _lines(path, str(path), "")
     else:
         yield Item(str(path), path)
-
-
-def _place(file: ImageFile) -> Path:
-    return file.container / file.name
 
 
 def _unpack(path: Path, files: list[ImageFile], unpacked: Path) -> Iterator[Path]:

@@ -229,12 +229,9 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence
     ]
     template = (resources.files("metalearn.predict") / "report.html").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": _shown, "percent": _percent}
+    environment.filters["shown"] = _shown
+    environment.filters["percent"] = lambda share: "" if share is None else f"{100 * share:.1f}%"
     return environment.from_string(template).render(
         title=f"{len(items)} {items[0].kind if items else 'images'}, {len(names)} classes",
         result=result, examples=examples, rows=rows, pairs=sorted(pairs, reverse=True)[:50],
     )  # fmt: skip
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"
