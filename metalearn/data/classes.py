@@ -53,28 +53,21 @@ def joined(
     )
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ClassData(OpenDataset):
-    """An opened dataset with classes: a store of inputs and a view of the classes of each split.
+    """An opened dataset with classes: a store of inputs and a view of the classes of each split."""
 
-    Attributes:
-        hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
-            None if unknown.
-        is_on_host: Whether inputs stay on the host, and tasks are drawn there.
-    """
+    stores: Mapping[str, Store]
+    views: dict[str, ClassView]
+    content_hash: str
+    standardisation: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    #: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets; None if
+    #: unknown.
+    hashes: torch.Tensor | None = None
+    is_on_host: bool = False  # whether inputs stay on the host, and tasks are drawn there
 
-    def __init__(
-        self,
-        stores: Mapping[str, Store],
-        views: dict[str, ClassView],
-        content_hash: str,
-        standardisation: dict[str, list[float]] = {},  # noqa: B006
-        hashes: torch.Tensor | None = None,
-        is_on_host: bool = False,
-    ) -> None:
-        self.stores, self.views, self.content_hash = dict(stores), views, content_hash
-        self.standardisation, self.hashes = standardisation, hashes
-        self.is_on_host = is_on_host
-        self.inputs = stores["train"].spec
+    def __post_init__(self) -> None:
+        self.inputs = self.stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
         return self.views[split].index.names

@@ -95,16 +95,12 @@ class Mix(Dataset):
             images = stores["train"].images
             shift, scale = moments(images.cpu(), views["train"].index.rows.cpu().unique())
             standardisation = {"shift": shift.tolist(), "scale": (1 / scale).tolist()}
-            change = {
-                name: torch.tensor(value, device=device).view(-1, 1, 1)
-                for name, value in standardisation.items()
-            }
-            stores = {split: dataclasses.replace(one, **change) for split, one in stores.items()}
         content = repr([(name, data.content_hash) for name, data in opened.items()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         hashes = [data.hashes for data in opened.values() if data.hashes is not None]
         whole = torch.cat(hashes) if len(hashes) == len(opened) else None
-        return ClassData(stores, views, digest, standardisation, whole, is_on_host=is_on_host)
+        data = ClassData(stores, views, digest, {}, whole, is_on_host)
+        return data.standardised(standardisation)
 
 
 def _check(opened: Mapping[str, Any]) -> None:

@@ -146,24 +146,21 @@ def _numbers(path: Path, name: str, cells: np.ndarray) -> np.ndarray:
     return cells.astype(np.float64)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class UserData(OpenDataset):
     """The opened table; users take the place of classes in its splits."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rows: dict[str, tuple[Tensor, Tensor]],
-        users: dict[str, list[str]],
-        classes: list[str],
-        content_hash: str,
-        standardisation: dict[str, list[float]],
-    ) -> None:
-        """Args: x [I, D], y [I] or [I, 1], (first row, number of rows) of each group [U, G]."""
-        self.x, self.y, self.rows, self.users, self.classes = x, y, rows, users, classes
-        self.content_hash, self.standardisation = content_hash, standardisation
-        self.inputs = InputSpec(tuple(x.shape[1:]))
-        self.outputs = len(classes) or 1
+    x: Tensor  # [I, D]
+    y: Tensor  # [I] or [I, 1]
+    rows: dict[str, tuple[Tensor, Tensor]]  # first row and number of rows of each group [U, G]
+    users: dict[str, list[str]]
+    classes: list[str]
+    content_hash: str
+    standardisation: dict[str, list[float]]
+
+    def __post_init__(self) -> None:
+        self.inputs = InputSpec(tuple(self.x.shape[1:]))
+        self.outputs = len(self.classes) or 1
 
     def num_classes(self, split: str) -> int:
         return len(self.classes)
