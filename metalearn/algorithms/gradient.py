@@ -9,6 +9,7 @@ Oh et al. (2021), "BOIL: Towards representation change for few-shot learning".
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,20 +34,12 @@ class GradientDescent(LinearHeadAlgorithm):
     test_inner_steps: int = at_least(0)
     rematerialise: bool = given_by_run(False)
 
-    @property
-    def is_first_order(self) -> bool:
-        """Return True to drop the derivative of the inner gradient."""
-        return False
-
-    @property
-    def regularisation(self) -> float:
-        """Return lambda of the term lambda / 2 |theta_k - theta_0|^2 in the inner loss."""
-        return 0.0
-
-    @property
-    def embeds_once(self) -> bool:
-        """Return True if the support set's embeddings are the same at every inner step."""
-        return False
+    #: True to drop the derivative of the inner gradient.
+    is_first_order: ClassVar[bool] = False
+    #: lambda of the term lambda / 2 |theta_k - theta_0|^2 in the inner loss.
+    regularisation: ClassVar[float] = 0.0
+    #: True if the support set's embeddings are the same at every inner step.
+    embeds_once: ClassVar[bool] = False
 
     def adapts(self, name: str) -> bool:
         """Return True if the inner loop adapts the weight with this name."""
@@ -149,15 +142,18 @@ class MetaGradient(GradientDescent):
     first_order: bool
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
+        """Return `inner_steps`."""
         return self.inner_steps
 
     @property
-    def is_first_order(self) -> bool:
+    def is_first_order(self) -> bool:  # type: ignore[override]
+        """Return `first_order`."""
         return self.first_order
 
     @property
-    def can_rematerialise(self) -> bool:
+    def can_rematerialise(self) -> bool:  # type: ignore[override]
+        """Return True unless first-order, where no inner step is differentiated."""
         return not self.first_order
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
@@ -185,11 +181,13 @@ class GradientAdaptation(MetaGradient):
     inner_loss: str = choice("mean", "sum")
 
     @property
-    def regularisation(self) -> float:
+    def regularisation(self) -> float:  # type: ignore[override]
+        """Return `pull`."""
         return self.pull
 
     @property
-    def embeds_once(self) -> bool:
+    def embeds_once(self) -> bool:  # type: ignore[override]
+        """Return True if only the head of a predictor adapts."""
         return self.adapted_part == "head" and self.family.predicts
 
     def adapts(self, name: str) -> bool:

@@ -36,11 +36,13 @@ class IMAML(GradientDescent):
     strength_damping: float = at_least(0)
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
+        """Return `inner_steps`."""
         return self.inner_steps
 
     @property
-    def regularisation(self) -> float:
+    def regularisation(self) -> float:  # type: ignore[override]
+        """Return lambda."""
         return self.strength
 
     def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:

@@ -53,7 +53,8 @@ class MAMLPlusPlus(GradientAdaptation):
         return State(params, state.buffers)
 
     @property
-    def embeds_once(self) -> bool:
+    def embeds_once(self) -> bool:  # type: ignore[override]
+        """Return True if that of MAML is, and normalisation is the same in each step."""
         return super().embeds_once and not self.normalisation_per_step
 
     def adapts(self, name: str) -> bool:

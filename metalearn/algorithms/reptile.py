@@ -43,7 +43,8 @@ class Reptile(LinearHeadAlgorithm):
     inner_eps: float = above(0)
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
+        """Return `inner_steps`."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:

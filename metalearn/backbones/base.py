@@ -24,19 +24,13 @@ class Backbone:
     #: True for a network of another library. It takes images in [0, 1] and standardises them
     #: itself, always uses its population statistics, and is applied to one task at a time.
     is_external: ClassVar[bool] = False
+    #: True if the network has normalisations, so that the run's `statistics` matter.
+    normalises: ClassVar[bool] = True
+    #: True if parameters get no gradient and population statistics never change.
+    is_frozen: ClassVar[bool] = False
 
     eps: float = above(0, default=1e-5)
     kernels: Kernels = given_by_run(Kernels())
-
-    @property
-    def normalises(self) -> bool:
-        """True if the network has normalisations, so that the run's `statistics` matter."""
-        return True
-
-    @property
-    def is_frozen(self) -> bool:
-        """True if parameters get no gradient and population statistics never change."""
-        return False
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the network's inputs; None for a network without texts."""
@@ -126,5 +120,6 @@ class FreezableBackbone(Backbone):
     frozen: bool = setting()
 
     @property
-    def is_frozen(self) -> bool:
+    def is_frozen(self) -> bool:  # type: ignore[override]
+        """Return True for the setting `frozen`."""
         return self.frozen

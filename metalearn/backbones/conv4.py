@@ -32,7 +32,8 @@ class Conv4(Backbone):
     activation: str = choice(*ACTIVATIONS)
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
+        """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:

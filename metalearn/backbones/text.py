@@ -60,7 +60,7 @@ class BagOfNGrams(FreezableBackbone):
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]
+    normalises: ClassVar[bool] = False
 
     ngram: int = at_least(1)
     features: int = at_least(2)
@@ -105,7 +105,7 @@ class TextTransformer(Backbone):
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]
+    normalises: ClassVar[bool] = False
 
     layers: int = at_least(1)
     width: int = at_least(2)

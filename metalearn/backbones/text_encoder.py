@@ -59,7 +59,7 @@ class TextEncoder(FreezableBackbone):
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
     is_external: ClassVar[bool] = True
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]  # each token is, alone
+    normalises: ClassVar[bool] = False  # each token is, alone
 
     model: str = setting()
     length: int = at_least(4)

@@ -156,7 +156,7 @@ class UserData(OpenDataset):
     users: dict[str, list[str]]
     classes: list[str]
     content_hash: str
-    standardisation: dict[str, list[float]]
+    standardisation: dict[str, list[float]] = dataclasses.field()
 
     def __post_init__(self) -> None:
         self.inputs = InputSpec(tuple(self.x.shape[1:]))
