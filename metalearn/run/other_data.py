@@ -196,6 +196,11 @@ def has_same_source(before: RunConfig, after: RunConfig) -> bool:
     return all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
 
 
+def is_trained(config: RunConfig) -> bool:
+    """Return True if a run's weights may come from its training classes."""
+    return config.train.steps > 0 or config.train.start is not None
+
+
 def open_own(before: RunConfig, after: RunConfig) -> OpenDataset:
     """Open the data that a run was trained on; raise UserError if they cannot be read."""
     own = dataclasses.replace(
@@ -249,7 +254,7 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
             check_kind(run.config, after)
             split = target.split or "test"
             data = open_tested(after, split, inputs)
-            if run.config.train.steps:
+            if is_trained(run.config):
                 check_overlap(run.config, after, run.data, data, split)
             fitting_way(after, data, split, is_given=False)
         except UserError as error:

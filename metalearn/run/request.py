@@ -117,7 +117,8 @@ class Request:
         before, after = self.before, check_config(self.changed)
         has_own_content = self.data.content_hash == self.own.protocol.get("data")
         has_own_data = has_own_content or other_data.has_same_source(before, after)
-        if self.split == "all" and has_own_data:
+        is_trained = other_data.is_trained(before)
+        if self.split == "all" and has_own_data and is_trained:
             raise UserError(
                 "split=all: the run was trained on classes of this dataset; use split=test"
             )
@@ -136,7 +137,7 @@ class Request:
         is_own = has_own_test if self.split == "test" else has_own_splits
         if is_own or before.dataset == after.dataset:
             return None
-        if not before.train.steps:  # a network that is not trained has no training images here
+        if not is_trained:
             return None
         own = other_data.open_own(before, after)
         return other_data.check_overlap(before, after, own, self.data, self.split)
