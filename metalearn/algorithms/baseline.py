@@ -53,10 +53,8 @@ class Baseline(EmbeddingAlgorithm):
         state = super().init(spec, key)
         if self.head == "linear":
             return state
-        return State(
-            {name: value for name, value in state.params.items() if name != "global.bias"},
-            state.buffers,
-        )
+        params = {name: one for name, one in state.params.items() if name != "global.bias"}
+        return State(params, state.buffers)
 
     def classify(self, params: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
@@ -87,10 +85,7 @@ class Baseline(EmbeddingAlgorithm):
                 for name, value in grad(loss)(head).items()
             }
             # Dampening equals momentum from the second step on, as in their optimiser.
-            velocity = (
-                {name: velocity[name].lerp(gradient[name], 1 - self.head_momentum) for name in head}
-                if velocity
-                else gradient
-            )
+            before, share = velocity or gradient, 1 - self.head_momentum
+            velocity = {name: before[name].lerp(gradient[name], share) for name in head}
             head = {name: value - self.head_lr * velocity[name] for name, value in head.items()}
         return head

@@ -52,12 +52,8 @@ class FEAT(EmbeddingAlgorithm):
             for number, name in enumerate(("query", "key", "value", "output"))
         }
         zeros = torch.zeros(size, device=key.device)
-        shifts = {
-            "head.bias": zeros,
-            "head.norm.weight": zeros + 1,
-            "head.norm.bias": zeros.clone(),
-        }
-        return params | shifts
+        norm = {"head.norm.weight": zeros + 1, "head.norm.bias": zeros.clone()}
+        return params | {"head.bias": zeros} | norm
 
     def transform(self, weights: Params, z: Tensor, sees: Tensor | None = None) -> Tensor:
         """Apply T to a set [M, D]; sees: whether a row sees a column, bool [M, M]; None: all."""

@@ -56,17 +56,14 @@ class GradientDescent(LinearHeadAlgorithm):
         theta, given = state.params, self.given(state)
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
-        seen = (
-            dataclasses.replace(support, x=self.embed(slow, support.x, given))
-            if self.embeds_once
-            else support
-        )
+        if self.embeds_once:
+            support = dataclasses.replace(support, x=self.embed(slow, support.x, given))
         fast, trajectory = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
             if self.rematerialise and not self.is_first_order:
                 descend = rematerialised(descend)
-            fast = descend(fast, start, slow, seen, given, prng.fold_in(key, step))
+            fast = descend(fast, start, slow, support, given, prng.fold_in(key, step))
             trajectory.append({**slow, **fast})
         return trajectory
 

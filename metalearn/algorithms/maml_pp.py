@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.algorithms.params import select
 from metalearn.config.fields import between
 from metalearn.tasks.types import Loss, Params, Spec, State, Task
 
@@ -68,12 +69,8 @@ class MAMLPlusPlus(GradientAdaptation):
 
     def at_step(self, params: Params, step: int) -> Params:
         """Add the normalisation weights of `step` under their plain names."""
-        per_step = {
-            name[len("step.") :]: value
-            for name, value in params.items()
-            if name.startswith("step.")
-        }
-        return params | {name: value[min(step, len(value) - 1)] for name, value in per_step.items()}
+        per_step = select(params, "step").items()
+        return params | {name: value[min(step, len(value) - 1)] for name, value in per_step}
 
     def stage(self, progress: float) -> "MAMLPlusPlus":
         return dataclasses.replace(
@@ -86,12 +83,9 @@ class MAMLPlusPlus(GradientAdaptation):
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
-        losses = [
-            self.query_loss(
-                state, self.after(trajectory, steps, task.support), task.query, task.key
-            )
-            for steps in range(first, self.inner_steps + 1)
-        ]
+        steps = range(first, self.inner_steps + 1)
+        learners = [self.after(trajectory, step, task.support) for step in steps]
+        losses = [self.query_loss(state, one, task.query, task.key) for one in learners]
         if len(losses) == 1:
             return losses[0]
         weights = self.step_weights(len(losses), progress)

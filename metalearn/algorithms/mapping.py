@@ -50,11 +50,8 @@ class MappingNetwork(EmbeddingAlgorithm):
         means = class_means(z, support.y, support.way)
         out = means
         for layer in range(len(self.hidden) + 1):
-            out = F.linear(
-                out if layer == 0 else F.leaky_relu(out),
-                weights[f"map{layer}.weight"],
-                weights[f"map{layer}.bias"],
-            )
+            x = out if layer == 0 else F.leaky_relu(out)
+            out = F.linear(x, weights[f"map{layer}.weight"], weights[f"map{layer}.bias"])
         return out + F.pad(means, (0, 1))
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -42,13 +42,10 @@ class MatchingNetwork(EmbeddingAlgorithm):
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}
-        return {
-            name: value
-            for number, (part, hidden) in enumerate(recurrent.items())
-            for name, value in prefixed(
-                init_lstm(prng.fold_in(key, number), size, hidden), part
-            ).items()
-        }
+        params: Params = {}
+        for number, (part, hidden) in enumerate(recurrent.items()):
+            params |= prefixed(init_lstm(prng.fold_in(key, number), size, hidden), part)
+        return params
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         z = self.embed_in_context(weights, z) if self.full_context else z

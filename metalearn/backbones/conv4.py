@@ -55,11 +55,8 @@ class Conv4(Backbone):
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
-            height, width = (
-                (height // 2, width // 2)
-                if self.downsample == "pool"
-                else ((height + 1) // 2, (width + 1) // 2)
-            )
+            rounding = int(self.downsample == "stride")
+            height, width = (height + rounding) // 2, (width + rounding) // 2
         if height == 0 or width == 0:
             raise UserError(
                 f"backbone.blocks={self.blocks} halve {start[0]}x{start[1]} images too often; "

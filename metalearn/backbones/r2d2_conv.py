@@ -54,10 +54,8 @@ class R2D2Conv(Backbone):
         last = len(self.filters) - 1
         outputs = []
         for block in range(last + 1):
-            x = F.leaky_relu(
-                F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2),
-                _SLOPE,
-            )
+            x = F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2)
+            x = F.leaky_relu(x, _SLOPE)
             if block > last - _OUTPUT_BLOCKS:
                 if key is not None and self.dropout:
                     x = dropout(x, self.dropout, prng.fold_in(key, block))

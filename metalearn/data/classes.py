@@ -38,9 +38,8 @@ def joined(
         for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
     ]
     names = [name for one in indices for name in one.names]
-    order = list(range(len(names)))
-    if is_sorted:
-        order.sort(key=names.__getitem__)
+    places = range(len(names))
+    order = sorted(places, key=names.__getitem__) if is_sorted else list(places)
 
     def ordered(field: str) -> tuple[str, ...]:
         values = [value for one in indices for value in getattr(one, field)]
@@ -77,11 +76,8 @@ class ClassData(OpenDataset):
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
-        others = [
-            view.index.names
-            for name, view in self.views.items()
-            if name in _SPLITS and split not in (name, "all")
-        ]
+        own = {name: view.index.names for name, view in self.views.items() if name in _SPLITS}
+        others = [names for name, names in own.items() if split not in (name, "all")]
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
@@ -141,12 +137,8 @@ class ClassData(OpenDataset):
         index = self.views[split].index
         if self.hashes is None:
             return {}
-        return {
-            name: self.hashes[rows[:count]]
-            for name, rows, count in zip(
-                index.names, index.rows.cpu(), index.counts.tolist(), strict=True
-            )
-        }
+        classes = zip(index.names, index.rows.cpu(), index.counts.tolist(), strict=True)
+        return {name: self.hashes[rows[:count]] for name, rows, count in classes}
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
@@ -162,9 +154,8 @@ class ClassData(OpenDataset):
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
-        return BatchSampler(
-            self._store(split, augment), self.views[split], size, self._key(split, seed)
-        )
+        store, view = self._store(split, augment), self.views[split]
+        return BatchSampler(store, view, size, self._key(split, seed))
 
     def _store(self, split: str, augment: Augmentation | None) -> Store:
         return self.stores[split] if augment is None else Augmented(self.stores[split], augment)

@@ -70,11 +70,8 @@ def list_images(container: Path, suffixes: Container[str] = SUFFIXES) -> list[Im
     Raise UserError for a corrupt zip.
     """
     if container.is_dir():
-        names = [
-            path.relative_to(container).as_posix()
-            for path in container.rglob("*")
-            if path.is_file()
-        ]
+        paths = (path for path in container.rglob("*") if path.is_file())
+        names = [path.relative_to(container).as_posix() for path in paths]
     else:
         try:
             with zipfile.ZipFile(container) as archive:

@@ -43,14 +43,8 @@ class Glyphs(ImageDataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        settings = (
-            "3",
-            self.num_classes,
-            self.drawings,
-            self.image_size,
-            self.jitter,
-            self.glyph_seed,
-        )
+        size = (self.num_classes, self.drawings, self.image_size)
+        settings = ("3", *size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
         splits = seeded_split(
             pictures.names, shares(self.num_classes, self.fractions), self.split_seed
@@ -96,17 +90,10 @@ class Glyphs(ImageDataset):
 
         # The distance of each pixel to the pen path gives a soft edge, one pixel wide.
         axis = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
-        pixels = (
-            torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-            .view(1, -1, 2)
-            .expand(len(path), -1, 2)
-        )
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(-1, 2)
+        pixels = grid.expand(len(path), -1, 2)
         distance = torch.cdist(pixels, path, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
         edge = 2 / self.image_size
         ink = ((width.view(-1, 1) - distance) / edge + 0.5).clamp(0, 1)
-        return (
-            (ink * 255)
-            .round()
-            .to(torch.uint8)
-            .view(classes * drawings, 1, self.image_size, self.image_size)
-        )
+        shape = (classes * drawings, 1, self.image_size, self.image_size)
+        return (ink * 255).round().to(torch.uint8).view(shape)

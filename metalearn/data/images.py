@@ -122,11 +122,8 @@ class ImageDataset(Dataset):
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:
             shift, scale = moments(images, views["train"].index.rows.cpu().unique())
-        store = ImageStore(
-            images.to(where),
-            shift.view(-1, 1, 1).to(device),
-            1 / scale.view(-1, 1, 1).to(device),
-        )
+        shift, scale = (part.view(-1, 1, 1).to(device) for part in (shift, scale))
+        store = ImageStore(images.to(where), shift, 1 / scale)
         stores = {
             name: dataclasses.replace(store, has_rotations=view.has_rotations)
             for name, view in views.items()

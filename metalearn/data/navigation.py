@@ -69,13 +69,8 @@ class Navigation(Dataset):
     def family(
         self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
     ) -> TaskFamily:
-        return PolicyGradient(
-            Plane(self.horizon),
-            self.discount,
-            self.dice_lambda,
-            self.standardise,
-            self.initial_log_std,
-        )
+        own = (self.discount, self.dice_lambda, self.standardise, self.initial_log_std)
+        return PolicyGradient(Plane(self.horizon), *own)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> SampledData:
         content, make = (list(self.goal), self.horizon), functools.partial(Goals, self.goal)

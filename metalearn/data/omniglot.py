@@ -57,11 +57,10 @@ class Omniglot(ImageDataset):
         return [f"{self.url}/{part}.zip" for part in _PARTS]
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        sources = zip(_PARTS, self.files(data_dir), self.addresses, strict=True)
         parts = [
             path if path.exists() else fetch(address, path.parent, self.md5[part])
-            for part, path, address in zip(
-                _PARTS, self.files(data_dir), self.addresses, strict=True
-            )
+            for part, path, address in sources
         ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
@@ -74,10 +73,8 @@ class Omniglot(ImageDataset):
         folders = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
         paths = []
         for part in _PARTS:
-            candidates = [folder / name for folder in folders for name in (part, f"{part}.zip")]
-            paths.append(
-                next((path for path in candidates if path.exists()), folders[0] / f"{part}.zip")
-            )
+            known = [folder / name for folder in folders for name in (part, f"{part}.zip")]
+            paths.append(next((path for path in known if path.exists()), known[1]))
         return paths
 
     def _read(self, parts: list[Path]) -> ClassImages:
@@ -113,11 +110,8 @@ class Omniglot(ImageDataset):
             return vinyals_split()
         if self.split == "random":
             return seeded_split(names, {"train": 1100, "val": 100, "test": 423}, self.split_seed)
-        alphabets = seeded_split(
-            sorted({_alphabet(n) for n in names}),
-            {"train": 30, "val": 5, "test": 15},
-            self.split_seed,
-        )
+        sizes = {"train": 30, "val": 5, "test": 15}
+        alphabets = seeded_split(sorted(set(map(_alphabet, names))), sizes, self.split_seed)
         return {
             split: [n for n in names if _alphabet(n) in chosen]
             for split, chosen in alphabets.items()

@@ -212,14 +212,13 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence
         own = classifier.notes_[row]
         caption = Path(str(own.get("file", ""))).name
         examples[label].append((own, caption, row in likely, likely.get(row)))
+    order = sorted(
+        zip(result["predictions"], items, strict=True),
+        key=lambda pair: pair[0]["probability"] or 0.0,
+    )
     rows = [
         (one, note(item.name, item.value) if place < _SHOWN or item.kind == "texts" else {})
-        for place, (one, item) in enumerate(
-            sorted(
-                zip(result["predictions"], items, strict=True),
-                key=lambda pair: pair[0]["probability"] or 0.0,
-            )
-        )
+        for place, (one, item) in enumerate(order)
     ]
     pairs = [
         (count, str(names[row]), str(names[column]))

@@ -188,11 +188,8 @@ class ClassView:
     @property
     def protocol(self) -> dict[str, object]:
         """Return the settings that affect a measurement, apart from the classes, as plain data."""
-        return {
-            "rotations": self.rotations,
-            "rotations_may_meet": None,
-            "rotations_share_drawings": None,
-        }
+        others = {"rotations_may_meet": None, "rotations_share_drawings": None}
+        return {"rotations": self.rotations, **others}
 
     @property
     def max_way(self) -> int:
