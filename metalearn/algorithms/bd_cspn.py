@@ -19,14 +19,11 @@ from metalearn.tasks.types import Params
 def rectified(
     learned: Examples, z: Tensor, scale: float, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Shift queries by (mean of support - mean of queries), and average class members.
+    """Return class means c' [N, D] that queries rectify, and shifted queries [Q, D].
 
-    c_n' = mean over i in class n of w_in z_i, w_i = softmax_n(scale cos(z_i, c_n)). Members are the
-    support examples of the class and the queries that are most similar to its mean c_n; `most` is
-    the greatest number of queries of a class, those with the largest weights, None for all.
-
-    Returns:
-        The class means c' [N, D] and the shifted queries [Q, D].
+    Queries are shifted by (mean of support - mean of queries). c_n' = mean over i in class n of
+    w_in z_i, w_i = softmax_n(scale cos(z_i, c_n)). Members are the support examples of the class
+    and the queries that are most similar to its mean c_n, at most `most`, with the largest weights.
     """
     z = z + learned.z.mean(0) - z.mean(0)
     means = means_of(learned)

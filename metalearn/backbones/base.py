@@ -57,16 +57,13 @@ class Backbone:
         raise NotImplementedError
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Compute embeddings.
+        """Compute embeddings [B, D] of inputs x [B, *X].
 
         Args:
             params: Parameters from `init`, possibly adapted.
-            x: Inputs, [B, *X].
+            x: Inputs.
             norm: Applies a normalisation by its name: `x = norm("norm0", x)`.
             key: Random key for noise such as dropout, int64 []; None for no noise.
-
-        Returns:
-            Embeddings [B, D].
         """
         raise NotImplementedError
 
@@ -79,18 +76,15 @@ class Backbone:
         key: Tensor | None = None,
         film: Params | None = None,
     ) -> tuple[Tensor, Params]:
-        """Compute embeddings and, if `collect`, the normalisation statistics of this batch.
+        """Compute embeddings [B, D] and, if `collect`, the normalisation statistics of this batch.
 
         Args:
             params: Parameters from `init`, possibly adapted.
             x: Inputs, [B, *X].
             given: Normalisation statistics to use; None to use those of the batch.
-            collect: Whether to return the statistics of the batch.
+            collect: Whether to return the statistics of the batch; else {}.
             key: Random key for noise in meta-training, int64 []; None for no noise.
             film: Task-specific scale and shift after each normalisation, shaped like `film()`.
-
-        Returns:
-            Embeddings [B, D], and the statistics ({} unless `collect`).
         """
         if self.is_frozen:
             params = {name: value.detach() for name, value in params.items()}

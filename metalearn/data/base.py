@@ -38,7 +38,7 @@ class OpenDataset:
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> TaskSource:
-        """Return the tasks of a split.
+        """Return the tasks of a split; raise UserError if it is too small for this shape.
 
         Args:
             split: "train", "val" or "test".
@@ -46,9 +46,6 @@ class OpenDataset:
             seed: Seed of the tasks.
             augment: Random change of inputs, in training; or with `shape.copies` of the copies of
                 the support set.
-
-        Raises:
-            UserError: If the split is too small for this shape.
         """
         raise NotImplementedError
 

@@ -173,12 +173,8 @@ def class_indices(
 ) -> dict[str, ClassIndex]:
     """Index inputs that are ordered by class; raise UserError for a split without classes.
 
-    Args:
-        names: Name of each class, in the order of its inputs.
-        counts: Number of inputs of each class.
-        splits: Names of the classes of each split.
-        device: Device of the indices.
-        superclass_of: Superclass of each class; {} if there are none.
+    Names and numbers of inputs of the classes are in the order of the inputs; splits have names.
+    `superclass_of` is {} if there are none.
     """
     starts = torch.tensor([0, *counts]).cumsum(0)
     place = {name: number for number, name in enumerate(names)}

@@ -296,12 +296,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def load(cls, folder: str | Path, run: str | Path | None = None) -> "FewShotClassifier":
         """Load a saved classifier; this runs no code from it.
 
-        Args:
-            folder: The folder of `save`.
-            run: Folder of its run, if it is not in `folder`, as earlier versions saved it.
-
-        Raises:
-            UserError: If it is not one, or its network has changed.
+        `run` is the folder of its run, if it is not in `folder`, as earlier versions saved it.
+        Raise UserError if it is no classifier, or its network has changed.
         """
         with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])

@@ -57,10 +57,7 @@ def hold_out(
 
     Folds are stratified: as far as possible, each fold has the same number of examples of each
     class. An example that is the only one of its class is in every training set. `fits` is the
-    number of trained classifiers to aim at, by repetition.
-
-    Returns:
-        The predictions; None if every class has one example.
+    number of trained classifiers to aim at, by repetition. Return None if every class has one.
     """
     counts = np.bincount(y, minlength=way)
     folds = min(_MAX_FOLDS, int(counts.max()))
@@ -140,18 +137,11 @@ def conformal_threshold(
     """Compute the score that a new example of a known class exceeds with probability `error_rate`.
 
     The quantile of split conformal prediction (Vovk et al. 2005), over held-out predictions as in
-    cross-conformal prediction (Vovk 2015).
+    cross-conformal prediction (Vovk 2015): scores [P], large for unusual ones, of M examples. The
+    final classifier, which has learned from all examples, exceeds the threshold less often, by up
+    to 1 / folds of the rate; half of that is assumed. `folds` is None for its own scores.
 
-    Args:
-        scores: Scores of held-out predictions [P], large for unusual ones.
-        examples: Number of different examples M among them.
-        error_rate: Between 0 and 1.
-        folds: Number of folds. The final classifier, which has learned from all examples, exceeds
-            the threshold less often, by up to 1 / folds of the rate; half of that is assumed. None
-            for scores of the final classifier.
-
-    Returns:
-        The threshold; None if M < 1 / error_rate - 1, too few to know it.
+    Return None if M < 1 / error_rate - 1, too few to know it.
     """
     if examples < 1 / error_rate - 1 - 1e-9:
         return None

@@ -42,10 +42,8 @@ class Item:
 def examples(source: str, unpacked: Path) -> list[Item]:
     """List labelled images or texts; raise UserError if there are none, or one has no label.
 
-    Args:
-        source: A folder or zip with a subfolder of images for each class, or a text file for each;
-            or a CSV file (path, label or text, label).
-        unpacked: Folder for the content of zips.
+    The source is a folder or zip with a subfolder of images for each class, or a text file for
+    each; or a CSV file (path, label or text, label). Zips are unpacked into a folder.
     """
     items = list(_items(Path(source).expanduser(), unpacked, source))
     if unlabelled := [item for item in items if not item.label]:
