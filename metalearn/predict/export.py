@@ -112,7 +112,7 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
     comparisons = []
     generator = torch.Generator().manual_seed(0)
     for some_way, shots, queries in _TASKS:
-        way = model.spec.way if model.has_fixed_way else some_way
+        way = model.way or some_way
         y = torch.cat([torch.arange(way).repeat(shots), torch.zeros(1, dtype=torch.int64)])
         # Inputs around a random centre of each class: for mere noise, probabilities hardly vary.
         shape = model.spec.input_shape
@@ -124,7 +124,7 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
         expected = model.adapt(support, y).probabilities(query)
         what = f"{way} classes, {len(y)} support and {queries} query images"
         comparisons.append(Comparison(what, (support, torch.eye(way)[y], query), expected))
-    labels_axes = {0: "examples"} | ({} if model.has_fixed_way else {1: "classes"})
+    labels_axes = {0: "examples"} | ({} if model.way else {1: "classes"})
     axes = {"support_images": {0: "examples"}, "support_labels": labels_axes}
     graph = _Graph(model.task_probabilities, axes | {"query_images": {0: "queries"}})
     return _export(graph, comparisons, {}, out, where)
