@@ -19,11 +19,7 @@ from metalearn.system.errors import UserError
 
 _PARTS = ("images_background", "images_evaluation")
 _NUM_IMAGES = 20
-_RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bilinear", "box")}
 
 
 def vinyals_split() -> dict[str, list[str]]:

@@ -71,10 +71,8 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
 #: Losses by kind of target; the first of each kind is its default.
 LOSSES: dict[str, dict[str, LossFunction]] = {
     "class": {
-        "cross_entropy": cross_entropy,
-        "label_smoothing": label_smoothing,
-        "focal": focal,
+        "cross_entropy": cross_entropy, "label_smoothing": label_smoothing, "focal": focal,
         "class_weighted": class_weighted,
     },
     "value": {"squared_error": squared_error},
-}
+}  # fmt: skip
