@@ -1,7 +1,4 @@
-"""Baseline and Baseline++: frozen features and a new linear or cosine classifier for each task.
-
-Chen et al. (2019), "A closer look at few-shot classification".
-"""
+"""Baseline and Baseline++: frozen features and a new linear or cosine classifier for each task."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,7 +1,4 @@
-"""BD-CSPN: prototypes rectified by the queries, and queries shifted to the support set.
-
-Liu, Song and Qin (2020), "Prototype rectification for few-shot learning".
-"""
+"""BD-CSPN: prototypes rectified by the queries, and queries shifted to the support set."""
 
 import dataclasses
 

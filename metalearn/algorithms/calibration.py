@@ -1,7 +1,4 @@
-"""Distribution calibration: features sampled with the statistics of similar training classes.
-
-Yang, Liu and Xu (2021), "Free lunch for few-shot learning: Distribution calibration".
-"""
+"""Distribution calibration: features sampled with the statistics of similar training classes."""
 
 import dataclasses
 from typing import ClassVar

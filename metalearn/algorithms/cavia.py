@@ -1,7 +1,4 @@
-"""CAVIA: adapt only a few context parameters, which scale and shift the features of the network.
-
-Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson (2019), "Fast context adaptation via meta-learning".
-"""
+"""CAVIA: adapt only a few context parameters, which scale and shift the features of the network."""
 
 import dataclasses
 from typing import Any

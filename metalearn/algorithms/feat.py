@@ -1,7 +1,4 @@
-"""FEAT: class means that a transformer adapts to each other.
-
-Ye, Hu, Zhan and Sha (2020), "Few-shot learning via embedding adaptation with set-to-set functions".
-"""
+"""FEAT: class means that a transformer adapts to each other."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

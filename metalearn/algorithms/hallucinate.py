@@ -1,7 +1,4 @@
-"""Hallucination: a meta-learned generator adds examples to the support set.
-
-Wang, Girshick, Hebert and Hariharan (2018), "Low-shot learning from imaginary data".
-"""
+"""Hallucination: a meta-learned generator adds examples to the support set."""
 
 import dataclasses
 

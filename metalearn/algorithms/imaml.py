@@ -1,7 +1,4 @@
-"""iMAML: the implicit meta-gradient of a regularised inner problem, for any inner solver.
-
-Rajeswaran, Finn, Kakade and Levine (2019), "Meta-learning with implicit gradients".
-"""
+"""iMAML: the implicit meta-gradient of a regularised inner problem, for any inner solver."""
 
 import dataclasses
 from collections.abc import Callable

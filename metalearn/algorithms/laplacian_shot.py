@@ -1,7 +1,4 @@
-"""LaplacianShot: similar queries get similar labels.
-
-Ziko, Dolz, Granger and Ben Ayed (2020), "Laplacian regularized few-shot learning".
-"""
+"""LaplacianShot: similar queries get similar labels."""
 
 import dataclasses
 from typing import ClassVar

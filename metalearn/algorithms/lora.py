@@ -1,7 +1,4 @@
-"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone.
-
-Hu et al. (2022), "LoRA: Low-rank adaptation of large language models".
-"""
+"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone."""
 
 import dataclasses
 import math

@@ -1,8 +1,4 @@
-"""A mapping network: predict the weights of a classifier directly from the support set.
-
-Qiao, Liu, Shen and Yuille (2018), "Few-shot image recognition by predicting parameters from
-activations".
-"""
+"""A mapping network: predict the weights of a classifier directly from the support set."""
 
 import dataclasses
 

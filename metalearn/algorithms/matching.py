@@ -1,7 +1,4 @@
-"""Matching networks: predict a query's label by attention over the support examples.
-
-Vinyals et al. (2016), "Matching networks for one shot learning".
-"""
+"""Matching networks: predict a query's label by attention over the support examples."""
 
 import dataclasses
 

@@ -1,8 +1,4 @@
-"""Meta-Baseline: cosine similarity to the class means, with a learned scale.
-
-Chen, Liu, Xu, Darrell and Wang (2021), "Meta-Baseline: Exploring simple meta-learning for few-shot
-learning".
-"""
+"""Meta-Baseline: cosine similarity to the class means, with a learned scale."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,7 +1,4 @@
-"""MetaNet: a meta-learner computes fast weights from the gradients of the support set.
-
-Munkhdalai and Yu (2017), "Meta networks".
-"""
+"""MetaNet: a meta-learner computes fast weights from the gradients of the support set."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple

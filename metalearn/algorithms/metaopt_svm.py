@@ -1,7 +1,4 @@
-"""MetaOptNet: a support vector machine on the support set, differentiated at its solution.
-
-Lee, Maji, Ravichandran and Soatto (2019), "Meta-learning with differentiable convex optimization".
-"""
+"""MetaOptNet: a support vector machine on the support set, differentiated at its solution."""
 
 import dataclasses
 from typing import ClassVar

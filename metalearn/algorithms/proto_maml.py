@@ -1,8 +1,4 @@
-"""ProtoMAML: MAML with a head that starts from the class means, so it works for any way.
-
-Triantafillou et al. (2020), "Meta-Dataset: A dataset of datasets for learning to learn from few
-examples".
-"""
+"""ProtoMAML: MAML with a head that starts from the class means, so it works for any way."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,7 +1,4 @@
-"""Prototypical networks: the nearest class mean in embedding space.
-
-Snell, Swersky and Zemel (2017), "Prototypical networks for few-shot learning".
-"""
+"""Prototypical networks: the nearest class mean in embedding space."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,8 +1,4 @@
-"""PT-MAP: power-transformed features, and class means by optimal transport.
-
-Hu, Gripon and Pateux (2021), "Leveraging the feature distribution in transfer-based few-shot
-learning".
-"""
+"""PT-MAP: power-transformed features, and class means by optimal transport."""
 
 import dataclasses
 

@@ -1,8 +1,4 @@
-"""R2D2: ridge regression on the support set, differentiated through its closed form.
-
-Bertinetto, Henriques, Torr and Vedaldi (2019), "Meta-learning with differentiable closed-form
-solvers".
-"""
+"""R2D2: ridge regression on the support set, differentiated through its closed form."""
 
 import dataclasses
 

@@ -1,7 +1,4 @@
-"""Relation network: a learned comparison of a query with each class.
-
-Sung et al. (2018), "Learning to compare: Relation network for few-shot learning".
-"""
+"""Relation network: a learned comparison of a query with each class."""
 
 import dataclasses
 import math

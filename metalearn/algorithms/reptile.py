@@ -1,7 +1,4 @@
-"""Reptile: move the initialisation towards the weights after training on each task.
-
-Nichol, Achiam and Schulman (2018), "On first-order meta-learning algorithms".
-"""
+"""Reptile: move the initialisation towards the weights after training on each task."""
 
 import dataclasses
 from typing import ClassVar

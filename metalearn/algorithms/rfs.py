@@ -1,7 +1,4 @@
-"""RFS-simple: regularised logistic regression on frozen, normalised features.
-
-Tian et al. (2020), "Rethinking few-shot image classification: A good embedding is all you need?"
-"""
+"""RFS-simple: regularised logistic regression on frozen, normalised features."""
 
 import dataclasses
 from typing import ClassVar

@@ -1,8 +1,4 @@
-"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image.
-
-Chen, Kornblith, Norouzi and Hinton (2020), "A simple framework for contrastive learning of visual
-representations".
-"""
+"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image."""
 
 import dataclasses
 from typing import ClassVar

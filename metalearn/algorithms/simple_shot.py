@@ -1,8 +1,4 @@
-"""SimpleShot: the nearest class mean after centring and normalising the features.
-
-Wang, Chao, Weinberger and van der Maaten (2019), "SimpleShot: Revisiting nearest-neighbor
-classification for few-shot learning".
-"""
+"""SimpleShot: the nearest class mean after centring and normalising the features."""
 
 import dataclasses
 

@@ -1,8 +1,4 @@
-"""TIM: maximise the mutual information between queries and their predicted labels.
-
-Boudiaf, Masud, Rony, Dolz, Piantanida and Ben Ayed (2020), "Transductive information maximization
-for few-shot learning".
-"""
+"""TIM: maximise the mutual information between queries and their predicted labels."""
 
 import dataclasses
 

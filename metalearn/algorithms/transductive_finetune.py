@@ -1,7 +1,4 @@
-"""Transductive fine-tuning: certain predictions of the queries, on fixed embeddings.
-
-Dhillon, Chaudhari, Ravichandran and Soatto (2020), "A baseline for few-shot image classification".
-"""
+"""Transductive fine-tuning: certain predictions of the queries, on fixed embeddings."""
 
 import dataclasses
 from typing import ClassVar
