@@ -48,7 +48,7 @@ class RFS(EmbeddingAlgorithm):
 
     cost: float = above(0)
     iterations: int = at_least(1)
-    support_copies: int = at_least(0, default=0)  # type: ignore[assignment]
+    support_copies: int = at_least(0, default=0)  # type: ignore[misc]
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
         return logistic_regression(

@@ -86,7 +86,7 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
     if path.is_dir() or suffix == ".zip":
         images = list_images(path)
         files = images or list_images(path, (".txt",))
-        places = (file.container / file.name for file in files)
+        places: Iterator[Path] = (file.container / file.name for file in files)
         if suffix == ".zip":
             places = _unpack(path, files, unpacked)
         for file, place in zip(files, places, strict=True):
