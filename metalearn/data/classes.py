@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -276,8 +277,9 @@ def split_file(path: Path) -> dict[str, list[str]]:
 def check_splits(splits: dict[str, list[str]], owner: str) -> None:
     """Raise UserError if a class is twice in a split, or in two splits."""
     for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{owner} has class '{repeated[0]}' twice in {split}")
     for first, second in itertools.combinations(splits, 2):
-        if shared := [name for name in splits[first] if name in splits[second]]:
+        others = set(splits[second])
+        if shared := [name for name in splits[first] if name in others]:
             raise UserError(f"{owner} has class '{shared[0]}' in both {first} and {second}")

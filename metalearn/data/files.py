@@ -125,8 +125,6 @@ def decode(
     setting: "skip" leaves out files that cannot be read, else they are a UserError; "" means that
     there is no such setting.
     """
-    if not files:
-        raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
     def decode_chunk(chunk: list[ImageFile]) -> tuple[Any, dict[ImageFile, str], int, list[int]]:

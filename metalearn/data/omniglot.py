@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import defaultdict
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, seeded_split
+from metalearn.data.classes import ClassData, seeded_split, split_file
 from metalearn.data.files import ImageFile, cached, decode, files_hash, ink, list_images
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch
@@ -24,11 +23,7 @@ _RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bil
 
 def vinyals_split() -> dict[str, list[str]]:
     """Read the split of Vinyals et al. (2016) from the lists in jakesnell/prototypical-networks."""
-    folder = resources.files("metalearn.data") / "splits"
-    return {
-        split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split()
-        for split in ("train", "val", "test")
-    }
+    return split_file(Path(__file__).parent / "splits/omniglot_vinyals.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,8 +187,8 @@ class Text(Dataset):
                 for split, some in chosen.items()
             }
         elif published in _PUBLISHED:
-            folder = resources.files("metalearn.data") / "splits"
-            folds = json.loads((folder / f"{published}.json").read_text())
+            path = Path(__file__).parent / f"splits/{published}.json"
+            folds = json.loads(path.read_text())
             if fold not in folds:
                 raise UserError(f"dataset.split={self.split}: should be {published}/1 to 5")
             splits = folds[fold]
