@@ -9,7 +9,7 @@ P predictions of held-out examples.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -152,6 +152,24 @@ def conformal_threshold(
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    """The label of an image or text: the two most probable classes.
+
+    Attributes:
+        unknown: True if it is unlike all classes; None if that cannot be known.
+        plausible: The conformal set: classes that are not excluded at the error rate; None if there
+            are too few examples for it.
+    """
+
+    label: Any
+    probability: float
+    second: Any
+    second_probability: float
+    unknown: bool | None
+    plausible: list[Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Confidence:
     """What cross-validation on the support set says about new labels."""
 
@@ -175,6 +193,21 @@ class Confidence:
         if self.accuracy is None:
             return None
         return accuracy_interval(self.accuracy, self.examples, self.folds, queries)
+
+    def labels(self, outputs: Outputs, names: list[Any]) -> list[Label]:
+        """Return the labels of queries, given the names of the N classes."""
+        labels = []
+        rows = softmax(outputs.logits, axis=1)
+        for row, novelty in zip(rows, outputs.novelty, strict=True):
+            order = np.argsort(-row, kind="stable").tolist()
+            unknown = plausible = None
+            if self.novelty_threshold is not None:
+                unknown = bool(novelty > self.novelty_threshold)
+            if self.set_threshold is not None:
+                plausible = [names[one] for one in order if 1 - row[one] <= self.set_threshold]
+            (label, one), (second, other) = ((names[n], float(row[n])) for n in order[:2])
+            labels.append(Label(label, one, second, other, unknown, plausible))
+        return labels
 
 
 def assess(held_out: HeldOut | None, way: int, error_rate: float) -> Confidence:

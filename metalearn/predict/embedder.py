@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.pretrained import Preprocessing, Pretrained
+from metalearn.backbones.preprocessing import Preprocessing
+from metalearn.backbones.pretrained import Pretrained
 from metalearn.config import components
 from metalearn.data.files import open_image, plain
 from metalearn.engine import channels_last
