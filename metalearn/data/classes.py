@@ -206,6 +206,11 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
     return chosen
 
 
+def random_split(names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
+    """Draw the classes of each split as `seeded_split` does, by fractions as in `shares`."""
+    return seeded_split(names, shares(len(names), fractions), seed)
+
+
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
     """Return the number of classes of train, val and test; train gets the rounding remainder."""
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
@@ -226,7 +231,7 @@ def split_classes(
     UserError if it names a class that does not exist; `owner` says in the message what has them.
     """
     if split == "random":
-        return seeded_split(names, shares(len(names), fractions), seed)
+        return random_split(names, fractions, seed)
     splits = split_file(published_split(split) or Path(split).expanduser())
     if unknown := [name for some in splits.values() for name in some if name not in names]:
         raise UserError(

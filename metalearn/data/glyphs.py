@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, seeded_split, shares
+from metalearn.data.classes import ClassData, random_split
 from metalearn.data.files import cached, ink
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.tasks import prng
@@ -46,9 +46,7 @@ class Glyphs(ImageDataset):
         size = (self.num_classes, self.drawings, self.image_size)
         settings = ("3", *size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
-        splits = seeded_split(
-            pictures.names, shares(self.num_classes, self.fractions), self.split_seed
-        )
+        splits = random_split(pictures.names, self.fractions, self.split_seed)
         return self.class_data(pictures, splits, device)
 
     def to_array(self, image: Image.Image) -> np.ndarray:

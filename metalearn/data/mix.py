@@ -86,9 +86,8 @@ class Mix(Dataset):
                 joints[places] = torch.cat(padded)
             stores[split] = dataclasses.replace(own[0], **{field: joints[places]})
             starts = [0, *itertools.accumulate(map(len, tensors))][:-1]
-            indices = [
-                _named(name, data.views[split].index, where) for name, data in opened.items()
-            ]
+            parts = {name: data.views[split].index for name, data in opened.items()}
+            indices = [_named(name, index, where) for name, index in parts.items()]
             views[split] = dataclasses.replace(first.views[split], index=joined(indices, starts))
         standardisation = first.standardisation
         if any(data.standardisation != standardisation for data in opened.values()):

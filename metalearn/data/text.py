@@ -14,7 +14,7 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, seeded_split, shares, split_file
+from metalearn.data.classes import ClassData, class_indices, random_split, split_file
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
@@ -130,7 +130,7 @@ class Text(Dataset):
         if not strange:
             return ClassData(stores, views, digest)
         numbers = [str(number) for number in range(len(known), len(known) + len(strange))]
-        parts = seeded_split(numbers, shares(len(numbers), self.fractions), self.split_seed)
+        parts = random_split(numbers, self.fractions, self.split_seed)
         pools = {
             split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
             for split, some in parts.items()
@@ -172,16 +172,14 @@ class Text(Dataset):
     def _splits(self, names: list[str], domain_of: dict[str, str]) -> dict[str, list[str]]:
         published, _, fold = self.split.partition("/")
         if self.split == "random":
-            return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
+            return random_split(names, self.fractions, self.split_seed)
         if self.split == "domains":
             chosen = {
                 split: [name.strip() for name in given.split(",")]
                 for split, given in self.domains.items()
             }
             domains = sorted(set(domain_of.values()))
-            chosen = chosen or seeded_split(
-                domains, shares(len(domains), self.fractions), self.split_seed
-            )
+            chosen = chosen or random_split(domains, self.fractions, self.split_seed)
             splits = {
                 split: [name for name in names if domain_of[name] in some]
                 for split, some in chosen.items()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset, OpenDataset
-from metalearn.data.classes import seeded_split, shares
+from metalearn.data.classes import random_split
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -88,7 +88,7 @@ class UserValues(Dataset):
         counts = np.bincount(user * groups + group, minlength=len(names) * groups)
         ends = counts.cumsum().reshape(-1, groups)
         counts = counts.reshape(-1, groups)
-        chosen = seeded_split(names.tolist(), shares(len(names), self.fractions), self.split_seed)
+        chosen = random_split(names.tolist(), self.fractions, self.split_seed)
         place = {name: index for index, name in enumerate(names.tolist())}
         users = {split: sorted(place[name] for name in some) for split, some in chosen.items()}
         if empty := [split for split, some in users.items() if not some]:

@@ -277,11 +277,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.notes_ = [dict(note) for note in content["notes"]]
             self.confidence_ = Confidence(**content["confidence"])
             self.examples_, self.targets_ = arrays["examples"], arrays["targets"]
-            self.learned_ = {
-                name.partition(".")[2]: value
-                for name, value in arrays.items()
-                if name.startswith("learned.")
-            }
+            learned = [name for name in arrays if name.startswith("learned.")]
+            self.learned_ = {name.partition(".")[2]: arrays[name] for name in learned}
             if not len(self.notes_) == len(self.targets_) == len(self.examples_):
                 raise ValueError("numbers of examples differ")
             if self.network is None:

@@ -24,6 +24,11 @@ class Metric:
         return new > old if self.higher_is_better else new < old
 
 
+def one_hot(y: Tensor, way: int) -> Tensor:
+    """Compute one-hot labels: int64 [M] -> bool [M, N]. Unlike torch's, it exports any N."""
+    return y.unsqueeze(-1) == torch.arange(way, device=y.device)
+
+
 def _classes(y: Tensor) -> Tensor:
     """Return labels [..., Q], also of probabilities [..., Q, N]: the most probable one counts."""
     return y.argmax(-1) if y.is_floating_point() else y
@@ -32,7 +37,7 @@ def _classes(y: Tensor) -> Tensor:
 def class_errors(prediction: Tensor, y: Tensor) -> Tensor:
     """Count the wrong predictions and the queries of each class: -> float32 [2, N]."""
     y = _classes(y)
-    asked = (y[:, None] == torch.arange(prediction.shape[-1], device=y.device)).float()
+    asked = one_hot(y, prediction.shape[-1]).float()
     wrong = asked * (prediction.argmax(-1) != y)[:, None]
     return torch.stack([wrong.sum(0), asked.sum(0)])
 

@@ -40,10 +40,8 @@ class Ranges:
             (low + prng.integers(prng.fold_in(key, number), (), high - low + 1)).tolist()
             for number, (low, high) in enumerate((self.way, self.shot))
         )
-        shapes = [
-            dataclasses.replace(largest, way=way, shot=shot)
-            for way, shot in zip(ways, shots, strict=True)
-        ]
+        sizes = zip(ways, shots, strict=True)
+        shapes = [dataclasses.replace(largest, way=way, shot=shot) for way, shot in sizes]
         if self.unbalanced:
             uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
             for number, shape in enumerate(shapes):

@@ -156,27 +156,24 @@ class EpisodeSampler(TaskSource):
         rows_TNM, counts_TN = index.rows[classes_TN], index.counts[classes_TN]
 
         # The inputs with the smallest random numbers are drawn; padding never is.
-        key_TN = prng.fold_in(
-            prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
-        )
+        ids_TN = self.view.image_ids(classes_TN, rotations_TN)
+        key_TN = prng.fold_in(prng.fold_in(key_T, 2).unsqueeze(-1), ids_TN)
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
         picks = prng.smallest(key_TN, padding, shape.examples)
         rows = rows_TNM.gather(-1, picks)
         if rotations_TN is not None:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
-        support, query, unlabelled = rows.split(
-            [shape.shot, shape.most_queries, shape.unlabelled], -1
-        )
+        sizes = [shape.shot, shape.most_queries, shape.unlabelled]
+        support, query, unlabelled = rows.split(sizes, -1)
         place = torch.arange(shape.way * shape.shot, device=key_T.device)
         if shape.shots:
             kept = [n * shape.shot + k for n, own in enumerate(shape.shots) for k in range(own)]
             place = torch.tensor(kept, device=key_T.device)
         if shape.copies:
             place = place.repeat_interleave(shape.copies)
-        x, order = self._shuffled(
-            support.flatten(1)[:, place], prng.fold_in(key_T, 3), self.support_store
-        )
+        own = support.flatten(1)[:, place]
+        x, order = self._shuffled(own, prng.fold_in(key_T, 3), self.support_store)
         y = transferred(place[order] // shape.shot, x.device)
         query_x, query_y = self._queries(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = None
@@ -187,9 +184,8 @@ class EpisodeSampler(TaskSource):
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
         needed = self.shape.way + self.shape.distractors
-        return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
-            :, : self.shape.way
-        ]
+        key_T = numbered_keys(self.key, first, count)
+        return self.view.choose(key_T, needed)[0][:, : self.shape.way]
 
     def _queries(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the query set in random order."""
