@@ -10,7 +10,7 @@ from torch import Tensor
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import one_hot, squared_distance
 from metalearn.algorithms.pt_map import power_transform
-from metalearn.algorithms.rfs import logistic_regression
+from metalearn.algorithms.solvers import logistic_regression
 from metalearn.config.fields import above, at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support

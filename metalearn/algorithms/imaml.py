@@ -1,14 +1,13 @@
 """iMAML: the implicit meta-gradient of a regularised inner problem, for any inner solver."""
 
 import dataclasses
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.func import grad
 
 from metalearn.algorithms.gradient import GradientDescent
 from metalearn.algorithms.params import dot
+from metalearn.algorithms.solvers import conjugate_gradients
 from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, State, Support, Task
@@ -75,28 +74,3 @@ class IMAML(GradientDescent):
         direction = conjugate_gradients(product, gradient, self.cg_steps)
         value = dot(state.params, {name: one.detach() for name, one in direction.items()})
         return Loss(value, held_out.logs, held_out.statistics)
-
-
-def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
-    """Solve product(x) = b approximately by conjugate gradients (Hestenes and Stiefel 1952).
-
-    `product` multiplies a tree by a symmetric matrix. A residual that is exactly zero stays zero.
-    Return x after a fixed number of steps from x = 0; with 0 steps, b itself.
-    """
-    if steps == 0:
-        return b
-    x = {name: torch.zeros_like(value) for name, value in b.items()}
-    residual = direction = b
-    squared = dot(residual, residual)
-
-    def ratio(above: Tensor, below: Tensor) -> Tensor:
-        return torch.where(below == 0, 0.0, above / torch.where(below == 0, 1.0, below))
-
-    for _ in range(steps):
-        multiplied = product(direction)
-        size = ratio(squared, dot(direction, multiplied))
-        x = {name: x[name] + size * direction[name] for name in x}
-        residual = {name: residual[name] - size * multiplied[name] for name in x}
-        before, squared = squared, dot(residual, residual)
-        direction = {name: residual[name] + ratio(squared, before) * direction[name] for name in x}
-    return x

@@ -8,22 +8,9 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import one_hot
+from metalearn.algorithms.solvers import ridge
 from metalearn.config.fields import above
 from metalearn.tasks.types import Params, Spec, Support
-
-
-def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
-    """Solve the ridge regression argmin_W |z W - y|^2 + strength |W|^2.
-
-    W = z' (z z' + strength I)^-1 y (Bertinetto et al. 2019, eq. 4 and 6). By Woodbury's identity,
-    the system has the size of the support set. [M, D], [M, N], [] -> [D, N]; strength > 0.
-    """
-    gram = z @ z.T
-    # torch solves no linear system in bfloat16.
-    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    gram = gram + strength * torch.eye(z.shape[0], dtype=gram.dtype, device=z.device)
-    # Unlike solve, solve_ex does not synchronise with the device to check for errors.
-    return z.T @ torch.linalg.solve_ex(gram, y.to(gram.dtype))[0].to(z.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import Examples
 from metalearn.algorithms.geometry import squared_distance
-from metalearn.algorithms.transductive import TransductiveHead, means_of, minimise
+from metalearn.algorithms.solvers import minimise
+from metalearn.algorithms.transductive import TransductiveHead, means_of
 from metalearn.config.fields import above, at_least, choice
 from metalearn.tasks.types import Params
 

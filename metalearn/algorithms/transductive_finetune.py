@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import Examples
-from metalearn.algorithms.transductive import TransductiveHead, means_of, minimise
+from metalearn.algorithms.solvers import minimise
+from metalearn.algorithms.transductive import TransductiveHead, means_of
 from metalearn.config.fields import above, at_least
 from metalearn.tasks.types import Params
 
