@@ -67,16 +67,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     """Meta-train, validate every `val.every` steps, and save checkpoints.
 
     With `train.steps=0` the initialisation is validated and saved. With several processes, only
-    the leading one writes.
-
-    Args:
-        run: The run.
-        tracker: Receives the progress.
-        folder: The run folder.
-        stored: A checkpoint to resume from, in the leading process.
-
-    Returns:
-        The best state by validation.
+    the leading one writes, and has the checkpoint `stored` to resume from.
 
     Raises:
         RunFailed: If a validation score is not finite, or a loss or gradient is not finite and
@@ -176,7 +167,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             training.row = {"step": 0}
         if training.row is not None:
             log_row()
-        while training.step < settings.steps and not _patience_is_over(training, settings):
+        while training.step < settings.steps and not training.patience_is_over:
             if profile:
                 profile.before(training.step)
             training.load_tasks()
@@ -198,10 +189,6 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     assert training.best is not None
     best = training.best
     return Fitted(best.state, best.estimate, best.step, training.step)
-
-
-def _patience_is_over(training: Training, settings: Any) -> bool:
-    return bool(settings.patience and training.best and training.best.since >= settings.patience)
 
 
 def evaluate(
@@ -243,22 +230,15 @@ def _drawn(
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """Outcome of the test episodes, on the host.
+    """Outcome of the test episodes, on the host; of regression, only the scores."""
 
-    Attributes:
-        scores: Score of each episode, float32 [E].
-        classes: Index within the split of each query's class, int64 [E, Q]; None for regression.
-            An episode with fewer queries than others has -1 after its own.
-        predicted: Index within the split of the class that was predicted, as `classes`.
-        correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
-        confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
-    """
-
-    scores: Tensor
+    scores: Tensor  # of each episode, float32 [E]
+    #: Index within the split of each query's class, int64 [E, Q]. An episode with fewer queries
+    #: than others has -1 after its own.
     classes: Tensor | None = None
-    predicted: Tensor | None = None
-    correct: Tensor | None = None
-    confidence: Tensor | None = None
+    predicted: Tensor | None = None  # the same of the class that was predicted
+    correct: Tensor | None = None  # whether each query was classified correctly, bool [E, Q]
+    confidence: Tensor | None = None  # probability of the predicted class, float32 [E, Q]
 
 
 def test(
@@ -268,18 +248,10 @@ def test(
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
     others: Sequence[tuple[Run, State]] = (),  # noqa: PT028
 ) -> Tested:
-    """Test on the fixed test episodes.
+    """Test on the fixed test episodes; raise RunFailed if a prediction is not finite.
 
-    Args:
-        run: The run.
-        state: Its state.
-        steps: Number of adaptation steps; None for the method's own.
-        listener: Receives the number of episodes done.
-        others: More runs with the same test episodes: the predictions of all are averaged, of
-            classes their probabilities.
-
-    Raises:
-        RunFailed: If a prediction is not finite.
+    `steps` is the number of adaptation steps; None for the method's own. With `others`, runs with
+    the same test episodes, the predictions of all are averaged, of classes their probabilities.
     """
     episodes, own = run.config.test.episodes, run.config.episode
     columns: dict[str, list[Tensor]] = {}
@@ -337,13 +309,9 @@ def _averaged(outputs: list[Tensor], is_class: bool) -> Tensor:
 
 
 def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: int) -> Tensor:
-    """Return the values of all processes in the order of the episodes, [E, …], on the host.
+    """Return the values of all processes in the order of the E episodes, [E, …], on the host.
 
-    Args:
-        run: The run.
-        parts: Values of this process's episodes.
-        numbers: Numbers of these episodes, of each part int64 [T] on the CPU.
-        episodes: Number of episodes E of all processes.
+    `parts` and `numbers` are the values and, int64 [T] on the CPU, the numbers of this process's.
     """
     values = torch.cat(parts)[torch.cat(numbers).argsort()]
     if run.processes.size > 1:
