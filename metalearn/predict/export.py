@@ -53,10 +53,6 @@ def export_classifier(folder: Path, out: Path) -> dict[str, float]:
     Images are float32 in [0, 1], resized and cropped as the file's metadata say; standardisation,
     head and calibration are in the graph.
 
-    Args:
-        folder: Folder of the classifier.
-        out: File to write.
-
     Returns:
         The largest difference of a probability between onnxruntime and `predict_proba`, by input.
 
@@ -109,14 +105,8 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
     """Export a run's method: support images, labels and query images to probabilities [Q, N].
 
     Inputs are `support_images` [M, *X], one-hot `support_labels` [M, N] and `query_images`
-    [Q, *X], float32, images in [0, 1], for any M, N and Q.
-
-    Args:
-        folder: Folder of the run.
-        out: File to write.
-
-    Returns:
-        As `export_classifier`, of `metalearn.load`'s model; it raises the same errors.
+    [Q, *X], float32, images in [0, 1], for any M, N and Q. Differences are from the model of
+    `metalearn.load`; results and errors as in `export_classifier`.
     """
     model = load.load(folder, device="cpu")
     where = f"run={folder} (algo={model.config.algo._target_.rpartition('.')[2]})"
