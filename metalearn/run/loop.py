@@ -17,7 +17,7 @@ from metalearn.engine import Engine
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
-from metalearn.report.progress import SILENT, Listener
+from metalearn.report.progress import SILENT, Listener, Probe
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, features, nonfinite
 from metalearn.run.build import Run
@@ -28,29 +28,6 @@ from metalearn.system.errors import RunFailed
 from metalearn.tasks.ranges import Part, numbers_of, parts_of
 from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, State, Task
-
-
-class Probe:
-    """What a tracker may ask the loop between two steps; see the protocol in `progress`."""
-
-    def __init__(self, run: Run, training: Training) -> None:
-        self._run, self._training = run, training
-        self.metrics = training.meter.peek
-
-    def wait(self) -> None:
-        """Wait until the device has computed all steps."""
-        if self._run.device.type == "cuda":
-            torch.cuda.synchronize(self._run.device)
-
-    def seconds_per_episode(self) -> float:
-        """Evaluate a few episodes and return the seconds that each took."""
-        assert self._run.val is not None
-        for count in (1, 4):  # the first call is slower than the others
-            start = time.perf_counter()
-            self._run.test_engine.scores(
-                self._training.tested_state, self._run.val.draw(0, count)
-            ).cpu()
-        return (time.perf_counter() - start) / count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +80,16 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             f"{run.device}, {run.choices}"
         )
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
+
+    def wait() -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+
+    def seconds_per_episode() -> float:
+        for count in (1, 4):  # the first call is slower than the others
+            start = time.perf_counter()
+            run.test_engine.scores(training.tested_state, val.draw(0, count)).cpu()
+        return (time.perf_counter() - start) / count
 
     def save_last() -> None:
         if settings.nonfinite == "stop":
@@ -162,7 +149,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     if stored is not None and training.best is not None:
         save_best()  # the file may be of a later step, or corrupt
     with signals.deferred():
-        tracker.begin(Probe(run, training))
+        tracker.begin(Probe(training.meter.peek, wait, seconds_per_episode))
         if settings.steps == 0 and training.best is None:
             training.row = {"step": 0}
         if training.row is not None:

@@ -293,8 +293,11 @@ class Training:
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"
                 )
-            for stored, state in ((content, self.state), (content.get("average"), self.average)):
-                for key, own in _parts(state).items() if state else ():
+            restored: list[tuple[Any, State]] = [(content, self.state)]
+            if self.average is not None:
+                restored.append((content["average"], self.average))
+            for stored, state in restored:
+                for key, own in _parts(state).items():
                     if _shapes(own) != _shapes(stored[key]):
                         raise UserError("the checkpoint's weights do not fit this configuration")
                     for name, value in own.items():
@@ -310,13 +313,8 @@ class Training:
             self.meter.load_state_dict(content["meter"])
             best = content["best"]
             if best is not None:
-                state = State(
-                    *(
-                        {n: x.to(device) for n, x in best[part].items()}
-                        for part in ("meta", "fixed")
-                    )
-                )
-                self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
+                own = pytree.tree_map(lambda x: x.to(device), (best["meta"], best["fixed"]))
+                self.best = Best(Estimate(**best["val"]), best["step"], State(*own), best["since"])
             self.step = content["step"]
             self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0
