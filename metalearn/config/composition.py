@@ -1,6 +1,7 @@
 """Compose `conf/` and a command line with Hydra, and report its errors in one line."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
             added, so that the optimiser's settings exist.
         folders: Configuration folders to read, in addition to those of plugins.
     """
-    gates.register()
+    _register_gates()
     overrides = [_renamed(word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
@@ -208,6 +209,15 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         paths = ",".join(quoted(f"file://{folder}") for folder in folders)
         more.append(f"hydra.searchpath=[{paths}]")
     return [*overrides, *more]
+
+
+@functools.cache
+def _register_gates() -> None:
+    """Make each gate a choice of Hydra's group experiment."""
+    from hydra.core.config_store import ConfigStore
+
+    for name, gate in gates.gates().items():
+        ConfigStore.instance().store(name, gate.node(), group="experiment", package="_global_")
 
 
 def _renamed(override: str) -> str:

@@ -7,8 +7,6 @@ from typing import Any
 from metalearn.config.components import conf_dir
 from metalearn.system.reading import read_json
 
-#: Test episodes of a gate, at each budget.
-_EPISODES = "${by:budget,{smoke:200,quick:1000,else:10000}}"
 #: How far a mean accuracy may be below a published interval.
 SLACK = 0.005
 
@@ -39,6 +37,12 @@ class Gate:
         slack = self.ci95 + (SLACK if self.metric == "accuracy" else 0)
         return sign * mean >= sign * self.mean - slack - 1e-12
 
+    def node(self) -> dict[str, Any]:
+        """Return the experiment as Hydra composes it, with 10,000 test episodes at full budgets."""
+        defaults: list[Any] = [{f"override /{key}": one} for key, one in self.choices().items()]
+        test = {"episodes": "${by:budget,{smoke:200,quick:1000,else:10000}}"}
+        return {"defaults": [*defaults, "_self_"], "test": test, **self.settings}
+
     def choices(self) -> dict[str, str]:
         """Return the choices of groups, which with `settings` make the experiment."""
         chosen = {"algo": self.algo, "dataset": self.dataset}
@@ -64,15 +68,3 @@ def measured(name: str, budget: str) -> dict[str, Any] | None:
     """Return the measured result of a gate that `scripts/results.py` stored, or None."""
     own: dict[str, Any] = read_json(conf_dir() / "measured.json").get(name, {})
     return own.get(budget)
-
-
-@functools.cache
-def register() -> None:
-    """Make each gate a choice of Hydra's group experiment."""
-    from hydra.core.config_store import ConfigStore
-
-    for gate in gates().values():
-        defaults: list[Any] = [{f"override /{key}": one} for key, one in gate.choices().items()]
-        test = {"test": {"episodes": _EPISODES}}
-        node = {"defaults": [*defaults, "_self_"], **test, **gate.settings}
-        ConfigStore.instance().store(gate.name, node, group="experiment", package="_global_")

@@ -157,15 +157,16 @@ def device_of(name: str) -> torch.device:
 
 def data_folder(settings: RunConfig) -> Path:
     """Return `data_dir`, by default $METALEARN_DATA, which models need, or the user's."""
-    default = platformdirs.user_data_path("metalearn", appauthor=False)
-    return _absolute(settings.data_dir or os.environ.get("METALEARN_DATA"), default)
+    given = settings.data_dir or os.environ.get("METALEARN_DATA")
+    return _folder(given, platformdirs.user_data_path)
 
 
 def cache_folder(settings: RunConfig) -> Path:
     """Return `cache_dir`, by default $METALEARN_CACHE, or the user's cache folder."""
-    default = platformdirs.user_cache_path("metalearn", appauthor=False)
-    return _absolute(settings.cache_dir or os.environ.get("METALEARN_CACHE"), default)
+    given = settings.cache_dir or os.environ.get("METALEARN_CACHE")
+    return _folder(given, platformdirs.user_cache_path)
 
 
-def _absolute(path: str | None, default: Path) -> Path:
-    return (Path(path).expanduser() if path else default).absolute()
+def _folder(path: str | None, default: Callable[..., Path]) -> Path:
+    given = Path(path).expanduser() if path else default("metalearn", appauthor=False)
+    return given.absolute()
