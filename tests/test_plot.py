@@ -13,6 +13,7 @@ from rich.console import Console
 from metalearn.cli import evaluate as command
 from metalearn.cli import plot
 from metalearn.config import checking, composition
+from metalearn.report.folder import RunFolder
 from metalearn.report.scores import read_scores
 from metalearn.report.sheets import draw_sheet
 from metalearn.run import loop
@@ -230,18 +231,33 @@ def test_a_severity_curve_starts_at_the_result_of_the_run(make, console):
         evaluate(folder, [], "test", "shot", console, None, "noise")
 
 
-def test_an_ensemble_predicts_by_the_mean_probability(make, console):
-    folders = [make(f"run{seed}", "algo=protonet", f"seed={seed}") for seed in (1, 2)]
-    content = evaluate_ensemble(folders, [], "test", console)
-    probabilities = []
-    for folder in folders:
+def mean_prediction(members):
+    """Return the accuracy of the mean probabilities of (run folder, checkpoint or None)."""
+    total = 0
+    for folder, file in members:
         request = Request.of(folder, [], "test")
         run = request.run(request.statistics[0])
         tasks = run.test.draw(0, 6)
-        state = trained_state(run, folder)
-        probabilities.append(run.test_engine.predictions(state, tasks).softmax(-1))
-    chosen = (probabilities[0] + probabilities[1]).argmax(-1)
-    expected = (chosen == tasks.query.y).float().mean()
+        state = trained_state(run, folder, file)
+        total = total + run.test_engine.predictions(state, tasks).softmax(-1)
+    return (total.argmax(-1) == tasks.query.y).float().mean()
+
+
+def test_an_ensemble_of_one_run_has_the_checkpoints_that_it_kept(make, console):
+    words = ["algo=protonet", "train.steps=5", "train.lr=0.01", "val.every=1"]
+    folder = make("kept", *words, "checkpoint.keep=3")
+    kept = RunFolder(folder).all_kept()
+    assert len(kept) == 3
+    (result,) = evaluate_ensemble([folder], [], "test", console)["results"]
+    expected = mean_prediction([(folder, file) for file in kept])
+    assert result["test"]["accuracy"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+    assert result["ensemble"] == [str(file) for file in kept]
+
+
+def test_an_ensemble_predicts_by_the_mean_probability(make, console):
+    folders = [make(f"run{seed}", "algo=protonet", f"seed={seed}") for seed in (1, 2)]
+    content = evaluate_ensemble(folders, [], "test", console)
+    expected = mean_prediction([(folder, None) for folder in folders])
     (result,) = content["results"]
     assert result["test"]["accuracy"]["mean"] == pytest.approx(float(expected), abs=1e-6)
     assert result["ensemble"] == [str(folder) for folder in folders]
@@ -253,7 +269,7 @@ def test_an_ensemble_predicts_by_the_mean_probability(make, console):
     other = make("other", "algo=protonet", "episode.shot=2")
     with pytest.raises(UserError, match=r"different protocol than .*run1 \(shot\)"):
         evaluate_ensemble([folders[0], other], [], "test", console)
-    with pytest.raises(UserError, match="ensemble=true: takes several runs"):
+    with pytest.raises(UserError, match=r"ensemble=true: .* has one checkpoint; name several"):
         command.main([str(folders[0]), "ensemble=true"])
     with pytest.raises(UserError, match="corrupt: takes one run and one dataset"):
         command.main([*map(str, folders), "corrupt=noise"])
