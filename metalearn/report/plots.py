@@ -215,6 +215,22 @@ def _cells(axes: Any, values: list[list[float]], texts: list[list[str]], colours
     return image
 
 
+def draw_roc(
+    false_positive: list[float], true_positive: list[float], equal: float, path: Path, title: str
+) -> None:
+    """Plot a receiver operating characteristic and mark where both kinds of errors are equal."""
+    with new_figure(path, 5.2, 5.2) as figure:
+        axes = figure.add_subplot()
+        axes.grid(alpha=0.3)
+        axes.plot([100 * one for one in false_positive], [100 * one for one in true_positive])
+        axes.plot([0, 100], [100, 0], color="0.7", linewidth=0.8, linestyle="--")
+        axes.plot([100 * equal], [100 - 100 * equal], "o", color="C3", label="equal error rate")
+        axes.set(xlim=(-1, 101), ylim=(-1, 101), aspect="equal")
+        axes.set(xlabel="accepted pairs of two classes (%)", ylabel="of one class (%)")
+        axes.set_title(_lines(title), fontsize=9)
+        axes.legend(loc="lower right")
+
+
 def draw_embedding(
     points: list[tuple[float, float]], labels: list[int], states: list[str], names: list[str],
     explained: tuple[float, float], path: Path, title: str,

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from metalearn.algorithms.params import select
 from metalearn.config.checking import check_config
 from metalearn.report import plots, tables
 from metalearn.report.console import print_line
+from metalearn.report.scores import write_csv
 from metalearn.report.sheets import draw_sheet
 from metalearn.report.tracker import read_rows
 from metalearn.run import loop
@@ -27,6 +27,7 @@ from metalearn.run.evaluate import measure_curve
 from metalearn.run.loop import Tested
 from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
+from metalearn.run.verification import draw_pairs, embedded, roc
 from metalearn.system.atomic import make_writable
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import State, Task
@@ -193,12 +194,7 @@ class Figures:
         number = self.ranking[len(self.ranking) // 2]
         score = float(self.tested.scores[number])
         task, names, chosen = self._episode(number)
-        normalisation, net = self.run.algorithm.normalisation, select(self.state.params, "net")
-        with torch.no_grad():
-            support, reference = normalisation.embed_support(self.state, task.support.x[0])
-            query, _ = normalisation.embed_queries(
-                self.state, net, reference, task.query.x[0], None
-            )
+        support, query = embedded(self.run, self.state, task)
         points, explained = principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
         states = ["right" if one else "wrong" for one in (y == chosen).tolist()]
@@ -212,6 +208,41 @@ class Figures:
             f"{self.request.own.name}: features of the meta-trained network\n"
             f"{self.request.split} episode {number}, "
             f"{tables.format_value(self.run.metric.name, score)} right: the median",
+        )
+
+    def verification(self, path: Path) -> None:
+        """Draw the receiver operating characteristic of pairs, and write their scores as CSV."""
+        names = self.run.class_names[self.run.test_split]
+        if self.run.data.outputs is not None or not self.run.family.predicts:
+            raise UserError("the tasks of this run have no classes")
+        pairs = draw_pairs(self.run, self.state)
+        curve = roc(pairs.score, pairs.same, pairs.episode)
+        scores = path.with_suffix(".csv")
+        columns = (pairs.episode, pairs.query, pairs.support, pairs.same.long(), pairs.score)
+        write_csv(
+            scores,
+            ("episode", "query", "support", "same", "score"),
+            (
+                (number, names[query], names[support], same, f"{score:.6g}")
+                for number, query, support, same, score in zip(
+                    *(column.tolist() for column in columns), strict=True
+                )
+            ),
+        )
+        auc, eer = (
+            f"{100 * value:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})"
+            for value, low, high in (curve.auc, curve.eer)
+        )
+        count = f"{len(pairs.score):,} pairs of {self.run.config.test.episodes:,} episodes"
+        plots.draw_roc(
+            curve.false_positive, curve.true_positive, curve.eer[0], path,
+            f"{self.request.own.name}, {self.request.split} classes: same class or not, {count}\n"
+            f"area {auc}\nequal error rate {eer}",
+        )  # fmt: skip
+        self.facts["verification"] = {**curve.facts(), "pairs": len(pairs.score)}
+        self.facts["verification"]["scores"] = str(scores)
+        self.lines.append(
+            f"verification: equal error rate {eer}, area under the curve {auc}; {count}: {scores}"
         )
 
     def worst(self, path: Path) -> None:
@@ -280,6 +311,7 @@ KINDS: dict[str, Callable[[Figures, Path], None]] = {
     "shots": Figures.shots,
     "confusion": Figures.confusion,
     "embedding": Figures.embedding,
+    "verification": Figures.verification,
     "worst": Figures.worst,
 }
 
