@@ -17,6 +17,7 @@ from torch import Tensor
 from metalearn.config.checking import check_config
 from metalearn.report import plots, tables
 from metalearn.report.console import print_line
+from metalearn.report.loggers import Example
 from metalearn.report.scores import write_csv
 from metalearn.report.sheets import draw_sheet
 from metalearn.report.tracker import read_rows
@@ -83,6 +84,33 @@ def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
     shares = [*(s**2 / (s**2).sum().clamp_min(1e-30)).tolist(), 0.0]
     points = u[:, :2] * s[:2]
     return torch.nn.functional.pad(points, (0, 2 - points.shape[1])), (shares[0], shares[1])
+
+
+def predicted_episode(run: Run, state: State, number: int) -> tuple[Task, list[str], Tensor]:
+    """Return a test episode, the names of its labels, and the predicted labels [Q]."""
+    at = torch.tensor([number])
+    task, classes = run.test.draw(at, 1), run.test.classes(at, 1)
+    names = run.class_names[run.test_split]
+    assert classes is not None
+    chosen = run.test_engine.predictions(state, task).argmax(-1)[0].cpu()
+    return task, [names[one] for one in classes[0].tolist()], chosen
+
+
+def examples(run: Run, state: State, number: int = 0) -> list[Example]:
+    """Return the examples of a test episode and their predictions; [] for tasks without classes."""
+    if run.test.classes(torch.tensor([number]), 1) is None:
+        return []
+    described = Described(run.config, run.test_split)
+    task, names, chosen = predicted_episode(run, state, number)
+    result = []
+    for label, row in enumerate(described.episode(number)):
+        predicted = chosen[task.query.y[0].cpu() == label].tolist()
+        for part, own in row.parts.items():
+            shown = [names[one] for one in predicted] if part == "query" else [""] * len(own)
+            for content, name in zip(own, shown, strict=True):
+                content = 1 - content if described.is_ink else content
+                result.append(Example(part, row.label, name, content))
+    return result
 
 
 class Figures:
@@ -180,20 +208,11 @@ class Figures:
             text = "{true} taken for {predicted}: {queries} of {of} queries".format(**one)
             self.lines.append(text)
 
-    def _episode(self, number: int) -> tuple[Task, list[str], Tensor]:
-        """Return an episode, the names of its labels, and the predicted labels [Q]."""
-        at = torch.tensor([number])
-        task = self.run.test.draw(at, 1)
-        classes, names = self.run.test.classes(at, 1), self.run.class_names[self.run.test_split]
-        assert classes is not None
-        chosen = self.run.test_engine.predictions(self.state, task).argmax(-1)[0].cpu()
-        return task, [names[one] for one in classes[0].tolist()], chosen
-
     def embedding(self, path: Path) -> None:
         """Draw the features of an episode with the median score."""
         number = self.ranking[len(self.ranking) // 2]
         score = float(self.tested.scores[number])
-        task, names, chosen = self._episode(number)
+        task, names, chosen = predicted_episode(self.run, self.state, number)
         support, query = embedded(self.run, self.state, task)
         points, explained = principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
@@ -254,7 +273,7 @@ class Figures:
         verdicts: list[list[str]] = []
         self.facts["worst_episodes"] = []
         for number in self.ranking[:most]:
-            task, names, chosen = self._episode(number)
+            task, names, chosen = predicted_episode(self.run, self.state, number)
             score = float(self.tested.scores[number])
             shown = tables.format_value(self.run.metric.name, score)
             heading = f"episode {number}: {shown} of {len(chosen)} queries"
