@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 
 from metalearn.cli import _launch
 from tests.fixtures import SMALL

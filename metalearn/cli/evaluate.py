@@ -24,7 +24,7 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … split=train                       accuracy on the training classes
   metalearn evaluate … split=train+test                  trained and new classes in each episode
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
-  metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
+  metalearn evaluate outputs/protonet-omniglot/<time> curve=way at=5,10,20    over ways
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
   metalearn evaluate … corrupt=noise at=0,10,30          accuracy on noisy queries, in percent
   metalearn evaluate run0 run1 ensemble=true             the mean of the runs' predictions

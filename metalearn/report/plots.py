@@ -100,6 +100,7 @@ def draw_lines(
                 marker="o", markersize=3, capsize=2, label=_shown(method),
             )  # fmt: skip
         axes.set(xlabel=label, ylabel=f"{_label(score)}, 95% interval")
+        axes.locator_params(axis="x", integer=True)  # they are counts
         axes.legend(fontsize=8)
 
 
