@@ -115,9 +115,12 @@ def small(words):
         words = [*words, "hydra.sweeper.n_trials=2"]
     if any("joblib" in word for word in words):
         words = [*words, "hydra.launcher.n_jobs=1"]
+    added = dict(_SMALL)
+    if any(word.startswith("engine.choices=") for word in words):
+        del added["engine.threads"]  # the file sets it
     kept = [word for word in words if word.partition("=")[0] not in _SMALL]
     given = {word.partition("=")[0]: word for word in kept}
-    return [*given.values(), *(f"{key}={value}" for key, value in _SMALL.items())]
+    return [*given.values(), *(f"{key}={value}" for key, value in added.items())]
 
 
 #: Runs and classifiers that commands name, by folder.

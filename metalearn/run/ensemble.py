@@ -22,20 +22,8 @@ def evaluate_ensemble(
 ) -> dict[str, Any]:
     """Test the mean of several predictions (of classes: of their probabilities).
 
-    The result is written into the evaluations of the first run.
-
-    Args:
-        folders: The run folders, each with its best checkpoint; of one run, all that it kept.
-        overrides: As in `evaluate`, for all runs.
-        split: The split whose classes are tested.
-        console: Where to print.
-
-    Returns:
-        "results", as the file holds it; and the "files".
-
-    Raises:
-        UserError: If the runs cannot be tested like this, or not by the same protocol.
-        RunFailed: If predictions are not finite.
+    Of one run, the checkpoints that `checkpoint.keep` kept are averaged. The result is written into
+    the evaluations of the first run. Arguments, returned value and errors are those of `evaluate`.
     """
     start = time.perf_counter()
     names = [str(folder) for folder in folders]

@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from metalearn.config.checking import check_config
 from metalearn.report import plots, tables
-from metalearn.report.console import print_line
+from metalearn.report.console import print_lines
 from metalearn.report.loggers import Example
 from metalearn.report.scores import write_csv
 from metalearn.report.sheets import draw_sheet
@@ -30,7 +29,7 @@ from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
 from metalearn.run.verification import draw_pairs, embedded, roc
 from metalearn.system.atomic import make_writable
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, shortened
 from metalearn.tasks.types import State, Task
 
 #: Test episodes of all plots, if the run has more: intervals of a few percent, in seconds.
@@ -44,13 +43,8 @@ _TEXTS, _TEXT_LENGTH = 5, 90
 def confusion(tested: Tested, num_classes: int) -> tuple[Tensor, Tensor]:
     """Count confusions over episodes.
 
-    Args:
-        tested: The test episodes.
-        num_classes: C.
-
-    Returns:
-        Queries of class i that class j was predicted for, float64 [C, C]; and queries of class i
-        in episodes that have class j.
+    Return queries of class i that class j was predicted for, float64 [C, C]; and queries of class i
+    in episodes that have class j.
     """
     assert tested.classes is not None and tested.predicted is not None
     is_query = tested.classes >= 0
@@ -114,13 +108,15 @@ def examples(run: Run, state: State, number: int = 0) -> list[Example]:
 
 
 class Figures:
-    """The plots of one run; each method writes a file, or raises UserError if it does not apply."""
+    """The plots of one run; each method writes a file, or raises UserError if it does not apply.
+
+    Arguments as in `metalearn.run.evaluate.evaluate`.
+    """
 
     def __init__(self, folder: Path, overrides: list[str], split: str) -> None:
-        """Open a finished run; arguments as in `metalearn.run.evaluate.evaluate`."""
         request = Request.of(folder, overrides, split)
         if not any(word.startswith("test.episodes=") for word in overrides):
-            most = min(_EPISODES, check_config(request.changed).test.episodes)
+            most = min(_EPISODES, request.after.test.episodes)
             request = Request.of(folder, [*overrides, f"test.episodes={most}"], split)
         self.request = request
         self.facts: dict[str, Any] = {}
@@ -136,11 +132,14 @@ class Figures:
         """The best state."""
         return trained_state(self.run, self.request.files.path)
 
+    def _check_classes(self) -> None:
+        if self.run.data.outputs is not None or not self.run.family.predicts:
+            raise UserError("the tasks of this run have no classes")
+
     @functools.cached_property
     def tested(self) -> Tested:
         """The test episodes."""
-        if self.run.data.outputs is not None or not self.run.family.predicts:
-            raise UserError("the tasks of this run have no classes")
+        self._check_classes()
         return loop.test(self.run, self.state, None)
 
     @functools.cached_property
@@ -150,9 +149,9 @@ class Figures:
         order: list[int] = (sign * self.tested.scores).argsort(stable=True).tolist()
         return order
 
-    def file(self, kind: str) -> Path:
-        """Return the PNG file of a plot."""
-        return self.request.files.plots / f"{kind}.png"
+    def _right(self, number: int) -> str:
+        """Return the score of an episode as text."""
+        return tables.format_value(self.run.metric.name, float(self.tested.scores[number]))
 
     @property
     def title(self) -> str:
@@ -165,11 +164,11 @@ class Figures:
 
     def learning(self, path: Path) -> None:
         """Draw the learning curve."""
-        metric = self.request.own.metric
         rows = list(read_rows(self.request.files.metrics))
         if not any(row["step"] for row in rows):
             raise UserError("the run was not trained")
-        plots.draw_learning_curve(rows, metric, path, self.request.own.name)
+        own = self.request.own
+        plots.draw_learning_curve(rows, own.metric, path, own.name)
 
     def steps(self, path: Path) -> None:
         """Draw the score over inner steps."""
@@ -177,8 +176,7 @@ class Figures:
 
     def shots(self, path: Path) -> None:
         """Draw the score over shots."""
-        if self.run.data.outputs is not None or not self.run.family.predicts:
-            raise UserError("the tasks of this run have no classes")
+        self._check_classes()
         measure_curve(self.request, "shot", []).draw(path)
 
     def confusion(self, path: Path) -> None:
@@ -190,8 +188,8 @@ class Figures:
             raise UserError("no query was classified wrongly")
         plots.draw_confusion(
             [names[one] for one in chosen],
-            counts[chosen][:, chosen].long().tolist(),
-            queries[chosen][:, chosen].long().tolist(),
+            counts[chosen][:, chosen].long().numpy(),
+            queries[chosen][:, chosen].long().numpy(),
             path,
             f"{self.title}\n{len(chosen)} most confused of {len(names)} classes, "
             f"{len(self.tested.scores):,} episodes",
@@ -204,64 +202,52 @@ class Figures:
         ]  # fmt: skip
         pairs.sort(key=lambda one: (-one["queries"], one["of"]))
         self.facts["confusions"] = pairs
-        for one in pairs[:3]:
-            text = "{true} taken for {predicted}: {queries} of {of} queries".format(**one)
-            self.lines.append(text)
+        text = "{true} taken for {predicted}: {queries} of {of} queries"
+        self.lines += [text.format(**one) for one in pairs[:3]]
 
     def embedding(self, path: Path) -> None:
         """Draw the features of an episode with the median score."""
         number = self.ranking[len(self.ranking) // 2]
-        score = float(self.tested.scores[number])
         task, names, chosen = predicted_episode(self.run, self.state, number)
         support, query = embedded(self.run, self.state, task)
         points, explained = principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
-        states = ["right" if one else "wrong" for one in (y == chosen).tolist()]
         plots.draw_embedding(
-            [(one[0], one[1]) for one in points.tolist()],
-            [*task.support.y[0].tolist(), *y.tolist()],
-            ["support"] * len(support) + states,
+            points.numpy(),
+            torch.cat([task.support.y[0].cpu(), y]).numpy(),
+            ["support"] * len(support) + ["right" if one else "wrong" for one in y == chosen],
             names,
             explained,
             path,
-            f"{self.request.own.name}: features of the meta-trained network\n"
-            f"{self.request.split} episode {number}, "
-            f"{tables.format_value(self.run.metric.name, score)} right: the median",
+            f"{self.request.own.name}: features of the meta-trained network\n{self.request.split} "
+            f"episode {number}, {self._right(number)} right: the median",
         )
 
     def verification(self, path: Path) -> None:
         """Draw the receiver operating characteristic of pairs, and write their scores as CSV."""
-        names = self.run.class_names[self.run.test_split]
-        if self.run.data.outputs is not None or not self.run.family.predicts:
-            raise UserError("the tasks of this run have no classes")
+        self._check_classes()
         pairs = draw_pairs(self.run, self.state)
-        curve = roc(pairs.score, pairs.same, pairs.episode)
+        curve, auc, eer = roc(pairs.score, pairs.same, pairs.episode)
         scores = path.with_suffix(".csv")
-        columns = (pairs.episode, pairs.query, pairs.support, pairs.same.long(), pairs.score)
         write_csv(
             scores,
             ("episode", "query", "support", "same", "score"),
-            (
-                (number, names[query], names[support], same, f"{score:.6g}")
-                for number, query, support, same, score in zip(
-                    *(column.tolist() for column in columns), strict=True
-                )
-            ),
+            pairs.rows(self.run.class_names[self.run.test_split]),
         )
-        auc, eer = (
+        area, error = (
             f"{100 * value:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})"
-            for value, low, high in (curve.auc, curve.eer)
+            for value, low, high in (auc, eer)
         )
         count = f"{len(pairs.score):,} pairs of {self.run.config.test.episodes:,} episodes"
-        plots.draw_roc(
-            curve.false_positive, curve.true_positive, curve.eer[0], path,
-            f"{self.request.own.name}, {self.request.split} classes: same class or not, {count}\n"
-            f"area {auc}\nequal error rate {eer}",
-        )  # fmt: skip
-        self.facts["verification"] = {**curve.facts(), "pairs": len(pairs.score)}
-        self.facts["verification"]["scores"] = str(scores)
+        title = f"{self.request.own.name}, {self.request.split} classes: {count}\n"
+        title += f"area under the curve {area}\nequal error rate {error}"
+        plots.draw_roc(curve, eer[0], path, title)
+        self.facts["verification"] = {
+            "auc": auc[0], "auc_ci95": auc[1:], "equal_error_rate": eer[0],
+            "equal_error_rate_ci95": eer[1:], "pairs": len(pairs.score), "scores": str(scores),
+        }  # fmt: skip
         self.lines.append(
-            f"verification: equal error rate {eer}, area under the curve {auc}; {count}: {scores}"
+            f"verification: equal error rate {error}, area under the curve {area}; {scores}"
         )
 
     def worst(self, path: Path) -> None:
@@ -274,53 +260,39 @@ class Figures:
         self.facts["worst_episodes"] = []
         for number in self.ranking[:most]:
             task, names, chosen = predicted_episode(self.run, self.state, number)
-            score = float(self.tested.scores[number])
-            shown = tables.format_value(self.run.metric.name, score)
-            heading = f"episode {number}: {shown} of {len(chosen)} queries"
+            heading = f"episode {number}: {self._right(number)} of {len(chosen)} queries"
             sheet.append((heading, []))
             verdicts.append([])
-            wrong: list[tuple[str, str, Any]] = []
-            y = task.query.y[0].cpu()
+            wrong: list[dict[str, str]] = []
             for label, row in enumerate(described.episode(number)):
-                own = [int(one) for one in chosen[y == label]]
-                order = sorted(range(len(own)), key=lambda place: own[place] == label)
-                queries = [row.parts["query"][place] for place in order]
-                sheet.append((f"{row.label}  {label + 1}", [row.parts["support"], queries]))
-                verdicts.append(
-                    ["" if own[place] == label else str(own[place] + 1) for place in order]
+                own = chosen[task.query.y[0].cpu() == label].tolist()
+                # The wrong ones first.
+                queries = sorted(
+                    zip(own, row.parts["query"], strict=True), key=lambda pair: pair[0] == label
                 )
+                images = [query for _, query in queries]
+                sheet.append((f"{row.label}  {label + 1}", [row.parts["support"], images]))
+                verdicts.append(["" if one == label else str(one + 1) for one, _ in queries])
                 wrong += [
-                    (row.label, names[own[place]], row.parts["query"][place])
-                    for place in order
-                    if own[place] != label
+                    {"true": row.label, "predicted": names[one]}
+                    | ({"text": query} if isinstance(query, str) else {})
+                    for one, query in queries
+                    if one != label
                 ]
-            self._report(number, score, heading, wrong, bool(described.texts.texts))
+            pairs = Counter(f"{one['true']} taken for {one['predicted']}" for one in wrong)
+            taken = ", ".join(f"{pair} x{count}" for pair, count in pairs.most_common(3))
+            self.lines.append(f"{heading}; {taken}")
+            for one in (one for one in wrong[:_TEXTS] if "text" in one):
+                text = shortened(one["text"], _TEXT_LENGTH)
+                self.lines.append(f"  {text!r}: {one['predicted']}, is {one['true']}")
+            score = float(self.tested.scores[number])
+            fact = {"episode": number, self.run.metric.name: score, "wrong": wrong}
+            self.facts["worst_episodes"].append(fact)
         if self.run.data.inputs.kind != "images":
             raise UserError("their inputs are not images; they are printed")
         title = f"{self.title}: the worst of {len(self.ranking):,} episodes"
         headings = ["support", "queries; below: wrong predictions"]
         draw_sheet(path, title, sheet, headings, described.is_ink, verdicts)
-
-    def _report(
-        self, number: int, score: float, heading: str, wrong: list[Any], is_text: bool
-    ) -> None:
-        """Add an episode to the facts and the printed lines; `wrong` has class, label and query."""
-        pairs = Counter((true, label) for true, label, _ in wrong)
-        self.lines.append(
-            f"{heading}; "
-            + ", ".join(
-                f"{true} taken for {label} x{n}" for (true, label), n in pairs.most_common(3)
-            )
-        )
-        fact: dict[str, Any] = {"episode": number, self.run.metric.name: score}
-        fact["wrong"] = [
-            {"true": true, "predicted": label, **({"text": query} if is_text else {})}
-            for true, label, query in wrong
-        ]
-        self.facts["worst_episodes"].append(fact)
-        for true, label, query in wrong[:_TEXTS] if is_text else []:
-            text = query if len(query) <= _TEXT_LENGTH else query[: _TEXT_LENGTH - 1] + "…"
-            self.lines.append(f"  {text!r}: {label}, is {true}")
 
 
 #: Kinds of plots of a run, by the name of the file.
@@ -338,20 +310,10 @@ KINDS: dict[str, Callable[[Figures, Path], None]] = {
 def plot_run(
     folder: Path, kinds: list[str], overrides: list[str], split: str, console: Console
 ) -> dict[str, Any]:
-    """Draw a finished run into its folder `plots`.
+    """Draw a finished run into its folder `plots`; `overrides` as in `evaluate`.
 
-    Args:
-        folder: The run folder.
-        kinds: Names in `KINDS`; [] for all that apply.
-        overrides: Changes of the test, as in `evaluate`; `test.episodes` is at most 200 by default.
-        split: The split whose classes are tested.
-        console: Where to print.
-
-    Returns:
-        "files"; "left_out", kind -> reason; "confusions" and "worst_episodes", if drawn.
-
-    Raises:
-        UserError: If the run cannot be tested, or nothing can be drawn.
+    `kinds` are names in `KINDS`; [] for all that apply. Return "files"; "left_out", kind -> reason;
+    "confusions" and "worst_episodes", if drawn. Raise UserError if nothing can be drawn.
     """
     if other := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"kinds={other[0]}: should be among {', '.join(KINDS)}")
@@ -360,18 +322,15 @@ def plot_run(
     files: list[str] = []
     left_out: dict[str, str] = {}
     for kind in kinds or KINDS:
+        path = figures.request.files.plots / f"{kind}.png"
         try:
-            KINDS[kind](figures, figures.file(kind))
+            KINDS[kind](figures, path)
+            files.append(str(path))
         except UserError as error:
             left_out[kind] = str(error)
-        else:
-            files.append(str(figures.file(kind)))
-    for line in figures.lines:
-        print_line(console, line)
-    for kind, reason in left_out.items():
-        print_line(console, f"  left out: {kind} ({reason})")
     if not files and not figures.facts:
         raise UserError(next(iter(left_out.values())))
-    for file in files:
-        print_line(console, f"  {file}")
+    reasons = [f"left out: {kind} ({reason})" for kind, reason in left_out.items()]
+    print_lines(console, figures.lines)
+    print_lines(console, [*reasons, *files], "  ")
     return {"files": files, "left_out": left_out, **figures.facts}

@@ -4,6 +4,7 @@ Legend: M support examples, Q queries, D features, E episodes, P pairs.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ class Pairs:
         """Whether both examples are of one class, bool [P]."""
         return self.query == self.support
 
+    def rows(self, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+        """Yield episode, names of both classes, whether they are the same, and score."""
+        columns = (self.episode, self.query, self.support, self.same.long(), self.score)
+        for number, query, support, same, score in zip(*map(Tensor.tolist, columns), strict=True):
+            yield number, names[query], names[support], same, f"{score:.6g}"
+
 
 def draw_pairs(run: Run, state: State) -> Pairs:
     """Compare each query of the test episodes, of `episode_seed`, with each support example."""
@@ -71,56 +78,38 @@ def draw_pairs(run: Run, state: State) -> Pairs:
     return Pairs(*map(torch.cat, zip(*parts, strict=True)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Roc:
-    """Receiver operating characteristic; intervals are 95% by bootstrap over episodes.
+def roc(
+    score: Tensor, same: Tensor, episode: Tensor
+) -> tuple[np.ndarray, tuple[float, ...], tuple[float, ...]]:
+    """Compute the receiver operating characteristic of pairs.
 
-    Attributes:
-        false_positive: Share of pairs of two classes that are accepted, at falling thresholds.
-        true_positive: Share of pairs of one class that are accepted.
-        auc: Area under the curve, and its interval.
-        eer: Equal error rate, where as many pairs of one class are refused as of two are
-            accepted, and its interval.
+    Args:
+        score: Similarities [P].
+        same: Whether a pair is of one class, bool [P].
+        episode: Its episode, int64 [P].
+
+    Returns:
+        Shares of the pairs of two classes and of one class that are accepted at falling thresholds,
+        [2, …]. The area under this curve, and its 95% interval by bootstrap over episodes. The same
+        for the equal error rate, where as many pairs of one class are refused as of two accepted.
     """
-
-    false_positive: list[float]
-    true_positive: list[float]
-    auc: tuple[float, float, float]
-    eer: tuple[float, float, float]
-
-    def facts(self) -> dict[str, Any]:
-        """Return both numbers and their intervals as plain data."""
-        names = {"auc": self.auc, "equal_error_rate": self.eer}
-        return {
-            name: {"value": value, "ci95": [low, high]}
-            for name, (value, low, high) in names.items()
-        }
-
-
-def roc(score: Tensor, same: Tensor, episode: Tensor) -> Roc:
-    """Compute the curve of scores [P] for `same`, bool [P], of pairs of episodes, int64 [P]."""
     order = (-score.double()).argsort(stable=True)
     same_P, episode_P = same[order].numpy(), episode[order].numpy()
     ends = np.flatnonzero(np.diff(score[order].double().numpy(), append=-np.inf))  # of ties
 
-    def rates(count_E: Any) -> tuple[Any, Any]:
+    def rates(count_E: np.ndarray) -> np.ndarray:
         weight_P = count_E[episode_P]
-        counts = (np.cumsum(weight_P * one)[ends] for one in (~same_P, same_P))
-        false, true = (np.concatenate([[0.0], one / one[-1]]) for one in counts)
-        return false, true
+        accepted = np.cumsum(weight_P * np.stack([~same_P, same_P]), 1)[:, ends]
+        return np.pad(accepted / accepted[:, -1:], ((0, 0), (1, 0)))
 
-    def numbers(false: Any, true: Any) -> tuple[float, float]:
+    def numbers(curve: np.ndarray) -> tuple[float, float]:
+        false, true = curve
         return sklearn.metrics.auc(false, true), float(np.interp(0, false + true - 1, false))
 
     episodes = int(episode.max()) + 1
     random = np.random.default_rng(_SEED)
-    resampled = [
-        numbers(*rates(random.multinomial(episodes, [1 / episodes] * episodes)))
-        for _ in range(_RESAMPLES)
-    ]
-    false, true = rates(np.ones(episodes))
-    auc, eer = (
-        (value, *map(float, np.quantile(own, (0.025, 0.975))))
-        for value, own in zip(numbers(false, true), zip(*resampled, strict=True), strict=True)
-    )
-    return Roc(false.tolist(), true.tolist(), auc, eer)
+    drawn = random.multinomial(episodes, [1 / episodes] * episodes, _RESAMPLES)
+    intervals = np.quantile([numbers(rates(count_E)) for count_E in drawn], (0.025, 0.975), 0)
+    curve = rates(np.ones(episodes))
+    auc, eer = ((one, *own) for one, own in zip(numbers(curve), intervals.T.tolist(), strict=True))
+    return curve, auc, eer
