@@ -225,7 +225,9 @@ def headlines(runs: list[dict[str, Any]]) -> list[str]:
         own = definition[table]["methods"][method]["published"]
         test = (stored["as_published"] or stored["result"])["test"]["accuracy"]
         # Runs of one source: command, accuracies, results of all seeds, published result.
-        sources = [(None, [test], [stored["result"]], f"{100 * own['mean']:.1f}, {own['source']}")]
+        sources: list[tuple[str | None, list[Any], list[Any], str]] = [
+            (None, [test], [stored["result"]], f"{100 * own['mean']:.1f}, {own['source']}")
+        ]
         by_budget: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
             if run["reproduction"]["experiment"] == f"{method}_{table}":

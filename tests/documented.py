@@ -22,6 +22,7 @@ _BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.S | re.M)
 #: What placeholders mean here; first those with more context.
 _MEANINGS = {
     "outputs/multirun/<time>/0": "run0",
+    "plot outputs/rates": "plot sweep",
     "outputs/multirun/<time>": "sweep",
     "outputs/predict/<time>": "labels",
     "<time>": "T",
@@ -44,7 +45,7 @@ _MEANINGS = {
     "budget=…": "budget=smoke",
     "support=examples query": "support=cells query",
     "remove=cat": "remove=Platelets",
-    "nproc_per_node=4": "nproc_per_node=2 --master_port=0",
+    "nproc_per_node=4": "nproc_per_node=2 --standalone",
     "data_dir=…": "data_dir=data",
     "DATA=…": "DATA=data",
 }

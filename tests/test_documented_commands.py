@@ -142,8 +142,8 @@ def run(tmp_path_factory):
 
     def start(words, cwd):
         if words[0] == "metalearn":
-            done = start_command(tuple(words[1:]), cwd, output, folders).wait(600)
-            return done.returncode, done.stdout + done.stderr
+            ended = start_command(tuple(words[1:]), cwd, output, {**folders}).wait(600)
+            return ended.returncode, ended.stdout + ended.stderr
         environment = {**os.environ, **folders, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         program = [sys.executable, *words[words[0] == "python" :]]
         done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True)

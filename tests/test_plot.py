@@ -283,13 +283,15 @@ def test_a_severity_curve_starts_at_the_result_of_the_run(make, console):
 
 def mean_prediction(members):
     """Return the accuracy of the mean probabilities of (run folder, checkpoint or None)."""
-    total = 0
+    total: torch.Tensor | None = None
     for folder, file in members:
         request = Request.of(folder, [], "test")
         run = request.run(request.statistics[0])
         tasks = run.test.draw(0, 6)
         state = trained_state(run, folder, file)
-        total = total + run.test_engine.predictions(state, tasks).softmax(-1)
+        probabilities = run.test_engine.predictions(state, tasks).softmax(-1)
+        total = probabilities if total is None else total + probabilities
+    assert total is not None
     return (total.argmax(-1) == tasks.query.y).float().mean()
 
 
