@@ -33,7 +33,7 @@ _MEANINGS = {
     "run=<folder of the run>": "run=run0",
     "run=outputs/protonet-omniglot/T": "run=run0",
     "<out>": "labels",
-    "<many classes>": "photos",
+    "<many classes>": "many",
     "/path/to/images": "photos",
     "<run>": "outputs/maml-omniglot/T",
     "<folder with omniglot>": "data",
@@ -133,11 +133,11 @@ def write_workspace(folder: Path) -> None:
         shutil.copytree(cells, folder / name)
     for name in ("new", "more"):
         shutil.copytree(ROOT / "examples/bccd/query", folder / name)
-    for number in range(13):
-        (folder / f"photos/class{number}").mkdir(parents=True)
-        for one in range(16):
-            content = _drawing(number * 16 + one, 32, "RGB")
-            (folder / f"photos/class{number}/{one}.png").write_bytes(content)
+    for name, classes in (("photos", 13), ("many", 25)):
+        for number in range(16 * classes):
+            path = folder / f"{name}/class{number // 16}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_drawing(number, 32, "RGB"))
     for name in ("photos.zip", "birds.zip"):
         with zipfile.ZipFile(folder / name, "w") as archive:
             for number, path in enumerate(sorted((folder / "photos").glob("*/*.png"))):
