@@ -4,12 +4,14 @@ Pages of commands come from their help, those of datasets from conf/dataset and 
 they are never out of date.
 """
 
+import html
 import importlib
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.structure.files import File
 
 from metalearn.cli.main import commands, help_of
@@ -103,17 +105,21 @@ def _dataset(name: str) -> str:
     table = re.sub(r"\]\((?!https?:|#)", "](../", "\n".join(lines)).replace(
         "](#", "](../datasets.md#"
     )
-    yaml = (_ROOT / f"conf/dataset/{name}.yaml").read_text().strip()
+    text = (_ROOT / f"conf/dataset/{name}.yaml").read_text().strip()
+    comments = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+    about = " ".join(line for line in comments if not line.startswith("@package"))
+    parents = [one for one in yaml.safe_load(text).get("defaults", []) if isinstance(one, str)]
+    links = [f"[{one}]({one}.md)" for one in parents if one != "_self_"]
+    others = f" It has those of {', '.join(links)} too." if links else ""
     own = f" {_OWN[name]}" if name in _OWN else ""
     image = f"\n![Samples of {name}](../images/{name}.png)\n"
     return (
-        f"# {name}\n\n{composition.options('dataset')[name]}\n\n| | |\n|---|---|\n{table}\n"
+        f"# {name}\n\n{html.escape(about)}\n\n| | |\n|---|---|\n{table}\n"
         f"\n```\nmetalearn data {name}{own}\nmetalearn train algo={_method(name)} "
         f"dataset={name}{own}\n```\n"
         + (image if (_ROOT / f"docs/images/{name}.png").exists() else "")
-        + f"\n## Settings\n\nSet any with `dataset.<name>=…`. This is `conf/dataset/{name}.yaml`; "
-        "a file under `defaults` has those that are not here.\n\n"
-        f"```yaml\n{yaml}\n```\n"
+        + f"\n## Settings\n\n`conf/dataset/{name}.yaml`; set any with "
+        f"`dataset.<name>=…`.{others}\n\n```yaml\n{text}\n```\n"
     )
 
 

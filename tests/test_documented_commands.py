@@ -3,10 +3,12 @@
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import docs_hooks
 import pytest
 
 from metalearn.cli import _arguments, _launch, main
@@ -82,6 +84,14 @@ def test_is_valid(command):
         else:
             assert name in main.commands()
             check_settings(name, [word for word in words if not word.startswith("--")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", composition.options("dataset"))
+def test_commands_on_the_page_of_a_dataset_are_valid(name):
+    data, train = re.search(r"```\n(.*?)\n```", docs_hooks._dataset(name), re.S)[1].splitlines()
+    check_settings("data", shlex.split(data)[2:])
+    _launch.check(_arguments.parse(shlex.split(train)[2:]))
 
 
 def test_no_reason_is_left_over():
