@@ -89,7 +89,8 @@ def test_is_valid(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", composition.options("dataset"))
 def test_commands_on_the_page_of_a_dataset_are_valid(name):
-    data, train = re.search(r"```\n(.*?)\n```", docs_hooks._dataset(name), re.S)[1].splitlines()
+    page = docs_hooks._dataset(name)
+    data, train = page.partition("```\n")[2].partition("\n```")[0].splitlines()
     check_settings("data", shlex.split(data)[2:])
     _launch.check(_arguments.parse(shlex.split(train)[2:]))
 
