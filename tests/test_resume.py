@@ -311,7 +311,7 @@ def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch
     assert "W&B: failed (the service has died); continuing offline" in output
     assert [mode for mode, _ in runs] == ["online", "offline"]
     # Rows at steps 3, 4, 6, 8, 9, and the result.
-    assert sum(len(one.rows) for _, one in runs) == 5 + 1
+    assert sum(len(one.rows) for _, one in runs) == 5 + 2  # the result and an episode
     assert (tmp_path / "x/result.json").exists()
 
 

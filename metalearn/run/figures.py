@@ -99,11 +99,11 @@ def examples(run: Run, state: State, number: int = 0) -> list[Example]:
     result = []
     for label, row in enumerate(described.episode(number)):
         predicted = chosen[task.query.y[0].cpu() == label].tolist()
-        for part, own in row.parts.items():
+        for part, own in row["examples"].items():
             shown = [names[one] for one in predicted] if part == "query" else [""] * len(own)
             for content, name in zip(own, shown, strict=True):
                 content = 1 - content if described.is_ink else content
-                result.append(Example(part, row.label, name, content))
+                result.append(Example(part, row["class"], name, content))
     return result
 
 
@@ -268,13 +268,14 @@ class Figures:
                 own = chosen[task.query.y[0].cpu() == label].tolist()
                 # The wrong ones first.
                 queries = sorted(
-                    zip(own, row.parts["query"], strict=True), key=lambda pair: pair[0] == label
+                    zip(own, row["examples"]["query"], strict=True),
+                    key=lambda pair: pair[0] == label,
                 )
                 images = [query for _, query in queries]
-                sheet.append((f"{row.label}  {label + 1}", [row.parts["support"], images]))
+                sheet.append((f"{row['class']}  {label + 1}", [row["examples"]["support"], images]))
                 verdicts.append(["" if one == label else str(one + 1) for one, _ in queries])
                 wrong += [
-                    {"true": row.label, "predicted": names[one]}
+                    {"true": row["class"], "predicted": names[one]}
                     | ({"text": query} if isinstance(query, str) else {})
                     for one, query in queries
                     if one != label
