@@ -1,4 +1,4 @@
-"""Collect finished runs in benchmarks/results/ and write the tables of docs/results.md from there.
+"""Collect finished runs in benchmarks/results/; write the tables of docs/results.md and README.
 
 python scripts/results.py outputs/maml-omniglot/<time> …    collect these runs, write the tables
 python scripts/results.py --measured outputs/benchmark/quick/* …    also store the accuracies as the
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pages import ROOT, fill, wrap
 
 from metalearn.config import composition, gates
@@ -23,6 +24,19 @@ from metalearn.report.stats import Difference, estimate
 from metalearn.report.tables import format_interval, format_value
 
 _RESULTS = ROOT / "benchmarks/results"
+_METHODS = ROOT / "benchmarks/methods"
+#: Rows of the table in README: names of benchmarks/methods.yaml. The gate `<method>_<table>`
+#: replaces a row if its runs took longer.
+_HEADLINES = [
+    *(("omniglot_5w1s", method) for method in ("maml", "protonet")),
+    *(
+        (table, method)
+        for table in ("cifar_fs_5w1s", "cifar_fs_5w5s")
+        for method in ("maml", "protonet", "r2d2", "rfs")
+    ),
+]
+#: Settings that change no number, left out of the commands in README.
+_SILENT = ("logger=", "resume=", "engine.threads=", "checkpoint.every=", "data_dir=")
 _ABOUT = """Gates: published results under the published test protocol, in order of value. A gate is
 PASS if the mean over its seeds is at least the published mean minus its interval, minus 0.5 points
 for accuracies, after training with `budget=day` or `budget=paper`; the interval of our own mean
@@ -217,8 +231,60 @@ def _interval(metric: str, mean: float, ci95: float) -> str:
     return format_interval(metric, mean, ci95) if ci95 else format_value(metric, mean)
 
 
+def headlines(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the table of README: for each headline, the runs that trained longest.
+
+    Args:
+        runs: Runs of recipes, as `collect` stored them.
+    """
+    definition = yaml.safe_load(_METHODS.with_suffix(".yaml").read_text())
+    rows = []
+    for table, method in _HEADLINES:
+        stored = json.loads((_METHODS / table / f"{method}.json").read_text())
+        own = definition[table]["methods"][method]["published"]
+        test = (stored["as_published"] or stored["result"])["test"]["accuracy"]
+        # Runs of one source: command, accuracies, results of all seeds, published result.
+        sources: list[tuple[str | None, list[Any], list[Any], str]] = [
+            (None, [test], [stored["result"]], f"{100 * own['mean']:.1f}, {own['source']}")
+        ]
+        by_budget: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            if run["reproduction"]["experiment"] == f"{method}_{table}":
+                by_budget.setdefault(run["reproduction"]["budget"], []).append(run["result"])
+        for budget, results in by_budget.items():
+            gate = gates.gates()[f"{method}_{table}"]
+            sources.append(
+                (
+                    f"metalearn reproduce {method}_{table} budget={budget}",
+                    [one["test"]["accuracy"] for one in results],
+                    results,
+                    f"{100 * gate.mean:.1f}, {gate.source}",
+                )
+            )
+        command, tests, results, published = max(
+            sources, key=lambda source: max(one["seconds"] for one in source[2])
+        )
+        mean = torch.tensor([one["mean"] for one in tests], dtype=torch.float64)
+        interval = estimate(mean).ci95 if len(mean) > 1 else tests[0]["ci95"]
+        minutes = sum(one["seconds"] for one in results) / len(results) / 60
+        words = results[0]["command"].split()
+        shown = command or " ".join(word for word in words if not word.startswith(_SILENT))
+        rows.append(
+            {
+                "method": f"`{method}`",
+                "test": definition[table]["title"].rpartition(",")[0],
+                "here": f"{100 * float(mean.mean()):.1f} ± {100 * interval:.1f}",
+                "published": published,
+                "seeds": len(mean),
+                "minutes": f"{minutes:.0f}",
+                "command": f"`{shown}`",
+            }
+        )
+    return tables.markdown_table(rows)
+
+
 def write_tables() -> list[str]:
-    """Write both tables to docs/results.md and return the one of the recipes."""
+    """Write the tables of docs/results.md and README; return the one of the recipes."""
     runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
     rows = gate_rows([run for run in runs if "reproduction" in run])
     reproduced = tables.markdown_table(rows)
@@ -233,6 +299,8 @@ def write_tables() -> list[str]:
         *own,
     ]
     fill(ROOT / "docs/results.md", "results: written by scripts/results.py", lines)
+    rows = headlines([run for run in runs if "reproduction" in run])
+    fill(ROOT / "README.md", "headlines: written by scripts/results.py", rows)
     return reproduced
 
 

@@ -35,6 +35,10 @@ def test_every_method_has_a_complete_page(name):
     assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
 
 
+def test_the_front_page_is_short():
+    assert len((_ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_every_dataset_is_in_the_table_with_its_licence():
     page = (_ROOT / "docs/datasets.md").read_text()
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}

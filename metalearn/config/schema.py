@@ -82,6 +82,7 @@ class CheckpointConfig:
     """Checkpoints."""
 
     every: int = at_least(1)
+    keep: int = at_least(1, default=1)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -61,6 +61,17 @@ class RunFolder:
         """True if the folder holds a run whose training is finished, tested or not."""
         return self.is_finished or self.validation.is_file()
 
+    def kept(self, step: int) -> Path:
+        """Return the checkpoint of a validated step, with `checkpoint.keep`."""
+        return self.best.with_name(f"best-{step}.pt")
+
+    def all_kept(self) -> list[Path]:
+        """Return the checkpoints that `checkpoint.keep` kept, by step."""
+        return sorted(
+            (file for file in self.best.parent.glob("best-*.pt") if file.stem[5:].isdecimal()),
+            key=lambda file: int(file.stem[5:]),
+        )
+
     def outputs(self) -> Iterator[Path]:
         """Yield the files that a finished run shows to its user."""
         for file in (
