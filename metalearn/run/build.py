@@ -172,7 +172,7 @@ def build(
     Raises:
         UserError: If the settings do not fit together or do not fit the data.
     """
-    check(settings)
+    check(settings, is_restored)
     device = device_of(settings.device)
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
