@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does; also
 import numpy as np
 import speed_page
 import torch
-from plain_loop import Gradients, Step, plain_gradient_step, plain_metric_step
+from plain_loop import Gradients, plain_step
 from speed_rivals import PACKAGES, sample
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -52,6 +52,7 @@ from metalearn.run import loop
 from metalearn.run.build import Run, build
 from metalearn.system import cores
 
+Step = Callable[[], Gradients]
 _ROOT = Path(__file__).parent.parent
 #: Seconds of a sample, and for all that follows the table of speeds.
 _SAMPLE, _REST = 0.25, 240.0
@@ -60,7 +61,7 @@ _ENOUGH, _LEAST = 9, 3
 #: Cores that other processes may use during a quiet sample.
 _QUIET = 0.1
 #: Seconds that a rival may take for one answer.
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 
 
 def cases(quick: bool) -> list[tuple[str, list[str]]]:
@@ -176,8 +177,8 @@ def rivals(run: Run, tasks: Any, folder: Path) -> Iterator[Rival]:
 def own_steps(run: Run, tasks: Any) -> dict[str, Step]:
     """Return the meta-gradient of the plain loop and of each form of the engine."""
     batch, progress = len(tasks.key), torch.zeros((), device=run.device)
-    plain = plain_gradient_step if "inner_steps" in run.config.algo else plain_metric_step
-    steps: dict[str, Step] = {"plain": plain(run, tasks)}
+    plain = plain_step(run)
+    steps: dict[str, Step] = {"plain": lambda: plain(tasks)[0]}
 
     def add(name: str, engine: Engine) -> None:
         engine = engine.resolve(run.train.draw(0, 1), batch, True)

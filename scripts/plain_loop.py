@@ -17,8 +17,9 @@ from torch.func import functional_call
 from metalearn.run.build import Run
 
 Gradients = dict[str, Tensor]
-#: Computes the meta-gradient of some tasks, named as the parameters of a run.
-Step = Callable[[], Gradients]
+Step = Callable[[Any], tuple[Gradients, Tensor]]
+#: The loss of a task: a function of its support set and queries.
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PlainConv4(nn.Module):
@@ -63,11 +64,34 @@ class PlainConv4(nn.Module):
         return self.head(x.mean((-2, -1)) if self.mean else x.flatten(1))
 
 
-def plain_gradient_step(run: Run, tasks: Any) -> Step:
-    """Return a plain loop that computes a meta-gradient of MAML, first-order MAML or ANIL."""
-    settings = run.config.algo
-    model = PlainConv4(run.config.backbone["filters"], True, True, tasks.support.way).to(run.device)
-    names = model.load(run.state.params)
+def plain_step(run: Run) -> Step:
+    """Return the plain loop of a run: of MAML, first-order MAML or ANIL, else of ProtoNet.
+
+    Returns:
+        A function of tasks that computes their mean meta-gradient and losses [T], for the
+        parameters that `run.state` has at that moment.
+    """
+    loss, model = _gradient_loss(run) if "inner_steps" in run.config.algo else _metric_loss(run)
+    model.to(run.device)
+
+    def step(tasks: Any) -> tuple[Gradients, Tensor]:
+        names, losses = model.load(run.state.params), []
+        model.zero_grad()
+        for support, query in zip(
+            *(zip(part.x, part.y, strict=True) for part in (tasks.support, tasks.query)),
+            strict=True,
+        ):
+            value = loss(*support, *query)
+            (value / len(tasks.key)).backward()
+            losses.append(value.detach())
+        return model.gradients(names), torch.stack(losses)
+
+    return step
+
+
+def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
+    settings, way = run.config.algo, run.config.episode.train.way
+    model = PlainConv4(run.config.backbone["filters"], True, True, way)
     first_order, head_only = settings["first_order"], settings["adapted_part"] == "head"
     adapted = [
         name
@@ -75,46 +99,29 @@ def plain_gradient_step(run: Run, tasks: Any) -> Step:
         if name.startswith("head") or not (head_only or "norm" in name)
     ]
 
-    def step() -> Gradients:
-        model.zero_grad()
-        for task in range(tasks.key.shape[0]):
-            weights: dict[str, torch.Tensor] = dict(model.named_parameters())
-            for _ in range(settings["inner_steps"]):
-                loss = F.cross_entropy(
-                    functional_call(model, weights, tasks.support.x[task]), tasks.support.y[task]
-                )
-                gradients = torch.autograd.grad(
-                    loss, [weights[name] for name in adapted], create_graph=not first_order
-                )
-                weights |= {
-                    name: weights[name] - settings["inner_lr"] * gradient
-                    for name, gradient in zip(adapted, gradients, strict=True)
-                }
-            loss = F.cross_entropy(
-                functional_call(model, weights, tasks.query.x[task]), tasks.query.y[task]
+    def loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        weights: dict[str, Tensor] = dict(model.named_parameters())
+        for _ in range(settings["inner_steps"]):
+            value = F.cross_entropy(functional_call(model, weights, support_x), support_y)
+            gradients = torch.autograd.grad(
+                value, [weights[name] for name in adapted], create_graph=not first_order
             )
-            (loss / tasks.key.shape[0]).backward()
-        return model.gradients(names)
+            weights |= {
+                name: weights[name] - settings["inner_lr"] * gradient
+                for name, gradient in zip(adapted, gradients, strict=True)
+            }
+        return F.cross_entropy(functional_call(model, weights, query_x), query_y)
 
-    return step
+    return loss, model
 
 
-def plain_metric_step(run: Run, tasks: Any) -> Step:
-    """Return a plain loop that computes a meta-gradient of ProtoNet."""
-    model = PlainConv4(run.config.backbone["filters"], False, False, None).to(run.device)
-    names = model.load(run.state.params)
+def _metric_loss(run: Run) -> tuple[Loss, PlainConv4]:
+    way = run.config.episode.train.way
+    model = PlainConv4(run.config.backbone["filters"], False, False, None)
 
-    def step() -> Gradients:
-        model.zero_grad()
-        for task in range(tasks.key.shape[0]):
-            shots = tasks.support.y.shape[1] // tasks.support.way
-            order = tasks.support.y[task].argsort()
-            z = model(torch.cat([tasks.support.x[task][order], tasks.query.x[task]]))
-            means = z[: len(order)].unflatten(0, (tasks.support.way, shots)).mean(1)
-            loss = F.cross_entropy(
-                -torch.cdist(z[len(order) :], means).square(), tasks.query.y[task]
-            )
-            (loss / tasks.key.shape[0]).backward()
-        return model.gradients(names)
+    def loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        z = model(torch.cat([support_x[support_y.argsort()], query_x]))
+        means = z[: len(support_y)].unflatten(0, (way, -1)).mean(1)
+        return F.cross_entropy(-torch.cdist(z[len(support_y) :], means).square(), query_y)
 
-    return step
+    return loss, model
