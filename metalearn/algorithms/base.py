@@ -67,10 +67,7 @@ class Algorithm:
 
     @property
     def support_copies(self) -> int:
-        """Return the number of augmented copies that replace each support example in tests.
-
-        They are changed by `augment.support`; 0 for the example itself.
-        """
+        """Return how many copies (`augment.support`) replace a support example in tests; or 0."""
         return 0
 
     @property
@@ -79,9 +76,14 @@ class Algorithm:
         return False
 
     @property
+    def network(self) -> Backbone:
+        """Return the backbone that embeds; a method may change how it does."""
+        return self.backbone
+
+    @property
     def normalisation(self) -> Normalisation:
         """Return the normalisation of support sets and queries that `statistics` names."""
-        return STATISTICS[self.statistics](self.backbone)
+        return STATISTICS[self.statistics](self.network)
 
     def init(self, spec: Spec, key: Tensor) -> State:
         """Create the initial state on the device of `key`, int64 []."""
@@ -126,10 +128,7 @@ class Algorithm:
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """Compute the loss of predicting the query set after adapting to the support set.
 
-        Args:
-            state: Meta-trained parameters and buffers.
-            task: One task.
-            progress: [], the fraction of meta-training that is done, in [0, 1].
+        `progress` [] is the fraction of meta-training that is done, in [0, 1].
         """
         learner = self.adapt(state, task.support, key=task.key, steps=self.training_steps)
         return self.query_loss(state, learner, task.query, task.key)

@@ -22,13 +22,8 @@ def rectified(
     """Shift queries by (mean of support - mean of queries), and average class members.
 
     c_n' = mean over i in class n of w_in z_i, w_i = softmax_n(scale cos(z_i, c_n)). Members are the
-    support examples of the class and the queries that are most similar to its mean c_n.
-
-    Args:
-        learned: Support set.
-        z: Queries [Q, D].
-        scale: Scale of the cosines.
-        most: Greatest number of queries of a class, those with the largest weights; None: all.
+    support examples of the class and the queries that are most similar to its mean c_n; `most` is
+    the greatest number of queries of a class, those with the largest weights, None for all.
 
     Returns:
         The class means c' [N, D] and the shifted queries [Q, D].

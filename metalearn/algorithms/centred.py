@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import one_hot
 from metalearn.config.fields import choice
 from metalearn.tasks.types import Params, Spec, State, Support
 
@@ -49,5 +48,4 @@ class CentredHead(EmbeddingAlgorithm):
         return z if self.features == "UN" else F.normalize(z, dim=-1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        y = one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.normalised(weights, z), y)
+        return super().learn(weights, self.normalised(weights, z), support, key)

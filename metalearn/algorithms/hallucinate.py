@@ -38,7 +38,6 @@ class Hallucination(EmbeddingAlgorithm):
     temperature: float | None = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the generator."""
         identity, params = torch.eye(size, device=key.device), {}
         for layer in range(_LAYERS):
             noise = [torch.zeros_like(identity)] if layer == 0 else []

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.algorithms.gradient import GradientDescent
+from metalearn.algorithms.params import dot
 from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, State, Support, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IMAML(LinearHeadAlgorithm):
+class IMAML(GradientDescent):
     """Meta-gradient of a regularised inner problem by the implicit function theorem.
 
     phi = argmin L_support(phi) + lambda / 2 |phi - theta|^2. The meta-gradient is
@@ -26,7 +27,6 @@ class IMAML(LinearHeadAlgorithm):
 
     Attributes:
         inner_steps: Gradient steps towards phi in meta-training.
-        test_inner_steps: Gradient steps towards phi in testing.
         strength: lambda.
         cg_steps: Number of conjugate gradient steps, fixed.
         damping: Added to 1 in the matrix, as in the authors' code: at a phi that is only near the
@@ -34,9 +34,7 @@ class IMAML(LinearHeadAlgorithm):
         strength_damping: Added to lambda in the matrix, for the same reason.
     """
 
-    inner_lr: float = above(0)
     inner_steps: int = at_least(0, in_testing="test_inner_steps")
-    test_inner_steps: int = at_least(0)
     strength: float = above(0)
     cg_steps: int = at_least(0)
     damping: float = at_least(0)
@@ -46,24 +44,13 @@ class IMAML(LinearHeadAlgorithm):
     def training_steps(self) -> int:
         return self.inner_steps
 
+    @property
+    def regularisation(self) -> float:
+        return self.strength
+
     def solve(self, state: State, support: Support, key: Tensor, steps: int) -> Params:
         """Approximate phi by gradient descent from theta."""
-        theta, given = state.params, self.given(state)
-        phi = theta
-        for step in range(steps):
-            gradient = grad(self.support_loss)(phi, support, given, prng.fold_in(key, step))
-            phi = {
-                name: value
-                - self.inner_lr * (gradient[name] + self.strength * (value - theta[name]))
-                for name, value in phi.items()
-            }
-        return phi
-
-    def adapt(
-        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
-    ) -> Adapted:
-        steps = self.test_inner_steps if steps is None else steps
-        return self.adapted(self.solve(state, support, key, steps), support.x)
+        return self.trajectory(state, support, key, steps)[-1]
 
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """Compute a surrogate whose gradient in theta is the implicit meta-gradient.
@@ -92,29 +79,15 @@ class IMAML(LinearHeadAlgorithm):
             return {name: (1 + self.damping) * v[name] + hessian_v[name] / curvature for name in v}
 
         direction = conjugate_gradients(product, gradient, self.cg_steps)
-        value = torch.stack(
-            [(state.params[name] * direction[name].detach()).sum() for name in theta]
-        ).sum()
+        value = dot(state.params, {name: one.detach() for name, one in direction.items()})
         return Loss(value, held_out.logs, held_out.statistics)
-
-
-def dot(a: Params, b: Params) -> Tensor:
-    """Compute the inner product [] of two trees."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
 def conjugate_gradients(product: Callable[[Params], Params], b: Params, steps: int) -> Params:
     """Solve product(x) = b approximately by conjugate gradients (Hestenes and Stiefel 1952).
 
-    A residual that is exactly zero stays zero.
-
-    Args:
-        product: Multiplies a tree by a symmetric matrix.
-        b: Right-hand side.
-        steps: Fixed number of steps, from x = 0.
-
-    Returns:
-        x; with 0 steps, b itself.
+    `product` multiplies a tree by a symmetric matrix. A residual that is exactly zero stays zero.
+    Return x after a fixed number of steps from x = 0; with 0 steps, b itself.
     """
     if steps == 0:
         return b

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.algorithms.normalisation import Normalisation
 from metalearn.algorithms.params import select
 from metalearn.backbones.base import Backbone
 from metalearn.config.fields import above, at_least, setting
@@ -90,12 +89,8 @@ class LoRA(GradientAdaptation):
         return super().adapts(re.sub(r"^lora\.", "net.", name))
 
     @property
-    def normalisation(self) -> Normalisation:
-        normalisation = super().normalisation
-        return dataclasses.replace(normalisation, backbone=_Open(normalisation.backbone))  # type: ignore[arg-type]
-
-    def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
-        return _Open(self.backbone).embed(select(params, "net"), x, given or None)[0]
+    def network(self) -> Backbone:
+        return _Open(self.backbone)  # type: ignore[return-value]
 
     def at_step(self, params: Params, step: int) -> Params:
         """Return the weights plus B A; no gradient reaches those of a frozen backbone."""

@@ -62,7 +62,6 @@ class MAMLPlusPlus(GradientAdaptation):
         return super().embeds_once and not self.normalisation_per_step
 
     def adapts(self, name: str) -> bool:
-        """Return True if the inner loop adapts this weight, with or without the prefix "step."."""
         return super().adapts(name.removeprefix("step."))
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import cosine, one_hot
+from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.params import prefixed, select
 from metalearn.config.fields import above, at_least
@@ -41,7 +41,6 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return self.full_context
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the three LSTMs of full context."""
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}
@@ -54,8 +53,8 @@ class MatchingNetwork(EmbeddingAlgorithm):
         }
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        y = one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.embed_in_context(weights, z) if self.full_context else z, y)
+        z = self.embed_in_context(weights, z) if self.full_context else z
+        return super().learn(weights, z, support, key)
 
     def embed_in_context(self, weights: Params, z: Tensor) -> Tensor:
         """Embed the support set in context: [M, D] -> [M, D].
@@ -64,14 +63,10 @@ class MatchingNetwork(EmbeddingAlgorithm):
         """
 
         def lstm(name: str, z: Tensor) -> Tensor:
-            cell_weights, hidden, cell, outputs = (
-                select(weights, name),
-                torch.zeros_like(z[:1]),
-                torch.zeros_like(z[:1]),
-                [],
-            )
+            own, hidden, outputs = select(weights, name), torch.zeros_like(z[:1]), []
+            cell = hidden
             for row in z.split(1):
-                hidden, cell = lstm_cell(cell_weights, row, hidden, cell)
+                hidden, cell = lstm_cell(own, row, hidden, cell)
                 outputs.append(hidden)
             return torch.cat(outputs)
 

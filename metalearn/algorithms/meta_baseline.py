@@ -32,11 +32,9 @@ class MetaBaseline(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithm of the scale."""
         return {"head.log_scale": torch.full((), self.scale, device=key.device).log()}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Compute the class means [N, D]."""
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -28,16 +28,7 @@ def svm_dual(gram: Tensor, y: Tensor, cost: float, iterations: int) -> Tensor:
     min_a 1/2 sum_n a_n' G a_n - sum_i a_i,y_i with a_in <= cost [n = y_i] and sum_n a_in = 0 (Lee
     et al. 2019, eq. 8), by a primal-dual interior-point method in float64. The gradient with
     respect to G is that of the optimality conditions (implicit function theorem, 3.2), not of the
-    steps.
-
-    Args:
-        gram: Inner products G [M, M].
-        y: One-hot labels [M, N].
-        cost: C, above 0.
-        iterations: Fixed number of steps.
-
-    Returns:
-        a [M, N].
+    steps. G are inner products [M, M], y one-hot labels [M, N]; the result a is [M, N].
     """
     examples, way = y.shape
     size = examples * way
@@ -85,7 +76,6 @@ class MetaOptSVM(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithm of the scale."""
         return {"head.log_scale": torch.full((), self.scale, device=key.device).log()}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:

@@ -1,5 +1,8 @@
 """Name prefixes in flat dictionaries of tensors: "net." for the backbone, "head." for a head."""
 
+import torch
+from torch import Tensor
+
 from metalearn.tasks.types import Params
 
 
@@ -15,3 +18,8 @@ def select(params: Params, prefix: str) -> Params:
 def prefixed(params: Params, prefix: str) -> Params:
     """Return the same entries, with `prefix.` before each name."""
     return {f"{prefix}.{name}": value for name, value in params.items()}
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Compute the inner product [] of two dictionaries with the names of `a`."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()

@@ -42,7 +42,6 @@ class ProtoNet(EmbeddingAlgorithm):
     temperature: float | None = above(0)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Compute the class means [N, D]."""
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -29,15 +29,8 @@ def transport(cost: Tensor, scale: float, iterations: int) -> Tensor:
     """Compute the transport plan P that minimises sum P cost - H(P) / scale (Cuturi 2013).
 
     Its rows sum to 1, and its columns to Q / N: each class has the same number of queries.
-
-    Args:
-        cost: Costs [Q, N]. Sinkhorn's scaling of exp(-scale cost) is in float64, so that small
-            values do not vanish.
-        scale: Inverse weight of the entropy.
-        iterations: Scalings of rows and columns; the last one is of columns.
-
-    Returns:
-        P [Q, N], with the dtype of the costs.
+    Sinkhorn's scaling of exp(-scale cost), of rows and at last of columns, is in float64, so that
+    small values do not vanish. Costs and P are [Q, N].
     """
     kernel = (-scale * (cost - cost.amin(-1, keepdim=True)).double()).exp()
     column = kernel.new_ones(kernel.shape[-1])

@@ -20,15 +20,7 @@ def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
     """Solve the ridge regression argmin_W |z W - y|^2 + strength |W|^2.
 
     W = z' (z z' + strength I)^-1 y (Bertinetto et al. 2019, eq. 4 and 6). By Woodbury's identity,
-    the system has the size of the support set.
-
-    Args:
-        z: Inputs [M, D].
-        y: Targets [M, N].
-        strength: [], positive.
-
-    Returns:
-        W [D, N].
+    the system has the size of the support set. [M, D], [M, N], [] -> [D, N]; strength > 0.
     """
     gram = z @ z.T
     # torch solves no linear system in bfloat16.
@@ -56,7 +48,6 @@ class R2D2(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithms of strength and scale."""
         start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
         return {
             name: torch.full((), value, device=key.device).log() for name, value in start.items()

@@ -46,7 +46,6 @@ class RelationNetwork(EmbeddingAlgorithm):
     hidden: list[int] = at_least(1)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the layers of g for the backbone's feature maps."""
         channels, *extent = self.backbone.shape(spec.inputs)
         height, side = extent or (1, 1)
         if height != side:

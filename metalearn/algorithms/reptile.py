@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import grad
 
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.algorithms.params import prefixed, select
+from metalearn.algorithms.params import dot, prefixed, select
 from metalearn.config.fields import above, at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, Spec, State, Support, Task
@@ -113,7 +113,6 @@ class Reptile(LinearHeadAlgorithm):
         phi, moments = self._train(
             start, task.support, task.key, self.inner_steps, self.inner_batch
         )
-        direction = {name: theta[name] - phi[name] for name in theta}
-        value = torch.stack([(state.params[name] * direction[name]).sum() for name in theta]).sum()
+        value = dot(state.params, {name: theta[name] - phi[name] for name in theta})
         held_out = self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
         return Loss(value, held_out.logs, held_out.statistics, buffers=moments)

@@ -19,18 +19,9 @@ from metalearn.tasks.types import Params, Support
 def logistic_regression(z: Tensor, y: Tensor, way: int, cost: float, iterations: int) -> Tensor:
     """Solve argmin_W 1/2 |W|^2 + cost * sum of cross-entropies.
 
-    The last row of W, the bias, has no penalty. The solver is Nesterov's accelerated gradient with
-    step 1 / L (Nesterov 1983).
-
-    Args:
-        z: Features [M, D], rows of norm at most 1.
-        y: Labels, int64 [M].
-        way: Number of classes N.
-        cost: Weight of the cross-entropies.
-        iterations: Fixed number of iterations.
-
-    Returns:
-        W [D + 1, N].
+    The last row of W [D + 1, N], the bias, has no penalty. The solver is Nesterov's accelerated
+    gradient with step 1 / L (Nesterov 1983), for features z [M, D] with rows of norm at most 1 and
+    labels y, int64 [M].
     """
     z = F.pad(z, (0, 1), value=1.0)
     target = one_hot(y, way).to(z.dtype)

@@ -23,12 +23,8 @@ from metalearn.tasks.types import Batch, Loss, Params, Spec, State, Support
 def contrast(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Compute the logits whose cross-entropy is NT-Xent (Chen et al. 2020, eq. 1).
 
-    Args:
-        z: Projections [2B, P]; rows 2i and 2i + 1 are of one image.
-        temperature: Divides the cosines.
-
-    Returns:
-        Logits [2B, 2B], -inf for a row with itself, and the row of the other view, int64 [2B].
+    Rows 2i and 2i + 1 of the projections z [2B, P] are of one image. Return logits [2B, 2B], -inf
+    for a row with itself, and the row of the other view, int64 [2B].
     """
     u = F.normalize(z, dim=-1)
     row = torch.arange(len(z), device=z.device)

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.func import grad
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import one_hot
-from metalearn.tasks.types import Params, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,9 +21,6 @@ class TransductiveHead(EmbeddingAlgorithm):
     sources: ClassVar[tuple[str, ...]] = ("batches",)
     is_transductive: ClassVar[bool] = True
     is_iterative: ClassVar[bool] = True
-
-    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
 
 def means_of(learned: Examples) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.config.fields import above, given_by_run
+from metalearn.config.fields import above, given_by_run, setting
 from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 
 
@@ -16,11 +16,7 @@ from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 class Backbone:
     """A network x -> embedding, written as pure functions of its parameters.
 
-    A backbone implements `init`, `shape` and `forward`.
-
-    Args:
-        eps: Added to variances in normalisations.
-        kernels: Set by the engine.
+    A backbone implements `init`, `shape` and `forward`. `eps` is added to variances.
     """
 
     #: Kinds of input the network accepts: "images", "tokens", "features".
@@ -53,22 +49,13 @@ class Backbone:
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
         """Return what the weights were trained on before the run; {} if on nothing.
 
-        Args:
-            names: Names of classes.
-
-        Returns:
-            "data": a name, or None if unknown; "shared": those of the classes that it contains,
-            as far as names show.
+        "data" is a name, or None if unknown; "shared" those of the class names that it contains, as
+        far as names show.
         """
         return {}
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return initial parameters and population statistics.
-
-        Args:
-            inputs: What one input is.
-            key: Random key, int64 []; the result is on its device.
-        """
+        """Return initial parameters and population statistics, on the device of `key`, int64 []."""
         raise NotImplementedError
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
@@ -130,3 +117,14 @@ class Backbone:
             for name, features in norm.features.items()
             for part in ("scale", "shift")
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezableBackbone(Backbone):
+    """A network whose weights the setting `frozen` leaves as they are, in adaptation too."""
+
+    frozen: bool = setting()
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen

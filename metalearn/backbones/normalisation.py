@@ -45,10 +45,7 @@ class Normaliser:
     features: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Normalise x [B, C, ...]: (x - mean) / sqrt(var + eps) * weight + bias per channel.
-
-        Source: Ioffe and Szegedy (2015).
-        """
+        """Normalise x [B, C, ...] per channel (Ioffe and Szegedy 2015)."""
         self.features[name] = x.shape[1]
         shape = (1, -1) + (1,) * (x.dim() - 2)
         if f"{name}.weight" in self.params:

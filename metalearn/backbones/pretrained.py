@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalearn.backbones import weights
-from metalearn.backbones.base import Backbone
+from metalearn.backbones.base import FreezableBackbone
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.system.download import run_download
@@ -67,7 +67,7 @@ class Preprocessing(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained(Backbone):
+class Pretrained(FreezableBackbone):
     """A network of another library without its classifier, in evaluation mode.
 
     A subclass has `name`, `_network` (with random weights), `_own_preprocessing`, `_own_file` (of
@@ -77,7 +77,6 @@ class Pretrained(Backbone):
     Args:
         weights: None (random), "hub" or "package" for the library's own weights, or a file:
             safetensors, or saved by torch.
-        frozen: Whether meta-training and adaptation leave the weights unchanged.
         image_size: Height and width of the network's input; None for that of its training.
         is_restored: Whether a checkpoint has the weights.
     """
@@ -86,7 +85,6 @@ class Pretrained(Backbone):
     _own_weights: ClassVar[str] = "hub"
 
     weights: str | None = setting()
-    frozen: bool = setting()
     image_size: int | None = at_least(8)
     eps: float = given_by_run(1e-5)
     is_restored: bool = given_by_run(False)
@@ -107,10 +105,6 @@ class Pretrained(Backbone):
 
     def _own_data(self) -> str:
         return _IMAGENET
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.frozen
 
     @property
     def preprocessing(self) -> Preprocessing:

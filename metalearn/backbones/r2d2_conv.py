@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import conv_norm, dropout, init_conv_norm
+from metalearn.backbones.layers import conv_norm, dropout, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, between
 from metalearn.system.errors import UserError
@@ -37,17 +37,9 @@ class R2D2Conv(Backbone):
     dropout: float = between(0, 0.9)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        params: Params = {}
-        population: Params = {}
-        for block, (channels, filters) in enumerate(
-            zip([inputs.shape[0], *self.filters], self.filters, strict=False)
-        ):
-            weights, statistics = init_conv_norm(
-                str(block), prng.fold_in(key, block), filters, channels, 3
-            )
-            params |= weights
-            population |= statistics
-        return params, population
+        channels = [inputs.shape[0], *self.filters]
+        layers = zip(map(str, range(len(self.filters))), self.filters, channels, strict=False)
+        return init_conv_norms(key, ((*layer, 3) for layer in layers))
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         """Return the number of features; raise UserError for too few blocks or too small images."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from metalearn.data.base import OpenDataset
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
@@ -30,13 +31,7 @@ _SPLITS = ("train", "val", "test")
 def joined(
     indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None, is_sorted: bool = True
 ) -> ClassIndex:
-    """Return the classes of several indices.
-
-    Args:
-        indices: At least one.
-        offsets: Number that is added to the rows of each index; None for 0.
-        is_sorted: Whether to order them by name.
-    """
+    """Return the classes of several indices, with offsets added to their rows, perhaps by name."""
     last = torch.arange(max(one.rows.shape[1] for one in indices))
     rows = [
         one.rows[:, last.clamp_max(one.rows.shape[1] - 1)] + offset
@@ -58,21 +53,14 @@ def joined(
     )
 
 
-class ClassData:
-    """An opened dataset with classes: an input store and a view of the classes of each split.
+class ClassData(OpenDataset):
+    """An opened dataset with classes: a store of inputs and a view of the classes of each split.
 
     Attributes:
-        stores: The inputs of each split.
-        views: The classes of each split.
-        content_hash: Hash of the data.
-        standardisation: Shift and scale of each channel; {} without standardisation.
         hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
             None if unknown.
         is_on_host: Whether inputs stay on the host, and tasks are drawn there.
-        inputs: Kind and shape of one input.
     """
-
-    outputs: int | None = None
 
     def __init__(
         self,
@@ -89,7 +77,6 @@ class ClassData:
         self.inputs = stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
-        """Return the names of the classes of a split."""
         return self.views[split].index.names
 
     def num_classes(self, split: str) -> int:
@@ -97,7 +84,6 @@ class ClassData:
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return the hashes of data and classes, the number of classes, and the rotations."""
         others = [
             view.index.names
             for name, view in self.views.items()
@@ -115,13 +101,9 @@ class ClassData:
     def with_split(self, split: str) -> "ClassData":
         """Return the data with one more split.
 
-        Args:
-            split: "all", the classes of all splits by name; or "train+test", in whose episodes
-                classes of both meet (see `MixedClasses`).
-
-        Raises:
-            UserError: If the splits do not share one store of inputs, or the classes to mix are
-                rotated.
+        "all" has the classes of all splits by name; in episodes of "train+test", classes of both
+        meet (see `MixedClasses`). Raise UserError if the splits do not share one store, or the
+        classes to mix are rotated.
         """
         views = [self.views[name] for name in (_SPLITS if split == "all" else split.split("+"))]
         parts = [view.index for view in views]
@@ -176,7 +158,6 @@ class ClassData:
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> EpisodeSampler:
-        """Return a sampler of the episodes of a split."""
         try:
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
@@ -188,7 +169,6 @@ class ClassData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
-        """Return a sampler of batches of a split."""
         return BatchSampler(
             self._store(split, augment), self.views[split], size, self._key(split, seed)
         )
@@ -207,7 +187,7 @@ def class_indices(
     device: torch.device,
     superclass_of: Mapping[str, str] = {},
 ) -> dict[str, ClassIndex]:
-    """Index inputs that are ordered by class.
+    """Index inputs that are ordered by class; raise UserError for a split without classes.
 
     Args:
         names: Name of each class, in the order of its inputs.
@@ -215,9 +195,6 @@ def class_indices(
         splits: Names of the classes of each split.
         device: Device of the indices.
         superclass_of: Superclass of each class; {} if there are none.
-
-    Raises:
-        UserError: For a split without classes.
     """
     starts = torch.tensor([0, *counts]).cumsum(0)
     place = {name: number for number, name in enumerate(names)}
@@ -264,15 +241,8 @@ def split_classes(
 ) -> dict[str, list[str]]:
     """Return the names of the classes of each split.
 
-    Args:
-        split: "random", the name of a published split, or a file as for `split_file`.
-        names: The classes that exist.
-        fractions: Fractions of the classes for train, val and test in a random split.
-        seed: Seed of a random split.
-        owner: What has the classes, for messages.
-
-    Raises:
-        UserError: If the split overlaps or names a class that does not exist.
+    The split is "random", the name of a published one, or a file as for `split_file`. Raise
+    UserError if it names a class that does not exist; `owner` says in the message what has them.
     """
     if split == "random":
         return seeded_split(names, shares(len(names), fractions), seed)

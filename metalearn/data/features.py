@@ -23,8 +23,6 @@ class Features(Dataset):
     Args:
         path: The file; here, or in `data_dir`.
         split: "random", or a JSON file as for `Folder`.
-        split_seed: Seed of a random split.
-        fractions: Fractions of the classes for train, val and test.
     """
 
     path: str = setting()

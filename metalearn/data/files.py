@@ -36,14 +36,7 @@ SUFFIXES = frozenset(
 
 
 class Decoded(NamedTuple):
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [I, C, H, W].
-        left_out: Files that could not be read.
-        transparent: Number of images with transparent pixels.
-        hashes: `pixel_hash` of each image, int64 [I].
-    """
+    """Images [I, C, H, W], unreadable files, number of transparent images, `pixel_hash` of each."""
 
     images: Tensor
     left_out: list["ImageFile"]
@@ -130,14 +123,9 @@ def decode(
 ) -> Decoded:
     """Decode images in parallel, in the order of `files`, and hash them as the files have them.
 
-    Args:
-        files: At least one file.
-        to_array: Converts an image to uint8 [C, H, W], the same shape for all.
-        unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
-            does not, "" means that there is no such setting.
-
-    Raises:
-        UserError: If files cannot be read; it names the first ten.
+    `to_array` converts an image to uint8 [C, H, W], the same shape for all. `unreadable` is the
+    setting: "skip" leaves out files that cannot be read, else they are a UserError; "" means that
+    there is no such setting.
     """
     if not files:
         raise UserError("no images to decode")
@@ -191,13 +179,10 @@ def decode(
 
 
 def pixel_hash(pixels: np.ndarray) -> int:
-    """Return a hash of an image that does not depend on its file: 64 bits.
+    """Return a hash of an image uint8 [H, W, 3] that does not depend on its file: 64 bits.
 
     It is of the image in its own size: upright, in RGB, on white. So copies in different lossless
     formats have the same hash; copies that were resized or compressed with loss again have not.
-
-    Args:
-        pixels: uint8 [H, W, 3].
     """
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.tobytes())
@@ -299,13 +284,8 @@ def cached(
 def stored(path: Path, make: Callable[[], dict[str, Any]], read: Callable[[Any], _T]) -> _T:
     """Return what `read` gives for a file of the cache, which is made if it is absent or corrupt.
 
-    Args:
-        path: The file, in the cache folder.
-        make: Returns the content, tensors and plain data.
-        read: Converts the content; it may raise anything for a wrong one.
-
-    Raises:
-        UserError: If the file cannot be read or written.
+    `make` returns tensors and plain data; `read` may raise anything for a wrong content. Raise
+    UserError if the file cannot be read or written.
     """
     if path.is_file():
         try:

@@ -29,14 +29,8 @@ class Glyphs(ImageDataset):
     """Generated handwriting.
 
     Args:
-        num_classes: Number of classes.
         drawings: Number of images of each class.
-        image_size: Height and width in pixels.
         jitter: Scale of all deviations from the class (1 is legible, 0 makes identical images).
-        glyph_seed: Seed of the images.
-        split: Only "random".
-        split_seed: Seed of the split.
-        fractions: Fractions of the classes for train, val and test.
     """
 
     pen: ClassVar[float | None] = 0.075
@@ -66,7 +60,6 @@ class Glyphs(ImageDataset):
         return self.class_data(pictures, splits, device)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert your own image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size)
 
     def _render(self) -> ClassImages:

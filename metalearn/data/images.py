@@ -21,12 +21,10 @@ ROTATIONS = ("none", "train_classes", "classes", "episode")
 
 @dataclasses.dataclass(frozen=True)
 class ClassImages:
-    """Decoded images before any split.
+    """Decoded images before any split, uint8 [I, C, H, W], ordered by class.
 
     Args:
-        images: uint8 [I, C, H, W], ordered by class.
         counts: Number of images of each class.
-        names: Name of each class.
         notes: Lines for the user about how the images were read.
         splits: Names of the classes of each split, if the files have splits; else {}.
         hashes: `metalearn.data.files.pixel_hash` of each image before any resizing, int64 [I];
@@ -71,9 +69,7 @@ class ImageDataset(Dataset):
     Args:
         rotations: "none"; "train_classes" or "classes" (each class becomes four, rotated by 0, 90,
             180 and 270 degrees, in training or everywhere); "episode" (each class is rotated at
-            random in each episode).
-        rotations_may_meet: See `RotatedClasses`.
-        rotations_share_drawings: See `RotatedClasses`.
+            random in each episode). For the next two, see `RotatedClasses`.
         labels: Classes of training: "given"; "clusters" of the embeddings of a run; or "random", of
             about equal size. Validation and test have the given ones.
         clusters: Number of clusters or random classes.
@@ -112,18 +108,10 @@ class ImageDataset(Dataset):
         standardise: bool = False,
         superclass_of: Mapping[str, str] = {},
     ) -> ClassData:
-        """Open a dataset of decoded images.
+        """Open a dataset of decoded images; splits and superclasses as in `class_indices`.
 
-        Args:
-            pictures: All images.
-            splits: Names of the classes of each split.
-            device: Device of the run.
-            standardise: Whether to subtract the mean and divide by the standard deviation of the
-                training images, per channel.
-            superclass_of: Superclass of each class; {} if there are none.
-
-        Raises:
-            UserError: For a split without classes.
+        With `standardise`, the mean of each channel over the training images is subtracted, and the
+        standard deviation divides the rest.
         """
         images = with_channels(pictures.images, self.channels)
         is_on_host = self.store == "host" or (self.store == "auto" and is_too_large(images, device))

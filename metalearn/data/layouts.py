@@ -195,9 +195,8 @@ def by_lists(
 ) -> tuple[dict[str, list[ImageFile]], dict[str, list[str]]] | None:
     """Return the images and the split of each class, if lists have them and no folders do.
 
-    Raises:
-        UserError: For a list without a header, without rows, with a class of another list, or with
-            an image that does not exist.
+    Raise UserError for a list without a header, with a class of another list, or with an image that
+    does not exist.
     """
     images = [file for file in content if is_image(file.name)]
     lists = {PurePosixPath(f.name).stem: f for f in content if f.name.lower().endswith(".csv")}

@@ -27,12 +27,7 @@ class Mix(Dataset):
 
     A class is named <part>/<class>. A hierarchical sampler chooses among the superclasses of all
     parts; a part without any is one. If a part standardises its images, the training images of all
-    parts together standardise all.
-
-    Args:
-        parts: Names of the datasets.
-        settings: Changes of their settings, which `sets` already has.
-        sets: The datasets.
+    parts together standardise all. `sets` are the datasets, with the changes of `settings`.
     """
 
     parts: list[str] = setting()
@@ -48,7 +43,6 @@ class Mix(Dataset):
 
     @property
     def reads_image_files(self) -> bool:  # type: ignore[override]
-        """Return True if the parts read images."""
         return all(part.reads_image_files for part in self.sets.values())
 
     def to_array(self, image: Image.Image) -> np.ndarray:
@@ -58,15 +52,12 @@ class Mix(Dataset):
 
     @property
     def addresses(self) -> list[str]:
-        """Return the addresses of all parts."""
         return [address for part in self.sets.values() for address in part.addresses]
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files of all parts."""
         return [file for part in self.sets.values() for file in part.files(data_dir)]
 
     def is_present(self, data_dir: Path) -> bool:
-        """Return True if all parts are present."""
         return all(part.is_present(data_dir) for part in self.sets.values())
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:

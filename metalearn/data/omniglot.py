@@ -27,10 +27,7 @@ _RESAMPLING = {
 
 
 def vinyals_split() -> dict[str, list[str]]:
-    """Read the split of Vinyals et al. (2016): 1028/172/423 characters.
-
-    Source: the lists in jakesnell/prototypical-networks.
-    """
+    """Read the split of Vinyals et al. (2016) from the lists in jakesnell/prototypical-networks."""
     folder = resources.files("metalearn.data") / "splits"
     return {
         split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split()
@@ -43,13 +40,9 @@ class Omniglot(ImageDataset):
     """Images with ink = 1 and paper = 0.
 
     Args:
-        image_size: Height and width in pixels.
-        resample: "lanczos", "bilinear" or "box".
         split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`) or
             "alphabet" (30/5/15 alphabets by `split_seed`; no alphabet is in two splits).
-        split_seed: Seed of a random or alphabet split.
         url: Address of the folder with the two archives.
-        md5: Checksum of each archive.
     """
 
     pen: ClassVar[float | None] = 0.03
@@ -79,7 +72,6 @@ class Omniglot(ImageDataset):
         return self.class_data(pictures, splits, device, superclass_of=alphabets)
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the two archives or folders to read, or the download targets."""
         # omniglot-py is torchvision's name.
         folders = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
         paths = []

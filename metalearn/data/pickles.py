@@ -69,8 +69,6 @@ class _Unpickler(pickle.Unpickler):
 def load(stream: IO[bytes]) -> Any:
     """Unpickle arrays, containers, numbers, text and bytes, also of Python 2.
 
-    Raises:
-        pickle.UnpicklingError: For anything else.
-        Exception: Any, for a corrupt file.
+    Raise UnpicklingError for anything else, and any exception for a corrupt file.
     """
     return _Unpickler(stream, encoding="latin1").load()

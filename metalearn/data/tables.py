@@ -26,14 +26,11 @@ def table(
         path: The file.
         rows: Its rows.
         columns: Names that a header may give to each column, the required one first. A first row
-            without any of them is no header.
+            without any of them is no header; one without the required column is a UserError.
 
     Returns:
         Cells of each row by column, "" for a missing one; and the number of the first of these
         rows, 1 without a header.
-
-    Raises:
-        UserError: If the header does not name the required column.
     """
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     places = {
@@ -57,8 +54,7 @@ def table(
 def read_text(path: Path) -> str:
     """Read a file in UTF-8, UTF-16 with a byte order mark, or else Windows-1252.
 
-    Raises:
-        UserError: If it cannot be read, or is no text.
+    Raise UserError if it cannot be read, or is no text.
     """
     try:
         content = path.read_bytes()

@@ -43,8 +43,7 @@ class Row(NamedTuple):
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
 
-    Raises:
-        UserError: If it cannot be read, or a row has no text or no label.
+    Raise UserError if it cannot be read, or a row has no text or no label.
     """
     if path.suffix == ".json":
         try:
@@ -72,16 +71,12 @@ class Text(Dataset):
     Args:
         path: A file, or the folder of `parts`; in `data_dir` unless absolute.
         parts: Names of files in the folder; domains.json there maps a domain to its labels.
-        urls: Address of each file that can be downloaded, by name.
-        md5: Checksum of each.
+        urls: Address of each file that can be downloaded, by name; `md5` has its checksum.
         split: "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5" for the
             folds of Dopierre et al. (2021); or a JSON file as for `Folder`.
-        split_seed: Seed of a random split, of classes or of domains.
-        fractions: Fractions of the classes or domains for train, val and test.
         domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
         distractors: Label of texts of no class, such as "oos": they are the distractors of episodes
             (`episode.distractors`), each in one split; "": distractors are other classes.
-        tokenizer: That of the backbone.
     """
 
     path: str = setting()
@@ -100,12 +95,10 @@ class Text(Dataset):
         return list(self.urls.values())
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files to read."""
         root = data_dir / Path(self.path).expanduser()
         return [root / name for name in self.parts] or [root]
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read the files, tokenise the texts, and split the classes."""
         if self.tokenizer is None:
             raise UserError(
                 "dataset: has texts, which this backbone does not take; use "

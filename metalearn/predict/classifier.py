@@ -21,13 +21,9 @@ from metalearn.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """The label of an image or text.
+    """The label of an image or text: the two most probable classes.
 
     Attributes:
-        label: The most probable class.
-        probability: Its probability.
-        second: The second most probable class.
-        second_probability: Its probability.
         unknown: True if it is unlike all classes; None if that cannot be known.
         plausible: The conformal set: classes that are not excluded at the error rate; None if there
             are too few examples for it.
@@ -137,15 +133,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.network.represent(list(X), unreadable)
 
     def fit(self, X: Any, y: Any, notes: Sequence[dict[str, Any]] | None = None) -> Any:
-        """Learn from examples.
+        """Learn from examples, and return the classifier itself.
 
         Args:
             X: Images or texts, see `represent`; or feature vectors [M, D] if there is no network.
             y: The class of each [M]; any number of each of at least two classes.
             notes: What to save with each example, for JSON.
-
-        Returns:
-            The classifier itself.
         """
         self._set_examples(*self._examples(X, y, reset=True), notes)
         return self
@@ -155,11 +148,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     ) -> Any:
         """Learn from more examples, of known or new classes; equals `fit` on all of them.
 
-        Args:
-            X: See `fit`.
-            y: See `fit`; after the first call, one class suffices.
-            classes: Ignored, for scikit-learn.
-            notes: See `fit`.
+        Arguments as in `fit`; after the first call, one class suffices. `classes` is ignored.
         """
         if not hasattr(self, "classes_"):
             return self.fit(X, y, notes)
@@ -170,11 +159,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def forget(self, classes: Sequence[Any]) -> Any:
-        """Remove classes with their examples; at least two must remain.
-
-        Raises:
-            ValueError: For a class that does not exist.
-        """
+        """Remove classes with their examples; raise ValueError unless two or more remain."""
         check_is_fitted(self)
         if missing := [one for one in classes if one not in self.classes_.tolist()]:
             raise ValueError(f"there is no class {missing[0]!r}")
@@ -286,10 +271,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def save(self, folder: str | Path) -> None:
         """Save to a folder: JSON, and arrays without pickle. An interrupted save changes nothing.
 
-        The folder can be moved: it has a copy of what it needs of a run.
-
-        Raises:
-            UserError: If the network is a Python function, which cannot be saved.
+        The folder has a copy of what it needs of a run. Raise UserError for a Python function.
         """
         check_is_fitted(self)
         identity = None if self.network is None else self.network.identity

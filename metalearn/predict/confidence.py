@@ -38,10 +38,8 @@ class HeldOut:
     """Predictions of examples by classifiers that were trained without them.
 
     Attributes:
-        rows: The example of each prediction, int64 [P].
-        y: Its class, int64 [P].
-        logits: [P, N].
-        novelty: [P].
+        rows: The example of each prediction, int64 [P]; `y` is its class.
+        logits: [P, N]; `novelty` is [P].
         folds: Number of folds; each classifier has learned from (folds - 1) / folds of a class.
         repeats: Number of repetitions, with different folds.
     """
@@ -65,15 +63,8 @@ def hold_out(
     """Predict each example by classifiers that were trained without it.
 
     Folds are stratified: as far as possible, each fold has the same number of examples of each
-    class. An example that is the only one of its class is in every training set.
-
-    Args:
-        procedure: Learns and predicts.
-        x: Examples [M, …].
-        y: Their classes, int64 [M].
-        way: N.
-        fits: Number of trained classifiers to aim at, by repetition.
-        seed: Seed of the folds.
+    class. An example that is the only one of its class is in every training set. `fits` is the
+    number of trained classifiers to aim at, by repetition.
 
     Returns:
         The predictions; None if every class has one example.
@@ -104,16 +95,11 @@ def hold_out(
 
 
 def temperature(logits: np.ndarray, y: np.ndarray, examples: int) -> float:
-    """Find the temperature that minimises the cross-entropy of held-out predictions.
+    """Find the temperature that minimises the cross-entropy of held-out predictions [P, N].
 
     Temperature scaling (Guo et al. 2017) with smoothed targets, as Platt's (1999): a share of
     0.5 / (M + 1) belongs to the other classes, so that the temperature of a faultless classifier
-    is not 0.
-
-    Args:
-        logits: [P, N].
-        y: Classes, int64 [P].
-        examples: Number of different examples M among the predictions.
+    is not 0. `examples` is the number M of different examples among the predictions.
     """
     way = logits.shape[1]
     share = 0.5 / (examples + 1)
@@ -132,17 +118,11 @@ def accuracy_interval(
     """Compute a 95% interval for the share of right labels among new images.
 
     Quantiles of the beta distribution with Jeffreys' prior (Brown, Cai and DasGupta 2001), with
-    the variance of the share among `queries` images added. Held-out predictions come from
-    classifiers with fewer examples of each class, by the factor (folds - 1) / folds; the upper end
-    assumes that no more errors disappear, and no more right predictions are added, than by this
-    factor. An end is 0 or 1 if every prediction is wrong or right. scripts/benchmark_trust.py
-    measures the coverage.
-
-    Args:
-        accuracy: Share of right held-out predictions.
-        examples: Number of examples that were held out.
-        folds: Number of folds.
-        queries: Number of new images; None for infinitely many.
+    the variance of the share among `queries` images added (None: infinitely many). Held-out
+    predictions come from classifiers with fewer examples of each class, by the factor
+    (folds - 1) / folds; the upper end assumes that no more errors disappear, and no more right
+    predictions are added, than by this factor. An end is 0 or 1 if every prediction is wrong or
+    right. scripts/benchmark_trust.py measures the coverage.
     """
     factor = (folds - 1) / folds
     best = min(1 - (1 - accuracy) * factor, accuracy / factor)

@@ -44,15 +44,12 @@ class Item:
 
 
 def examples(source: str, unpacked: Path) -> list[Item]:
-    """List labelled images or texts.
+    """List labelled images or texts; raise UserError if there are none, or one has no label.
 
     Args:
         source: A folder or zip with a subfolder of images for each class, or a text file for each;
             or a CSV file (path, label or text, label).
         unpacked: Folder for the content of zips.
-
-    Raises:
-        UserError: If there are none, or one has no label.
     """
     items = list(_items(Path(source).expanduser(), unpacked, source))
     if unlabelled := [item for item in items if not item.label]:
@@ -69,14 +66,9 @@ def examples(source: str, unpacked: Path) -> list[Item]:
 
 
 def queries(sources: list[str], unpacked: Path) -> list[Item]:
-    """List images or texts to label: files, folders, zips, CSV files, or patterns.
+    """List images or texts to label, each once: files, folders, zips, CSV files, or patterns.
 
-    Args:
-        sources: What to list; an item that occurs twice is listed once.
-        unpacked: Folder for the content of zips.
-
-    Raises:
-        UserError: If a source has none.
+    Zips are unpacked into a folder. Raise UserError if a source has none.
     """
     items: dict[str, Item] = {}
     for source in sources:

@@ -69,18 +69,9 @@ class Upload:
 def reading(
     sent: Sequence[Upload], kind: str, limits: Limits
 ) -> Iterator[tuple[list[Item], dict[int, str]]]:
-    """Write images to temporary files, for a block.
+    """Write images to temporary files, for a block; yield the items, and why some cannot be read.
 
-    Args:
-        sent: What a request has.
-        kind: What the network takes, "images" or "texts".
-        limits: See `Limits`.
-
-    Yields:
-        The images or texts, and why some cannot be read, by index.
-
-    Raises:
-        Refused: For none, too large ones, or those of the other kind.
+    Raise Refused for none, too large ones, or those of a different kind than the network takes.
     """
     if not sent:
         raise Refused(422, "there is no file and no text")

@@ -48,7 +48,7 @@ def embeds_alone(algorithm: Algorithm) -> bool:
     is_independent = algorithm.normalisation.has_population or not backbone.normalises
     if is_own(EmbeddingAlgorithm, "adapt", "forward", "loss"):
         return is_independent
-    if not is_own(LinearHeadAlgorithm, "embed", "adapted", "forward"):
+    if not is_own(LinearHeadAlgorithm, "network", "embed", "adapted", "forward"):
         return False
     if isinstance(algorithm, GradientAdaptation):
         if not is_own(GradientAdaptation, "at_step"):  # weights of the backbone for each step

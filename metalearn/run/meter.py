@@ -33,13 +33,9 @@ class Meter:
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
-        """Add the metrics of a step, in place.
+        """Add the metrics of a step, each [], in place.
 
-        Args:
-            logs: Mean metrics of the step, each [].
-            finite: Whether loss and gradient are finite, bool [].
-            step: Number of the step from 0, int64 [].
-            losses: Losses of its tasks, [T].
+        `finite`, bool [], is for loss and gradient; `losses` are those of its tasks, [T].
         """
         for name, value in logs.items():
             counted = torch.where(finite, value, torch.zeros_like(value))

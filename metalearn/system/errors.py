@@ -51,6 +51,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def shortened(text: str, length: int) -> str:
+    """Return text of at most this many characters, which ends with … if more are left out."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def leave_unread(stream: TextIO) -> None:
     """Discard further output to a stream that cannot be written any more, without an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -147,11 +147,7 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def chain(ops: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, Any]]]) -> Augmentation:
-    """Compose augmentations in order, each with its own key.
-
-    Args:
-        ops: Maps each name to (function, settings).
-    """
+    """Compose augmentations in order, each with its own key: (function, settings) by name."""
 
     def augment(x: Tensor, key: Tensor) -> Tensor:
         for number, (function, settings) in enumerate(ops.values()):

@@ -27,26 +27,16 @@ class Environment(Protocol):
         """Return the largest number of steps of a trajectory."""
 
     def step(self, state: Tensor, action: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take one step.
+        """Take one step: states [M, S], actions [M, A], and what distinguishes the task, y [M, …].
 
-        Args:
-            state: float [M, S].
-            action: float [M, A].
-            y: What distinguishes the task, float [M, …].
-
-        Returns:
-            Next state [M, S], reward [M], and whether the trajectory ends here, bool [M].
+        Return next state [M, S], reward [M], and whether the trajectory ends here, bool [M].
         """
 
 
 class Rollouts(NamedTuple):
-    """Trajectories, without gradients.
+    """Trajectories, without gradients: states [H, M, S], actions [H, M, A] and rewards [H, M].
 
-    Attributes:
-        states: [H, M, S].
-        actions: [H, M, A].
-        rewards: [H, M]; 0 after the end of a trajectory.
-        alive: 1 until the end of a trajectory, then 0, [H, M].
+    `alive` [H, M] is 1 until the end of a trajectory, then 0, as its rewards are.
     """
 
     states: Tensor
@@ -166,12 +156,8 @@ def surrogate(log_p: Tensor, advantages: Tensor, dice_lambda: float = 1.0) -> Te
     v_t = w_t - log p_t and |.| without gradient: Loaded DiCE (Farquhar et al. 2019). With
     lambda = 1 it is DiCE (Foerster et al. 2018) with advantages, and derivatives of every order are
     right in expectation. Less gives second derivatives less variance and a bias; 0 is LVC (Rothfuss
-    et al. 2019). First derivatives do not depend on it.
-
-    Args:
-        log_p: Log-probabilities of the actions, [H, M]; 0 after the end of a trajectory.
-        advantages: [H, M], without gradient; 0 after the end of a trajectory.
-        dice_lambda: lambda, in [0, 1].
+    et al. 2019). First derivatives do not depend on it. Log-probabilities and advantages (without
+    gradient) are [H, M], 0 after the end of a trajectory.
     """
     past = _powers(dice_lambda, log_p) @ log_p
     before = past - log_p

@@ -42,14 +42,7 @@ class TaskFamily(Protocol):
         """Return the family's parameters ("head.…"), which adapt with the head; {} if none."""
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Compute the loss [] that an inner loop minimises.
-
-        Args:
-            net: The network.
-            params: Parameters of `net`.
-            support: Support set of one task.
-            key: int64 [], a new one for each inner step.
-        """
+        """Compute the loss [] that an inner loop minimises; each step has a new key."""
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
         """Compute the loss that meta-training minimises, its logs and normalisation statistics."""
@@ -60,15 +53,9 @@ class TaskFamily(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Tasks with targets: outputs are compared with `y`.
+    """Tasks with targets: outputs are compared with `y`, by `inner_loss` in inner loops.
 
-    Attributes:
-        target: "class" or "value".
-        metric: Score of a task.
-        loss: Loss on queries and batches.
-        inner_loss: Loss on the support set, for inner loops.
-        predicts: True: outputs are predictions of `y`.
-        counts_errors: Whether logs have `CLASS_ERRORS`, for classes.
+    `counts_errors`: logs have `CLASS_ERRORS`, for classes.
     """
 
     target: str
@@ -114,11 +101,8 @@ def supervised(
 ) -> Supervised:
     """Return the family of classification ("class") or regression ("value").
 
-    Args:
-        target: "class" or "value".
-        loss: Loss on queries and batches, a name in `LOSSES` or a function; None for the default.
-        inner_loss: Loss of inner loops, likewise.
-        settings: Further arguments of `loss`.
+    Losses are names in `LOSSES` or functions; None for the default. `settings` are further
+    arguments of `loss`, the loss of queries and batches.
     """
     losses = LOSSES[target]
     default = next(iter(losses.values()))

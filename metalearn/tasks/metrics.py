@@ -11,11 +11,8 @@ from torch import Tensor
 class Metric:
     """A score of predictions.
 
-    Attributes:
-        name: Name in logs and results.
-        higher_is_better: Which direction is better.
-        of: Maps (prediction [..., Q, N], y) to scores [...]. Of control: (rewards [..., H, M], y)
-            for M trajectories of H steps.
+    `of` maps (prediction [..., Q, N], y) to scores [...]. Of control: (rewards [..., H, M], y) for
+    M trajectories of H steps.
     """
 
     name: str
@@ -38,15 +35,7 @@ def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
 
 
 def class_errors(prediction: Tensor, y: Tensor) -> Tensor:
-    """Count the wrong predictions and the queries of each class.
-
-    Args:
-        prediction: Logits [Q, N].
-        y: Labels [Q], or probabilities [Q, N], of which the most probable one counts.
-
-    Returns:
-        float32 [2, N].
-    """
+    """Count the wrong predictions and the queries of each class: -> float32 [2, N]."""
     if y.is_floating_point():
         y = y.argmax(-1)
     asked = (y[:, None] == torch.arange(prediction.shape[-1], device=y.device)).float()

@@ -28,13 +28,9 @@ STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an episode.
+    """The shape of an episode: `shot`, `query` and `unlabelled` are examples per class.
 
     Attributes:
-        way: Number of classes.
-        shot: Support examples per class.
-        query: Query examples per class.
-        unlabelled: Unlabelled examples per class.
         distractors: Number of additional classes with unlabelled examples only.
         where: The settings that give the shape, for error messages.
         copies: Number of augmented copies that replace each support example; 0 for the example.
@@ -90,6 +86,7 @@ class TaskSource(BatchSource, Protocol):
 
         Arguments as in `draw`.
         """
+        return None
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
@@ -100,20 +97,15 @@ def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodeSampler:
+class EpisodeSampler(TaskSource):
     """Sample N-way K-shot episodes of a split.
 
-    Support, query and unlabelled examples share no input.
+    Support, query and unlabelled examples share no input. Raise UserError if the shape is
+    impossible, or the split has too few classes or examples for it.
 
     Attributes:
-        store: Inputs.
-        view: Classes.
-        shape: Shape of the episodes.
         key: int64 [].
         support_store: Inputs of support sets; None for those of `store`.
-
-    Raises:
-        UserError: The shape is impossible, or the split has too few classes or examples for it.
     """
 
     store: Store
@@ -167,7 +159,6 @@ class EpisodeSampler:
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw episodes first .. first + count - 1."""
         shape, index = self.shape, self.view.index
         key_T = numbered_keys(self.key, first, count)
         classes_TN, rotations_TN = self.view.choose(key_T, shape.way + shape.distractors)
@@ -204,7 +195,6 @@ class EpisodeSampler:
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), key)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
         return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
             :, : self.shape.way
@@ -233,7 +223,7 @@ class EpisodeSampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSampler:
+class BatchSampler(BatchSource):
     """Sample ordinary batches, with labels 0..C-1 over all classes of the view.
 
     Each example is there `num_views` times, in adjacent rows: an augmented store changes each row.
@@ -250,7 +240,6 @@ class BatchSampler:
         _ = self.view.index.num_inputs
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
-        """Draw batches first .. first + count - 1."""
         index = self.view.index
         key_T = numbered_keys(self.key, first, count)
         # Uniform over inputs, not over classes. The cumulative counts map an input to its class.

@@ -77,11 +77,11 @@ class Task:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An ordinary batch.
+    """An ordinary batch: labels are over all training classes.
 
     Attributes:
         x: Inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent.
-        y: Labels over all training classes, int64 [B], or targets, float32 [B, D].
+        y: Labels int64 [B], or targets, float32 [B, D].
         key: int64 [].
     """
 
@@ -93,9 +93,7 @@ class Batch:
 class State(NamedTuple):
     """All tensors of a method. Checkpoint files call the two fields `meta` and `fixed`.
 
-    Attributes:
-        params: Tensors with meta-gradients.
-        buffers: Tensors without, such as population statistics and optimiser moments.
+    Parameters have meta-gradients; buffers, such as population statistics, have none.
     """
 
     params: Params
@@ -103,12 +101,7 @@ class State(NamedTuple):
 
 
 class InputSpec(NamedTuple):
-    """The inputs of a dataset.
-
-    Attributes:
-        shape: Shape of one input, without the batch axis.
-        vocabulary: Number of different tokens; None for other inputs.
-    """
+    """Shape of an input of a dataset, and the number of different tokens; None for other inputs."""
 
     shape: tuple[int, ...]
     vocabulary: int | None = None
@@ -136,12 +129,8 @@ class Tokenizer(Protocol):
 class Spec:
     """What the initialisation of a method depends on.
 
-    Attributes:
-        input_shape: Shape of one input.
-        way: Number of classes per task, or of target dimensions.
-        train_classes: Number of training classes, 0 for regression.
-        target: "class", "value" or another target of a family.
-        vocabulary: See `InputSpec`.
+    `way` is the number of classes per task, or of target dimensions; `train_classes` is 0 for
+    regression.
     """
 
     input_shape: tuple[int, ...]
