@@ -477,7 +477,12 @@ def main() -> None:
     stored = json.loads(file.read_text()) if file.exists() else {}
     content: dict[str, Any] = {
         "environment": describe_environment(device),
-        "rows": [],
+        # Those of other cases stay.
+        "rows": [
+            row
+            for row in stored.get("rows", [])
+            if "is" in row and args.only and args.only not in row["case"]
+        ],
         "earlier": stored.get("earlier") or _earlier(stored),
     }
     if args.rest:

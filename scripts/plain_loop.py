@@ -46,7 +46,8 @@ class PlainConv4(nn.Module):
             name: re.sub(r"(conv|norm)s\.", r"net.\1", name) for name, _ in self.named_parameters()
         }
         self.load_state_dict({own: params[name].detach() for own, name in names.items()})
-        return {name: own for own, name in names.items()}
+        back = {name: own for own, name in names.items()}
+        return {name: back[name] for name in params}
 
     def gradients(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Return the gradients by the names that `load` returned."""
