@@ -17,7 +17,8 @@ from torch.func import functional_call
 from metalearn.run.build import Run
 
 Gradients = dict[str, Tensor]
-Step = Callable[[Any], tuple[Gradients, Tensor]]
+#: Also the losses of the tasks [T], and mean statistics of normalisation for running averages.
+Step = Callable[[Any], tuple[Gradients, Tensor, dict[str, Tensor]]]
 #: The loss of a task: a function of its support set and queries.
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -27,7 +28,7 @@ class PlainConv4(nn.Module):
 
     def __init__(self, filters: int, stride: bool, mean: bool, way: int | None) -> None:
         super().__init__()
-        self.stride, self.mean = stride, mean
+        self.stride, self.mean, self.size = stride, mean, 0
         self.convs = nn.ModuleList(
             nn.Conv2d(
                 filters if block else 1, filters, 3, 2 if stride else 1, padding=1, bias=False
@@ -35,7 +36,9 @@ class PlainConv4(nn.Module):
             for block in range(4)
         )
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(filters, track_running_stats=False) for _ in range(4)
+            # With momentum 1, the statistics of the last batch.
+            nn.BatchNorm2d(filters, momentum=1.0, track_running_stats=not stride)
+            for _ in range(4)
         )
         features = filters * (1 if mean or not stride else 4)
         self.head = nn.Linear(features, way) if way else nn.Identity()
@@ -45,7 +48,7 @@ class PlainConv4(nn.Module):
         names = {
             name: re.sub(r"(conv|norm)s\.", r"net.\1", name) for name, _ in self.named_parameters()
         }
-        self.load_state_dict({own: params[name].detach() for own, name in names.items()})
+        self.load_state_dict({own: params[name].detach() for own, name in names.items()}, False)
         back = {name: own for own, name in names.items()}
         return {name: back[name] for name in params}
 
@@ -57,8 +60,20 @@ class PlainConv4(nn.Module):
             for name, key in names.items()
         }
 
+    def statistics(self, images: int) -> dict[str, Tensor]:
+        """Return mean and biased variance of each normalisation in the last batch, if tracked."""
+        values, size = {}, self.size
+        for block, norm in enumerate(self.norms):
+            if norm.running_mean is not None:
+                count = images * size**2
+                values[f"net.norm{block}.mean"] = norm.running_mean.clone()
+                values[f"net.norm{block}.var"] = norm.running_var * ((count - 1) / count)
+            size //= 2
+        return values
+
     def forward(self, x: Tensor) -> Tensor:
         """Embed images [B, 1, H, W], or classify them if `way` was given."""
+        self.size = x.shape[-1]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
             x = x if self.stride else F.max_pool2d(x, 2)
@@ -69,14 +84,13 @@ def plain_step(run: Run) -> Step:
     """Return the plain loop of a run: of MAML, first-order MAML or ANIL, else of ProtoNet.
 
     Returns:
-        A function of tasks that computes their mean meta-gradient and losses [T], for the
-        parameters that `run.state` has at that moment.
+        A function of tasks, for the parameters that `run.state` has at that moment.
     """
     loss, model = _gradient_loss(run) if "inner_steps" in run.config.algo else _metric_loss(run)
     model.to(run.device)
 
-    def step(tasks: Any) -> tuple[Gradients, Tensor]:
-        names, losses = model.load(run.state.params), []
+    def step(tasks: Any) -> tuple[Gradients, Tensor, dict[str, Tensor]]:
+        names, losses, statistics = model.load(run.state.params), [], []
         model.zero_grad()
         for support, query in zip(
             *(zip(part.x, part.y, strict=True) for part in (tasks.support, tasks.query)),
@@ -85,7 +99,11 @@ def plain_step(run: Run) -> Step:
             value = loss(*support, *query)
             (value / len(tasks.key)).backward()
             losses.append(value.detach())
-        return model.gradients(names), torch.stack(losses)
+            statistics.append(model.statistics(len(support[0]) + len(query[0])))
+        means = {
+            name: torch.stack([one[name] for one in statistics]).mean(0) for name in statistics[0]
+        }
+        return model.gradients(names), torch.stack(losses), means
 
     return step
 
@@ -119,10 +137,12 @@ def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
 def _metric_loss(run: Run) -> tuple[Loss, PlainConv4]:
     way = run.config.episode.train.way
     model = PlainConv4(run.config.backbone["filters"], False, False, None)
+    temperature = run.config.algo["temperature"] or run.config.backbone["filters"]
 
     def loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         z = model(torch.cat([support_x[support_y.argsort()], query_x]))
         means = z[: len(support_y)].unflatten(0, (way, -1)).mean(1)
-        return F.cross_entropy(-torch.cdist(z[len(support_y) :], means).square(), query_y)
+        logits = -torch.cdist(z[len(support_y) :], means).square() / temperature
+        return F.cross_entropy(logits, query_y)
 
     return loss, model

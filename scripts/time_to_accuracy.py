@@ -56,8 +56,10 @@ class PlainEngine:
 
     def step(self, state: Any, tasks: Any, progress: Tensor, *rest: Any) -> Step:
         """Compute meta-gradients and losses of tasks for the parameters of the run."""
-        gradients, losses = self.compute(tasks)
-        return Step(gradients, {"loss": losses.mean()}, {}, {}, losses)
+        gradients, losses, statistics = self.compute(tasks)
+        if not state.buffers:
+            statistics = {}
+        return Step(gradients, {"loss": losses.mean()}, statistics, {}, losses)
 
 
 class Contestant:

@@ -5,6 +5,7 @@ import pytest
 import speed_page
 import torch
 from plain_loop import plain_step
+
 from tests.fixtures import to_float64
 
 _HALF = torch.tensor(0.5)
@@ -24,9 +25,12 @@ _STRIDE = ("backbone.downsample=stride", "backbone.output=mean")
 def test_the_plain_loop_has_the_gradients_and_losses_of_the_engine(words, make_run):
     run = make_run(*words, "train.meta_batch=2", "episode.query=2")
     tasks = run.train.draw(0, 2)
-    gradients, losses = plain_step(run)(tasks)
+    gradients, losses, statistics = plain_step(run)(tasks)
     expected = run.train_engine.step(run.state, tasks, _HALF)
     torch.testing.assert_close(losses, expected.losses, rtol=1e-4, atol=1e-5)
+    assert statistics.keys() == expected.statistics.keys()
+    for name, value in expected.statistics.items():
+        torch.testing.assert_close(statistics[name], value, rtol=1e-3, atol=1e-5)
     assert list(gradients) == list(run.state.params)
     exact = benchmark_speed.exact_gradients(run, tasks)
     assert benchmark_speed.error(gradients, exact) < 1e-2  # a ReLU may flip
