@@ -152,7 +152,7 @@ def _rival_python(library: str) -> str:
         print(f"installing {PACKAGES[library][0]} in {folder.relative_to(_ROOT)}", flush=True)
         version = ".".join(map(str, sys.version_info[:2]))
         subprocess.run([uv, "venv", "-q", "--clear", "--python", version, folder], check=True)
-        install = [uv, "pip", "install", "-q", "--python", python]
+        install = [uv, "pip", "install", "-q", "--python", str(python)]
         subprocess.run([*install, *PACKAGES[library]], check=True)
         (folder / ".ready").touch()
     return str(python)
@@ -162,7 +162,9 @@ def rivals(run: Run, tasks: Any, folder: Path) -> Iterator[Rival]:
     """Start the rivals that can compute a case: MAML, first-order MAML or ANIL on a CPU."""
     if "inner_steps" not in run.config.algo or run.device.type != "cpu":
         return
-    case = {f"param:{name}": value.detach().numpy() for name, value in run.state.params.items()}
+    case: Any = {
+        f"param:{name}": value.detach().numpy() for name, value in run.state.params.items()
+    }
     for name, part in (("support", tasks.support), ("query", tasks.query)):
         case |= {f"{name}_x": part.x.numpy(), f"{name}_y": part.y.numpy()}
     settings = json.dumps(run.config.algo | {"eps": run.config.backbone["eps"]})
@@ -253,15 +255,17 @@ def measure(run: Run, seconds: float) -> dict[str, dict[str, Any]]:
                     continue
                 gradients = dict(np.load(folder / "gradient.npz"))
                 results[rival.library] = {"error": error(gradients, exact), **answer}
-                samplers[rival.library] = lambda seconds, rival=rival: rival.ask(
-                    f"sample {seconds}"
-                )
+                samplers[rival.library] = functools.partial(_ask_for_sample, rival)
             for name, values in _sampled(samplers, end).items():
                 results[name] |= values
         finally:
             for rival in started:
                 rival.close()
     return results
+
+
+def _ask_for_sample(rival: Rival, seconds: float) -> dict[str, float]:
+    return rival.ask(f"sample {seconds}")
 
 
 def _sampled(
@@ -315,7 +319,7 @@ def operator_speeds() -> list[dict[str, Any]]:
     second = (gy, g, b, gy, g, a, xh, r, 0.0, 1)
     square = normal(2048, 2048)
     flops = 2 * 16 * 10 * 49 * 9 * 64 * 64  # with the padding, which the C code leaves out
-    rows = {
+    rows: dict[str, tuple[Any, tuple[Any, ...], int]] = {
         "convolution": (ops.conv, (x, w, 2), flops),
         "its gradient by inputs": (ops.conv_input, (gy, w, 14, 14, 2), flops),
         "its gradient by weights": (ops.conv_weight, (x, gy, 3, 2, 1), flops),
@@ -366,7 +370,7 @@ def inductor_gain() -> dict[str, Any]:
     times: dict[str, list[float]] = {"replayed": [], "compiled": []}
     for _ in range(7):
         for name, step in (("replayed", traced), ("compiled", compiled)):
-            one = sample(lambda step=step: step(*args), 16, _SAMPLE)
+            one = sample(functools.partial(step, *args), 16, _SAMPLE)
             times[name].append(1e3 * one["cpu"] / one["tasks"])
     torch.set_num_threads(used)
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metalearn.algorithms.protonet import distance_scale
 from metalearn.run.build import Run
 
 Gradients = dict[str, Tensor]
@@ -64,10 +65,11 @@ class PlainConv4(nn.Module):
         """Return mean and biased variance of each normalisation in the last batch, if tracked."""
         values, size = {}, self.size
         for block, norm in enumerate(self.norms):
-            if norm.running_mean is not None:
+            mean, var = norm.running_mean, norm.running_var
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
                 count = images * size**2
-                values[f"net.norm{block}.mean"] = norm.running_mean.clone()
-                values[f"net.norm{block}.var"] = norm.running_var * ((count - 1) / count)
+                values[f"net.norm{block}.mean"] = mean.clone()
+                values[f"net.norm{block}.var"] = var * ((count - 1) / count)
             size //= 2
         return values
 
@@ -110,6 +112,7 @@ def plain_step(run: Run) -> Step:
 
 def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
     settings, way = run.config.algo, run.config.episode.train.way
+    assert isinstance(way, int)
     model = PlainConv4(run.config.backbone["filters"], True, True, way)
     first_order, head_only = settings["first_order"], settings["adapted_part"] == "head"
     adapted = [
@@ -137,12 +140,14 @@ def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
 def _metric_loss(run: Run) -> tuple[Loss, PlainConv4]:
     way = run.config.episode.train.way
     model = PlainConv4(run.config.backbone["filters"], False, False, None)
-    temperature = run.config.algo["temperature"] or run.config.backbone["filters"]
+    temperature = run.config.algo["temperature"]
 
     def loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
         z = model(torch.cat([support_x[support_y.argsort()], query_x]))
         means = z[: len(support_y)].unflatten(0, (way, -1)).mean(1)
-        logits = -torch.cdist(z[len(support_y) :], means).square() / temperature
+        logits = -torch.cdist(z[len(support_y) :], means).square() / (
+            temperature or distance_scale(z)
+        )
         return F.cross_entropy(logits, query_y)
 
     return loss, model

@@ -116,8 +116,8 @@ def _parallel_metalearn(
             return x.mean((-2, -1))
 
     class Head(nn.Linear):
-        def forward(self, x: Any, **flags: Any) -> Any:
-            return super().forward(x)
+        def forward(self, input: Any, **flags: Any) -> Any:
+            return super().forward(input)
 
     loss = library["loss"]
     way, features = params["head.weight"].shape
@@ -166,7 +166,8 @@ def main() -> None:
     for line in sys.stdin:
         command, argument = line.split()
         if command == "gradient":
-            np.savez(argument, **{name: np.asarray(value) for name, value in step().items()})
+            arrays: Any = {name: np.asarray(value) for name, value in step().items()}
+            np.savez(argument, **arrays)
             package = PACKAGES[library][0].partition("=")[0]
             answer: dict[str, Any] = {"version": importlib.metadata.version(package)}
         else:

@@ -65,8 +65,9 @@ def test_usage_grows_with_the_work_of_this_process():
     before = cores.usage()
     if before is None:
         pytest.skip("requires /proc/stat")
-    while cores.usage().own < before.own + 0.05:
+    while (now := cores.usage()) and now.own < before.own + 0.05:
         pass
-    used = cores.usage().since(before)
+    assert now is not None
+    used = now.since(before)
     assert used.own >= 0.05 and used.wall >= used.own / (os.cpu_count() or 1)
     assert used.all >= used.own - 0.05
