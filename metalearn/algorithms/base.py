@@ -54,26 +54,17 @@ class Algorithm:
     class_equivariant: ClassVar[bool] = True
     #: True if predictions depend on the order of the support set.
     support_order_matters: ClassVar[bool] = False
+    #: Number of adaptation steps in meta-training; None means as in testing.
+    training_steps: ClassVar[int | None] = None
+    #: Number of copies (`augment.support`) that replace a support example in tests; 0: none.
+    support_copies: ClassVar[int] = 0
+    #: True if the backward pass can recompute inner steps (`engine.rematerialise`).
+    can_rematerialise: ClassVar[bool] = False
 
     backbone: Backbone = given_by_run()
     statistics: str = given_by_run()
     family: TaskFamily = given_by_run(CLASSIFICATION)
     source: str = given_by_run("episodes")
-
-    @property
-    def training_steps(self) -> int | None:
-        """Return the number of adaptation steps in meta-training; None means as in testing."""
-        return None
-
-    @property
-    def support_copies(self) -> int:
-        """Return how many copies (`augment.support`) replace a support example in tests; or 0."""
-        return 0
-
-    @property
-    def can_rematerialise(self) -> bool:
-        """Return True if the backward pass can recompute inner steps (`engine.rematerialise`)."""
-        return False
 
     @property
     def network(self) -> Backbone:

@@ -1,7 +1,4 @@
-"""CAVIA: adapt only a few context parameters, which scale and shift the features of the network.
-
-Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson (2019), "Fast context adaptation via meta-learning".
-"""
+"""CAVIA: adapt only a few context parameters, which scale and shift the features of the network."""
 
 import dataclasses
 from typing import Any
@@ -44,9 +41,6 @@ class CAVIA(MetaGradient):
     convolution; elsewhere phi is a further input of the first layer), and phi = 0 is the unmodified
     network (theirs: a bias of s and t is learned, and 1 is not added). Both make phi_0 = 0 a
     network that can be pretrained.
-
-    Attributes:
-        num_context: Number of context parameters.
     """
 
     num_context: int = at_least(1)

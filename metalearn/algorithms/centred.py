@@ -21,9 +21,6 @@ class CentredHead(EmbeddingAlgorithm):
 
     UN: u = z. L2N: u = z / |z|. CL2N: u = (z - m) / |z - m|, with the mean m of the embeddings of
     the training classes (Wang et al. 2019, 2.2), here over the last training batches.
-
-    Attributes:
-        features: "UN", "L2N" or "CL2N".
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

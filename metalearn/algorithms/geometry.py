@@ -3,14 +3,10 @@
 Legend of shapes: M examples, N ways or other examples, D features.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def one_hot(y_M: Tensor, way: int) -> Tensor:
-    """Compute one-hot labels: int64 [M] -> bool [M, N]. Unlike torch's, it exports any N."""
-    return y_M.unsqueeze(-1) == torch.arange(way, device=y_M.device)
+from metalearn.tasks.metrics import one_hot
 
 
 def class_sums(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:

@@ -9,6 +9,7 @@ Oh et al. (2021), "BOIL: Towards representation change for few-shot learning".
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,31 +28,18 @@ class GradientDescent(LinearHeadAlgorithm):
     """Gradient descent on the support set from the meta-trained weights.
 
     theta_k+1 = theta_k - inner_lr * grad L_support(theta_k) (Finn et al. 2017, eq. 1).
-
-    Attributes:
-        inner_lr: Learning rate.
-        test_inner_steps: K in testing.
-        rematerialise: Whether the backward pass recomputes inner steps.
     """
 
     inner_lr: float = above(0)
     test_inner_steps: int = at_least(0)
     rematerialise: bool = given_by_run(False)
 
-    @property
-    def is_first_order(self) -> bool:
-        """Return True to drop the derivative of the inner gradient."""
-        return False
-
-    @property
-    def regularisation(self) -> float:
-        """Return lambda of the term lambda / 2 |theta_k - theta_0|^2 in the inner loss."""
-        return 0.0
-
-    @property
-    def embeds_once(self) -> bool:
-        """Return True if the support set's embeddings are the same at every inner step."""
-        return False
+    #: True to drop the derivative of the inner gradient.
+    is_first_order: ClassVar[bool] = False
+    #: lambda of the term lambda / 2 |theta_k - theta_0|^2 in the inner loss.
+    regularisation: ClassVar[float] = 0.0
+    #: True if the support set's embeddings are the same at every inner step.
+    embeds_once: ClassVar[bool] = False
 
     def adapts(self, name: str) -> bool:
         """Return True if the inner loop adapts the weight with this name."""
@@ -68,17 +56,14 @@ class GradientDescent(LinearHeadAlgorithm):
         theta, given = state.params, self.given(state)
         start = {name: value for name, value in theta.items() if self.adapts(name)}
         slow = {name: value for name, value in theta.items() if name not in start}
-        seen = (
-            dataclasses.replace(support, x=self.embed(slow, support.x, given))
-            if self.embeds_once
-            else support
-        )
+        if self.embeds_once:
+            support = dataclasses.replace(support, x=self.embed(slow, support.x, given))
         fast, trajectory = start, [theta]
         for step in range(steps):
             descend: Callable[..., Params] = functools.partial(self.descend, step)
             if self.rematerialise and not self.is_first_order:
                 descend = rematerialised(descend)
-            fast = descend(fast, start, slow, seen, given, prng.fold_in(key, step))
+            fast = descend(fast, start, slow, support, given, prng.fold_in(key, step))
             trajectory.append({**slow, **fast})
         return trajectory
 
@@ -144,11 +129,9 @@ class GradientDescent(LinearHeadAlgorithm):
 class MetaGradient(GradientDescent):
     """Gradient descent that meta-training differentiates through.
 
-    Attributes:
-        inner_steps: K in meta-training.
-        step_lrs: Learning rates of the first inner steps; the last one is used for all later steps.
-            If empty, all steps use inner_lr.
-        first_order: If true, drop the derivative of the inner gradient (Finn et al. 2017, 5.2).
+    The last of `step_lrs`, the rates of the first inner steps, is used for all later steps; if they
+    are empty, all steps use inner_lr. `first_order` drops the derivative of the inner gradient
+    (Finn et al. 2017, 5.2).
     """
 
     inner_steps: int = at_least(0, in_testing="test_inner_steps")
@@ -156,15 +139,18 @@ class MetaGradient(GradientDescent):
     first_order: bool
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
+        """Return `inner_steps`."""
         return self.inner_steps
 
     @property
-    def is_first_order(self) -> bool:
+    def is_first_order(self) -> bool:  # type: ignore[override]
+        """Return `first_order`."""
         return self.first_order
 
     @property
-    def can_rematerialise(self) -> bool:
+    def can_rematerialise(self) -> bool:  # type: ignore[override]
+        """Return True unless first-order, where no inner step is differentiated."""
         return not self.first_order
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
@@ -192,11 +178,13 @@ class GradientAdaptation(MetaGradient):
     inner_loss: str = choice("mean", "sum")
 
     @property
-    def regularisation(self) -> float:
+    def regularisation(self) -> float:  # type: ignore[override]
+        """Return `pull`."""
         return self.pull
 
     @property
-    def embeds_once(self) -> bool:
+    def embeds_once(self) -> bool:  # type: ignore[override]
+        """Return True if only the head of a predictor adapts."""
         return self.adapted_part == "head" and self.family.predicts
 
     def adapts(self, name: str) -> bool:

@@ -42,10 +42,8 @@ class LinearHeadAlgorithm(Algorithm):
     def init(self, spec: Spec, key: Tensor) -> State:
         params, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         features = math.prod(self.backbone.shape(spec.inputs))
-        head = {
-            "head.weight": init_weight(prng.fold_in(key, 1), spec.way, features),
-            "head.bias": torch.zeros(spec.way, device=key.device),
-        }
+        weight = init_weight(prng.fold_in(key, 1), spec.way, features)
+        head = {"head.weight": weight, "head.bias": torch.zeros(spec.way, device=key.device)}
         extra = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
         return State(prefixed(params, "net") | head | extra, prefixed(population, "net"))
 

@@ -1,7 +1,4 @@
-"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone.
-
-Hu et al. (2022), "LoRA: Low-rank adaptation of large language models".
-"""
+"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone."""
 
 import dataclasses
 import math
@@ -45,10 +42,7 @@ class LoRA(GradientAdaptation):
     meta-learned; a frozen backbone's W stays. Departure: A and B are the initialisation of gradient
     descent on few examples, so they are meta-learned (theirs: trained once on a large dataset).
 
-    Attributes:
-        rank: Rank of each change, at most.
-        scale: Factor of BA.
-        layers: Regular expression; a weight of the backbone is changed if it occurs in its name.
+    A weight is changed if the regular expression `layers` occurs in its name.
     """
 
     rank: int = at_least(1)

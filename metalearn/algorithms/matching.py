@@ -1,7 +1,4 @@
-"""Matching networks: predict a query's label by attention over the support examples.
-
-Vinyals et al. (2016), "Matching networks for one shot learning".
-"""
+"""Matching networks: predict a query's label by attention over the support examples."""
 
 import dataclasses
 
@@ -24,11 +21,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
     p(y | x) = sum_i a(x, x_i) y_i, with a the softmax of the cosine similarities (Vinyals et al.
     2016, eq. 1 and 2.1.1).
 
-    Attributes:
-        temperature: Divides the similarities. The paper has none (1); then p stays flat, because
-            cosines are in [-1, 1].
-        full_context: If true, a bidirectional LSTM embeds the support set in its order, and an LSTM
-            with `processing_steps` steps embeds each query with attention to it (A.1, A.2).
+    With full context, a bidirectional LSTM embeds the support set in its order, and an LSTM with
+    `processing_steps` steps embeds each query with attention to it (A.1, A.2). The paper has no
+    temperature (1); then p stays flat, because cosines are in [-1, 1].
     """
 
     temperature: float = above(0)
@@ -44,13 +39,10 @@ class MatchingNetwork(EmbeddingAlgorithm):
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}
-        return {
-            name: value
-            for number, (part, hidden) in enumerate(recurrent.items())
-            for name, value in prefixed(
-                init_lstm(prng.fold_in(key, number), size, hidden), part
-            ).items()
-        }
+        params: Params = {}
+        for number, (part, hidden) in enumerate(recurrent.items()):
+            params |= prefixed(init_lstm(prng.fold_in(key, number), size, hidden), part)
+        return params
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
         z = self.embed_in_context(weights, z) if self.full_context else z

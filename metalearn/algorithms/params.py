@@ -8,11 +8,8 @@ from metalearn.tasks.types import Params
 
 def select(params: Params, prefix: str) -> Params:
     """Return the entries that start with `prefix.`, without the prefix."""
-    return {
-        name[len(prefix) + 1 :]: value
-        for name, value in params.items()
-        if name.startswith(f"{prefix}.")
-    }
+    start = f"{prefix}."
+    return {name.removeprefix(start): x for name, x in params.items() if name.startswith(start)}
 
 
 def prefixed(params: Params, prefix: str) -> Params:

@@ -1,7 +1,4 @@
-"""Siamese network: the probability that two images show the same class.
-
-Koch, Zemel and Salakhutdinov (2015), "Siamese neural networks for one-shot image recognition".
-"""
+"""Siamese network: the probability that two images show the same class."""
 
 import dataclasses
 from typing import ClassVar

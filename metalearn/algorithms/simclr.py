@@ -1,8 +1,4 @@
-"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image.
-
-Chen, Kornblith, Norouzi and Hinton (2020), "A simple framework for contrastive learning of visual
-representations".
-"""
+"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image."""
 
 import dataclasses
 from typing import ClassVar
@@ -41,10 +37,6 @@ class SimCLR(EmbeddingAlgorithm):
     the share of views whose nearest other one is of the same image.
 
     Departures: Adam instead of LARS; the augmentations are those of `augment.ops`.
-
-    Attributes:
-        projection: Number P of values of a projection.
-        contrast_temperature: t.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

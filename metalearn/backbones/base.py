@@ -24,19 +24,13 @@ class Backbone:
     #: True for a network of another library. It takes images in [0, 1] and standardises them
     #: itself, always uses its population statistics, and is applied to one task at a time.
     is_external: ClassVar[bool] = False
+    #: True if the network has normalisations, so that the run's `statistics` matter.
+    normalises: ClassVar[bool] = True
+    #: True if parameters get no gradient and population statistics never change.
+    is_frozen: ClassVar[bool] = False
 
     eps: float = above(0, default=1e-5)
     kernels: Kernels = given_by_run(Kernels())
-
-    @property
-    def normalises(self) -> bool:
-        """True if the network has normalisations, so that the run's `statistics` matter."""
-        return True
-
-    @property
-    def is_frozen(self) -> bool:
-        """True if parameters get no gradient and population statistics never change."""
-        return False
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the network's inputs; None for a network without texts."""
@@ -63,16 +57,13 @@ class Backbone:
         raise NotImplementedError
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Compute embeddings.
+        """Compute embeddings [B, D] of inputs x [B, *X].
 
         Args:
             params: Parameters from `init`, possibly adapted.
-            x: Inputs, [B, *X].
+            x: Inputs.
             norm: Applies a normalisation by its name: `x = norm("norm0", x)`.
             key: Random key for noise such as dropout, int64 []; None for no noise.
-
-        Returns:
-            Embeddings [B, D].
         """
         raise NotImplementedError
 
@@ -85,18 +76,15 @@ class Backbone:
         key: Tensor | None = None,
         film: Params | None = None,
     ) -> tuple[Tensor, Params]:
-        """Compute embeddings and, if `collect`, the normalisation statistics of this batch.
+        """Compute embeddings [B, D] and, if `collect`, the normalisation statistics of this batch.
 
         Args:
             params: Parameters from `init`, possibly adapted.
             x: Inputs, [B, *X].
             given: Normalisation statistics to use; None to use those of the batch.
-            collect: Whether to return the statistics of the batch.
+            collect: Whether to return the statistics of the batch; else {}.
             key: Random key for noise in meta-training, int64 []; None for no noise.
             film: Task-specific scale and shift after each normalisation, shaped like `film()`.
-
-        Returns:
-            Embeddings [B, D], and the statistics ({} unless `collect`).
         """
         if self.is_frozen:
             params = {name: value.detach() for name, value in params.items()}
@@ -126,5 +114,6 @@ class FreezableBackbone(Backbone):
     frozen: bool = setting()
 
     @property
-    def is_frozen(self) -> bool:
+    def is_frozen(self) -> bool:  # type: ignore[override]
+        """Return True for the setting `frozen`."""
         return self.frozen

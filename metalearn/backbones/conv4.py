@@ -19,12 +19,8 @@ class Conv4(Backbone):
 
     Convolutions have a bias only if no normalisation follows.
 
-    Args:
-        filters: Number of filters of each block.
-        halvings: Number of blocks that halve the image, from the first; None for all.
-        downsample: "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
-            no pooling: Finn on Omniglot).
-        output: "flatten", or "mean" over positions.
+    `downsample` is "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
+    no pooling: Finn on Omniglot); `output` is "flatten", or "mean" over positions.
     """
 
     filters: int = at_least(1)
@@ -36,7 +32,8 @@ class Conv4(Backbone):
     activation: str = choice(*ACTIVATIONS)
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
+        """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
@@ -58,11 +55,8 @@ class Conv4(Backbone):
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
-            height, width = (
-                (height // 2, width // 2)
-                if self.downsample == "pool"
-                else ((height + 1) // 2, (width + 1) // 2)
-            )
+            rounding = int(self.downsample == "stride")
+            height, width = (height + rounding) // 2, (width + rounding) // 2
         if height == 0 or width == 0:
             raise UserError(
                 f"backbone.blocks={self.blocks} halve {start[0]}x{start[1]} images too often; "

@@ -33,7 +33,8 @@ class MLP(Backbone):
     initialisation: str = choice("he", "xavier", default="he")
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
+        """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:

@@ -27,10 +27,7 @@ class R2D2Conv(Backbone):
     features for 32x32 images with the published filters. (The reimplementation of Lee et al. (2019)
     halves a fourth time instead and omits the last activation.)
 
-    Args:
-        filters: Number of filters of each block.
-        dropout: Rate in meta-training (authors: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on
-            Omniglot).
+    Authors' dropout: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on Omniglot.
     """
 
     filters: list[int] = at_least(1)
@@ -57,10 +54,8 @@ class R2D2Conv(Backbone):
         last = len(self.filters) - 1
         outputs = []
         for block in range(last + 1):
-            x = F.leaky_relu(
-                F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2),
-                _SLOPE,
-            )
+            x = F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2)
+            x = F.leaky_relu(x, _SLOPE)
             if block > last - _OUTPUT_BLOCKS:
                 if key is not None and self.dropout:
                     x = dropout(x, self.dropout, prng.fold_in(key, block))

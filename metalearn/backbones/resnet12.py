@@ -25,12 +25,8 @@ class ResNet12(Backbone):
     DropBlock has its full rate from the first step (authors: rises over 40,000 steps), and weights
     are initialised by fan-in (authors: fan-out).
 
-    Args:
-        filters: Number of filters of each block (authors: 64, 160, 320, 640).
-        output: "mean" over positions, or "flatten".
-        dropout: Rate after each block in meta-training.
-        drop_block: Whether DropBlock, with squares of `block_size`, replaces dropout in the last
-            two blocks.
+    `filters` are of each block (authors: 64, 160, 320, 640). Dropout follows each block in
+    meta-training; DropBlock, with squares of `block_size`, may replace it in the last two blocks.
     """
 
     filters: list[int] = at_least(1)

@@ -51,14 +51,10 @@ class ResNet18(FreezableBackbone):
 
     Images with one channel are repeated in all three. Images are halved five times, so use
     dataset.image_size=84 or more. They are standardised with the dataset's own statistics, not
-    ImageNet's.
-
-    Args:
-        weights: None (random), "imagenet" (torchvision's, downloaded once into torch's hub folder),
-            or a file with a state dict of that network, saved with torch.save; also inside a
-            checkpoint's "state_dict" or "model", or with a prefix such as "module.".
-        frozen: Whether meta-training and adaptation leave the weights unchanged. With
-            statistics=population, the statistics loaded with the weights are used.
+    ImageNet's. `weights` are random (None), torchvision's ("imagenet", downloaded once into torch's
+    hub folder), or a file with a state dict of that network, saved with torch.save; also inside a
+    checkpoint's "state_dict" or "model", or with a prefix such as "module.". If they are frozen,
+    and with statistics=population, the statistics loaded with the weights are used.
     """
 
     weights: str | None

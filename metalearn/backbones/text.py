@@ -37,14 +37,12 @@ class HashedTokens:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return tokens, int64 [I, L], padded with 0 to the longest text."""
-        rows = [torch.tensor(self._numbers(text), dtype=torch.int64) for text in texts]
-        return (
-            pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
-        )
-
-    def _numbers(self, text: str) -> list[int]:
-        parts = itertools.islice(self.split(text), self.length)
-        return [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+        rows = [torch.zeros(1, dtype=torch.int64)]
+        for text in texts:
+            parts = itertools.islice(self.split(text), self.length)
+            numbers = [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+            rows.append(torch.tensor(numbers, dtype=torch.int64))
+        return pad_sequence(rows, batch_first=True)[1:]
 
 
 def character_ngrams(text: str, size: int) -> list[str]:
@@ -62,7 +60,7 @@ class BagOfNGrams(FreezableBackbone):
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]
+    normalises: ClassVar[bool] = False
 
     ngram: int = at_least(1)
     features: int = at_least(2)
@@ -102,16 +100,12 @@ def words(text: str) -> list[str]:
 class TextTransformer(Backbone):
     """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
 
-    Args:
-        width: Number of features D.
-        heads: Number of attention heads H, a divisor of D.
-        vocabulary: Number of hash values of words.
-        length: Largest number of words of a text; those after it are left out.
-        dropout: Probability that a word is left out in training (of all words; none is scaled).
+    `heads` is a divisor of the number `width` of features; words after `length` are left out.
+    `dropout` leaves words out in training (none is scaled).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]
+    normalises: ClassVar[bool] = False
 
     layers: int = at_least(1)
     width: int = at_least(2)

@@ -52,17 +52,14 @@ class _Tokens:
 class TextEncoder(FreezableBackbone):
     """A sentence encoder, in evaluation mode: the mean of the last hidden states of its tokens.
 
-    Args:
-        model: "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
-            config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub,
-            from which only these three files are read.
-        length: Largest number of tokens of a text; those after it are left out.
-        is_restored: Whether a checkpoint has the weights.
+    `model` is "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
+    config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub, from which
+    only these three files are read. Tokens after `length` are left out.
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
     is_external: ClassVar[bool] = True
-    normalises: ClassVar[bool] = False  # type: ignore[assignment]  # each token is, alone
+    normalises: ClassVar[bool] = False  # each token is, alone
 
     model: str = setting()
     length: int = at_least(4)
@@ -83,11 +80,7 @@ class TextEncoder(FreezableBackbone):
         tensors: Params = dict(module.named_parameters())
         if not self.is_restored:
             path = _folder(self.model) / "model.safetensors"
-            stored = weights.read(path, max(tensors, key=len), self.model)
-            tensors = {
-                name: weights.tensor(stored, name, like, str(path), self.model)
-                for name, like in tensors.items()
-            }
+            tensors = weights.load(path, tensors, self.model)
         return {name: value.detach().to(key.device) for name, value in tensors.items()}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:

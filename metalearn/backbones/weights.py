@@ -69,6 +69,12 @@ def read(path: Path, unique: str, network: str) -> dict[str, Any]:
     return {str(name).removeprefix(prefix): value for name, value in content.items()}
 
 
+def load(path: Path, tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
+    """Return the tensors of a file in the place of those of a network."""
+    stored = read(path, max(tensors, key=len), network)
+    return {name: tensor(stored, name, like, str(path), network) for name, like in tensors.items()}
+
+
 def tensor(
     state_dict: dict[str, Any], name: str, like: Tensor, weights: str | None, network: str
 ) -> Tensor:

@@ -192,7 +192,8 @@ class _Job:
                 save_command(files, name, overrides)
                 # Repeated with the same hydra.sweep.dir, a multirun skips what is finished.
                 config = OmegaConf.merge(config, {"resume": "auto"})
-            folder = _relative(files.path)
+            folder, here = files.path, Path.cwd()
+            folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
             return train(config, folder, name, overrides, console, recipe, title, self.is_tested)
         except Exception as error:
             # Hydra prints lines of its own about a failing job, so the error of a single run is
@@ -227,11 +228,6 @@ def hydra_main(job: Any, words: list[str]) -> None:
         # Python 3.14 fails on the help of Hydra's parser (hydra issue 3121); it is never shown.
         argparse.ArgumentParser._check_help = lambda self, action: None
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-
-
-def _relative(folder: Path) -> Path:
-    """Return the folder relative to the working directory if it is below it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @contextlib.contextmanager

@@ -43,18 +43,10 @@ main = _arguments.with_json(_compare)
 
 
 def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, Any]:
-    """Print the table; write comparison.md, .csv and .png.
+    """Print the table of the runs in and below folders; write comparison.md, .csv and .png.
 
-    Args:
-        folders: Folders of runs, or folders that contain such folders.
-        out: Where to write; None: the default of HELP.
-        console: Where to print.
-
-    Returns:
-        The content of --json.
-
-    Raises:
-        UserError: If there is no finished run.
+    `out` is None for the default of HELP. Return the content of --json. Raise UserError if there is
+    no finished run.
     """
     from metalearn.report.console import print_lines
     from metalearn.report.folder import RunFolder

@@ -143,7 +143,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def _title(part: str, rows: list[Any], facts: dict[str, Any], split: str, name: str) -> str:
     if part != "episode":
         return f"{name}, {part}: {len(rows)} of {facts['splits'][part]['classes']:,} classes"
-    shot, query = (rows[0].counts[group] for group in ("support", "query"))
+    shot, query = (rows[0]["counts"][group] for group in ("support", "query"))
     return f"{name}, an episode of {split}: {len(rows)}-way {shot}-shot, {query} queries per class"
 
 
@@ -159,21 +159,21 @@ def _draw(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part, rows in samples.items():
-            groups = list(rows[0].parts)
-            images = [(row.label, [row.parts[group] for group in groups]) for row in rows]
+            groups = list(rows[0]["examples"])
+            images = [(row["class"], list(row["examples"].values())) for row in rows]
             draw_sheet(paths[part], titles[part], images, groups, is_ink)
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror})") from None
     return [str(path) for path in paths.values()]
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Return texts or tokens of a class as plain data."""
     examples = {
         part: [one if isinstance(one, str) else one.tolist() for one in own]
-        for part, own in row.parts.items()
+        for part, own in row["examples"].items()
     }
-    return {"class": row.label, "examples": examples, "counts": row.counts}
+    return {**row, "examples": examples}
 
 
 def _examples(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -68,7 +68,7 @@ def _evaluate(words: list[str], console: Any) -> dict[str, Any]:
         raise UserError(
             "dataset=: should be one or several names or folders of images, with commas"
         )
-    split = _arguments.take(overrides, "split") or "test"
+    split = str(_arguments.take(overrides, "split", "test"))
     curve, points, corrupt = (_arguments.take(overrides, key) for key in ("curve", "at", "corrupt"))
     ensemble = _arguments.take(overrides, "ensemble", "false")
     if ensemble not in ("true", "false"):

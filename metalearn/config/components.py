@@ -22,8 +22,6 @@ _PACKAGE = Path(__file__).parent.parent
 #: The package's settings, losses and augmentations; written by scripts/settings_index.py.
 INDEX_FILE = _PACKAGE / "config" / "settings_index.json"
 
-_FLAGS = ("role", "rounds", "in_testing")
-
 #: Package of the classes of each group, and a method that they all have; loggers have names.
 _HOMES = {
     "algo": ("algorithms", "adapt"),
@@ -119,8 +117,7 @@ def settings_of(cls: type) -> list[Setting]:
         make: Any = field.default_factory
         defaults = (field.default, dataclasses.MISSING if make is dataclasses.MISSING else make())
         default = tuple(value for value in defaults if value is not dataclasses.MISSING)
-        rule = {key: value for key, value in field.metadata.items() if value or key not in _FLAGS}
-        settings.append(Setting(field.name, hints[field.name], rule, default))
+        settings.append(Setting(field.name, hints[field.name], dict(field.metadata), default))
     return settings
 
 

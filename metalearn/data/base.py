@@ -15,18 +15,12 @@ from metalearn.tasks.types import InputSpec
 
 
 class OpenDataset:
-    """An opened dataset; the base is one without classes, `ClassData` one with them.
+    """An opened dataset; the base is one without classes, `ClassData` one with them."""
 
-    Attributes:
-        inputs: Kind and shape of one input.
-        outputs: Number of outputs of a task; None for its number of ways.
-        content_hash: Hash of the data, independent of the files they came from.
-        standardisation: Shift and scale of each channel; {} without standardisation.
-    """
-
-    inputs: InputSpec
-    outputs: int | None = None
-    content_hash: str
+    inputs: InputSpec  # kind and shape of one input
+    outputs: int | None = None  # number of outputs of a task; None for its number of ways
+    content_hash: str  # hash of the data, independent of the files they came from
+    #: Shift and scale of each channel; {} without standardisation.
     standardisation: dict[str, list[float]] = {}  # noqa: RUF012
 
     def class_names(self, split: str) -> tuple[str, ...]:
@@ -44,7 +38,7 @@ class OpenDataset:
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> TaskSource:
-        """Return the tasks of a split.
+        """Return the tasks of a split; raise UserError if it is too small for this shape.
 
         Args:
             split: "train", "val" or "test".
@@ -52,9 +46,6 @@ class OpenDataset:
             seed: Seed of the tasks.
             augment: Random change of inputs, in training; or with `shape.copies` of the copies of
                 the support set.
-
-        Raises:
-            UserError: If the split is too small for this shape.
         """
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ def joined(
         for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
     ]
     names = [name for one in indices for name in one.names]
-    order = list(range(len(names)))
-    if is_sorted:
-        order.sort(key=names.__getitem__)
+    places = range(len(names))
+    order = sorted(places, key=names.__getitem__) if is_sorted else list(places)
 
     def ordered(field: str) -> tuple[str, ...]:
         values = [value for one in indices for value in getattr(one, field)]
@@ -53,28 +53,21 @@ def joined(
     )
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ClassData(OpenDataset):
-    """An opened dataset with classes: a store of inputs and a view of the classes of each split.
+    """An opened dataset with classes: a store of inputs and a view of the classes of each split."""
 
-    Attributes:
-        hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
-            None if unknown.
-        is_on_host: Whether inputs stay on the host, and tasks are drawn there.
-    """
+    stores: Mapping[str, Store]
+    views: dict[str, ClassView]
+    content_hash: str
+    standardisation: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    #: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets; None if
+    #: unknown.
+    hashes: torch.Tensor | None = None
+    is_on_host: bool = False  # whether inputs stay on the host, and tasks are drawn there
 
-    def __init__(
-        self,
-        stores: Mapping[str, Store],
-        views: dict[str, ClassView],
-        content_hash: str,
-        standardisation: dict[str, list[float]] = {},  # noqa: B006
-        hashes: torch.Tensor | None = None,
-        is_on_host: bool = False,
-    ) -> None:
-        self.stores, self.views, self.content_hash = dict(stores), views, content_hash
-        self.standardisation, self.hashes = standardisation, hashes
-        self.is_on_host = is_on_host
-        self.inputs = stores["train"].spec
+    def __post_init__(self) -> None:
+        self.inputs = self.stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
         return self.views[split].index.names
@@ -84,11 +77,8 @@ class ClassData(OpenDataset):
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
-        others = [
-            view.index.names
-            for name, view in self.views.items()
-            if name in _SPLITS and split not in (name, "all")
-        ]
+        own = {name: view.index.names for name, view in self.views.items() if name in _SPLITS}
+        others = [names for name, names in own.items() if split not in (name, "all")]
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
@@ -148,12 +138,8 @@ class ClassData(OpenDataset):
         index = self.views[split].index
         if self.hashes is None:
             return {}
-        return {
-            name: self.hashes[rows[:count]]
-            for name, rows, count in zip(
-                index.names, index.rows.cpu(), index.counts.tolist(), strict=True
-            )
-        }
+        classes = zip(index.names, index.rows.cpu(), index.counts.tolist(), strict=True)
+        return {name: self.hashes[rows[:count]] for name, rows, count in classes}
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
@@ -169,9 +155,8 @@ class ClassData(OpenDataset):
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
-        return BatchSampler(
-            self._store(split, augment), self.views[split], size, self._key(split, seed)
-        )
+        store, view = self._store(split, augment), self.views[split]
+        return BatchSampler(store, view, size, self._key(split, seed))
 
     def _store(self, split: str, augment: Augmentation | None) -> Store:
         return self.stores[split] if augment is None else Augmented(self.stores[split], augment)
@@ -189,12 +174,8 @@ def class_indices(
 ) -> dict[str, ClassIndex]:
     """Index inputs that are ordered by class; raise UserError for a split without classes.
 
-    Args:
-        names: Name of each class, in the order of its inputs.
-        counts: Number of inputs of each class.
-        splits: Names of the classes of each split.
-        device: Device of the indices.
-        superclass_of: Superclass of each class; {} if there are none.
+    Names and numbers of inputs of the classes are in the order of the inputs; splits have names.
+    `superclass_of` is {} if there are none.
     """
     starts = torch.tensor([0, *counts]).cumsum(0)
     place = {name: number for number, name in enumerate(names)}
@@ -225,6 +206,11 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
     return chosen
 
 
+def random_split(names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
+    """Draw the classes of each split as `seeded_split` does, by fractions as in `shares`."""
+    return seeded_split(names, shares(len(names), fractions), seed)
+
+
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
     """Return the number of classes of train, val and test; train gets the rounding remainder."""
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
@@ -245,7 +231,7 @@ def split_classes(
     UserError if it names a class that does not exist; `owner` says in the message what has them.
     """
     if split == "random":
-        return seeded_split(names, shares(len(names), fractions), seed)
+        return random_split(names, fractions, seed)
     splits = split_file(published_split(split) or Path(split).expanduser())
     if unknown := [name for some in splits.values() for name in some if name not in names]:
         raise UserError(
@@ -296,8 +282,9 @@ def split_file(path: Path) -> dict[str, list[str]]:
 def check_splits(splits: dict[str, list[str]], owner: str) -> None:
     """Raise UserError if a class is twice in a split, or in two splits."""
     for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{owner} has class '{repeated[0]}' twice in {split}")
     for first, second in itertools.combinations(splits, 2):
-        if shared := [name for name in splits[first] if name in splits[second]]:
+        others = set(splits[second])
+        if shared := [name for name in splits[first] if name in others]:
             raise UserError(f"{owner} has class '{shared[0]}' in both {first} and {second}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -69,11 +70,8 @@ def list_images(container: Path, suffixes: Container[str] = SUFFIXES) -> list[Im
     Raise UserError for a corrupt zip.
     """
     if container.is_dir():
-        names = [
-            path.relative_to(container).as_posix()
-            for path in container.rglob("*")
-            if path.is_file()
-        ]
+        paths = (path for path in container.rglob("*") if path.is_file())
+        names = [path.relative_to(container).as_posix() for path in paths]
     else:
         try:
             with zipfile.ZipFile(container) as archive:
@@ -127,17 +125,14 @@ def decode(
     setting: "skip" leaves out files that cannot be read, else they are a UserError; "" means that
     there is no such setting.
     """
-    if not files:
-        raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
     def decode_chunk(chunk: list[ImageFile]) -> tuple[Any, dict[ImageFile, str], int, list[int]]:
-        archives: dict[Path, zipfile.ZipFile] = {}
         arrays, failures, transparent, hashes = [], {}, 0, []
-        try:
+        with opener() as opened:
             for file in chunk:
                 try:
-                    with _open(file, archives) as stream, open_image(stream) as image:
+                    with opened(file) as stream, open_image(stream) as image:
                         array = to_array(image)
                         hashes.append(pixel_hash(np.asarray(plain(image, "white", "RGB"))))
                         arrays.append(array)
@@ -148,9 +143,6 @@ def decode(
                         raise
                     is_unknown = isinstance(error, UnidentifiedImageError)
                     failures[file] = "unknown format" if is_unknown else first_line(error)
-        finally:
-            for archive in archives.values():
-                archive.close()
         return ([np.stack(arrays)] if arrays else []), failures, transparent, hashes
 
     size = -(-len(files) // (4 * workers))
@@ -242,21 +234,17 @@ def ink(
 
 
 @contextlib.contextmanager
-def opened(file: ImageFile) -> Iterator[IO[bytes]]:
-    """Open one file."""
-    archives: dict[Path, zipfile.ZipFile] = {}
-    with _open(file, archives) as stream:
-        yield stream
-    for archive in archives.values():
-        archive.close()
+def opener() -> Iterator[Callable[[ImageFile], IO[bytes]]]:
+    """Yield a function that opens files, and each archive once."""
+    with contextlib.ExitStack() as stack:
+        archive = functools.cache(lambda path: stack.enter_context(zipfile.ZipFile(path)))
 
+        def opened(file: ImageFile) -> IO[bytes]:
+            if file.container.is_dir():
+                return (file.container / file.name).open("rb")
+            return archive(file.container).open(file.name)
 
-def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
-    if file.container.is_dir():
-        return (file.container / file.name).open("rb")
-    if file.container not in archives:
-        archives[file.container] = zipfile.ZipFile(file.container)
-    return archives[file.container].open(file.name)
+        yield opened
 
 
 def cached(

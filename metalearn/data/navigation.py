@@ -51,10 +51,7 @@ class Plane:
 class Navigation(Dataset):
     """Goals that are uniform in a square; every trajectory starts at the origin.
 
-    Args:
-        goal: Range [low, high] of both coordinates of a goal.
-        horizon: Number of steps of a trajectory.
-        discount: See `PolicyGradient`, also for the others.
+    `discount` and the settings after it are those of `PolicyGradient`.
     """
 
     target: ClassVar[str] = "control"
@@ -72,13 +69,8 @@ class Navigation(Dataset):
     def family(
         self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
     ) -> TaskFamily:
-        return PolicyGradient(
-            Plane(self.horizon),
-            self.discount,
-            self.dice_lambda,
-            self.standardise,
-            self.initial_log_std,
-        )
+        own = (self.discount, self.dice_lambda, self.standardise, self.initial_log_std)
+        return PolicyGradient(Plane(self.horizon), *own)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> SampledData:
         content, make = (list(self.goal), self.horizon), functools.partial(Goals, self.goal)

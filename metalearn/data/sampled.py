@@ -31,12 +31,8 @@ def uniform(key_T: Tensor, bounds: list[float], shape: tuple[int, ...]) -> Tenso
 class SampledData(OpenDataset):
     """An opened dataset whose `shot` and `query` are numbers of examples; `way` is 1.
 
-    Args:
-        size: Number of features of an input, and of outputs.
-        content: What results depend on.
-        kind: What its tasks are called, for errors.
-        make: (shape, key int64 []) -> the tasks.
-        device: Where tasks are sampled.
+    `size` is that of an input and of outputs, `content` what results depend on, `kind` what its
+    tasks are called; `make` returns the tasks of a shape and a key, int64 [], on a device.
     """
 
     def __init__(

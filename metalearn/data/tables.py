@@ -22,15 +22,10 @@ def table(
 ) -> tuple[list[dict[str, str]], int]:
     """Find the columns of a CSV file by its header, or without one by their order.
 
-    Args:
-        path: The file.
-        rows: Its rows.
-        columns: Names that a header may give to each column, the required one first. A first row
-            without any of them is no header; one without the required column is a UserError.
-
-    Returns:
-        Cells of each row by column, "" for a missing one; and the number of the first of these
-        rows, 1 without a header.
+    `columns` has the names that a header may give to each column, the required one first. A first
+    row without any of them is no header; one without the required column is a UserError. Return
+    cells of each row by column, "" for a missing one; and the number of the first of these rows, 1
+    without a header.
     """
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     places = {

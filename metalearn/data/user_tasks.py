@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset, OpenDataset
-from metalearn.data.classes import seeded_split, shares
+from metalearn.data.classes import random_split
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -30,13 +30,6 @@ class UserValues(Dataset):
 
     No user is in two splits. A row that repeats the features of another row of its user is left
     out, so that no query is in the support set.
-
-    Args:
-        path: The file; here, or in `data_dir`.
-        user: Column of the user, or of whatever makes a task.
-        value: Column of what is predicted: a number.
-        features: Columns of the inputs, numbers; []: all others.
-        standardise: Whether to standardise each feature with the statistics of the training users.
     """
 
     target: ClassVar[str] = "value"
@@ -95,7 +88,7 @@ class UserValues(Dataset):
         counts = np.bincount(user * groups + group, minlength=len(names) * groups)
         ends = counts.cumsum().reshape(-1, groups)
         counts = counts.reshape(-1, groups)
-        chosen = seeded_split(names.tolist(), shares(len(names), self.fractions), self.split_seed)
+        chosen = random_split(names.tolist(), self.fractions, self.split_seed)
         place = {name: index for index, name in enumerate(names.tolist())}
         users = {split: sorted(place[name] for name in some) for split, some in chosen.items()}
         if empty := [split for split, some in users.items() if not some]:
@@ -153,24 +146,21 @@ def _numbers(path: Path, name: str, cells: np.ndarray) -> np.ndarray:
     return cells.astype(np.float64)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class UserData(OpenDataset):
     """The opened table; users take the place of classes in its splits."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rows: dict[str, tuple[Tensor, Tensor]],
-        users: dict[str, list[str]],
-        classes: list[str],
-        content_hash: str,
-        standardisation: dict[str, list[float]],
-    ) -> None:
-        """Args: x [I, D], y [I] or [I, 1], (first row, number of rows) of each group [U, G]."""
-        self.x, self.y, self.rows, self.users, self.classes = x, y, rows, users, classes
-        self.content_hash, self.standardisation = content_hash, standardisation
-        self.inputs = InputSpec(tuple(x.shape[1:]))
-        self.outputs = len(classes) or 1
+    x: Tensor  # [I, D]
+    y: Tensor  # [I] or [I, 1]
+    rows: dict[str, tuple[Tensor, Tensor]]  # first row and number of rows of each group [U, G]
+    users: dict[str, list[str]]
+    classes: list[str]
+    content_hash: str
+    standardisation: dict[str, list[float]] = dataclasses.field()
+
+    def __post_init__(self) -> None:
+        self.inputs = InputSpec(tuple(self.x.shape[1:]))
+        self.outputs = len(self.classes) or 1
 
     def num_classes(self, split: str) -> int:
         return len(self.classes)
@@ -224,18 +214,12 @@ class UserData(OpenDataset):
 
 @dataclasses.dataclass(frozen=True)
 class UserEpisodes(TaskSource):
-    """Tasks of one user each; all have the same numbers of rows, however many a user has.
-
-    Attributes:
-        starts: First row of each group, int64 [U, G].
-        counts: Number of rows of each, int64 [U, G], each at least shot + query.
-        largest: The largest of them.
-    """
+    """Tasks of one user each; all have the same numbers of rows, however many a user has."""
 
     data: UserData
-    starts: Tensor
-    counts: Tensor
-    largest: int
+    starts: Tensor  # first row of each group, int64 [U, G]
+    counts: Tensor  # number of rows of each, int64 [U, G], each at least shot + query
+    largest: int  # the largest of them
     shape: Shape
     key: Tensor
 

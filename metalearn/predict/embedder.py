@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.pretrained import Preprocessing, Pretrained
+from metalearn.backbones.preprocessing import Preprocessing
+from metalearn.backbones.pretrained import Pretrained
 from metalearn.config import components
 from metalearn.data.files import open_image, plain
 from metalearn.engine import channels_last
@@ -31,18 +32,14 @@ Reasons = dict[int, str] | None
 
 
 class Network:
-    """A frozen network; heads learn from its features.
+    """A frozen network; heads learn from its features."""
 
-    Attributes:
-        kind: What it takes: "images", "texts", or "features" for a run on other inputs.
-        identity: What a saved classifier must find again; None if it cannot be saved.
-        way: The number of classes that the examples must have; None for any.
-        pen: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
-    """
-
+    #: What a saved classifier must find again; None if it cannot be saved.
     identity: str | None = None
+    #: What it takes: "images", "texts", or "features" for a run on other inputs.
     kind: str = "images"
-    way: int | None = None
+    way: int | None = None  # the number of classes that the examples must have; None for any
+    #: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
     pen: float | None = None
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:

@@ -51,14 +51,9 @@ def export_classifier(folder: Path, out: Path) -> dict[str, float]:
     """Export a saved classifier: `images` [B, C, H, W] to `probabilities` [B, N].
 
     Images are float32 in [0, 1], resized and cropped as the file's metadata say; standardisation,
-    head and calibration are in the graph.
-
-    Returns:
-        The largest difference of a probability between onnxruntime and `predict_proba`, by input.
-
-    Raises:
-        UserError: If it cannot be exported, or a package is missing.
-        RunFailed: If the probabilities differ.
+    head and calibration are in the graph. Return the largest difference of a probability between
+    onnxruntime and `predict_proba`, by input. Raise RunFailed if it is more than rounding, and
+    UserError if the classifier cannot be exported, or a package is missing.
     """
     classifier = FewShotClassifier.load(folder)
     network = classifier.network

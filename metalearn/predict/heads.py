@@ -25,10 +25,8 @@ Arrays = dict[str, np.ndarray]
 def scaling(x: np.ndarray, normalise: str) -> Arrays:
     """Learn from features [M, D] how to scale features to a norm of 1.
 
-    Args:
-        x: Features of the examples [M, D].
-        normalise: "l2": each vector by its own norm; "standard": each feature by its mean and
-            standard deviation over the examples, and by the square root of D.
+    "l2": each vector by its own norm; "standard": each feature by its mean and standard deviation
+    over the examples, and by the square root of D.
     """
     if normalise == "l2":
         return {}

@@ -212,14 +212,13 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence
         own = classifier.notes_[row]
         caption = Path(str(own.get("file", ""))).name
         examples[label].append((own, caption, row in likely, likely.get(row)))
+    order = sorted(
+        zip(result["predictions"], items, strict=True),
+        key=lambda pair: pair[0]["probability"] or 0.0,
+    )
     rows = [
         (one, note(item.name, item.value) if place < _SHOWN or item.kind == "texts" else {})
-        for place, (one, item) in enumerate(
-            sorted(
-                zip(result["predictions"], items, strict=True),
-                key=lambda pair: pair[0]["probability"] or 0.0,
-            )
-        )
+        for place, (one, item) in enumerate(order)
     ]
     pairs = [
         (count, str(names[row]), str(names[column]))
@@ -229,12 +228,9 @@ def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence
     ]
     template = (resources.files("metalearn.predict") / "report.html").read_text()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": _shown, "percent": _percent}
+    environment.filters["shown"] = _shown
+    environment.filters["percent"] = lambda share: "" if share is None else f"{100 * share:.1f}%"
     return environment.from_string(template).render(
         title=f"{len(items)} {items[0].kind if items else 'images'}, {len(names)} classes",
         result=result, examples=examples, rows=rows, pairs=sorted(pairs, reverse=True)[:50],
     )  # fmt: skip
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"

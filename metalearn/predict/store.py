@@ -63,16 +63,11 @@ class _Recent(OrderedDict[Hashable, Any]):
 
 
 class ClassifierStore:
-    """Classifiers over one network, each in a folder of its own.
+    """Classifiers over one network, each in a folder of its own; each network has a subfolder.
 
-    Args:
-        folder: Where to keep them; each network has a subfolder.
-        settings: Settings of every classifier, and its network. Examples it has are imported.
-        limits: See `Limits`.
-
-    Raises:
-        ValueError: For a wrong setting of the classifier.
-        UserError: For a network that does not exist, or a folder that cannot be read.
+    `settings` are of every classifier, and its network; examples that it has are imported. Raise
+    ValueError for a wrong setting, UserError for a network that does not exist, or a folder that
+    cannot be read.
     """
 
     def __init__(self, folder: Path, settings: FewShotClassifier, limits: Limits) -> None:

@@ -3,8 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -28,17 +28,12 @@ _AVERAGE_SECONDS = 30.0
 _BAR_WIDTHS = (4, 40)
 
 
-class Probe(Protocol):
+class Probe(NamedTuple):
     """What a listener may ask the training loop between two steps."""
 
-    def metrics(self) -> dict[str, float]:
-        """Return current metrics without waiting for the device; {} if there are none yet."""
-
-    def wait(self) -> None:
-        """Wait until the device has computed all steps."""
-
-    def seconds_per_episode(self) -> float:
-        """Evaluate a few episodes and return the seconds that each took."""
+    metrics: Callable[[], dict[str, float]]  # current ones, without waiting for the device, or {}
+    wait: Callable[[], None]  # until the device has computed all steps
+    seconds_per_episode: Callable[[], float]  # evaluates a few
 
 
 class Listener:

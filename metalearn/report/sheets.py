@@ -37,7 +37,8 @@ def draw_sheet(
         predictions: For each row, what each image of its last group was taken for: "" for what it
             is, which is framed green; a wrong name is framed red and written below its image.
     """
-    fonts = {name: _font(size) for name, size in _SIZES.items()}
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    fonts = {name: ImageFont.truetype(font, size) for name, size in _SIZES.items()}
     label_width = min(
         _LABEL, max(math.ceil(fonts["label"].getlength(one)) for one, own in rows if own)
     )
@@ -99,10 +100,6 @@ def _fitting(sizes: list[int], most: int) -> list[int]:
         rest = most - sum(result) - (len(sizes) - place - 1) * 3
         result.append(min(size, max(1, rest)))
     return result
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _shortened(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -3,7 +3,6 @@
 Legend: T tasks, N classes of a task, M support examples, Q queries.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -44,17 +43,10 @@ class NumberedTexts:
         return torch.arange(self.vocabulary - len(texts), self.vocabulary)[:, None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Examples of one class, by part: "support", "query", or "" for those of a split.
-
-    An example is an image, float [C, H, W] in [0, 1], a text, or a vector. There are `counts` of
-    them in all.
-    """
-
-    label: str
-    parts: dict[str, list[Any]]
-    counts: dict[str, int]
+#: Examples of one class: "class", its name; "examples" by part, "support", "query", or "" for those
+#: of a split, each an image, float [C, H, W] in [0, 1], a text, or a vector; "counts" of each part,
+#: of which the examples may be fewer.
+Row = dict[str, Any]
 
 
 class Described:
@@ -133,7 +125,8 @@ class Described:
             x = store.load(index.rows[place, : min(count, examples)])
             if not isinstance(store, ImageStore):
                 x = store.normalise(x)
-            rows.append(Row(index.names[place], {"": self._shown(x)}, {"": count}))
+            row = {"class": index.names[place], "examples": {"": self._shown(x)}}
+            rows.append({**row, "counts": {"": count}})
         return rows
 
     def episode(self, number: int = 0) -> list[Row]:
@@ -150,7 +143,7 @@ class Described:
                 for part, own in (("support", task.support), ("query", task.query))
             }
             counts = {part: len(own) for part, own in parts.items()}
-            rows.append(Row(names[place % len(names)], parts, counts))
+            rows.append({"class": names[place % len(names)], "examples": parts, "counts": counts})
         return rows
 
     def _source(self) -> TaskSource:

@@ -139,17 +139,14 @@ class _Identity(Backbone):
     """The identity, in the place of the backbone that computed the features."""
 
     input_kinds: ClassVar[tuple[str, ...]] = ("features",)
+    is_frozen: ClassVar[bool] = True
 
     of: Backbone
     inputs: InputSpec
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
         return self.of.normalises
-
-    @property
-    def is_frozen(self) -> bool:
-        return True
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         return self.of.shape(self.inputs)

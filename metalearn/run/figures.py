@@ -226,13 +226,14 @@ class Figures:
                 own = chosen[task.query.y[0].cpu() == label].tolist()
                 # The wrong ones first.
                 queries = sorted(
-                    zip(own, row.parts["query"], strict=True), key=lambda pair: pair[0] == label
+                    zip(own, row["examples"]["query"], strict=True),
+                    key=lambda pair: pair[0] == label,
                 )
                 images = [query for _, query in queries]
-                sheet.append((f"{row.label}  {label + 1}", [row.parts["support"], images]))
+                sheet.append((f"{row['class']}  {label + 1}", [row["examples"]["support"], images]))
                 verdicts.append(["" if one == label else str(one + 1) for one, _ in queries])
                 wrong += [
-                    {"true": row.label, "predicted": names[one]}
+                    {"true": row["class"], "predicted": names[one]}
                     | ({"text": query} if isinstance(query, str) else {})
                     for one, query in queries
                     if one != label

@@ -156,15 +156,14 @@ def device_of(name: str) -> torch.device:
 
 def data_folder(settings: RunConfig) -> Path:
     """Return `data_dir`, by default the user's data folder."""
-    default = platformdirs.user_data_path("metalearn", appauthor=False)
-    return _absolute(settings.data_dir, default)
+    return _folder(settings.data_dir, platformdirs.user_data_path)
 
 
 def cache_folder(settings: RunConfig) -> Path:
     """Return `cache_dir`, by default the user's cache folder."""
-    default = platformdirs.user_cache_path("metalearn", appauthor=False)
-    return _absolute(settings.cache_dir, default)
+    return _folder(settings.cache_dir, platformdirs.user_cache_path)
 
 
-def _absolute(path: str | None, default: Path) -> Path:
-    return (Path(path).expanduser() if path else default).absolute()
+def _folder(path: str | None, default: Callable[..., Path]) -> Path:
+    given = Path(path).expanduser() if path else default("metalearn", appauthor=False)
+    return given.absolute()

@@ -47,24 +47,15 @@ def train(
     title: str = "",
     is_tested: bool = True,
 ) -> float:
-    """Train one run and write its results to a folder.
+    """Train one run, write its results to a folder, and return its best validation score.
 
     With `resume=auto`, an interrupted run in the folder is resumed and a finished one is shown
     again. With several processes (torchrun), the leading process calls this and the others
     `follow`. A run that is not tested has validation.json, not result.json; resuming it tests it.
 
-    Args:
-        config: The composed configuration.
-        folder: The run folder.
-        name: Name of the run in tables.
-        overrides: Command-line overrides, saved with the result.
-        console: Where to print.
-        recipe: A line about the recipe in use.
-        title: A line that introduces a run of a sweep, whose result is then shown in one line.
-        is_tested: Whether to test the trained run.
-
-    Returns:
-        The best validation score.
+    `name` is that of the run in tables; the `overrides` of the command are saved with the result;
+    `recipe` is a line about the recipe in use. A run of a sweep is introduced by a line, `title`,
+    and its result is shown in one line.
 
     Raises:
         UserError: Before anything is written.

@@ -2,8 +2,14 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from typing import TextIO
+
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|bad_alloc|could not create a primitive|out of memory|"
+    "ALLOC_FAILED|calculation overflowed"
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -28,19 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch has many messages for this, and most are a RuntimeError.
     """
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(
-            words in str(error)
-            for words in (
-                "can't allocate memory",
-                "not enough memory",
-                "bad_alloc",
-                "could not create a primitive",
-                "out of memory",
-                "ALLOC_FAILED",
-                "calculation overflowed",
-            )
-        )
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
     )
 
 

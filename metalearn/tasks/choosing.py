@@ -20,17 +20,11 @@ _FLOOR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Superclasses:
-    """All classes of an episode are of one superclass, uniform among those with enough classes.
+    """All classes of an episode are of one superclass, uniform among those with enough classes."""
 
-    Attributes:
-        number: Superclass of each class, int64 [C].
-        sizes: Number of classes of each superclass, int64 [G].
-        largest: Name of the largest superclass, and its number of classes.
-    """
-
-    number: Tensor
-    sizes: Tensor
-    largest: tuple[str, int]
+    number: Tensor  # superclass of each class, int64 [C]
+    sizes: Tensor  # number of classes of each superclass, int64 [G]
+    largest: tuple[str, int]  # name of the largest superclass, and its number of classes
 
     @staticmethod
     def of(names: Sequence[str], device: torch.device) -> "Superclasses":

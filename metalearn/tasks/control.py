@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metalearn.tasks import prng
-from metalearn.tasks.family import Net
+from metalearn.tasks.family import Net, TaskFamily
 from metalearn.tasks.metrics import RETURN, Metric
 from metalearn.tasks.types import Batch, Loss, Params, Query, Spec, Support
 
@@ -46,28 +46,22 @@ class Rollouts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(TaskFamily):
     """Tasks of control, with a Gaussian policy: `net` computes its mean from a state.
 
     `x` of a support or query set holds the initial states, one for each trajectory, and `y` the
     task. Every loss samples its own trajectories, so each inner step has new ones.
 
     The loss is that of `surrogate`, with the advantages of a linear baseline (Duan et al. 2016).
-
-    Attributes:
-        environment: The environment.
-        discount: Factor of the rewards of each later step.
-        dice_lambda: See `surrogate`.
-        standardise: If true, advantages have mean 0 and variance 1 in each set of trajectories.
-            The scale is a constant in the meta-gradient.
-        initial_log_std: Initial logarithm of the standard deviation of actions.
     """
 
-    environment: Environment
-    discount: float
-    dice_lambda: float
+    environment: Environment  # the environment
+    discount: float  # factor of the rewards of each later step
+    dice_lambda: float  # see `surrogate`
+    #: If true, advantages have mean 0 and variance 1 in each set of trajectories. The scale is a
+    #: constant in the meta-gradient.
     standardise: bool
-    initial_log_std: float
+    initial_log_std: float  # initial logarithm of the standard deviation of actions
 
     target: str = "control"
     metric: Metric = RETURN
@@ -78,12 +72,10 @@ class PolicyGradient:
         return {"log_std": torch.full((spec.way,), self.initial_log_std, device=key.device)}
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Sample trajectories and compute their surrogate loss."""
         rollouts = self.rollouts(net, params, support, prng.fold_in(key, 0))
         return self._loss(net, params, rollouts)[0]
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
-        """Sample trajectories and compute their surrogate loss."""
         rollouts = self.rollouts(net, params, query, prng.fold_in(key, 1))
         value, statistics = self._loss(net, params, rollouts)
         score = self.metric.of(rollouts.rewards, query.y)
@@ -91,7 +83,6 @@ class PolicyGradient:
         return Loss(value, {"loss": value.detach() - score, self.metric.name: score}, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
-        """Compute the mean return of new trajectories."""
         rollouts = self.rollouts(net, params, query, prng.fold_in(key, 2))
         return self.metric.of(rollouts.rewards, query.y)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.config.fields import at_least, between
+from metalearn.tasks.metrics import one_hot
 
 #: (prediction [Q, N], y) -> [], the mean over the examples.
 LossFunction = Callable[..., Tensor]
@@ -57,10 +58,7 @@ def class_weighted(
 
 def probabilities(y: Tensor, prediction: Tensor) -> Tensor:
     """Return labels [Q] as probabilities [Q, N], as large as the prediction; others unchanged."""
-    if y.is_floating_point():
-        return y
-    classes = torch.arange(prediction.shape[-1], device=y.device)
-    return (y.unsqueeze(-1) == classes).to(prediction.dtype)  # unlike F.one_hot, exports any N
+    return y if y.is_floating_point() else one_hot(y, prediction.shape[-1]).to(prediction.dtype)
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -71,10 +69,8 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
 #: Losses by kind of target; the first of each kind is its default.
 LOSSES: dict[str, dict[str, LossFunction]] = {
     "class": {
-        "cross_entropy": cross_entropy,
-        "label_smoothing": label_smoothing,
-        "focal": focal,
+        "cross_entropy": cross_entropy, "label_smoothing": label_smoothing, "focal": focal,
         "class_weighted": class_weighted,
     },
     "value": {"squared_error": squared_error},
-}
+}  # fmt: skip

@@ -53,9 +53,8 @@ def mixup(
     """
     other = prng.permutation(prng.fold_in(key, 0), len(x))
     share = beta(prng.fold_in(key, 1), len(x), alpha)
-    return torch.lerp(x[other], x, share.view(-1, *[1] * (x.dim() - 1))), mixed_labels(
-        y, other, share
-    )
+    own = share.view(-1, *[1] * (x.dim() - 1))
+    return torch.lerp(x[other], x, own), mixed_labels(y, other, share)
 
 
 def cutmix(

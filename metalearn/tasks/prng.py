@@ -88,10 +88,8 @@ def choice(key: Tensor, size: int, count: int) -> Tensor:
 
 def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
     """Draw `count` different positions not excluded: bool [..., M] -> int64 [..., count]."""
-    order = _bits(key, excluded.shape[-1:])
-    return (
-        order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices
-    )
+    order = _bits(key, excluded.shape[-1:]).masked_fill(excluded, torch.iinfo(torch.int64).max)
+    return order.topk(count, largest=False).indices
 
 
 def weighted(key: Tensor, weights: Tensor, count: int) -> Tensor:

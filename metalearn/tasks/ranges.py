@@ -40,21 +40,14 @@ class Ranges:
             (low + prng.integers(prng.fold_in(key, number), (), high - low + 1)).tolist()
             for number, (low, high) in enumerate((self.way, self.shot))
         )
-        shapes = [
-            dataclasses.replace(largest, way=way, shot=shot)
-            for way, shot in zip(ways, shots, strict=True)
-        ]
-        if not self.unbalanced:
-            return shapes
-        uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
-        own = [
-            unbalanced_shots(shape.way, shape.shot, most, row)
-            for shape, row in zip(shapes, uniform, strict=True)
-        ]
-        return [
-            dataclasses.replace(shape, shot=max(shots), shots=shots)
-            for shape, shots in zip(shapes, own, strict=True)
-        ]
+        sizes = zip(ways, shots, strict=True)
+        shapes = [dataclasses.replace(largest, way=way, shot=shot) for way, shot in sizes]
+        if self.unbalanced:
+            uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
+            for number, shape in enumerate(shapes):
+                own = unbalanced_shots(shape.way, shape.shot, most, uniform[number])
+                shapes[number] = dataclasses.replace(shape, shot=max(own), shots=own)
+        return shapes
 
 
 def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[int, ...]:
@@ -74,20 +67,13 @@ def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[i
 
 @dataclasses.dataclass(frozen=True)
 class Varied(TaskSource):
-    """Tasks whose shape is a function of the seed and of their number.
+    """Tasks whose shape is a function of the seed and of their number."""
 
-    Attributes:
-        source: Tasks of the largest shape: a dataclass with the fields `shape` and `key`.
-        key: Key of the shapes, int64 [] on the CPU.
-        most: See `unbalanced_shots`.
-        each: Number of consecutive tasks that share a shape.
-    """
-
-    source: Any
+    source: Any  # tasks of the largest shape: a dataclass with the fields `shape` and `key`
     ranges: Ranges
-    key: Tensor
-    most: int
-    each: int = 1
+    key: Tensor  # key of the shapes, int64 [] on the CPU
+    most: int  # see `unbalanced_shots`
+    each: int = 1  # number of consecutive tasks that share a shape
 
     def shapes(self, numbers: Tensor) -> list[Shape]:
         """Return the shapes of tasks, int64 [E] on the CPU."""

@@ -136,20 +136,13 @@ class Augmented(Store):
 
 @dataclasses.dataclass(frozen=True)
 class ClassIndex:
-    """The classes of one split.
+    """The classes of one split."""
 
-    Attributes:
-        rows: Row numbers of each class's inputs, int64 [C, M], padded.
-        counts: Number of inputs of each class, int64 [C].
-        names: Name of each class.
-        superclasses: Name of each class's superclass; () if there are none.
-        parts: Name of the part of the data that no episode with this class leaves; () for one.
-    """
-
-    rows: Tensor
-    counts: Tensor
-    names: tuple[str, ...]
-    superclasses: tuple[str, ...] = ()
+    rows: Tensor  # row numbers of each class's inputs, int64 [C, M], padded
+    counts: Tensor  # number of inputs of each class, int64 [C]
+    names: tuple[str, ...]  # name of each class
+    superclasses: tuple[str, ...] = ()  # name of each class's superclass; () if there are none
+    #: Name of the part of the data that no episode with this class leaves; () for one.
     parts: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -195,11 +188,8 @@ class ClassView:
     @property
     def protocol(self) -> dict[str, object]:
         """Return the settings that affect a measurement, apart from the classes, as plain data."""
-        return {
-            "rotations": self.rotations,
-            "rotations_may_meet": None,
-            "rotations_share_drawings": None,
-        }
+        others = {"rotations_may_meet": None, "rotations_share_drawings": None}
+        return {"rotations": self.rotations, **others}
 
     @property
     def max_way(self) -> int:
