@@ -7,7 +7,7 @@ Writes speed-<device>.json and .md to benchmarks/, within about M (22) minutes:
   `engine.strategy=auto` picks, of that one in lower precision, and of `parallel-metalearn` and JAX,
   which run in environments that the script makes in outputs/rivals (`speed_rivals.py`);
 - the error of each meta-gradient against the one in float64;
-- the speed of the operators in C and in torch, and what Inductor would gain;
+- the speed of the operators in C and in torch;
 - seconds for test episodes, and from the command to the first step;
 - peak memory for several numbers of inner steps and meta-batch sizes;
 - the share of a step that is spent outside the model.
@@ -18,7 +18,6 @@ speeds relative to the plain loop (`plain_loop.py`) are copied from the file tha
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -350,33 +349,6 @@ def operator_speeds() -> list[dict[str, Any]]:
     return table
 
 
-def inductor_gain() -> dict[str, Any]:
-    """Compile a traced step with Inductor; compare CPU time per task on one core with the trace."""
-    run = build_run(["algo=maml", "episode.train.query=1", "train.meta_batch=16"], "cpu")
-    tasks, progress = run.train.draw(0, 16), torch.zeros(())
-    engine = dataclasses.replace(run.train_engine, chunk=16)
-
-    def function(state: Any, tasks: Any, progress: Tensor) -> Any:
-        return engine._chunk_step(state, tasks, progress, 16)
-
-    used = torch.get_num_threads()
-    torch.set_num_threads(1)
-    args = (run.state, tasks, progress)
-    traced = replay.traced(function, *args)
-    compiled = torch.compile(traced)
-    start = time.perf_counter()
-    compiled(*args)
-    seconds = time.perf_counter() - start
-    times: dict[str, list[float]] = {"replayed": [], "compiled": []}
-    for _ in range(7):
-        for name, step in (("replayed", traced), ("compiled", compiled)):
-            one = sample(functools.partial(step, *args), 16, _SAMPLE)
-            times[name].append(1e3 * one["cpu"] / one["tasks"])
-    torch.set_num_threads(used)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {"compile_seconds": seconds, "convolution": engine.convolution, **medians}
-
-
 def first_step_seconds(device: str) -> float:
     """Measure seconds from the command to the end of the first step, cached data, median of 3."""
     args = [
@@ -506,7 +478,6 @@ def main() -> None:
     content["environment_of_the_rest"] = describe_environment(device)
     if device == "cpu":
         content["operators"] = operator_speeds()
-        content["inductor"] = inductor_gain()
     maml = build_run(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
     start = time.perf_counter()
     loop.test(maml, maml.state, None)

@@ -100,13 +100,7 @@ def _rest(content: dict[str, Any]) -> list[str]:
             rate = f"{row['flops'] / min(times) / 1e6:.0f}" if row["flops"] else ""
             in_c = f"{row['c']:.2f}" if "c" in row else ""
             lines.append(f"| {row['operator']} | {in_c} | {row['torch']:.2f} | {rate} |")
-        one = content["inductor"]
-        lines += [
-            "",
-            f"- a traced step of MAML (1 query, 16 tasks, convolution {one['convolution']}) on one "
-            f"core: {one['replayed']:.2f} ms a task replayed, {one['compiled']:.2f} ms compiled by "
-            f"Inductor, which took {one['compile_seconds']:.0f} s",
-        ]
+        lines.append("")
     return [
         *lines,
         f"- {content['test_episodes']:,} test episodes of MAML, 5w1s, 15 queries: "
