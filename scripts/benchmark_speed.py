@@ -475,10 +475,10 @@ def main() -> None:
             flush=True,
         )
         _write(file, content)
+    maml = build_run(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
     content["environment_of_the_rest"] = describe_environment(device)
     if device == "cpu":
         content["operators"] = operator_speeds()
-    maml = build_run(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
     start = time.perf_counter()
     loop.test(maml, maml.state, None)
     content |= {
