@@ -84,8 +84,14 @@ benchmark-scales: setup  ## train ProtoNet and ProtoMAML with different scales o
 benchmark-cross-domain: setup  ## test networks on datasets they were not trained on; writes benchmarks/
 	python scripts/benchmark_cross_domain.py data=$(DATA) $(BENCHMARK)
 
-benchmark-speed: setup  ## compare training speed with a plain loop over tasks; writes benchmarks/
-	python scripts/benchmark_speed.py
+benchmark-speed: setup  ## compare speed with a plain loop and other libraries, 22 min; writes benchmarks/
+	python scripts/benchmark_speed.py $(BENCHMARK)
+
+benchmark-precision: setup  ## compare gradients and accuracy in lower precision; writes benchmarks/
+	python scripts/benchmark_precision.py data_dir=$(DATA) $(BENCHMARK)
+
+benchmark-time: setup  ## minutes to 95% and 97% on Omniglot, an hour or more; resumable; writes benchmarks/
+	python scripts/time_to_accuracy.py data_dir=$(DATA) $(BENCHMARK)
 
 bench-kills: setup  ## kill and resume runs, compare bit for bit; writes docs/reliability.md
 	python scripts/bench_kills.py

@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from benchmark_speed import build_run, cases, plain_gradient_step, plain_metric_step
+from benchmark_speed import build_run, cases
+from plain_loop import plain_step
+from speed_rivals import jax_gradient
 from torch import Tensor
 
 from metalearn.cli.reproduce import Recipe
@@ -61,7 +63,6 @@ def speed(device: str, small: bool) -> Iterator[dict[str, Any]]:
     for case, overrides in cases(quick=small):
         run = build_run([*overrides, *(_NARROW if small else [])], device)
         batch, notes = run.config.train.meta_batch, list[str]()
-        plain = plain_gradient_step if "inner_steps" in run.config.algo else plain_metric_step
         training = Training(run)
         step = capture.Captured(
             training.meta_step,
@@ -77,7 +78,8 @@ def speed(device: str, small: bool) -> Iterator[dict[str, Any]]:
                 training.count()
 
         seconds = capture.fastest_seconds(ten_steps, run.device) / (1 if small else 10)
-        loop = capture.fastest_seconds(plain(run, run.train.draw(0, batch)), run.device)
+        plain, tasks = plain_step(run), run.train.draw(0, batch)
+        loop = capture.fastest_seconds(functools.partial(plain, tasks), run.device)
         yield {
             "case": case,
             "tasks_per_second": {"training": batch / seconds, "plain loop": batch / loop},
@@ -85,39 +87,6 @@ def speed(device: str, small: bool) -> Iterator[dict[str, Any]]:
             "engine": run.train_engine.choices,
             "notes": notes,
         }
-
-
-def jax_gradient(settings: dict[str, Any], eps: float) -> Any:
-    """Return a compiled function (params, tasks) -> meta-gradient of MAML with Conv4 in JAX."""
-    import jax
-    from jax import lax
-    from jax import numpy as jnp
-
-    jax.config.update("jax_default_matmul_precision", "highest")  # like torch: no TF32
-
-    def loss(params: Any, x: Any, y: Any) -> Any:
-        for block in range(4):
-            x = lax.conv_general_dilated(
-                x, params[f"net.conv{block}.weight"], (2, 2), ((1, 1), (1, 1))
-            )
-            mean, var = (f(x, (0, 2, 3), keepdims=True) for f in (jnp.mean, jnp.var))
-            scale, shift = (params[f"net.norm{block}.{part}"] for part in ("weight", "bias"))
-            x = (x - mean) * lax.rsqrt(var + eps) * scale[:, None, None] + shift[:, None, None]
-            x = jax.nn.relu(x)
-        logits = x.mean((2, 3)) @ params["head.weight"].T + params["head.bias"]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
-
-    def task_loss(params: Any, support: Any, query: Any) -> Any:
-        adapted = {name: value for name, value in params.items() if "norm" not in name}
-        for _ in range(settings["inner_steps"]):
-            gradients = jax.grad(lambda own: loss({**params, **own}, *support))(adapted)
-            adapted = jax.tree.map(lambda w, g: w - settings["inner_lr"] * g, adapted, gradients)
-        return loss({**params, **adapted}, *query)
-
-    def meta_loss(params: Any, support: Any, query: Any) -> Any:
-        return jax.vmap(task_loss, (None, 0, 0))(params, support, query).mean()
-
-    return jax.jit(jax.grad(meta_loss))
 
 
 def jax_speed(small: bool) -> Iterator[dict[str, Any]]:

@@ -40,8 +40,8 @@ def test_no_method_reads_a_value_of_images_on_the_host(name, small_run):
     run = small_run(name)
     state, progress = to_meta(run.state), torch.zeros((), device="meta")
     train, test = to_meta(run.train.draw(0, 2)), to_meta(run.test.draw(0, 2))
-    for convolution in ("plain", "unfold"):
-        engine = Engine(run.algorithm, "vmap", 2, convolution=convolution)
+    for precision, convolution in (("fp32", "plain"), ("mixed", "unfold")):
+        engine = Engine(run.algorithm, "vmap", 2, precision, convolution)
         step = engine.at(0.5).step(state, train, progress)
         assert all(value.is_meta for value in step.gradients.values())
         assert step.losses.is_meta and engine.predictions(state, test).is_meta

@@ -251,9 +251,9 @@ def test_auto_uses_own_operators_for_methods_that_iterate(library, make_run):
     maml = make_run("algo=maml", "train.meta_batch=4").train_engine
     assert (maml.strategy, maml.convolution) == ("vmap", "direct")
     assert make_run("algo=protonet", "train.meta_batch=4").train_engine.convolution == "plain"
-    assert make_run("algo=maml", "engine.precision=bf16").train_engine.convolution == "plain"
+    assert make_run("algo=maml", "engine.precision=mixed").train_engine.convolution == "plain"
     with pytest.raises(UserError, match=r"engine\.convolution=direct"):
-        make_run("algo=maml", "engine.precision=bf16", "engine.convolution=direct")
+        make_run("algo=fomaml", "engine.precision=bf16", "engine.convolution=direct")
 
 
 def trained(run, steps, notes):

@@ -93,7 +93,7 @@ class EngineConfig:
     task_chunk: int = at_least(0)
     evaluation_batch: int = at_least(1, default=32, rounds=True)
     threads: int = at_least(0, rounds=True)
-    precision: str = choice("fp32", "tf32", "bf16", rounds=True)
+    precision: str = choice("fp32", "tf32", "mixed", "bf16", rounds=True)
     convolution: str = choice("auto", "plain", "unfold", "direct", rounds=True)
     cuda_graph: bool = setting(default=True)
     rematerialise: bool = setting(rounds=True)

@@ -22,7 +22,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import capture, kernels, memory, process, replay, threads
+from metalearn.engine import capture, kernels, memory, precision, process, replay, threads
 from metalearn.tasks.types import (
     CLASS_ERRORS,
     Batch,
@@ -64,7 +64,7 @@ class Engine:
         algorithm: The method.
         strategy: "vmap", "loop", "mixed" or "auto".
         chunk: Number of tasks processed at once, which bounds memory; 0 to choose automatically.
-        precision: "fp32", "tf32" or "bf16" (autocast).
+        precision: "fp32", "tf32", "mixed" (`precision.Bfloat16Products`) or "bf16" (autocast).
         convolution: See `Kernels`; for per-task weights. "auto" until `resolve`.
     """
 
@@ -237,7 +237,9 @@ class Engine:
             params[name] = value.detach().requires_grad_()
         with self.autocast(chunk.key.device):
             losses = self._losses(State(params, state.buffers), chunk, progress)
-        with replay.FastSums():
+        is_mixed = self.precision == "mixed"
+        products = precision.Bfloat16Products() if is_mixed else contextlib.nullcontext()
+        with replay.FastSums(), products:
             gradients = torch.autograd.grad(
                 losses.value.sum() / count, list(params.values()), materialize_grads=True
             )

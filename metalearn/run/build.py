@@ -143,7 +143,7 @@ def build(
     `only_test` is the split to test on, for a run that is not trained again. Raise UserError if the
     settings do not fit together or do not fit the data.
     """
-    check(settings)
+    check(settings, is_restored)
     device = device_of(settings.device)
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads

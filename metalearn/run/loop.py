@@ -181,6 +181,8 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             if is_validated(step) or step % settings.log_every == 0:
                 nonfinite.check_steps(run, training.meter, folder, tracker.note)
                 training.row = {"step": step, **training.meter.read()}
+                if training.meter.notice:
+                    tracker.note(training.meter.notice)
                 log_row()
             if step % run.config.checkpoint.every == 0:
                 save_last()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalearn.system import cores
 from metalearn.tasks.types import Params
 
 #: Tensors that a checkpoint has, by their names without the underscore.
@@ -19,6 +20,7 @@ class Meter:
 
     Attributes:
         steps: Number of steps since the last `read`.
+        notice: A line for the user about the speed of the last row, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,6 +31,8 @@ class Meter:
         # Step and task, from 0; -1 for none.
         self._first_skipped = torch.full((2,), -1, dtype=torch.int64, device=device)
         self._copy: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._competition = cores.Competition() if device.type == "cpu" else None
+        self.notice: str | None = None
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
@@ -57,7 +61,7 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Measure tasks per second from now on."""
-        self._clock = time.perf_counter()
+        self._clock, self._usage = time.perf_counter(), cores.usage()
 
     def skipped(self) -> tuple[int, int, int | None]:
         """Return the number of non-finite steps since the last `read`, and the first one.
@@ -84,9 +88,12 @@ class Meter:
             row["train.skipped"] = skipped
         for value in (*self._sums.values(), self._skipped):
             value.zero_()
-        now = time.perf_counter()
-        row["tasks_per_second"] = self._tasks / (now - self._clock)
-        self._clock, self.steps, self._tasks = now, 0, 0
+        tasks, clock, before = self._tasks, self._clock, self._usage
+        self.steps = self._tasks = 0
+        self.restart_clock()
+        row["tasks_per_second"] = tasks / (self._clock - clock)
+        if self._competition and before and self._usage:
+            self.notice = self._competition.add(tasks, self._usage.since(before))
         return row
 
     def peek(self) -> dict[str, float]:

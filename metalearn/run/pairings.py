@@ -21,8 +21,11 @@ from metalearn.tasks.mixing import MIXINGS
 from metalearn.tasks.types import InputSpec, Query
 
 
-def check(settings: RunConfig) -> None:
-    """Check all that is known before any data is read; raise UserError for what does not fit."""
+def check(settings: RunConfig, is_restored: bool = False) -> None:
+    """Check all that is known before any data is read; raise UserError for what does not fit.
+
+    An earlier run that `is_restored` may have a precision that is refused for new ones.
+    """
     algorithm, episode, train = algorithm_of(settings), settings.episode, settings.train
     target = components.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
@@ -94,6 +97,16 @@ def check(settings: RunConfig) -> None:
         raise UserError(
             f"engine.rematerialise=true: {name} does not backpropagate through inner steps; "
             "leave it out"
+        )
+    if settings.engine.rematerialise and settings.engine.precision == "mixed":
+        raise UserError(
+            "engine.rematerialise=true: engine.precision=mixed would recompute inner steps in "
+            "bfloat16; use engine.precision=fp32"
+        )
+    if settings.engine.precision == "bf16" and algorithm.can_rematerialise and not is_restored:
+        raise UserError(
+            f"engine.precision=bf16: {name} differentiates through inner steps, which bfloat16 "
+            "makes wrong; use engine.precision=mixed or fp32"
         )
     if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
         raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
