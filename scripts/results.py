@@ -299,8 +299,8 @@ def write_tables() -> list[str]:
         *own,
     ]
     fill(ROOT / "docs/results.md", "results: written by scripts/results.py", lines)
-    rows = headlines([run for run in runs if "reproduction" in run])
-    fill(ROOT / "README.md", "headlines: written by scripts/results.py", rows)
+    table = headlines([run for run in runs if "reproduction" in run])
+    fill(ROOT / "README.md", "headlines: written by scripts/results.py", table)
     return reproduced
 
 
