@@ -22,7 +22,9 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import capture, kernels, memory, process, replay, threads
+from metalearn.engine import capture, kernels, memory, replay, threads
+from metalearn.engine.plan import Plan
+from metalearn.engine.trees import channels_last, split, stack, unbind
 from metalearn.tasks.types import (
     CLASS_ERRORS,
     Batch,
@@ -33,13 +35,6 @@ from metalearn.tasks.types import (
     State,
     Task,
 )
-
-# On CPU, batching is not faster from this number of queries per task on, or beyond this number of
-# input elements per chunk; measured in benchmarks/speed-cpu.md.
-_FEW_QUERIES = 16
-_CPU_CHUNK_ELEMENTS = 1 << 18
-# With convolution "direct", larger chunks have less overhead, and smaller ones stay in the caches.
-_DIRECT_CHUNK_ELEMENTS, _DIRECT_CHUNK = 1 << 20, (2, 16)
 
 
 class Step(NamedTuple):
@@ -57,77 +52,8 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
-    """Batches an algorithm over tasks.
-
-    Attributes:
-        algorithm: The method.
-        strategy: "vmap", "loop", "mixed" or "auto".
-        chunk: Number of tasks processed at once, which bounds memory; 0 to choose automatically.
-        precision: "fp32", "tf32" or "bf16" (autocast).
-        convolution: See `Kernels`; for per-task weights. "auto" until `resolve`.
-    """
-
-    algorithm: Algorithm
-    strategy: str
-    chunk: int
-    precision: str = "fp32"
-    convolution: str = "plain"
-
-    def has_own_loss(self, tasks: Task | Batch) -> bool:
-        """Return True if the method overrides `loss`, so that "mixed" cannot be used for training.
-
-        Batches count as well: they have no support set.
-        """
-        return isinstance(tasks, Batch) or type(self.algorithm).loss is not Algorithm.loss
-
-    def resolve(self, tasks: Task | Batch, count: int, training: bool) -> "Engine":
-        """Return the engine with strategy and chunk chosen by a static rule.
-
-        Args:
-            tasks: Tasks or batches of the expected shape.
-            count: Number of tasks per call.
-            training: True for `step`, False for predictions only.
-        """
-        cpu = tasks.key.device.type == "cpu"
-        support, query = (
-            (None, tasks.x) if isinstance(tasks, Batch) else (tasks.support.x, tasks.query.x)
-        )
-        # Rollouts are chains of small operations.
-        few = query.shape[1] < _FEW_QUERIES or not self.algorithm.family.predicts
-        iterates = self.algorithm.is_iterative and not self.algorithm.backbone.is_external
-        convolution = self.convolution
-        if convolution == "auto":
-            is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
-            suits = iterates and query.dim() == 5 and count > 1
-            may_vmap = self.strategy in ("auto", "vmap")
-            convolution = "direct" if is_fast and suits and may_vmap else "plain"
-        strategy = self.strategy
-        if strategy == "auto":
-            if self.algorithm.backbone.is_external:
-                strategy = "loop"
-            elif not cpu:
-                strategy = "vmap"
-            elif count == 1 or not self.algorithm.is_iterative:
-                strategy = "loop"  # a single task is already a large batch
-            else:
-                # "mixed" would loop over tasks for the predictions, where such a method computes.
-                is_batched = few or self.algorithm.is_transductive or convolution == "direct"
-                strategy = "vmap" if is_batched else "mixed"
-        if strategy == "mixed" and training and self.has_own_loss(tasks):
-            strategy = "vmap"
-        batched = 0 if support is None else support[0].numel()
-        batched += 0 if strategy == "mixed" else query[0].numel()
-        chunk = self.chunk
-        if not chunk and cpu and convolution == "direct":
-            # As many chunks as the machine has cores; the number of threads changes no result.
-            low, high = _DIRECT_CHUNK
-            share = max(low, min(high, -(-count // process.ALL_THREADS)))
-            chunk = max(1, min(share, _DIRECT_CHUNK_ELEMENTS // max(1, batched)))
-        elif not chunk:
-            chunk = max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count
-        chunk = 1 if strategy == "loop" else min(chunk, count)
-        return dataclasses.replace(self, strategy=strategy, convolution=convolution, chunk=chunk)
+class Engine(Plan):
+    """Batches an algorithm over tasks, as its plan says."""
 
     def at(self, progress: float) -> "Engine":
         """Return the engine for a given progress of meta-training, in [0, 1]."""
@@ -150,13 +76,6 @@ class Engine:
             )
             seconds[convolution] = capture.fastest_seconds(captured, device)
         return dataclasses.replace(self, convolution=min(seconds, key=seconds.__getitem__))
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """Return strategy, chunk, precision and convolution as plain data."""
-        return {
-            name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")
-        }
 
     def step(
         self,
@@ -191,11 +110,6 @@ class Engine:
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
-    @property
-    def is_direct(self) -> bool:
-        """Return True if all convolutions with weights per task use the operators of `kernels`."""
-        return self.strategy == "vmap" and self.convolution == "direct"
-
     def _step(
         self,
         state: State,
@@ -207,7 +121,7 @@ class Engine:
         def of_chunk(state: State, chunk: Task | Batch, progress: Tensor) -> Any:
             return self._chunk_step(state, chunk, progress, count)
 
-        chunks = _split(tasks, self.chunk)
+        chunks = split(tasks, self.chunk)
         if self.is_direct and replays is not None and progress.device.type == "cpu":
             parts = replays(of_chunk, state, chunks, progress)
         else:
@@ -275,9 +189,9 @@ class Engine:
             return Loss(*vmap(loss, in_dims=(None, 0, None))(state, tasks, progress))
         if self.strategy == "loop" or isinstance(tasks, Batch):
             state = channels_last(state)
-            return _stack([loss(state, task, progress) for task in _unbind(tasks)])
+            return stack([loss(state, task, progress) for task in unbind(tasks)])
         each = self._adapted(state, tasks, algorithm.training_steps)
-        return _stack([algorithm.query_loss(state, *one) for one in each])
+        return stack([algorithm.query_loss(state, *one) for one in each])
 
     def _adapted(
         self, state: State, tasks: Task, steps: int | None
@@ -288,8 +202,8 @@ class Engine:
         def adapt(task: Task) -> Any:
             return algorithm.adapt(state, task.support, key=task.key, steps=steps)
 
-        learners = _unbind(vmap(adapt)(tasks))
-        return zip(learners, _unbind(tasks.query), tasks.key.unbind(), strict=True)
+        learners = unbind(vmap(adapt)(tasks))
+        return zip(learners, unbind(tasks.query), tasks.key.unbind(), strict=True)
 
     def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
         """Adapt to the support sets of T tasks and predict their queries.
@@ -330,7 +244,7 @@ class Engine:
                 return self._chunk_outputs(output, state, chunk, steps)
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
-            return torch.cat(self._each(of_chunk, _split(few, size)))
+            return torch.cat(self._each(of_chunk, split(few, size)))
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
@@ -347,43 +261,11 @@ class Engine:
         if self.strategy == "vmap":
             outputs = vmap(adapt_and_output)(tasks)
         elif self.strategy == "loop":
-            outputs = torch.stack([adapt_and_output(task) for task in _unbind(tasks)])
+            outputs = torch.stack([adapt_and_output(task) for task in unbind(tasks)])
         else:
             each = self._adapted(state, tasks, steps)
             outputs = torch.stack([output(algorithm, *one) for one in each])
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-
-
-def _split(tasks: Any, size: int) -> list[Any]:
-    """Split a batch of tasks into chunks of at most `size`."""
-    count = tasks.key.shape[0]
-    if size >= count:
-        return [tasks]
-    starts = range(0, count, size)
-    return [
-        pytree.tree_map(lambda leaf, start=start: leaf[start : start + size], tasks)
-        for start in starts
-    ]
-
-
-def _unbind(tree: Any) -> list[Any]:
-    """Split a batched tree into its T trees."""
-    leaves, spec = pytree.tree_flatten(tree)
-    rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    return [channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
-
-
-def channels_last(tree: Any) -> Any:
-    """Convert images and weights to the fastest layout for plain convolutions on CPU."""
-
-    def convert(leaf: Tensor) -> Tensor:
-        return leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf
-
-    return pytree.tree_map(convert, tree)
-
-
-def _stack(losses: list[Loss]) -> Loss:
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), losses[0], *losses[1:])
 
 
 def _sum_over_tasks(values: Params, count: int) -> Params:
