@@ -121,11 +121,7 @@ class Engine(Plan):
         def of_chunk(state: State, chunk: Task | Batch, progress: Tensor) -> Any:
             return self._chunk_step(state, chunk, progress, count)
 
-        chunks = split(tasks, self.chunk)
-        if self.is_direct and replays is not None and progress.device.type == "cpu":
-            parts = replays(of_chunk, state, chunks, progress)
-        else:
-            parts = self._each(lambda chunk: of_chunk(state, chunk, progress), chunks)
+        parts = self._each(of_chunk, state, split(tasks, self.chunk), replays, progress)
         total = parts[0][0]
         for part, _ in parts[1:]:
             total = pytree.tree_map(torch.add, total, part)
@@ -134,21 +130,30 @@ class Engine(Plan):
         each = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
         return Step(gradients, logs, statistics, buffers, **each)
 
-    def _each(self, function: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
-        """Return `function` of each chunk; own operators leave the use of several cores to us."""
-        if self.is_direct and chunks[0].key.device.type == "cpu":
-            return threads.in_order(function, chunks)
-        return [function(chunk) for chunk in chunks]
+    def _each(
+        self,
+        function: Callable[..., Any],
+        state: State,
+        chunks: list[Any],
+        replays: replay.Replays | None,
+        *rest: Tensor,
+    ) -> list[Any]:
+        """Return `function(state, chunk, *rest)` of each chunk.
+
+        Own operators leave the use of several cores to us.
+        """
+        if not self.is_direct or chunks[0].key.device.type != "cpu":
+            return [function(state, chunk, *rest) for chunk in chunks]
+        if replays is not None:
+            return replays(function, state, chunks, *rest)
+        return threads.in_order(lambda chunk: function(state, chunk, *rest), chunks)
 
     def _chunk_step(
         self, state: State, chunk: Task | Batch, progress: Tensor, count: int
     ) -> tuple[tuple[Params, ...], dict[str, Tensor]]:
         """Return the fields of `Step` for some tasks: sums divided by `count`, and values."""
-        params = {}
-        for name, value in state.params.items():
-            is_filter = self.is_direct and value.dim() == 4
-            value = kernels.weight_layout(value) if is_filter else value
-            params[name] = value.detach().requires_grad_()
+        state = self._with_layout(state)
+        params = {name: value.detach().requires_grad_() for name, value in state.params.items()}
         with self.autocast(chunk.key.device):
             losses = self._losses(State(params, state.buffers), chunk, progress)
         with replay.FastSums():
@@ -166,6 +171,17 @@ class Engine(Plan):
             ),
         )
         return part, each
+
+    def _with_layout(self, state: State) -> State:
+        """Return a state whose filters have the memory layout of the operators in use."""
+
+        def converted(value: Tensor) -> Tensor:
+            is_filter = self.is_direct and value.dim() == 4
+            return kernels.weight_layout(value) if is_filter else value
+
+        return State(
+            {name: converted(value) for name, value in state.params.items()}, state.buffers
+        )
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""
@@ -205,13 +221,20 @@ class Engine(Plan):
         learners = unbind(vmap(adapt)(tasks))
         return zip(learners, unbind(tasks.query), tasks.key.unbind(), strict=True)
 
-    def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
+    def predictions(
+        self,
+        state: State,
+        tasks: Task,
+        steps: int | None = None,
+        replays: replay.Replays | None = None,
+    ) -> Tensor:
         """Adapt to the support sets of T tasks and predict their queries.
 
         Args:
             state: Parameters and buffers.
             tasks: Tasks with a leading T.
             steps: Number of adaptation steps; None for the number used in tests.
+            replays: Replays long computations of this engine, with these `steps`; None to use none.
 
         Returns:
             Predictions [T, Q, N].
@@ -223,28 +246,39 @@ class Engine(Plan):
         def predict(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.predict(state, learner, query.x)
 
-        return self._outputs(predict, state, tasks, steps)
+        return self._outputs(predict, state, tasks, steps, replays)
 
-    def scores(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
+    def scores(
+        self,
+        state: State,
+        tasks: Task,
+        steps: int | None = None,
+        replays: replay.Replays | None = None,
+    ) -> Tensor:
         """Score each of T tasks with the family's metric: [T]. Arguments as in `predictions`."""
 
         def score(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.score(state, learner, query, key)
 
-        return self._outputs(score, state, tasks, steps)
+        return self._outputs(score, state, tasks, steps, replays)
 
     def _outputs(
-        self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+        self,
+        output: Callable[..., Tensor],
+        state: State,
+        tasks: Task,
+        steps: int | None,
+        replays: replay.Replays | None,
     ) -> Tensor:
         """Adapt to T tasks and stack `output(algorithm, learner, query, key)` of each."""
 
         @torch.no_grad()  # also in threads
-        def of_chunk(chunk: Task) -> Tensor:
+        def of_chunk(state: State, chunk: Task) -> Tensor:
             with self.autocast(chunk.key.device):
-                return self._chunk_outputs(output, state, chunk, steps)
+                return self._chunk_outputs(output, self._with_layout(state), chunk, steps)
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
-            return torch.cat(self._each(of_chunk, split(few, size)))
+            return torch.cat(self._each(of_chunk, state, split(few, size), replays))
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)

@@ -54,6 +54,7 @@ class Plan:
         )
         # Rollouts are chains of small operations.
         few = query.shape[1] < _FEW_QUERIES or not self.algorithm.family.predicts
+        are_features = query.dim() == 3 and query.is_floating_point()
         iterates = self.algorithm.is_iterative and not self.algorithm.backbone.is_external
         convolution = self.convolution
         if convolution == "auto":
@@ -67,8 +68,10 @@ class Plan:
                 strategy = "loop"
             elif not cpu:
                 strategy = "vmap"
-            elif count == 1 or not self.algorithm.is_iterative:
+            elif count == 1 or not (self.algorithm.is_iterative or are_features):
                 strategy = "loop"  # a single task is already a large batch
+            elif are_features:
+                strategy = "vmap"
             else:
                 # "mixed" would loop over tasks for the predictions, where such a method computes.
                 is_batched = few or self.algorithm.is_transductive or convolution == "direct"
