@@ -7,6 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 from rich.console import Console
+from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
@@ -18,6 +19,29 @@ from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
 _PLAIN, _DIRECT = "engine.convolution=plain", "engine.convolution=direct"
+
+
+def test_number_of_episodes_at_once(make_run, monkeypatch):
+    episode = make_run("algo=maml").test.draw(0, 1)
+    own = sum(leaf.nbytes for leaf in pytree.tree_leaves(episode))
+    monkeypatch.setattr(process, "ALL_THREADS", 3)
+
+    def on_cpu(inputs, most=1 << 30):
+        monkeypatch.setattr(memory, "_CPU_BYTES", inputs)
+        monkeypatch.setattr(memory, "_MOST_CPU_BYTES", most)
+        return memory.episodes_at_once(torch.device("cpu"), episode)
+
+    assert [on_cpu(100 * own), on_cpu(own), on_cpu(own, 5 * own), on_cpu(1, 1)] == [100, 48, 5, 1]
+    used = [1000]
+    for name, value in (
+        ("reset_peak_memory_stats", lambda device: None),
+        ("memory_allocated", lambda device: 1000),
+        ("max_memory_allocated", lambda device: used[-1]),
+        ("mem_get_info", lambda device: (20_000, 30_000)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    evaluate = lambda count: used.append(1000 + 250 * count)  # noqa: E731
+    assert memory.episodes_at_once(torch.device("cuda"), episode, evaluate) == 40
 
 
 def cosine(first, second):

@@ -1,5 +1,6 @@
 """Own operators equal plain torch, with first and second derivatives, batched and not."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, kernels, process, replay, threads
 from metalearn.engine.kernels import build, functions, ops
+from metalearn.run import loop
 from metalearn.run.step import Training
 from metalearn.system.errors import UserError
 from tests.fixtures import to_float64
@@ -286,6 +288,39 @@ def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
     assert all(training._replays._replays.values())
     for key, value in training.state.params.items():
         assert torch.equal(value, expected[key]), key
+
+
+def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch):
+    run = make_run("algo=maml", "test.episodes=6", "engine.evaluation_batch=2", "episode.query=2")
+    run = dataclasses.replace(run, test_engine=dataclasses.replace(run.test_engine, chunk=1))
+    expected = loop.test(run, run.state, None), loop.evaluate(run, run.state, run.val, 4)
+    monkeypatch.setattr(replay, "_SECONDS", -1.0)
+    monkeypatch.setattr(replay, "_CALLS", -1.0)
+    seen = []
+
+    class Noted(replay.Replays):
+        def _traced(self, *args):
+            seen.append(super()._traced(*args))
+            return seen[-1]
+
+    monkeypatch.setattr(loop, "Replays", Noted)
+    replays = Noted(seen.append)
+    tested = loop.test(run, run.state, None)
+    assert torch.equal(tested.confidence, expected[0].confidence)
+    for _ in range(2):  # validations share their traces
+        scores = loop.evaluate(run, run.state, run.val, 4, replays=replays)
+        assert torch.equal(scores, expected[1])
+    assert [one.__name__ for one in seen] == ["replay", "replay"]
+
+
+def test_trace_does_not_take_an_input_for_a_constant():
+    def hidden(x):
+        return torch.from_numpy(x.numpy()) * 2
+
+    with pytest.raises(RuntimeError, match="an input is used without an operation"):
+        replay.traced(hidden, torch.ones(2))
+    constant = torch.full((2,), 3.0)
+    assert replay.traced(lambda x: x * constant, torch.ones(2))(torch.ones(2)).tolist() == [3, 3]
 
 
 def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones import normalisation
@@ -85,7 +84,6 @@ class Conv4(Backbone):
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         for block in range(self.blocks):
             stride = 2 if self.halves(block) and self.downsample == "stride" else 1
-            x = conv_norm_act(norm, str(block), x, stride, self.activation)
-            if self.halves(block) and self.downsample == "pool":
-                x = F.max_pool2d(x, 2)
+            pool = self.halves(block) and self.downsample == "pool"
+            x = conv_norm_act(norm, str(block), x, stride, self.activation, pool)
         return x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)

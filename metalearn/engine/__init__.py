@@ -193,7 +193,9 @@ class Engine(Plan):
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
         convolution = self.convolution if batched and self.convolution != "auto" else "plain"
         own = kernels if convolution == "direct" else None
-        kinds = Kernels(convolution, fused_norm=not batched, own=own)
+        is_pooled = self.convolution == "direct" and not self.algorithm.takes_gradients
+        pooled = kernels.pooled_block if is_pooled else None
+        kinds = Kernels(convolution, fused_norm=not batched, own=own, pooled=pooled)
         backbone = dataclasses.replace(self.algorithm.backbone, kernels=kinds)
         return dataclasses.replace(self.algorithm, backbone=backbone)
 

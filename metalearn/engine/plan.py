@@ -59,9 +59,10 @@ class Plan:
         convolution = self.convolution
         if convolution == "auto":
             is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
-            suits = iterates and query.dim() == 5 and count > 1
-            may_vmap = self.strategy in ("auto", "vmap")
-            convolution = "direct" if is_fast and suits and may_vmap else "plain"
+            # Without adaptation by gradients, only blocks with pooling use own operators.
+            may_vmap = self.strategy in ("auto", "vmap") and iterates and count > 1
+            suits = query.dim() == 5 and (may_vmap or not self.algorithm.takes_gradients)
+            convolution = "direct" if is_fast and suits else "plain"
         strategy = self.strategy
         if strategy == "auto":
             if self.algorithm.backbone.is_external:

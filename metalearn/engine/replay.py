@@ -120,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.graph, self.constants = fx.Graph(), torch.nn.Module()
         self._nodes = WeakTensorKeyDictionary()
-        self._given = {value.untyped_storage()._cdata for value in inputs}
+        self._given = {value.untyped_storage().data_ptr() for value in inputs} - {0}
         for index, value in enumerate(inputs):
             self._add(value, self.graph.placeholder(f"input{index}"))
 
@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
     def node(self, value: Tensor) -> fx.Node:
         """Return the node that computes a tensor."""
         if value not in self._nodes:
-            if value.untyped_storage()._cdata in self._given:
+            if value.untyped_storage().data_ptr() in self._given:
                 raise RuntimeError("an input is used without an operation")
             name = f"constant{len(self._nodes)}"
             self.constants.register_buffer(name, value.detach())

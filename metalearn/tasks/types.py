@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -207,11 +207,14 @@ class Kernels(NamedTuple):
         fused_norm: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second
             derivative under `vmap` with per-task weights.
         own: The engine's operators, for "direct".
+        pooled: The engine's operator of a block with pooling, for "direct" if no second derivative
+            is taken: (x, weight, scale, shift, eps, slope) to (output, mean, variance).
     """
 
     convolution: str = "plain"
     fused_norm: bool = False
     own: OwnLayers | None = None
+    pooled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
