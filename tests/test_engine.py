@@ -59,9 +59,11 @@ def cosine(first, second):
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _PLAIN], "mixed"),
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _DIRECT], "vmap"),
         (["algo=maml", "train.meta_batch=1"], "loop"),
-        (["algo=protonet", "train.meta_batch=4", _DIRECT], "loop"),
+        (["algo=protonet", "train.meta_batch=4", _DIRECT], "vmap"),
+        (["algo=protonet", "train.meta_batch=4", _PLAIN], "loop"),
+        (["algo=protonet", "train.meta_batch=1", _DIRECT], "loop"),
         (["algo=reptile", "episode.train.query=15", "train.meta_batch=4"], "vmap"),
-        (["algo=protonet", "episode.train.query=1", "train.meta_batch=4"], "loop"),
+        (["algo=protonet", "episode.train.query=1", "train.meta_batch=4", _PLAIN], "loop"),
         (["algo=maml", "engine.strategy=loop", "train.meta_batch=4"], "loop"),
         (["algo=reptile", "engine.strategy=mixed", "train.meta_batch=4"], "vmap"),
     ],
@@ -85,7 +87,8 @@ def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
         == "mixed"
     )
     assert (
-        make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
+        make_run("algo=protonet", "episode.query=15", "device=cpu", _PLAIN).test_engine.strategy
+        == "loop"
     )
 
 

@@ -252,10 +252,101 @@ def test_engine_with_own_operators_equals_the_loop(query, backbone, make_run):
 def test_auto_uses_own_operators_for_methods_that_iterate(library, make_run):
     maml = make_run("algo=maml", "train.meta_batch=4").train_engine
     assert (maml.strategy, maml.convolution) == ("vmap", "direct")
-    assert make_run("algo=protonet", "train.meta_batch=4").train_engine.convolution == "plain"
+    for pool, convolution in (("pool", "direct"), ("stride", "plain")):
+        words = ["algo=protonet", "train.meta_batch=4", f"backbone.downsample={pool}"]
+        assert make_run(*words).train_engine.convolution == convolution
     assert make_run("algo=maml", "engine.precision=bf16").train_engine.convolution == "plain"
     with pytest.raises(UserError, match=r"engine\.convolution=direct"):
         make_run("algo=maml", "engine.precision=bf16", "engine.convolution=direct")
+
+
+def pooled_by_torch(y, g, b, eps, slope):
+    var, mean = torch.var_mean(y, (-4, -3, -2), correction=0, keepdim=True)
+    z = (y - mean) * torch.rsqrt(var + eps) * g + b
+    a = F.max_pool2d(torch.where(z > 0, z, slope * z).flatten(0, -4).movedim(-1, 1), 2)
+    a = a.movedim(1, -1).unflatten(0, y.shape[:-3])
+    return a, mean.flatten(-4), var.flatten(-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(2, 5), st.integers(2, 5),
+    st.sampled_from([1, 7, 64, 70]), st.sampled_from([0.0, 0.01, 1.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_pooling_first_equals_pooling_last(tasks, batch, height, width, channels, slope, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    y, g, b = normal(tasks, 2 * batch, height, width, channels), normal(channels), normal(channels)
+    inputs = [value.requires_grad_() for value in (y, g, b)]
+
+    def results(function, arguments):
+        outputs = [function(*arguments, 1e-5, slope)[index] for index in function_outputs[function]]
+        cotangents = [torch.ones_like(value).cumsum(0).to(value) for value in outputs]
+        return outputs, torch.autograd.grad(outputs, arguments, cotangents)
+
+    function_outputs = {pooled_by_torch: (0, 1, 2), functions.norm_pool: (0, 3, 4)}
+    expected = results(pooled_by_torch, [y, g, b])
+    torch.testing.assert_close(results(functions.norm_pool, inputs), expected)
+    single = [value.detach().float().requires_grad_() for value in inputs]
+    torch.testing.assert_close(
+        pytree.tree_map(torch.Tensor.double, results(functions.norm_pool, single)),
+        expected, rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
+def test_second_derivative_of_pooled_blocks_is_refused():
+    y, g = torch.randn(2, 4, 4, 3, requires_grad=True), torch.ones(3)
+    a = functions.norm_pool(y, g, g, 1e-5, 0.0)[0]
+    (gradient,) = torch.autograd.grad(a.square().sum(), y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives of blocks with pooling"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("statistics", ["query", "support", "population"])
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_pooled_blocks_equal_plain_ones(strategy, statistics, library, make_run):
+    run = make_run("algo=protonet", f"statistics={statistics}", "backbone.activation=leaky_relu")
+    params = {
+        name: value * torch.tensor([1.0, -1.0]).repeat(len(value) // 2)
+        if "norm" in name and name.endswith("weight") else value
+        for name, value in run.state.params.items()
+    }  # fmt: skip
+    state = run.state._replace(params=params)
+    tasks = run.train.draw(0, 4)
+    direct, plain = (
+        Engine(run.algorithm, strategy, 2 if strategy == "vmap" else 1, convolution=one)
+        for one in ("direct", "plain")
+    )
+    assert direct.is_pooled
+    exact = plain.step(to_float64(state), to_float64(tasks), _HALF.double())
+    step = direct.step(state, tasks, _HALF)
+    for part in ("gradients", "statistics", "losses"):
+        torch.testing.assert_close(
+            pytree.tree_map(torch.Tensor.double, getattr(step, part)), getattr(exact, part),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+    expected = plain.predictions(to_float64(state), to_float64(tasks))
+    torch.testing.assert_close(direct.predictions(state, tasks).double(), expected,
+                               rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("meta_batch", [1, 4])
+def test_threads_change_no_bit_of_pooled_blocks(meta_batch, library, make_run, monkeypatch):
+    monkeypatch.setattr(process, "ALL_THREADS", 2)
+    states = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            run = make_run("algo=protonet", f"train.meta_batch={meta_batch}", "train.steps=4")
+            torch.set_num_threads(count)
+            states.append(trained(run, 3, []).state.params)
+        finally:
+            torch.set_num_threads(1)
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
 
 
 def trained(run, steps, notes):
@@ -269,7 +360,11 @@ def trained(run, steps, notes):
 
 @pytest.mark.parametrize(
     "name",
-    ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reptile", "proto_maml"))],
+    [
+        "maml",
+        "protonet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reptile", "proto_maml")),
+    ],
 )
 def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
     make = functools.partial(

@@ -38,6 +38,11 @@ class Backbone:
         return True
 
     @property
+    def pools(self) -> bool:
+        """True if blocks of convolution, normalisation and activation end in 2 x 2 max-pooling."""
+        return False
+
+    @property
     def is_frozen(self) -> bool:
         """True if parameters get no gradient and population statistics never change."""
         return False

@@ -44,6 +44,10 @@ class Conv4(Backbone):
     def normalises(self) -> bool:
         return self.normalisation != "none"
 
+    @property
+    def pools(self) -> bool:
+        return self.normalises and self.downsample == "pool"
+
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         params: Params = {}
         population: Params = {}

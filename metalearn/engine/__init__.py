@@ -140,13 +140,15 @@ class Engine(Plan):
     ) -> list[Any]:
         """Return `function(state, chunk, *rest)` of each chunk.
 
-        Own operators leave the use of several cores to us.
+        Own operators leave the use of several cores to us, but those of a single task use them.
         """
-        if not self.is_direct or chunks[0].key.device.type != "cpu":
+        if not (self.is_direct or self.is_pooled) or chunks[0].key.device.type != "cpu":
             return [function(state, chunk, *rest) for chunk in chunks]
+        is_alone = self.strategy == "loop" and len(chunks) == 1
+        compute = threads.alone if is_alone else threads.in_order
         if replays is not None:
-            return replays(function, state, chunks, *rest)
-        return threads.in_order(lambda chunk: function(state, chunk, *rest), chunks)
+            return replays(function, state, chunks, *rest, compute=compute)
+        return compute(lambda chunk: function(state, chunk, *rest), chunks)
 
     def _chunk_step(
         self, state: State, chunk: Task | Batch, progress: Tensor, count: int
@@ -193,8 +195,7 @@ class Engine(Plan):
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
         convolution = self.convolution if batched and self.convolution != "auto" else "plain"
         own = kernels if convolution == "direct" else None
-        is_pooled = self.convolution == "direct" and not self.algorithm.takes_gradients
-        pooled = kernels.pooled_block if is_pooled else None
+        pooled = kernels.pooled_block if self.is_pooled else None
         kinds = Kernels(convolution, fused_norm=not batched, own=own, pooled=pooled)
         backbone = dataclasses.replace(self.algorithm.backbone, kernels=kinds)
         return dataclasses.replace(self.algorithm, backbone=backbone)

@@ -59,20 +59,17 @@ class Plan:
         convolution = self.convolution
         if convolution == "auto":
             is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
-            # Without adaptation by gradients, only blocks with pooling use own operators.
             may_vmap = self.strategy in ("auto", "vmap") and iterates and count > 1
-            suits = query.dim() == 5 and (may_vmap or not self.algorithm.takes_gradients)
+            suits = query.dim() == 5 and (may_vmap or self._may_pool)
             convolution = "direct" if is_fast and suits else "plain"
         strategy = self.strategy
         if strategy == "auto":
             if self.algorithm.backbone.is_external:
                 strategy = "loop"
-            elif not cpu:
+            elif not cpu or (count > 1 and (are_features or (convolution == "direct" and self._may_pool))):
                 strategy = "vmap"
-            elif count == 1 or not (self.algorithm.is_iterative or are_features):
+            elif count == 1 or not self.algorithm.is_iterative:
                 strategy = "loop"  # a single task is already a large batch
-            elif are_features:
-                strategy = "vmap"
             else:
                 # "mixed" would loop over tasks for the predictions, where such a method computes.
                 is_batched = few or self.algorithm.is_transductive or convolution == "direct"
@@ -103,3 +100,13 @@ class Plan:
     def is_direct(self) -> bool:
         """Return True if all convolutions with weights per task use the operators of `kernels`."""
         return self.strategy == "vmap" and self.convolution == "direct"
+
+    @property
+    def is_pooled(self) -> bool:
+        """Return True if blocks with pooling use the operators of `kernels`."""
+        return self.convolution == "direct" and self._may_pool
+
+    @property
+    def _may_pool(self) -> bool:
+        """Return True if the network has such blocks, and no second derivative is needed."""
+        return self.algorithm.backbone.pools and not self.algorithm.takes_gradients

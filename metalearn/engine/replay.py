@@ -61,12 +61,17 @@ class Replays:
         self._replays: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
-        self, function: Callable[..., Any], state: Any, chunks: list[Any], *rest: Any
+        self,
+        function: Callable[..., Any],
+        state: Any,
+        chunks: list[Any],
+        *rest: Any,
+        compute: Callable[..., list[Any]] = threads.in_order,
     ) -> list[Any]:
-        """Return `function(state, chunk, *rest)` of each chunk."""
+        """Return `function(state, chunk, *rest)` of each chunk, with the threads of `compute`."""
         keys = [tuple(leaf.shape for leaf in pytree.tree_leaves(chunk)) for chunk in chunks]
         start = time.perf_counter()
-        results = threads.in_order(
+        results = compute(
             lambda item: self._replays.get(item[0], function)(state, item[1], *rest),
             list(zip(keys, chunks, strict=True)),
         )
@@ -78,7 +83,7 @@ class Replays:
             if is_long and key not in self._replays:
                 other, expected = last[key]
                 self._replays[key] = self._traced(
-                    function, (state, chunk, *rest), (state, other, *rest), expected
+                    function, (state, chunk, *rest), (state, other, *rest), expected, compute
                 )
         return results
 
@@ -88,6 +93,7 @@ class Replays:
         args: tuple[Any, ...],
         others: tuple[Any, ...],
         expected: Any,
+        compute: Callable[..., list[Any]],
     ) -> Callable[..., Any]:
         """Return a replay of `function`, or the function itself.
 
@@ -102,7 +108,7 @@ class Replays:
             return replay
 
         try:
-            return threads.in_order(exact_trace, [0])[0]
+            return compute(exact_trace, [0])[0]
         except Exception as error:  # whatever cannot be traced is computed as before
             self._report(f"the step is not replayed from a trace: {first_line(error)}")
             return function

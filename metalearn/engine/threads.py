@@ -19,6 +19,11 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     return list(_pool(count).map(function, items))
 
 
+def alone(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return `function` of each item, one after the other, each with all threads of torch."""
+    return [function(item) for item in items]
+
+
 @functools.cache
 def _pool(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "metalearn", functools.partial(torch.set_num_threads, 1))

@@ -44,8 +44,9 @@ INLINE vec masked(vec g, vec a, float slope) {
 }
 
 // Call F(c, V, n) for tiles of V vectors of n lanes, which cover C channels.
-#define TILES(C, F)                                              \
-  for (long c = 0; c < (C);) {                                   \
+#define TILES(C, F) RANGE(0, C, F)
+#define RANGE(first, C, F)                                       \
+  for (long c = (first); c < (C);) {                             \
     long left = (C) - c;                                         \
     if (left >= WIDE * LANES) { F(c, WIDE, LANES); c += WIDE * LANES; } \
     else if (left >= 2 * LANES) { F(c, 2, LANES); c += 2 * LANES; } \
@@ -457,7 +458,7 @@ INLINE void larger(vec u, int k, vec *best, ivec *at) {
   *best = where(m, u, *best);
   *at = (m & k) | (~m & *at);
 }
-// y [B,H,W,C] -> a = act(xh g + b) pooled, y where it is from (p), which of the 4 (index), mean, var
+// For channels first to end: y [B,H,W,C] -> a = act(xh g + b) pooled, y where it is from (p), which of the 4 (index), mean, var
 INLINE void norm_pool_tile(const float *y, const float *g, const float *b, float *a, float *p,
                            uint8_t *index, float *mean_at, float *var_at, shape s, float eps,
                            float slope, long c, int V, int n) {
@@ -489,12 +490,13 @@ INLINE void norm_pool_tile(const float *y, const float *g, const float *b, float
   }
 }
 void norm_pool(const float *y, const float *g, const float *b, float *a, float *p, uint8_t *index,
-               float *mean, float *var, long T, int shared, shape s, float eps, float slope) {
+               float *mean, float *var, long T, int shared, shape s, long first, long end,
+               float eps, float slope) {
   long large = s.B * s.H * s.W * s.C, small = s.B * (s.H / 2) * (s.W / 2) * s.C;
   for (long t = 0; t < T; t++) {
     long e = t * small, k = t * s.C, q = shared ? 0 : k;
 #define NORM_POOL(c, V, n) norm_pool_tile(y + t * large, g + q, b + q, a + e, p + e, index + e, mean + k, var + k, s, eps, slope, c, V, n)
-    TILES(s.C, NORM_POOL)
+    RANGE(first, end, NORM_POOL)
   }
 }
 // Cotangents ga of a, gm of mean and gv of var -> gy, gg, gb
@@ -540,12 +542,12 @@ INLINE void pool_vjp_tile(const float *ga, const float *gm, const float *gv, con
 void norm_pool_vjp(const float *ga, const float *gm, const float *gv, const float *g,
                    const float *y, const float *a, const float *p, const uint8_t *index,
                    const float *mean, const float *var, float *gy, float *gg, float *gb, long T,
-                   int shared, shape s, float eps, float slope) {
+                   int shared, shape s, long first, long end, float eps, float slope) {
   long large = s.B * s.H * s.W * s.C, small = s.B * (s.H / 2) * (s.W / 2) * s.C;
   for (long t = 0; t < T; t++) {
     long e = t * small, k = t * s.C, f = t * large;
 #define POOL_VJP(c, V, n) pool_vjp_tile(ga + e, gm + k, gv + k, g + (shared ? 0 : k), y + f, a + e, p + e, index + e, mean + k, var + k, gy + f, gg + k, gb + k, s, eps, slope, c, V, n)
-    TILES(s.C, POOL_VJP)
+    RANGE(first, end, POOL_VJP)
   }
 }
 // x [T,B H W,K] @ w [T or 1,K,O], pooled -> a after the activation, and which of the 4 (index)

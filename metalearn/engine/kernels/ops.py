@@ -12,6 +12,7 @@ others.
 Legend of shapes: B images, H x W pixels, C channels in, O out, K size of filters, M = B H W.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metalearn.engine import process, threads
 from metalearn.engine.kernels import build
 
 _LIBRARY = torch.library.Library("metalearn", "DEF")
@@ -55,6 +57,20 @@ def call_c(name: str, *args: Any) -> None:
         *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
     ):
         raise MemoryError(f"metalearn::{name}: out of memory")
+
+
+def in_parts(call: Callable[[int, int], Any], tasks: int, count: int, least: int = 1) -> list[Any]:
+    """Return `call(first, end)` of each part of `count` images or channels.
+
+    Parts have a multiple of `least`. Several tasks are one part. A single task has a part for each
+    core of the machine, computed by
+    the threads of torch; so the results do not depend on the number of these threads.
+    """
+    parts = process.ALL_THREADS if tasks == 1 else 1
+    size = max(1, -(-count // (parts * least))) * least
+    return threads.in_order(
+        lambda first: call(first, min(first + size, count)), range(0, count, size)
+    )
 
 
 def summed(gradient: Tensor, lead: int, keep: int) -> Tensor:
@@ -107,12 +123,22 @@ def _geometry(x: Tensor, w: Tensor, stride: int) -> tuple[int, int, build.Shape]
     return tasks, int(w.dim() == 4), shape
 
 
+def _part(shape: build.Shape, first: int, end: int) -> build.Shape:
+    """Return the shape of some images."""
+    return build.Shape(end - first, shape.H, shape.W, shape.C, shape.O, shape.K, shape.stride)
+
+
 def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     height, width = (-(-size // stride) for size in x.shape[-3:-1])
     y = x.new_empty(*x.shape[:-3], height, width, w.shape[-1])
     tasks, shared, shape = _geometry(x, w, stride)
-    call_c("conv", x, w, y, tasks, shared, shape)
+
+    def call(first: int, end: int) -> None:
+        at, to = (value.narrow(-4, first, end - first) for value in (x, y))
+        call_c("conv", at, w, to, tasks, shared, _part(shape, first, end))
+
+    in_parts(call, tasks, shape.B)
     return y
 
 
@@ -128,13 +154,16 @@ def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> 
     gy, w = gy.contiguous(), w.contiguous()
     gx = gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2])
     tasks, shared, shape = _geometry(gx, w, stride)
-    call_c("conv_input", gy, w, gx, tasks, shared, shape)
+
+    def call(first: int, end: int) -> None:
+        at, to = (value.narrow(-4, first, end - first) for value in (gy, gx))
+        call_c("conv_input", at, w, to, tasks, shared, _part(shape, first, end))
+
+    in_parts(call, tasks, shape.B)
     return gx
 
 
-@define(
-    "conv_input(Tensor gy, Tensor w, int height, int width, int stride) -> Tensor", _conv_input
-)
+@define("conv_input(Tensor gy, Tensor w, int height, int width, int stride) -> Tensor", _conv_input)
 def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Return the gradient of `conv` by x [.., B, height, width, C]."""
     size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
@@ -155,13 +184,18 @@ def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Te
     lead = x.shape[:-4] if keep else ()
     gw = x.new_empty(*lead, size, size, x.shape[-1], gy.shape[-1])
     tasks, _, shape = _geometry(x, gw, stride)
-    call_c("conv_weight", x, gy, gw, tasks, int(not keep), shape)
+
+    def call(first: int, end: int) -> Tensor:
+        to = torch.empty_like(gw)
+        own = (value.narrow(-4, first, end - first) for value in (x, gy))
+        call_c("conv_weight", *own, to, tasks, int(not keep), _part(shape, first, end))
+        return to
+
+    gw = functools.reduce(torch.add, in_parts(call, tasks, shape.B))
     return summed(gw, len(lead), keep)
 
 
-@define(
-    "conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight
-)
+@define("conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight)
 def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
     gw = patches(x, size, stride)[..., :-1].mT @ gy.flatten(-4, -2)

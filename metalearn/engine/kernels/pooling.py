@@ -4,12 +4,14 @@ The pooling comes before normalisation and activation, which then compute a quar
 These operators have first derivatives only.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.engine.kernels import build
-from metalearn.engine.kernels.ops import PIXELS, call_c, define, expanded, masked, summed
+from metalearn.engine.kernels.ops import PIXELS, call_c, define, expanded, in_parts, masked, summed
 
 
 def _windows(x: Tensor) -> Tensor:
@@ -41,9 +43,13 @@ def _norm_pool(
     a = y.new_empty(*y.shape[:-4], batch, height // 2, width // 2, channels)
     p, index = torch.empty_like(a), torch.empty_like(a, dtype=torch.uint8)
     mean, var = (y.new_empty(*y.shape[:-4], channels) for _ in range(2))
-    tasks = y.shape[:-4].numel()
-    call_c("norm_pool", y, g, b, a, p, index, mean, var, tasks, int(g.dim() == 1), _pool_shape(y),
-          eps, slope)  # fmt: skip
+    tasks, tensors = y.shape[:-4].numel(), (y, g, b, a, p, index, mean, var)
+
+    def call(first: int, end: int) -> None:
+        call_c("norm_pool", *tensors, tasks, int(g.dim() == 1), _pool_shape(y), first, end,
+               eps, slope)  # fmt: skip
+
+    in_parts(call, tasks, channels, 16)
     return a, p, index, mean, var
 
 
@@ -81,8 +87,12 @@ def _norm_pool_vjp(
     tensors = [value.contiguous() for value in (ga, gm, gv, g, y, a, p, index, mean, var)]
     gy, gg, gb = torch.empty_like(tensors[4]), torch.empty_like(mean), torch.empty_like(mean)
     tasks, lead = mean.shape[:-1].numel(), mean.dim() - 1
-    call_c("norm_pool_vjp", *tensors, gy, gg, gb, tasks, int(g.dim() == 1), _pool_shape(y),
-          eps, slope)  # fmt: skip
+
+    def call(first: int, end: int) -> None:
+        call_c("norm_pool_vjp", *tensors, gy, gg, gb, tasks, int(g.dim() == 1), _pool_shape(y),
+               first, end, eps, slope)  # fmt: skip
+
+    in_parts(call, tasks, y.shape[-1], 16)
     return gy, summed(gg, lead, keep), summed(gb, lead, keep)
 
 
@@ -119,8 +129,14 @@ def _affine_pool(
     x, w = _maps(x.contiguous(), height, width), w.contiguous()
     a = x.new_empty(*x.shape[:-3], height // 2, width // 2, w.shape[-1])
     index = torch.empty_like(a, dtype=torch.uint8)
-    call_c("affine_pool", x, w, a, index, x.shape[:-4].numel(), int(w.dim() == 2),
-          _pool_shape(x, w.shape[-1]), slope)  # fmt: skip
+    tasks = x.shape[:-4].numel()
+
+    def call(first: int, end: int) -> None:
+        at, *to = (value.narrow(-4, first, end - first) for value in (x, a, index))
+        call_c("affine_pool", at, w, *to, tasks, int(w.dim() == 2), _pool_shape(at, w.shape[-1]),
+               slope)  # fmt: skip
+
+    in_parts(call, tasks, x.shape[-4])
     return a, index
 
 
@@ -147,9 +163,16 @@ def _affine_pool_weight(
     x = _maps(x.contiguous(), height, width)
     g, a, index = g.contiguous(), a.contiguous(), index.contiguous()
     lead = x.shape[:-4] if keep else ()
-    gw = x.new_empty(*lead, x.shape[-1], g.shape[-1])
-    call_c("affine_pool_weight", x, g, a, index, gw, x.shape[:-4].numel(), int(not keep),
-          _pool_shape(x, g.shape[-1]), slope)  # fmt: skip
+    tasks = x.shape[:-4].numel()
+
+    def call(first: int, end: int) -> Tensor:
+        own = [value.narrow(-4, first, end - first) for value in (x, g, a, index)]
+        gw = x.new_empty(*lead, x.shape[-1], g.shape[-1])
+        call_c("affine_pool_weight", *own, gw, tasks, int(not keep),
+               _pool_shape(own[0], g.shape[-1]), slope)  # fmt: skip
+        return gw
+
+    gw = functools.reduce(torch.add, in_parts(call, tasks, x.shape[-4]))
     return summed(gw, len(lead), keep)
 
 
