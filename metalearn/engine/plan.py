@@ -62,11 +62,12 @@ class Plan:
             may_vmap = self.strategy in ("auto", "vmap") and iterates and count > 1
             suits = query.dim() == 5 and (may_vmap or self._may_pool)
             convolution = "direct" if is_fast and suits else "plain"
+        pools = convolution == "direct" and self._may_pool
         strategy = self.strategy
         if strategy == "auto":
             if self.algorithm.backbone.is_external:
                 strategy = "loop"
-            elif not cpu or (count > 1 and (are_features or (convolution == "direct" and self._may_pool))):
+            elif not cpu or (count > 1 and (are_features or pools)):
                 strategy = "vmap"
             elif count == 1 or not self.algorithm.is_iterative:
                 strategy = "loop"  # a single task is already a large batch
