@@ -181,6 +181,7 @@ def test_third_derivatives_are_refused(channels):
 
 #: Arguments of each operator: B=3, H=W=5, C=4, O=6, K=3; two tasks.
 _X, _W, _Y, _G, _ROWS = (2, 3, 5, 5, 4), (2, 3, 3, 4, 6), (2, 3, 3, 3, 6), (2, 6), (2, 27, 37)
+_POOLED = (2, 3, 1, 1, 6)
 _ARGUMENTS: dict[str, list[Any]] = {
     "patches": [_X, 3, 2],
     "moments": [_ROWS],
@@ -192,6 +193,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "norm_second": [_Y, _G, _G, _Y, _G, _Y, _Y, _G, 0.0, 1],
     "affine": [_ROWS, (2, 37, 6), (2, 27, 6), 0.0],
     "affine_weight": [_ROWS, (2, 27, 6), (2, 27, 6), 0.0, 1],
+    "norm_pool": [_Y, _G, _G, _EPS, 0.0],
+    "norm_pool_vjp": [_POOLED, _G, _G, _G, _Y, _POOLED, _POOLED, _POOLED, _G, _G, _EPS, 0.0, 1],
+    "affine_pool": [_ROWS, (2, 37, 6), 3, 3, 0.0],
+    "affine_pool_weight": [_ROWS, _POOLED, _POOLED, _POOLED, 3, 3, 0.0, 1],
 }
 
 
