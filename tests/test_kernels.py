@@ -393,10 +393,10 @@ def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
 def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch):
     run = make_run("algo=maml", "test.episodes=6", "engine.evaluation_batch=2", "episode.query=2")
     run = dataclasses.replace(run, test_engine=dataclasses.replace(run.test_engine, chunk=1))
-    expected = loop.test(run, run.state, None), loop.evaluate(run, run.state, run.val, 4)
+    expected: Any = loop.test(run, run.state, None), loop.evaluate(run, run.state, run.val, 4)
     monkeypatch.setattr(replay, "_SECONDS", -1.0)
     monkeypatch.setattr(replay, "_CALLS", -1.0)
-    seen = []
+    seen: list[Any] = []
 
     class Noted(replay.Replays):
         def _traced(self, *args):
@@ -404,8 +404,8 @@ def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch)
             return seen[-1]
 
     monkeypatch.setattr(loop, "Replays", Noted)
-    replays = Noted(seen.append)
-    tested = loop.test(run, run.state, None)
+    replays = Noted(lambda line: None)
+    tested: Any = loop.test(run, run.state, None)
     assert torch.equal(tested.confidence, expected[0].confidence)
     for _ in range(2):  # validations share their traces
         scores = loop.evaluate(run, run.state, run.val, 4, replays=replays)

@@ -1,7 +1,7 @@
 """How an engine computes, and the rule that chooses it."""
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from metalearn.algorithms.base import Algorithm
 from metalearn.engine import kernels, process
@@ -13,6 +13,8 @@ _FEW_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 18
 # With convolution "direct", larger chunks have less overhead, and smaller ones stay in the caches.
 _DIRECT_CHUNK_ELEMENTS, _DIRECT_CHUNK = 1 << 20, (2, 16)
+
+_Plan = TypeVar("_Plan", bound="Plan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Plan:
         """
         return isinstance(tasks, Batch) or type(self.algorithm).loss is not Algorithm.loss
 
-    def resolve(self, tasks: Task | Batch, count: int, training: bool) -> Self:
+    def resolve(self: _Plan, tasks: Task | Batch, count: int, training: bool) -> _Plan:
         """Return the plan with strategy and chunk chosen by a static rule.
 
         Args:
