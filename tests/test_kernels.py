@@ -437,6 +437,22 @@ def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):
     assert len(notes) == 1 and notes[0].startswith("the step is not replayed from a trace")
 
 
+def test_workers_do_not_wait_for_each_other():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads.in_order(lambda _: None, range(4))
+
+        def nested(_):
+            torch.set_num_threads(2)  # as torch does by itself when it is first used in a thread
+            return threads.in_order(lambda index: index, range(2))
+
+        assert threads.in_order(nested, range(4)) == [[0, 1]] * 4
+    finally:
+        threads.in_order(lambda _: torch.set_num_threads(1), range(4))
+        torch.set_num_threads(before)
+
+
 def test_chunks_are_computed_by_single_threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
