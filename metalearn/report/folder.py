@@ -27,7 +27,10 @@ class RunFolder:
         self.scores = path / "test_scores.csv"
         self.classes = path / "test_classes.csv"
         self.curve = path / "learning_curve.png"
-        self.best = path / "checkpoints" / "best.pt"
+        #: The weights of a model that `metalearn export format=safetensors` made, and its card.
+        self.model = path / "model.safetensors"
+        self.card = path / "README.md"
+        self.best = self.model if self.model.is_file() else path / "checkpoints" / "best.pt"
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         #: Results of `metalearn evaluate`.
