@@ -133,7 +133,7 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
             state, episodes = trained_state(run, folder), run.config.test.episodes
             parts = parts_of(run.test, 0, episodes, _BATCH)
             base, source = features.with_features(
-                run, run.test_engine, run.test, state, parts, SILENT
+                run, run.test_engine, run.test, state, parts, SILENT, _BATCH
             )
             scores = {}
             for name in _HEADS:

@@ -8,6 +8,7 @@ from itertools import accumulate
 import pytest
 import torch
 from rich.console import Console
+from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.capture import Captured
@@ -19,6 +20,29 @@ from tests.fixtures import SMALL, to_float64
 
 _HALF = torch.tensor(0.5)
 _PLAIN, _DIRECT = "engine.convolution=plain", "engine.convolution=direct"
+
+
+def test_number_of_episodes_at_once(make_run, monkeypatch):
+    episode = make_run("algo=maml").test.draw(0, 1)
+    own = sum(leaf.nbytes for leaf in pytree.tree_leaves(episode))
+    monkeypatch.setattr(process, "ALL_THREADS", 3)
+
+    def on_cpu(inputs, most=1 << 30):
+        monkeypatch.setattr(memory, "_CPU_BYTES", inputs)
+        monkeypatch.setattr(memory, "_MOST_CPU_BYTES", most)
+        return memory.episodes_at_once(torch.device("cpu"), episode)
+
+    assert [on_cpu(100 * own), on_cpu(own), on_cpu(own, 5 * own), on_cpu(1, 1)] == [100, 48, 5, 1]
+    used = [1000]
+    for name, value in (
+        ("reset_peak_memory_stats", lambda device: None),
+        ("memory_allocated", lambda device: 1000),
+        ("max_memory_allocated", lambda device: used[-1]),
+        ("mem_get_info", lambda device: (20_000, 30_000)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    evaluate = lambda count: used.append(1000 + 250 * count)  # noqa: E731
+    assert memory.episodes_at_once(torch.device("cuda"), episode, evaluate) == 40
 
 
 def cosine(first, second):
@@ -36,9 +60,11 @@ def cosine(first, second):
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _PLAIN], "mixed"),
         (["algo=maml", "episode.train.query=15", "train.meta_batch=4", _DIRECT], "vmap"),
         (["algo=maml", "train.meta_batch=1"], "loop"),
-        (["algo=protonet", "train.meta_batch=4", _DIRECT], "loop"),
+        (["algo=protonet", "train.meta_batch=4", _DIRECT], "vmap"),
+        (["algo=protonet", "train.meta_batch=4", _PLAIN], "loop"),
+        (["algo=protonet", "train.meta_batch=1", _DIRECT], "loop"),
         (["algo=reptile", "episode.train.query=15", "train.meta_batch=4"], "vmap"),
-        (["algo=protonet", "episode.train.query=1", "train.meta_batch=4"], "loop"),
+        (["algo=protonet", "episode.train.query=1", "train.meta_batch=4", _PLAIN], "loop"),
         (["algo=maml", "engine.strategy=loop", "train.meta_batch=4"], "loop"),
         (["algo=reptile", "engine.strategy=mixed", "train.meta_batch=4"], "vmap"),
     ],
@@ -62,7 +88,8 @@ def test_transfer_methods_batch_their_adaptation_in_tests(make_run):
         == "mixed"
     )
     assert (
-        make_run("algo=protonet", "episode.query=15", "device=cpu").test_engine.strategy == "loop"
+        make_run("algo=protonet", "episode.query=15", "device=cpu", _PLAIN).test_engine.strategy
+        == "loop"
     )
 
 

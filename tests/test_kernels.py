@@ -1,5 +1,6 @@
 """Own operators equal plain torch, with first and second derivatives, batched and not."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, kernels, process, replay, threads
 from metalearn.engine.kernels import build, functions, ops
+from metalearn.run import loop
 from metalearn.run.step import Training
 from metalearn.system.errors import UserError
 from tests.fixtures import to_float64
@@ -179,6 +181,7 @@ def test_third_derivatives_are_refused(channels):
 
 #: Arguments of each operator: B=3, H=W=5, C=4, O=6, K=3; two tasks.
 _X, _W, _Y, _G, _ROWS = (2, 3, 5, 5, 4), (2, 3, 3, 4, 6), (2, 3, 3, 3, 6), (2, 6), (2, 27, 37)
+_POOLED = (2, 3, 1, 1, 6)
 _ARGUMENTS: dict[str, list[Any]] = {
     "patches": [_X, 3, 2],
     "moments": [_ROWS],
@@ -190,6 +193,10 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "norm_second": [_Y, _G, _G, _Y, _G, _Y, _Y, _G, 0.0, 1],
     "affine": [_ROWS, (2, 37, 6), (2, 27, 6), 0.0],
     "affine_weight": [_ROWS, (2, 27, 6), (2, 27, 6), 0.0, 1],
+    "norm_pool": [_Y, _G, _G, _EPS, 0.0],
+    "norm_pool_vjp": [_POOLED, _G, _G, _G, _Y, _POOLED, _POOLED, _POOLED, _G, _G, _EPS, 0.0, 1],
+    "affine_pool": [_ROWS, (2, 37, 6), 3, 3, 0.0],
+    "affine_pool_weight": [_ROWS, _POOLED, _POOLED, _POOLED, 3, 3, 0.0, 1],
 }
 
 
@@ -250,10 +257,101 @@ def test_engine_with_own_operators_equals_the_loop(query, backbone, make_run):
 def test_auto_uses_own_operators_for_methods_that_iterate(library, make_run):
     maml = make_run("algo=maml", "train.meta_batch=4").train_engine
     assert (maml.strategy, maml.convolution) == ("vmap", "direct")
-    assert make_run("algo=protonet", "train.meta_batch=4").train_engine.convolution == "plain"
+    for pool, convolution in (("pool", "direct"), ("stride", "plain")):
+        words = ["algo=protonet", "train.meta_batch=4", f"backbone.downsample={pool}"]
+        assert make_run(*words).train_engine.convolution == convolution
     assert make_run("algo=maml", "engine.precision=mixed").train_engine.convolution == "plain"
     with pytest.raises(UserError, match=r"engine\.convolution=direct"):
         make_run("algo=fomaml", "engine.precision=bf16", "engine.convolution=direct")
+
+
+def pooled_by_torch(y, g, b, eps, slope):
+    var, mean = torch.var_mean(y, (-4, -3, -2), correction=0, keepdim=True)
+    z = (y - mean) * torch.rsqrt(var + eps) * g + b
+    a = F.max_pool2d(torch.where(z > 0, z, slope * z).flatten(0, -4).movedim(-1, 1), 2)
+    a = a.movedim(1, -1).unflatten(0, y.shape[:-3])
+    return a, mean.flatten(-4), var.flatten(-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(2, 5), st.integers(2, 5),
+    st.sampled_from([1, 7, 64, 70]), st.sampled_from([0.0, 0.01, 1.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_pooling_first_equals_pooling_last(tasks, batch, height, width, channels, slope, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    y, g, b = normal(tasks, 2 * batch, height, width, channels), normal(channels), normal(channels)
+    inputs = [value.requires_grad_() for value in (y, g, b)]
+
+    def results(function, arguments):
+        outputs = [function(*arguments, 1e-5, slope)[index] for index in function_outputs[function]]
+        cotangents = [torch.ones_like(value).cumsum(0).to(value) for value in outputs]
+        return outputs, torch.autograd.grad(outputs, arguments, cotangents)
+
+    function_outputs = {pooled_by_torch: (0, 1, 2), functions.norm_pool: (0, 3, 4)}
+    expected = results(pooled_by_torch, [y, g, b])
+    torch.testing.assert_close(results(functions.norm_pool, inputs), expected)
+    single = [value.detach().float().requires_grad_() for value in inputs]
+    torch.testing.assert_close(
+        pytree.tree_map(torch.Tensor.double, results(functions.norm_pool, single)),
+        expected, rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+
+
+def test_second_derivative_of_pooled_blocks_is_refused():
+    y, g = torch.randn(2, 4, 4, 3, requires_grad=True), torch.ones(3)
+    a = functions.norm_pool(y, g, g, 1e-5, 0.0)[0]
+    (gradient,) = torch.autograd.grad(a.square().sum(), y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives of blocks with pooling"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("statistics", ["query", "support", "population"])
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_pooled_blocks_equal_plain_ones(strategy, statistics, library, make_run):
+    run = make_run("algo=protonet", f"statistics={statistics}", "backbone.activation=leaky_relu")
+    params = {
+        name: value * torch.tensor([1.0, -1.0]).repeat(len(value) // 2)
+        if "norm" in name and name.endswith("weight") else value
+        for name, value in run.state.params.items()
+    }  # fmt: skip
+    state = run.state._replace(params=params)
+    tasks = run.train.draw(0, 4)
+    direct, plain = (
+        Engine(run.algorithm, strategy, 2 if strategy == "vmap" else 1, convolution=one)
+        for one in ("direct", "plain")
+    )
+    assert direct.is_pooled
+    exact = plain.step(to_float64(state), to_float64(tasks), _HALF.double())
+    step = direct.step(state, tasks, _HALF)
+    for part in ("gradients", "statistics", "losses"):
+        torch.testing.assert_close(
+            pytree.tree_map(torch.Tensor.double, getattr(step, part)), getattr(exact, part),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+    expected = plain.predictions(to_float64(state), to_float64(tasks))
+    torch.testing.assert_close(direct.predictions(state, tasks).double(), expected,
+                               rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("meta_batch", [1, 4])
+def test_threads_change_no_bit_of_pooled_blocks(meta_batch, library, make_run, monkeypatch):
+    monkeypatch.setattr(process, "ALL_THREADS", 2)
+    states = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            run = make_run("algo=protonet", f"train.meta_batch={meta_batch}", "train.steps=4")
+            torch.set_num_threads(count)
+            states.append(trained(run, 3, []).state.params)
+        finally:
+            torch.set_num_threads(1)
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
 
 
 def trained(run, steps, notes):
@@ -267,7 +365,11 @@ def trained(run, steps, notes):
 
 @pytest.mark.parametrize(
     "name",
-    ["maml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reptile", "proto_maml"))],
+    [
+        "maml",
+        "protonet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reptile", "proto_maml")),
+    ],
 )
 def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
     make = functools.partial(
@@ -288,6 +390,39 @@ def test_replay_and_threads_change_no_bit(name, library, make_run, monkeypatch):
         assert torch.equal(value, expected[key]), key
 
 
+def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch):
+    run = make_run("algo=maml", "test.episodes=6", "engine.evaluation_batch=2", "episode.query=2")
+    run = dataclasses.replace(run, test_engine=dataclasses.replace(run.test_engine, chunk=1))
+    expected: Any = loop.test(run, run.state, None), loop.evaluate(run, run.state, run.val, 4)
+    monkeypatch.setattr(replay, "_SECONDS", -1.0)
+    monkeypatch.setattr(replay, "_CALLS", -1.0)
+    seen: list[Any] = []
+
+    class Noted(replay.Replays):
+        def _traced(self, *args):
+            seen.append(super()._traced(*args))
+            return seen[-1]
+
+    monkeypatch.setattr(loop, "Replays", Noted)
+    replays = Noted(lambda line: None)
+    tested: Any = loop.test(run, run.state, None)
+    assert torch.equal(tested.confidence, expected[0].confidence)
+    for _ in range(2):  # validations share their traces
+        scores = loop.evaluate(run, run.state, run.val, 4, replays=replays)
+        assert torch.equal(scores, expected[1])
+    assert [one.__name__ for one in seen] == ["replay", "replay"]
+
+
+def test_trace_does_not_take_an_input_for_a_constant():
+    def hidden(x):
+        return torch.from_numpy(x.numpy()) * 2
+
+    with pytest.raises(RuntimeError, match="an input is used without an operation"):
+        replay.traced(hidden, torch.ones(2))
+    constant = torch.full((2,), 3.0)
+    assert replay.traced(lambda x: x * constant, torch.ones(2))(torch.ones(2)).tolist() == [3, 3]
+
+
 def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):
     monkeypatch.setattr(replay, "_SECONDS", -1.0)
     monkeypatch.setattr(replay, "_CALLS", -1.0)
@@ -300,6 +435,22 @@ def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):
     for _ in range(3):
         assert replays(reads_a_value, None, [torch.ones(2)])[0].tolist() == [2, 2]
     assert len(notes) == 1 and notes[0].startswith("the step is not replayed from a trace")
+
+
+def test_workers_do_not_wait_for_each_other():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads.in_order(lambda _: None, range(4))
+
+        def nested(_):
+            torch.set_num_threads(2)  # as torch does by itself when it is first used in a thread
+            return threads.in_order(lambda index: index, range(2))
+
+        assert threads.in_order(nested, range(4)) == [[0, 1]] * 4
+    finally:
+        threads.in_order(lambda _: torch.set_num_threads(1), range(4))
+        torch.set_num_threads(before)
 
 
 def test_chunks_are_computed_by_single_threads(monkeypatch):

@@ -287,8 +287,9 @@ def test_nonfinite_loss_ends_the_run(make_run, tmp_path):
 def test_evaluation_does_not_depend_on_its_batch_size_and_builds_no_graph(make_run):
     run = make_run("algo=maml", "test.episodes=10")
     scores = loop.test(run, run.state, None).scores
-    run.config.engine.evaluation_batch = 3
-    torch.testing.assert_close(loop.test(run, run.state, None).scores, scores)
+    torch.testing.assert_close(
+        loop.test(dataclasses.replace(run, test_batch=3), run.state, None).scores, scores
+    )
     learning = State(
         {name: value.requires_grad_() for name, value in run.state.params.items()},
         run.state.buffers,

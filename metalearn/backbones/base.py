@@ -28,6 +28,8 @@ class Backbone:
     normalises: ClassVar[bool] = True
     #: True if parameters get no gradient and population statistics never change.
     is_frozen: ClassVar[bool] = False
+    #: True if blocks of convolution, normalisation and activation end in 2 x 2 max-pooling.
+    pools: ClassVar[bool] = False
 
     eps: float = above(0, default=1e-5)
     kernels: Kernels = given_by_run(Kernels())

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones.base import Backbone
@@ -36,6 +35,11 @@ class Conv4(Backbone):
         """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
+    @property
+    def pools(self) -> bool:  # type: ignore[override]
+        """Return True if normalised blocks are pooled."""
+        return self.normalises and self.downsample == "pool"
+
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
         channels = [inputs.shape[0], *[self.filters] * (self.blocks - 1)]
         layers = [(str(block), self.filters, one, 3) for block, one in enumerate(channels)]
@@ -68,7 +72,6 @@ class Conv4(Backbone):
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
         for block in range(self.blocks):
             stride = 2 if self.halves(block) and self.downsample == "stride" else 1
-            x = conv_norm_act(norm, str(block), x, stride, self.activation)
-            if self.halves(block) and self.downsample == "pool":
-                x = F.max_pool2d(x, 2)
+            pool = self.halves(block) and self.downsample == "pool"
+            x = conv_norm_act(norm, str(block), x, stride, self.activation, pool)
         return x.mean((-2, -1)) if self.output == "mean" else x.flatten(1)

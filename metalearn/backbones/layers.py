@@ -68,10 +68,25 @@ def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor
 
 
 def conv_norm_act(
-    norm: Normaliser, name: str, x: Tensor, stride: int, activation: str | None
+    norm: Normaliser,
+    name: str,
+    x: Tensor,
+    stride: int,
+    activation: str | None,
+    pool: bool = False,
 ) -> Tensor:
-    """Apply the named convolution to x [B, C, H, W], its normalisation if any, an activation."""
+    """Apply the named convolution to x [B, C, H, W], its normalisation if any, an activation.
+
+    `pool`: whether 2 x 2 max-pooling follows.
+    """
     weight, bias = norm.params[f"conv{name}.weight"], norm.params.get(f"conv{name}.bias")
+    if pool and stride == 1 and bias is None and norm.kernels.pooled is not None:
+        own_statistics = norm.of_batch(f"norm{name}", weight.shape[0], may_collect=True)
+        if own_statistics is not None:
+            slope = _SLOPES.get(activation or "", 1.0)
+            x, mean, var = norm.kernels.pooled(x, weight, *own_statistics, norm.eps, slope)
+            norm.see(f"norm{name}", mean, var)
+            return x if activation is None or activation in _SLOPES else ACTIVATIONS[activation](x)
     affine = norm.of_batch(f"norm{name}", weight.shape[0])
     if affine is not None and bias is None and norm.kernels.own is not None:
         slope = _SLOPES.get(activation or "", 1.0)
@@ -80,7 +95,8 @@ def conv_norm_act(
     else:
         x = norm(f"norm{name}", convolution(x, weight, bias, stride, norm.kernels))
         is_done = False
-    return x if activation is None or is_done else ACTIVATIONS[activation](x)
+    x = x if activation is None or is_done else ACTIVATIONS[activation](x)
+    return F.max_pool2d(x, 2) if pool else x
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:

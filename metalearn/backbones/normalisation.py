@@ -49,16 +49,24 @@ class Normaliser:
             x = x * (1 + scale.view(shape)) + shift.view(shape)
         return x
 
-    def of_batch(self, name: str, features: int) -> tuple[Tensor, Tensor] | None:
+    def of_batch(
+        self, name: str, features: int, may_collect: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """Return scale and shift [C] if the named layer is batch normalisation and no more.
 
-        None if it does not normalise, uses given statistics, collects them or has a `film`.
+        None if it does not normalise, uses given statistics, collects them (unless `may_collect`)
+        or has a `film`.
         """
-        plain = self.given is None and not self.collect and self.film is None
+        plain = self.given is None and (may_collect or not self.collect) and self.film is None
         if not plain or f"{name}.weight" not in self.params:
             return None
         self.features[name] = features
         return self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+
+    def see(self, name: str, mean: Tensor, var: Tensor) -> None:
+        """Store the statistics [C] of the named layer's input, if they are collected."""
+        if self.collect:
+            self.seen.update({f"{name}.mean": mean, f"{name}.var": var})
 
     def _normalise(self, name: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
@@ -67,7 +75,7 @@ class Normaliser:
             var, mean = torch.var_mean(
                 x.to(torch.promote_types(x.dtype, torch.float32)), axes, correction=0
             )
-            self.seen.update({f"{name}.mean": mean, f"{name}.var": var})
+            self.see(name, mean, var)
         if self.given is None:
             if self.kernels.fused_norm:
                 return _fused(x, weight, bias, self.eps)

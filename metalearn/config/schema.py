@@ -91,7 +91,7 @@ class EngineConfig:
 
     strategy: str = choice("auto", "vmap", "loop", "mixed", rounds=True)
     task_chunk: int = at_least(0)
-    evaluation_batch: int = at_least(1, default=32, rounds=True)
+    evaluation_batch: int = at_least(0, default=32, rounds=True)
     threads: int = at_least(0, rounds=True)
     precision: str = choice("fp32", "tf32", "mixed", "bf16", rounds=True)
     convolution: str = choice("auto", "plain", "unfold", "direct", rounds=True)

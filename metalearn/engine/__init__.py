@@ -22,7 +22,9 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import capture, kernels, memory, precision, process, replay, threads
+from metalearn.engine import capture, kernels, memory, precision, replay, threads
+from metalearn.engine.plan import Plan
+from metalearn.engine.trees import channels_last, split, stack, unbind
 from metalearn.tasks.types import (
     CLASS_ERRORS,
     Batch,
@@ -33,13 +35,6 @@ from metalearn.tasks.types import (
     State,
     Task,
 )
-
-# On CPU, batching is not faster from this number of queries per task on, or beyond this number of
-# input elements per chunk; measured in benchmarks/speed-cpu.md.
-_FEW_QUERIES = 16
-_CPU_CHUNK_ELEMENTS = 1 << 18
-# With convolution "direct", larger chunks have less overhead, and smaller ones stay in the caches.
-_DIRECT_CHUNK_ELEMENTS, _DIRECT_CHUNK = 1 << 20, (2, 16)
 
 
 class Step(NamedTuple):
@@ -57,77 +52,8 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
-    """Batches an algorithm over tasks.
-
-    Attributes:
-        algorithm: The method.
-        strategy: "vmap", "loop", "mixed" or "auto".
-        chunk: Number of tasks processed at once, which bounds memory; 0 to choose automatically.
-        precision: "fp32", "tf32", "mixed" (`precision.Bfloat16Products`) or "bf16" (autocast).
-        convolution: See `Kernels`; for per-task weights. "auto" until `resolve`.
-    """
-
-    algorithm: Algorithm
-    strategy: str
-    chunk: int
-    precision: str = "fp32"
-    convolution: str = "plain"
-
-    def has_own_loss(self, tasks: Task | Batch) -> bool:
-        """Return True if the method overrides `loss`, so that "mixed" cannot be used for training.
-
-        Batches count as well: they have no support set.
-        """
-        return isinstance(tasks, Batch) or type(self.algorithm).loss is not Algorithm.loss
-
-    def resolve(self, tasks: Task | Batch, count: int, training: bool) -> "Engine":
-        """Return the engine with strategy and chunk chosen by a static rule.
-
-        Args:
-            tasks: Tasks or batches of the expected shape.
-            count: Number of tasks per call.
-            training: True for `step`, False for predictions only.
-        """
-        cpu = tasks.key.device.type == "cpu"
-        support, query = (
-            (None, tasks.x) if isinstance(tasks, Batch) else (tasks.support.x, tasks.query.x)
-        )
-        # Rollouts are chains of small operations.
-        few = query.shape[1] < _FEW_QUERIES or not self.algorithm.family.predicts
-        iterates = self.algorithm.is_iterative and not self.algorithm.backbone.is_external
-        convolution = self.convolution
-        if convolution == "auto":
-            is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
-            suits = iterates and query.dim() == 5 and count > 1
-            may_vmap = self.strategy in ("auto", "vmap")
-            convolution = "direct" if is_fast and suits and may_vmap else "plain"
-        strategy = self.strategy
-        if strategy == "auto":
-            if self.algorithm.backbone.is_external:
-                strategy = "loop"
-            elif not cpu:
-                strategy = "vmap"
-            elif count == 1 or not self.algorithm.is_iterative:
-                strategy = "loop"  # a single task is already a large batch
-            else:
-                # "mixed" would loop over tasks for the predictions, where such a method computes.
-                is_batched = few or self.algorithm.is_transductive or convolution == "direct"
-                strategy = "vmap" if is_batched else "mixed"
-        if strategy == "mixed" and training and self.has_own_loss(tasks):
-            strategy = "vmap"
-        batched = 0 if support is None else support[0].numel()
-        batched += 0 if strategy == "mixed" else query[0].numel()
-        chunk = self.chunk
-        if not chunk and cpu and convolution == "direct":
-            # As many chunks as the machine has cores; the number of threads changes no result.
-            low, high = _DIRECT_CHUNK
-            share = max(low, min(high, -(-count // process.ALL_THREADS)))
-            chunk = max(1, min(share, _DIRECT_CHUNK_ELEMENTS // max(1, batched)))
-        elif not chunk:
-            chunk = max(1, _CPU_CHUNK_ELEMENTS // max(1, batched)) if cpu else count
-        chunk = 1 if strategy == "loop" else min(chunk, count)
-        return dataclasses.replace(self, strategy=strategy, convolution=convolution, chunk=chunk)
+class Engine(Plan):
+    """Batches an algorithm over tasks, as its plan says."""
 
     def at(self, progress: float) -> "Engine":
         """Return the engine for a given progress of meta-training, in [0, 1]."""
@@ -150,13 +76,6 @@ class Engine:
             )
             seconds[convolution] = capture.fastest_seconds(captured, device)
         return dataclasses.replace(self, convolution=min(seconds, key=seconds.__getitem__))
-
-    @property
-    def choices(self) -> dict[str, Any]:
-        """Return strategy, chunk, precision and convolution as plain data."""
-        return {
-            name: getattr(self, name) for name in ("strategy", "chunk", "precision", "convolution")
-        }
 
     def step(
         self,
@@ -191,11 +110,6 @@ class Engine:
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
 
-    @property
-    def is_direct(self) -> bool:
-        """Return True if all convolutions with weights per task use the operators of `kernels`."""
-        return self.strategy == "vmap" and self.convolution == "direct"
-
     def _step(
         self,
         state: State,
@@ -207,11 +121,7 @@ class Engine:
         def of_chunk(state: State, chunk: Task | Batch, progress: Tensor) -> Any:
             return self._chunk_step(state, chunk, progress, count)
 
-        chunks = _split(tasks, self.chunk)
-        if self.is_direct and replays is not None and progress.device.type == "cpu":
-            parts = replays(of_chunk, state, chunks, progress)
-        else:
-            parts = self._each(lambda chunk: of_chunk(state, chunk, progress), chunks)
+        parts = self._each(of_chunk, state, split(tasks, self.chunk), replays, progress)
         total = parts[0][0]
         for part, _ in parts[1:]:
             total = pytree.tree_map(torch.add, total, part)
@@ -220,21 +130,32 @@ class Engine:
         each = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
         return Step(gradients, logs, statistics, buffers, **each)
 
-    def _each(self, function: Callable[[Any], Any], chunks: list[Any]) -> list[Any]:
-        """Return `function` of each chunk; own operators leave the use of several cores to us."""
-        if self.is_direct and chunks[0].key.device.type == "cpu":
-            return threads.in_order(function, chunks)
-        return [function(chunk) for chunk in chunks]
+    def _each(
+        self,
+        function: Callable[..., Any],
+        state: State,
+        chunks: list[Any],
+        replays: replay.Replays | None,
+        *rest: Tensor,
+    ) -> list[Any]:
+        """Return `function(state, chunk, *rest)` of each chunk.
+
+        Own operators leave the use of several cores to us, but those of a single task use them.
+        """
+        if not (self.is_direct or self.is_pooled) or chunks[0].key.device.type != "cpu":
+            return [function(state, chunk, *rest) for chunk in chunks]
+        is_alone = self.strategy == "loop" and len(chunks) == 1
+        compute = threads.alone if is_alone else threads.in_order
+        if replays is not None:
+            return replays(function, state, chunks, *rest, compute=compute)
+        return compute(lambda chunk: function(state, chunk, *rest), chunks)
 
     def _chunk_step(
         self, state: State, chunk: Task | Batch, progress: Tensor, count: int
     ) -> tuple[tuple[Params, ...], dict[str, Tensor]]:
         """Return the fields of `Step` for some tasks: sums divided by `count`, and values."""
-        params = {}
-        for name, value in state.params.items():
-            is_filter = self.is_direct and value.dim() == 4
-            value = kernels.weight_layout(value) if is_filter else value
-            params[name] = value.detach().requires_grad_()
+        state = self._with_layout(state)
+        params = {name: value.detach().requires_grad_() for name, value in state.params.items()}
         with self.autocast(chunk.key.device):
             losses = self._losses(State(params, state.buffers), chunk, progress)
         is_mixed = self.precision == "mixed"
@@ -255,6 +176,17 @@ class Engine:
         )
         return part, each
 
+    def _with_layout(self, state: State) -> State:
+        """Return a state whose filters have the memory layout of the operators in use."""
+
+        def converted(value: Tensor) -> Tensor:
+            is_filter = self.is_direct and value.dim() == 4
+            return kernels.weight_layout(value) if is_filter else value
+
+        return State(
+            {name: converted(value) for name, value in state.params.items()}, state.buffers
+        )
+
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""
         if self.precision != "bf16":
@@ -265,7 +197,8 @@ class Engine:
         """Return the algorithm with kernels for `vmap` (batched) or for one task at a time."""
         convolution = self.convolution if batched and self.convolution != "auto" else "plain"
         own = kernels if convolution == "direct" else None
-        kinds = Kernels(convolution, fused_norm=not batched, own=own)
+        pooled = kernels.pooled_block if self.is_pooled else None
+        kinds = Kernels(convolution, fused_norm=not batched, own=own, pooled=pooled)
         backbone = dataclasses.replace(self.algorithm.backbone, kernels=kinds)
         return dataclasses.replace(self.algorithm, backbone=backbone)
 
@@ -277,9 +210,9 @@ class Engine:
             return Loss(*vmap(loss, in_dims=(None, 0, None))(state, tasks, progress))
         if self.strategy == "loop" or isinstance(tasks, Batch):
             state = channels_last(state)
-            return _stack([loss(state, task, progress) for task in _unbind(tasks)])
+            return stack([loss(state, task, progress) for task in unbind(tasks)])
         each = self._adapted(state, tasks, algorithm.training_steps)
-        return _stack([algorithm.query_loss(state, *one) for one in each])
+        return stack([algorithm.query_loss(state, *one) for one in each])
 
     def _adapted(
         self, state: State, tasks: Task, steps: int | None
@@ -290,16 +223,23 @@ class Engine:
         def adapt(task: Task) -> Any:
             return algorithm.adapt(state, task.support, key=task.key, steps=steps)
 
-        learners = _unbind(vmap(adapt)(tasks))
-        return zip(learners, _unbind(tasks.query), tasks.key.unbind(), strict=True)
+        learners = unbind(vmap(adapt)(tasks))
+        return zip(learners, unbind(tasks.query), tasks.key.unbind(), strict=True)
 
-    def predictions(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
+    def predictions(
+        self,
+        state: State,
+        tasks: Task,
+        steps: int | None = None,
+        replays: replay.Replays | None = None,
+    ) -> Tensor:
         """Adapt to the support sets of T tasks and predict their queries.
 
         Args:
             state: Parameters and buffers.
             tasks: Tasks with a leading T.
             steps: Number of adaptation steps; None for the number used in tests.
+            replays: Replays long computations of this engine, with these `steps`; None to use none.
 
         Returns:
             Predictions [T, Q, N].
@@ -311,28 +251,39 @@ class Engine:
         def predict(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.predict(state, learner, query.x)
 
-        return self._outputs(predict, state, tasks, steps)
+        return self._outputs(predict, state, tasks, steps, replays)
 
-    def scores(self, state: State, tasks: Task, steps: int | None = None) -> Tensor:
+    def scores(
+        self,
+        state: State,
+        tasks: Task,
+        steps: int | None = None,
+        replays: replay.Replays | None = None,
+    ) -> Tensor:
         """Score each of T tasks with the family's metric: [T]. Arguments as in `predictions`."""
 
         def score(algorithm: Algorithm, learner: Any, query: Query, key: Tensor) -> Tensor:
             return algorithm.score(state, learner, query, key)
 
-        return self._outputs(score, state, tasks, steps)
+        return self._outputs(score, state, tasks, steps, replays)
 
     def _outputs(
-        self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
+        self,
+        output: Callable[..., Tensor],
+        state: State,
+        tasks: Task,
+        steps: int | None,
+        replays: replay.Replays | None,
     ) -> Tensor:
         """Adapt to T tasks and stack `output(algorithm, learner, query, key)` of each."""
 
         @torch.no_grad()  # also in threads
-        def of_chunk(chunk: Task) -> Tensor:
+        def of_chunk(state: State, chunk: Task) -> Tensor:
             with self.autocast(chunk.key.device):
-                return self._chunk_outputs(output, state, chunk, steps)
+                return self._chunk_outputs(output, self._with_layout(state), chunk, steps)
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
-            return torch.cat(self._each(of_chunk, _split(few, size)))
+            return torch.cat(self._each(of_chunk, state, split(few, size), replays))
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
@@ -349,43 +300,11 @@ class Engine:
         if self.strategy == "vmap":
             outputs = vmap(adapt_and_output)(tasks)
         elif self.strategy == "loop":
-            outputs = torch.stack([adapt_and_output(task) for task in _unbind(tasks)])
+            outputs = torch.stack([adapt_and_output(task) for task in unbind(tasks)])
         else:
             each = self._adapted(state, tasks, steps)
             outputs = torch.stack([output(algorithm, *one) for one in each])
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-
-
-def _split(tasks: Any, size: int) -> list[Any]:
-    """Split a batch of tasks into chunks of at most `size`."""
-    count = tasks.key.shape[0]
-    if size >= count:
-        return [tasks]
-    starts = range(0, count, size)
-    return [
-        pytree.tree_map(lambda leaf, start=start: leaf[start : start + size], tasks)
-        for start in starts
-    ]
-
-
-def _unbind(tree: Any) -> list[Any]:
-    """Split a batched tree into its T trees."""
-    leaves, spec = pytree.tree_flatten(tree)
-    rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
-    return [channels_last(pytree.tree_unflatten(list(row), spec)) for row in rows]
-
-
-def channels_last(tree: Any) -> Any:
-    """Convert images and weights to the fastest layout for plain convolutions on CPU."""
-
-    def convert(leaf: Tensor) -> Tensor:
-        return leaf.contiguous(memory_format=torch.channels_last) if leaf.dim() == 4 else leaf
-
-    return pytree.tree_map(convert, tree)
-
-
-def _stack(losses: list[Loss]) -> Loss:
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), losses[0], *losses[1:])
 
 
 def _sum_over_tasks(values: Params, count: int) -> Params:

@@ -1,4 +1,4 @@
-"""Explain out-of-memory errors with a chunk size that fits."""
+"""Choose how many episodes to test at once; explain out-of-memory errors with what fits."""
 
 import contextlib
 import traceback
@@ -8,9 +8,42 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from metalearn.engine import process
 from metalearn.engine.process import release_memory
 from metalearn.system.errors import RunFailed, is_out_of_memory
 from metalearn.tasks.types import Batch, Task
+
+# On a CPU: bytes of inputs that are drawn at once, episodes for each core, and the most bytes.
+_CPU_BYTES, _CPU_EPISODES, _MOST_CPU_BYTES = 1 << 24, 16, 1 << 30
+# On a GPU: episodes whose memory is measured, and the most episodes at once.
+_MEASURED, _MOST = 8, 1024
+
+
+def episodes_at_once(
+    device: torch.device, episode: Task, evaluate: Callable[[int], object] | None = None
+) -> int:
+    """Return how many episodes to test at once.
+
+    On a CPU as many as have 16 MiB of inputs, but at least 16 for each core, if their inputs need
+    no more than 1 GiB. On a GPU as many as half of the free memory suffices for, by the peak of 8
+    episodes, and at most 1,024.
+
+    Args:
+        device: Device of the run.
+        episode: An episode of the expected shape, with a leading T of 1.
+        evaluate: Evaluates a number of episodes, on a GPU.
+    """
+    if device.type != "cuda" or evaluate is None:
+        own = sum(leaf.nbytes for leaf in pytree.tree_leaves(episode))
+        count = max(_CPU_BYTES // own, _CPU_EPISODES * process.ALL_THREADS)
+        return max(1, min(count, _MOST_CPU_BYTES // own))
+    release_memory()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    evaluate(_MEASURED)
+    required = max(1, (torch.cuda.max_memory_allocated(device) - before) // _MEASURED)
+    release_memory()
+    return max(1, min(torch.cuda.mem_get_info(device)[0] // 2 // required, _MOST))
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from metalearn.engine import threads
 from metalearn.engine.kernels import ops
 from metalearn.system.errors import first_line
 
 #: When to trace a computation: after so many seconds, and about as many calls as a trace costs.
-_SECONDS, _CALLS = 2.0, 10.0
+_SECONDS, _CALLS = 1.0, 3.0
 
 aten = torch.ops.aten
 #: The same operations, called in a third of the time: small ones take little more than their call.
@@ -45,7 +46,7 @@ class FastSums(TorchDispatchMode):
 
 
 class Replays:
-    """Compute the chunks of a step, by a replay where that is exact.
+    """Compute the chunks of a step or of a test, by a replay where that is exact.
 
     A chunk of a new shape is traced once it has cost some seconds. The trace is used if it gives
     the same result as the computation, bit for bit; else `report` receives the reason.
@@ -60,40 +61,109 @@ class Replays:
         self._replays: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
-        self, function: Callable[..., Any], state: Any, chunks: list[Any], *rest: Any
+        self,
+        function: Callable[..., Any],
+        state: Any,
+        chunks: list[Any],
+        *rest: Any,
+        compute: Callable[..., list[Any]] = threads.in_order,
     ) -> list[Any]:
-        """Return `function(state, chunk, *rest)` of each chunk."""
+        """Return `function(state, chunk, *rest)` of each chunk, with the threads of `compute`."""
         keys = [tuple(leaf.shape for leaf in pytree.tree_leaves(chunk)) for chunk in chunks]
         start = time.perf_counter()
-        results = threads.in_order(
+        results = compute(
             lambda item: self._replays.get(item[0], function)(state, item[1], *rest),
             list(zip(keys, chunks, strict=True)),
         )
         seconds = (time.perf_counter() - start) / len(chunks)
-        for key, chunk, result in zip(keys, chunks, results, strict=True):
+        last = dict(zip(keys, zip(chunks, results, strict=True), strict=True))
+        for key, chunk in zip(keys, chunks, strict=True):
             self._seconds[key] = self._seconds.get(key, 0.0) + seconds
             is_long = self._seconds[key] > max(_SECONDS, _CALLS * seconds)
             if is_long and key not in self._replays:
-                self._replays[key] = self._traced(function, (state, chunk, *rest), result)
+                other, expected = last[key]
+                self._replays[key] = self._traced(
+                    function, (state, chunk, *rest), (state, other, *rest), expected, compute
+                )
         return results
 
     def _traced(
-        self, function: Callable[..., Any], args: tuple[Any, ...], expected: Any
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        others: tuple[Any, ...],
+        expected: Any,
+        compute: Callable[..., list[Any]],
     ) -> Callable[..., Any]:
-        """Return a replay of `function`, or the function itself."""
+        """Return a replay of `function`, or the function itself.
+
+        The trace of its call with `args` must give what is `expected` of `others`.
+        """
 
         def exact_trace(_: int) -> Callable[..., Any]:  # in a thread, like the computation
             replay = traced(function, *args)
-            pairs = zip(*map(pytree.tree_leaves, (replay(*args), expected)), strict=True)
+            pairs = zip(*map(pytree.tree_leaves, (replay(*others), expected)), strict=True)
             if not all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs):
                 raise RuntimeError("the results differ")
             return replay
 
         try:
-            return threads.in_order(exact_trace, [0])[0]
+            return compute(exact_trace, [0])[0]
         except Exception as error:  # whatever cannot be traced is computed as before
             self._report(f"the step is not replayed from a trace: {first_line(error)}")
             return function
+
+
+class _Recorder(TorchDispatchMode):
+    """Record the operations of a computation as a graph, without what `torch.func` does.
+
+    Attributes:
+        graph: The operations.
+        constants: Tensors that are neither inputs nor results, by their names in the graph.
+    """
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.graph, self.constants = fx.Graph(), torch.nn.Module()
+        self._nodes = WeakTensorKeyDictionary()
+        self._given = {value.untyped_storage().data_ptr() for value in inputs} - {0}
+        for index, value in enumerate(inputs):
+            self._add(value, self.graph.placeholder(f"input{index}"))
+
+    def _add(self, value: Tensor, node: fx.Node) -> None:
+        self._nodes[value] = node
+        node.meta["shape"] = value.shape
+
+    def node(self, value: Tensor) -> fx.Node:
+        """Return the node that computes a tensor."""
+        if value not in self._nodes:
+            if value.untyped_storage().data_ptr() in self._given:
+                raise RuntimeError("an input is used without an operation")
+            name = f"constant{len(self._nodes)}"
+            self.constants.register_buffer(name, value.detach())
+            self._add(value, self.graph.get_attr(name))
+        return self._nodes[value]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _reads_values(func, args):
+            raise RuntimeError(f"{func.name()} reads a value")
+        call = pytree.tree_map_only(Tensor, self.node, (args, kwargs or {}))
+        node = self.graph.call_function(func, *call)
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._add(result, node)
+        elif isinstance(result, tuple | list):
+            for index, value in enumerate(result):
+                if isinstance(value, Tensor):
+                    self._add(value, self.graph.call_function(operator.getitem, (node, index)))
+        return result
+
+
+def _reads_values(func: Any, args: Any) -> bool:
+    """Return True if shapes or values on the host depend on the values of tensors."""
+    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        return any(mask is not None and mask.dtype == torch.bool for mask in args[1])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
 
 
 def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
@@ -103,24 +173,17 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         function: Pure function of trees of tensors that reads no value on the host.
         args: Trees of tensors.
     """
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes seconds to import
-
-    leaves, spec = pytree.tree_flatten(args)
-    specs: list[Any] = []
-
-    def flat(*leaves: Any) -> list[Tensor]:
-        result = function(*pytree.tree_unflatten(list(leaves), spec))
-        outputs, out_spec = pytree.tree_flatten(result)
-        specs.append(out_spec)
-        return outputs
-
-    module = make_fx(flat)(*leaves)
-    _simplify(module.graph)
-    module.recompile()
+    recorder = _Recorder(pytree.tree_leaves(args))
+    with recorder:
+        result = function(*args)
+    outputs, spec = pytree.tree_flatten(result)
+    recorder.graph.output([recorder.node(value) for value in outputs])
+    _simplify(recorder.graph)
+    module = fx.GraphModule(recorder.constants, recorder.graph)
 
     def replay(*args: Any) -> Any:
         with torch.no_grad():
-            return pytree.tree_unflatten(module(*pytree.tree_leaves(args)), specs[0])
+            return pytree.tree_unflatten(module(*pytree.tree_leaves(args)), spec)
 
     return replay
 
@@ -176,7 +239,7 @@ def _is_identity(node: Any) -> bool:
     if node.target is aten.permute.default:
         return list(node.args[1]) == sorted(node.args[1])
     if node.target in (aten.view.default, aten.expand.default):
-        return node.meta["val"].shape == node.args[0].meta["val"].shape
+        return node.meta["shape"] == node.args[0].meta["shape"]
     return node.target in (
         aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default
     )  # fmt: skip

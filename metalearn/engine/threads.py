@@ -1,6 +1,7 @@
 """Run chunks of tasks in threads that each use one core."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,11 +15,25 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     Each item is computed by one thread on its own, so the results do not depend on their number.
     """
     count = torch.get_num_threads()
-    if count == 1:
+    # torch may report more threads in a worker, which must not wait for other workers.
+    if count == 1 or getattr(_local, "is_worker", False):
         return [function(item) for item in items]
     return list(_pool(count).map(function, items))
 
 
+def alone(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return `function` of each item, one after the other, each with all threads of torch."""
+    return [function(item) for item in items]
+
+
+_local = threading.local()
+
+
+def _start() -> None:
+    _local.is_worker = True
+    torch.set_num_threads(1)
+
+
 @functools.cache
 def _pool(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, "metalearn", functools.partial(torch.set_num_threads, 1))
+    return ThreadPoolExecutor(count, "metalearn", _start)

@@ -12,7 +12,7 @@ from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
 from metalearn.data.classes import ClassData
-from metalearn.engine import Engine, process
+from metalearn.engine import Engine, memory, process
 from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
 from metalearn.run import checkpoint, clusters, optimisers
@@ -64,6 +64,7 @@ class Run:
     test: TaskSource
     train_engine: Engine
     test_engine: Engine  # of validation, too
+    test_batch: int  # validation and test episodes drawn at once
     device: torch.device
     processes: Processes
     spec: Spec
@@ -220,9 +221,12 @@ def build(
     inputs, outputs = data.inputs, data.outputs or test_shape.way
     target = components.component(settings.dataset, "dataset").target
     spec = Spec(inputs.shape, outputs, training.num_classes("train"), target, inputs.vocabulary)
+    test_batch = settings.engine.evaluation_batch
+    test_batch = test_batch or memory.episodes_at_once(device, largest_test.draw(0, 1))
     train_engine, test_engine = make_engines(
-        settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, choices
-    )
+        settings, algorithm, largest.draw(0, 1), largest_test.draw(0, 1), group.size, test_batch,
+        choices,
+    )  # fmt: skip
     state = algorithm.init(spec, prng.key_of(settings.seed, _INIT_STREAM, device=device))
     if settings.train.start and not only_test and not is_restored:
         state = checkpoint.start_from(Path(settings.train.start), state, device)
@@ -252,6 +256,7 @@ def build(
         test=test,
         train_engine=train_engine,
         test_engine=test_engine,
+        test_batch=test_batch,
         device=device,
         processes=group,
         spec=spec,
@@ -279,6 +284,18 @@ def build(
         timed = train_engine.time_convolutions(state, tasks, run.reason_not_captured)
         test_engine = dataclasses.replace(test_engine, convolution=timed.convolution)
         run = dataclasses.replace(run, train_engine=timed, test_engine=test_engine)
+    if device.type == "cuda" and not (settings.engine.evaluation_batch or choices):
+        chunk = settings.engine.task_chunk
+
+        def evaluate(count: int) -> object:
+            engine = dataclasses.replace(run.test_engine, chunk=chunk or count)
+            return engine.scores(state, largest_test.draw(0, count))
+
+        test_batch = memory.episodes_at_once(device, largest_test.draw(0, 1), evaluate)
+        test_engine = dataclasses.replace(
+            run.test_engine, chunk=min(chunk or test_batch, test_batch)
+        )
+        run = dataclasses.replace(run, test_engine=test_engine, test_batch=test_batch)
     return run
 
 

@@ -26,11 +26,13 @@ def make_engines(
     train: Task | Batch,
     test: Task,
     num_processes: int,
+    test_batch: int,
     choices: dict[str, Any] | None,
 ) -> tuple[Engine, Engine]:
     """Return the engines of training and of testing, for tasks of these shapes.
 
-    Processes share a meta-batch. Raise UserError if stored choices do not suit the method.
+    Processes share a meta-batch; `test_batch` episodes are tested at once. Raise UserError if
+    stored choices do not suit the method.
     """
     if choices:
         engines = [Engine(algorithm, **choices[part]) for part in ("train", "test")]
@@ -46,7 +48,7 @@ def make_engines(
     engine = Engine(algorithm, own.strategy, own.task_chunk, own.precision, own.convolution)
     # The largest share, so that all processes make the same choice.
     share = -(-settings.train.meta_batch // num_processes)
-    return engine.resolve(train, share, True), engine.resolve(test, own.evaluation_batch, False)
+    return engine.resolve(train, share, True), engine.resolve(test, test_batch, False)
 
 
 def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:

@@ -65,17 +65,18 @@ def with_features(
     state: State,
     parts: list[Part],
     listener: Listener,
+    size: int,
 ) -> tuple[Engine, TaskSource]:
     """Return engine and source for tasks of features, or the given ones if that is impossible.
 
-    Only the inputs of the tasks that will be drawn are embedded.
+    Only the inputs of the tasks that will be drawn, at most `size` at once, are embedded.
     """
     sampler = _sampler(source)
     if not isinstance(sampler, EpisodeSampler) or not _is_possible(run, engine, sampler):
         return engine, source
-    size = len(sampler.store)
-    numbers = torch.arange(4 * size, device=sampler.key.device)  # rotated inputs are extra rows
-    drawn: TaskSource = _with_store(source, _Rows(numbers, size=size, position=numbers))
+    inputs = len(sampler.store)
+    numbers = torch.arange(4 * inputs, device=sampler.key.device)  # rotated inputs are extra rows
+    drawn: TaskSource = _with_store(source, _Rows(numbers, size=inputs, position=numbers))
     rows = []
     for part in parts:
         task = drawn.draw(*part)
@@ -85,9 +86,8 @@ def with_features(
     engine, source = _on_features(run, engine, source, state, torch.cat(rows).unique(), listener)
     if engine is not before:  # features are smaller than images, and need no network
         own = run.config.engine
-        chunk = own.task_chunk or own.evaluation_batch
-        engine = dataclasses.replace(engine, strategy=own.strategy, chunk=chunk)
-        engine = engine.resolve(source.draw(parts[0][0], 1), own.evaluation_batch, False)
+        engine = dataclasses.replace(engine, strategy=own.strategy, chunk=own.task_chunk or size)
+        engine = engine.resolve(source.draw(parts[0][0], 1), size, False)
     return engine, source
 
 

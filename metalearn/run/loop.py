@@ -16,6 +16,7 @@ from torch import Tensor
 from metalearn.engine import Engine
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
+from metalearn.engine.replay import Replays
 from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener, Probe
 from metalearn.report.stats import estimate
@@ -69,6 +70,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         run.reason_not_captured,
         tracker.note,
     )
+    replays = Replays(tracker.note)
     profile = None
     if run.config.engine.profile and run.processes.is_leader:
         make_folder(files.profile)
@@ -113,7 +115,9 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             # Several processes would wait for each other's scores.
             at_once = run.processes.size == 1
             with signals.raised_at_once() if at_once else contextlib.nullcontext():
-                scores = evaluate(run, training.tested_state, val, run.config.val.episodes, tracker)
+                scores = evaluate(
+                    *(run, training.tested_state, val, run.config.val.episodes, tracker), replays
+                )
         except signals.Stopped as stopped:
             save_last()
             raise signals.Stopped(
@@ -200,12 +204,14 @@ def evaluate(
     source: TaskSource,
     episodes: int,
     listener: Listener = SILENT,
+    replays: Replays | None = None,
 ) -> Tensor:
     """Return the score of each episode, float32 [E] on the host."""
     scores, numbers = [], []
-    size = run.config.engine.evaluation_batch
-    for part, engine, tasks in _drawn(run, state, source, episodes, size, "val", listener):
-        scores.append(engine.scores(state, tasks))
+    for part, engine, tasks in _drawn(
+        run, state, source, episodes, run.test_batch, "val", listener
+    ):
+        scores.append(engine.scores(state, tasks, replays=replays))
         numbers.append(numbers_of(part))
     return _gathered(run, scores, numbers, episodes)
 
@@ -222,8 +228,12 @@ def _drawn(
     """Yield this process's share of the episodes in parts of `size`, each counted when done."""
     first, total = run.processes.share(episodes)
     parts = parts_of(source, first, total, size)
-    engine, source = features.with_features(run, run.test_engine, source, state, parts, listener)
+    engine, source = features.with_features(
+        run, run.test_engine, source, state, parts, listener, size
+    )
     listener.episodes(phase, 0, total)
+    if phase == "test" and engine.algorithm is not run.test_engine.algorithm:
+        listener.note("the test embeds each input once, as embeddings depend on nothing else")
     done = 0
     for part in parts:
         yield part, engine, source.draw(*part)
@@ -260,19 +270,24 @@ def test(
     columns: dict[str, list[Tensor]] = {}
     numbers: list[Tensor] = []
     most = own.query * (own.way[-1] if isinstance(own.way, list) else own.way)
-    size = run.config.engine.evaluation_batch
     members = [
-        _drawn(one, own_state, one.test, episodes, size, "test", listener if one is run else SILENT)
+        _drawn(
+            *(one, own_state, one.test, episodes, run.test_batch, "test"),
+            listener if one is run else SILENT,
+        )
         for one, own_state in ((run, state), *others)
     ]
     states = [state, *(own_state for _, own_state in others)]
+    replays = [Replays(listener.note) for _ in states]
     for drawn in zip(*members, strict=True):
         part, _, tasks = drawn[0]
         each = [
             (engine.predictions if run.family.predicts else engine.scores)(
-                own_state, own_tasks, steps
+                own_state, own_tasks, steps, own_replays
             )
-            for (_, engine, own_tasks), own_state in zip(drawn, states, strict=True)
+            for (_, engine, own_tasks), own_state, own_replays in zip(
+                drawn, states, replays, strict=True
+            )
         ]
         classes = run.test.classes(*part)
         answers = each[0] if len(each) == 1 else _averaged(each, classes is not None)

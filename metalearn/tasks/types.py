@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -161,6 +161,8 @@ class Kernels(NamedTuple):
     #: `vmap` with per-task weights.
     fused_norm: bool = False
     own: Any = None  # the engine's operators (the module `metalearn.engine.kernels`), for "direct"
+    #: Their block with pooling, if no second derivative is taken.
+    pooled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

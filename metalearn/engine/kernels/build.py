@@ -17,6 +17,8 @@ _SIGNATURES = {
     "conv": "pppliS", "conv_input": "pppliS", "conv_weight": "pppliS",
     "norm": "ppppppllliff", "norm_vjp": "pppppppppplllif", "norm_second": "pppppppppppplllif",
     "affine": "ppppllllif", "affine_weight": "ppppllllif",
+    "norm_pool": "ppppppppliSllff", "norm_pool_vjp": "pppppppppppppliSllff",
+    "affine_pool": "ppppliSf", "affine_pool_weight": "pppppliSf",
     "patches": "ppS", "moments": "ppplll",
 }  # fmt: skip
 _RETURN_ERRORS = ("conv", "conv_input", "conv_weight", "moments")

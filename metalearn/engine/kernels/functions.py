@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels import ops
+from metalearn.engine.kernels import ops, pooling
 
 
 class _Function(torch.autograd.Function):
@@ -281,7 +281,88 @@ class _Moments(_Function):
         return ((gm.unsqueeze(-2) + centred @ (gc + gc.mT)) / x.shape[-2]).to(x.dtype)
 
 
-#: The operators of the same names in `ops`, differentiable and batched by `vmap`.
-conv, norm, affine, patches, moments = (
-    function.apply for function in (_Conv, _Norm, _Affine, _Patches, _Moments)
+class _NormPool(_Function):
+    """`pooling.norm_pool`, which has first derivatives only."""
+
+    operator, ranks, shared, outputs = pooling.norm_pool, (4, 1, 1, None, None), (1, 2), 5
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        y, g, b, ctx.eps, ctx.slope = inputs
+        ctx.save_for_backward(y, g, b, *output)
+        ctx.mark_non_differentiable(*output[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, ga: Tensor, _p: Any, _index: Any, gm: Tensor, gv: Tensor) -> Any:
+        y, g, b, *output = ctx.saved_tensors
+        keep = max(_lead(g, 1), _lead(b, 1))
+        gy, gg, gb = _NormPoolVjp.apply(ga, gm, gv, g, y, *output, ctx.eps, ctx.slope, keep)
+        return gy, _shared(gg, g), _shared(gb, b), None, None
+
+
+class _NormPoolVjp(_Function):
+    """`pooling.norm_pool_vjp`, which has no derivative."""
+
+    operator, shared, has_keep, outputs = pooling.norm_pool_vjp, (3,), True, 3
+    ranks = (4, 1, 1, 1, 4, 4, 4, 4, 1, 1, None, None, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(_NO_SECOND)
+
+
+_NO_SECOND = (
+    "second derivatives of blocks with pooling are not implemented for engine.convolution=direct; "
+    "declare `takes_gradients` in the method, or use engine.convolution=plain"
+)
+
+
+class _AffinePool(_Function):
+    """`pooling.affine_pool`, which has first derivatives only."""
+
+    operator, ranks = pooling.affine_pool, (2, 2, None, None, None)
+    shared, outputs = (1,), 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, w, *ctx.settings = inputs
+        ctx.save_for_backward(x, w, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _index: Any) -> tuple[Any, ...]:
+        x, w, a, index = ctx.saved_tensors
+        height, width, slope = ctx.settings
+        gx = gw = None
+        if ctx.needs_input_grad[0]:
+            masked = torch.where(a <= 0, g * slope, g)
+            gx = pooling.unpooled(masked, index, height, width).flatten(-4, -2) @ w.mT
+        if ctx.needs_input_grad[1]:
+            gw = _AffinePoolWeight.apply(x, g, a, index, height, width, slope, _lead(w, 2))
+        return gx, gw, None, None, None
+
+
+class _AffinePoolWeight(_Function):
+    """`pooling.affine_pool_weight`, which has no derivative."""
+
+    operator, has_keep = pooling.affine_pool_weight, True
+    ranks = (2, 4, 4, 4, None, None, None, None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(_NO_SECOND)
+
+
+#: The operators of the same names in `ops` and `pooling`, differentiable and batched by `vmap`.
+conv, norm, affine, patches, moments, norm_pool, affine_pool = (
+    function.apply
+    for function in (_Conv, _Norm, _Affine, _Patches, _Moments, _NormPool, _AffinePool)
 )

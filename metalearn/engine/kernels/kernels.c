@@ -44,8 +44,9 @@ INLINE vec masked(vec g, vec a, float slope) {
 }
 
 // Call F(c, V, n) for tiles of V vectors of n lanes, which cover C channels.
-#define TILES(C, F)                                              \
-  for (long c = 0; c < (C);) {                                   \
+#define TILES(C, F) RANGE(0, C, F)
+#define RANGE(first, C, F)                                       \
+  for (long c = (first); c < (C);) {                             \
     long left = (C) - c;                                         \
     if (left >= WIDE * LANES) { F(c, WIDE, LANES); c += WIDE * LANES; } \
     else if (left >= 2 * LANES) { F(c, 2, LANES); c += 2 * LANES; } \
@@ -432,6 +433,183 @@ void affine_weight(const float *x, const float *g, const float *y, float *gw, lo
       else if (O - c >= LANES) { WEIGHT(R, c, 1, LANES); c += LANES; }  \
       else { WEIGHT(R, c, 1, (int)(O - c)); c = O; }                    \
     }
+    for (; k + DEEP <= K; k += DEEP) { WEIGHTS(DEEP) }
+    for (; k < K; k++) { WEIGHTS(1) }
+  }
+}
+
+// Max-pooling over 2 x 2 windows, before the activation, which is monotone. Comparisons ignore NaN,
+// but the statistics do not, so a NaN still reaches every output of its channel.
+typedef uint8_t bvec __attribute__((vector_size(LANES)));
+INLINE ivec load_index(const uint8_t *p, int n) {
+  bvec b = {0};
+  if (n == LANES) memcpy(&b, p, sizeof b);
+  else memcpy(&b, p, n);
+  return __builtin_convertvector(b, ivec);
+}
+INLINE void store_index(uint8_t *p, ivec x, int n) {
+  bvec b = __builtin_convertvector(x, bvec);
+  if (n == LANES) memcpy(p, &b, sizeof b);
+  else memcpy(p, &b, n);
+}
+INLINE vec where(ivec m, vec a, vec b) { return (vec)(((ivec)a & m) | ((ivec)b & ~m)); }
+INLINE void larger(vec u, int k, vec *best, ivec *at) {
+  ivec m = u > *best;
+  *best = where(m, u, *best);
+  *at = (m & k) | (~m & *at);
+}
+// For channels first to end: y [B,H,W,C] -> a = act(xh g + b) pooled, y where it is from (p), which of the 4 (index), mean, var
+INLINE void norm_pool_tile(const float *y, const float *g, const float *b, float *a, float *p,
+                           uint8_t *index, float *mean_at, float *var_at, shape s, float eps,
+                           float slope, long c, int V, int n) {
+  long C = s.C, M = s.B * s.H * s.W, h = s.H / 2, w = s.W / 2, e = c;
+  vec mean[WIDE], rate[WIDE], sign[WIDE];
+  { SUM(1, { part[0][v] += AT(y); }) EACH mean[v] = sum[0][v] / (float)M; }
+  {
+    SUM(1, { vec d = AT(y) - mean[v]; part[0][v] += d * d; })
+    EACH {
+      vec var = sum[0][v] / (float)M;
+      store(mean_at + c + v * LANES, mean[v], n);
+      store(var_at + c + v * LANES, var, n);
+      UNROLL for (int l = 0; l < LANES; l++) rate[v][l] = 1 / sqrtf(var[l] + eps);
+      sign[v] = where(CHANNEL(g) >= 0, (vec){0} + 1, (vec){0} - 1);
+    }
+  }
+  for (long i = 0; i < s.B * h; i++) for (long j = 0; j < w; j++, e += C) EACH {
+    const float *q = y + ((i / h * s.H + i % h * 2) * s.W + 2 * j) * C + c + v * LANES;
+    vec best = load(q, n) * sign[v];
+    ivec at = {0};
+    larger(load(q + C, n) * sign[v], 1, &best, &at);
+    larger(load(q + s.W * C, n) * sign[v], 2, &best, &at);
+    larger(load(q + s.W * C + C, n) * sign[v], 3, &best, &at);
+    best *= sign[v];
+    vec z = (best - mean[v]) * rate[v] * CHANNEL(g) + CHANNEL(b);
+    store(p + e + v * LANES, best, n);
+    store(a + e + v * LANES, masked(z, z, slope), n);
+    store_index(index + e + v * LANES, at, n);
+  }
+}
+void norm_pool(const float *y, const float *g, const float *b, float *a, float *p, uint8_t *index,
+               float *mean, float *var, long T, int shared, shape s, long first, long end,
+               float eps, float slope) {
+  long large = s.B * s.H * s.W * s.C, small = s.B * (s.H / 2) * (s.W / 2) * s.C;
+  for (long t = 0; t < T; t++) {
+    long e = t * small, k = t * s.C, q = shared ? 0 : k;
+#define NORM_POOL(c, V, n) norm_pool_tile(y + t * large, g + q, b + q, a + e, p + e, index + e, mean + k, var + k, s, eps, slope, c, V, n)
+    RANGE(first, end, NORM_POOL)
+  }
+}
+// Cotangents ga of a, gm of mean and gv of var -> gy, gg, gb
+INLINE void pool_vjp_tile(const float *ga, const float *gm, const float *gv, const float *g,
+                          const float *y, const float *a, const float *p, const uint8_t *index,
+                          const float *mean_at, const float *var_at, float *gy, float *gg,
+                          float *gb, shape s, float eps, float slope, long c, int V, int n) {
+  long C = s.C, h = s.H / 2, w = s.W / 2, M = s.B * h * w, row = s.W * C, at = c;
+  float N = (float)(s.B * s.H * s.W);
+  vec mean[WIDE], scale[WIDE], shift[WIDE], along[WIDE];
+  EACH mean[v] = CHANNEL(mean_at);
+  SUM(2, {
+    vec m = masked(AT(ga), AT(a), slope);
+    part[0][v] += m; part[1][v] += m * (AT(p) - mean[v]);
+  })
+  EACH {
+    vec rate = CHANNEL(var_at);
+    UNROLL for (int l = 0; l < LANES; l++) rate[l] = 1 / sqrtf(rate[l] + eps);
+    store(gb + c + v * LANES, sum[0][v], n);
+    store(gg + c + v * LANES, sum[1][v] * rate, n);
+    scale[v] = CHANNEL(g) * rate;
+    shift[v] = (CHANNEL(gm) - scale[v] * sum[0][v]) / N;
+    along[v] = (2 * CHANNEL(gv) - scale[v] * sum[1][v] * rate * rate) / N;
+  }
+#define DENSE(o) (shift[v] + along[v] * (load(y + (o), n) - mean[v]))
+  for (long i = 0; i < s.B * s.H; i++) {
+    long line = i % s.H, j = 0;
+    if (line % 2 == 0 && line / 2 < h) for (; j < w; j++, at += C) EACH {
+      long e = at + v * LANES, o = (i * s.W + 2 * j) * C + c + v * LANES;
+      vec m = masked(load(ga + e, n), load(a + e, n), slope) * scale[v], zero = {0};
+      ivec k = load_index(index + e, n);
+      store(gy + o, DENSE(o) + where(k == 0, m, zero), n);
+      store(gy + o + C, DENSE(o + C) + where(k == 1, m, zero), n);
+      store(gy + o + row, DENSE(o + row) + where(k == 2, m, zero), n);
+      store(gy + o + row + C, DENSE(o + row + C) + where(k == 3, m, zero), n);
+    }
+    for (j = line < 2 * h ? 2 * w : 0; j < s.W; j++) EACH {
+      long o = (i * s.W + j) * C + c + v * LANES;
+      store(gy + o, DENSE(o), n);
+    }
+  }
+}
+void norm_pool_vjp(const float *ga, const float *gm, const float *gv, const float *g,
+                   const float *y, const float *a, const float *p, const uint8_t *index,
+                   const float *mean, const float *var, float *gy, float *gg, float *gb, long T,
+                   int shared, shape s, long first, long end, float eps, float slope) {
+  long large = s.B * s.H * s.W * s.C, small = s.B * (s.H / 2) * (s.W / 2) * s.C;
+  for (long t = 0; t < T; t++) {
+    long e = t * small, k = t * s.C, f = t * large;
+#define POOL_VJP(c, V, n) pool_vjp_tile(ga + e, gm + k, gv + k, g + (shared ? 0 : k), y + f, a + e, p + e, index + e, mean + k, var + k, gy + f, gg + k, gb + k, s, eps, slope, c, V, n)
+    RANGE(first, end, POOL_VJP)
+  }
+}
+// x [T,B H W,K] @ w [T or 1,K,O], pooled -> a after the activation, and which of the 4 (index)
+INLINE void affine_pool_tile(const float *x, long K, long W, const float *w, float *a,
+                             uint8_t *index, long O, float slope, long c, int V, int n) {
+  vec sum[4][WIDE];
+  UNROLL for (int q = 0; q < 4; q++) EACH sum[q][v] = (vec){0};
+  for (long k = 0; k < K; k++) EACH {
+    vec b = load(w + k * O + c + v * LANES, n);
+    UNROLL for (int q = 0; q < 4; q++) sum[q][v] += x[(q / 2 * W + q % 2) * K + k] * b;
+  }
+  EACH {
+    ivec at = {0};
+    UNROLL for (int q = 1; q < 4; q++) larger(sum[q][v], q, &sum[0][v], &at);
+    store(a + c + v * LANES, masked(sum[0][v], sum[0][v], slope), n);
+    store_index(index + c + v * LANES, at, n);
+  }
+}
+void affine_pool(const float *x, const float *w, float *a, uint8_t *index, long T, int shared,
+                 shape s, float slope) {
+  long h = s.H / 2, wide = s.W / 2, K = s.C, O = s.O;
+  for (long t = 0; t < T; t++) for (long i = 0; i < s.B * h; i++) for (long j = 0; j < wide; j++) {
+    const float *from = x + (((t * s.B + i / h) * s.H + i % h * 2) * s.W + 2 * j) * K;
+#define AFFINE_POOL(c, V, n) affine_pool_tile(from, K, s.W, w + (shared ? 0 : t * K * O), a, index, O, slope, c, V, n)
+    TILES(O, AFFINE_POOL)
+    a += O; index += O;
+  }
+}
+// gw [T or 1,K,O] = x^T (g where the pooling took its value, masked by the activation's output a)
+INLINE void pool_weight_tile(int R, const float *x, const float *g, const float *a,
+                             const uint8_t *index, shape s, long first, long count, float *gw,
+                             float slope, long c, int V, int n) {
+  long h = s.H / 2, w = s.W / 2, O = s.O;
+  vec sum[DEEP][2];
+  UNROLL for (int r = 0; r < R; r++) EACH sum[r][v] = (vec){0};
+  for (long i = first; i < first + count; i++) {
+    const float *from = x + ((i / w / h * s.H + i / w % h * 2) * s.W + i % w * 2) * s.C;
+    EACH {
+      long e = i * O + c + v * LANES;
+      vec m = masked(load(g + e, n), load(a + e, n), slope), zero = {0};
+      ivec k = load_index(index + e, n);
+      UNROLL for (int q = 0; q < 4; q++) {
+        vec own = where(k == q, m, zero);
+        UNROLL for (int r = 0; r < R; r++) sum[r][v] += from[(q / 2 * s.W + q % 2) * s.C + r] * own;
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) EACH {
+    float *p = gw + r * O + c + v * LANES;
+    store(p, load(p, n) + sum[r][v], n);
+  }
+}
+void affine_pool_weight(const float *x, const float *g, const float *a, const uint8_t *index,
+                        float *gw, long T, int shared, shape s, float slope) {
+  long h = s.H / 2, w = s.W / 2, K = s.C, O = s.O, M = s.B * h * w;
+  memset(gw, 0, (shared ? 1 : T) * K * O * sizeof(float));
+  for (long t = 0; t < T; t++) for (long i = 0; i < M; i += BLOCK) {
+    const float *from = x + t * s.B * s.H * s.W * K;
+    float *to = gw + (shared ? 0 : t * K * O);
+    long m = smaller(M - i, BLOCK), k = 0, e = t * M * O;
+#undef WEIGHT
+#define WEIGHT(R, c, V, n) pool_weight_tile(R, from + k, g + e, a + e, index + e, s, i, m, to + k * O, slope, c, V, n)
     for (; k + DEEP <= K; k += DEEP) { WEIGHTS(DEEP) }
     for (; k < K; k++) { WEIGHTS(1) }
   }

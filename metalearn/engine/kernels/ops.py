@@ -12,6 +12,7 @@ others.
 Legend of shapes: B images, H x W pixels, C channels in, O out, K size of filters, M = B H W.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metalearn.engine import process, threads
 from metalearn.engine.kernels import build
 
 _LIBRARY = torch.library.Library("metalearn", "DEF")
@@ -26,13 +28,14 @@ _LIBRARY = torch.library.Library("metalearn", "DEF")
 ON_CPU: dict[str, Callable[..., Any]] = {}
 
 
-def _operator(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def define(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Define an operator by its torch implementation; `in_c` is for float32 on a CPU."""
     name = schema.partition("(")[0]
 
-    def define(in_torch: Callable[..., Any]) -> Any:
+    def defined(in_torch: Callable[..., Any]) -> Any:
         def on_cpu(*args: Any) -> Any:
-            is_float = all(arg.dtype == torch.float32 for arg in args if isinstance(arg, Tensor))
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            is_float = all(one.dtype in (torch.float32, torch.uint8) for one in tensors)
             function = in_c if is_float and build.library() is not None else in_torch
             if not torch.autograd._profiler_enabled():
                 return function(*args)
@@ -45,10 +48,10 @@ def _operator(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., 
         ON_CPU[name] = on_cpu
         return getattr(torch.ops.metalearn, name).default
 
-    return define
+    return defined
 
 
-def _call(name: str, *args: Any) -> None:
+def call_c(name: str, *args: Any) -> None:
     """Call a C function; tensors become addresses."""
     if getattr(build.library(), name)(
         *(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
@@ -56,7 +59,22 @@ def _call(name: str, *args: Any) -> None:
         raise MemoryError(f"metalearn::{name}: out of memory")
 
 
-def _summed(gradient: Tensor, lead: int, keep: int) -> Tensor:
+def in_parts(call: Callable[[int, int], Any], tasks: int, count: int, least: int = 1) -> list[Any]:
+    """Return `call(first, end)` of each part of `count` images or channels.
+
+    Parts have a multiple of `least`. Several tasks are one part. A single task has a part for each
+    core of the machine, computed by
+    the threads of torch; so the results do not depend on the number of these threads.
+    """
+    parts = process.ALL_THREADS if tasks == 1 else 1
+    size = max(1, -(-count // (parts * least))) * least
+    return threads.in_order(
+        lambda first: call(first, min(first + size, count)), range(0, count, size)
+    )
+
+
+def summed(gradient: Tensor, lead: int, keep: int) -> Tensor:
+    """Sum a gradient with `lead` leading axes over all but the first `keep` of them."""
     return gradient.sum(tuple(range(keep, lead))) if keep < lead else gradient
 
 
@@ -65,11 +83,11 @@ def _patches(x: Tensor, size: int, stride: int) -> Tensor:
     height, width = (-(-extent // stride) for extent in x.shape[-3:-1])
     *lead, batch, _, _, channels = x.shape
     y = x.new_empty(*lead, batch * height * width, size * size * channels + 1)
-    _call("patches", x, y, build.Shape(x.shape[:-3].numel(), *x.shape[-3:], 0, size, stride))
+    call_c("patches", x, y, build.Shape(x.shape[:-3].numel(), *x.shape[-3:], 0, size, stride))
     return y
 
 
-@_operator("patches(Tensor x, int size, int stride) -> Tensor", _patches)
+@define("patches(Tensor x, int size, int stride) -> Tensor", _patches)
 def patches(x: Tensor, size: int, stride: int) -> Tensor:
     """Return the surroundings of each output, and a 1: [.., B, H, W, C] -> [.., M, K K C + 1]."""
     pad = size // 2
@@ -83,11 +101,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     *lead, count, size = x.shape
     mean = x.new_empty(*lead, size, dtype=torch.float64)
     covariance = x.new_empty(*lead, size, size, dtype=torch.float64)
-    _call("moments", x, mean, covariance, x.shape[:-2].numel(), count, size)
+    call_c("moments", x, mean, covariance, x.shape[:-2].numel(), count, size)
     return mean, covariance
 
 
-@_operator("moments(Tensor x) -> (Tensor, Tensor)", _moments)
+@define("moments(Tensor x) -> (Tensor, Tensor)", _moments)
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean [.., K] and covariance [.., K, K] of the rows of x [.., M, K], in float64."""
     exact = x.double()
@@ -105,16 +123,26 @@ def _geometry(x: Tensor, w: Tensor, stride: int) -> tuple[int, int, build.Shape]
     return tasks, int(w.dim() == 4), shape
 
 
+def _part(shape: build.Shape, first: int, end: int) -> build.Shape:
+    """Return the shape of some images."""
+    return build.Shape(end - first, shape.H, shape.W, shape.C, shape.O, shape.K, shape.stride)
+
+
 def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     height, width = (-(-size // stride) for size in x.shape[-3:-1])
     y = x.new_empty(*x.shape[:-3], height, width, w.shape[-1])
     tasks, shared, shape = _geometry(x, w, stride)
-    _call("conv", x, w, y, tasks, shared, shape)
+
+    def call(first: int, end: int) -> None:
+        at, to = (value.narrow(-4, first, end - first) for value in (x, y))
+        call_c("conv", at, w, to, tasks, shared, _part(shape, first, end))
+
+    in_parts(call, tasks, shape.B)
     return y
 
 
-@_operator("conv(Tensor x, Tensor w, int stride) -> Tensor", _conv)
+@define("conv(Tensor x, Tensor w, int stride) -> Tensor", _conv)
 def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     """Convolve x [.., B, H, W, C] with w [.., K, K, C, O], K odd, padding K // 2."""
     height, width = (-(-size // stride) for size in x.shape[-3:-1])
@@ -126,13 +154,16 @@ def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> 
     gy, w = gy.contiguous(), w.contiguous()
     gx = gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2])
     tasks, shared, shape = _geometry(gx, w, stride)
-    _call("conv_input", gy, w, gx, tasks, shared, shape)
+
+    def call(first: int, end: int) -> None:
+        at, to = (value.narrow(-4, first, end - first) for value in (gy, gx))
+        call_c("conv_input", at, w, to, tasks, shared, _part(shape, first, end))
+
+    in_parts(call, tasks, shape.B)
     return gx
 
 
-@_operator(
-    "conv_input(Tensor gy, Tensor w, int height, int width, int stride) -> Tensor", _conv_input
-)
+@define("conv_input(Tensor gy, Tensor w, int height, int width, int stride) -> Tensor", _conv_input)
 def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Return the gradient of `conv` by x [.., B, height, width, C]."""
     size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
@@ -153,30 +184,35 @@ def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Te
     lead = x.shape[:-4] if keep else ()
     gw = x.new_empty(*lead, size, size, x.shape[-1], gy.shape[-1])
     tasks, _, shape = _geometry(x, gw, stride)
-    _call("conv_weight", x, gy, gw, tasks, int(not keep), shape)
-    return _summed(gw, len(lead), keep)
+
+    def call(first: int, end: int) -> Tensor:
+        to = torch.empty_like(gw)
+        own = (value.narrow(-4, first, end - first) for value in (x, gy))
+        call_c("conv_weight", *own, to, tasks, int(not keep), _part(shape, first, end))
+        return to
+
+    gw = functools.reduce(torch.add, in_parts(call, tasks, shape.B))
+    return summed(gw, len(lead), keep)
 
 
-@_operator(
-    "conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight
-)
+@define("conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight)
 def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
     gw = patches(x, size, stride)[..., :-1].mT @ gy.flatten(-4, -2)
-    return _summed(gw.unflatten(-2, (size, size, -1)), x.dim() - 4, keep)
+    return summed(gw.unflatten(-2, (size, size, -1)), x.dim() - 4, keep)
 
 
-def _masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
+def masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
     """Multiply g by the derivative of the activation whose output is a."""
     return torch.where(a <= 0, g * slope, g)  # NaN passes
 
 
-def _expanded(g: Tensor, like: Tensor) -> Tensor:
+def expanded(g: Tensor, like: Tensor) -> Tensor:
     """Return per-channel values [C] or [.., C] as [.., 1, 1, 1, C] beside `like`."""
     return g[..., None, None, None, :] if g.dim() > 1 or like.dim() == 4 else g
 
 
-_PIXELS = (-4, -3, -2)
+PIXELS = (-4, -3, -2)
 
 
 def _sizes(y: Tensor, g: Tensor) -> tuple[int, int, int, int]:
@@ -192,11 +228,11 @@ def _norm(
     y, g, b = y.contiguous(), g.contiguous(), b.contiguous()
     a, xh = torch.empty_like(y), torch.empty_like(y)
     r = y.new_empty(*y.shape[:-4], y.shape[-1])
-    _call("norm", y, g, b, a, xh, r, *_sizes(y, g), eps, slope)
+    call_c("norm", y, g, b, a, xh, r, *_sizes(y, g), eps, slope)
     return a, xh, r
 
 
-@_operator(
+@define(
     "norm(Tensor y, Tensor g, Tensor b, float eps, float slope) -> (Tensor, Tensor, Tensor)", _norm
 )
 def norm(
@@ -208,11 +244,11 @@ def norm(
         a = act(xh g + b), where act(z) = z if z > 0 else slope z; xh = (y - mean) r [like y];
         r = 1 / sqrt(var + eps) [.., C].
     """
-    var, mean = torch.var_mean(y, _PIXELS, correction=0, keepdim=True)
+    var, mean = torch.var_mean(y, PIXELS, correction=0, keepdim=True)
     r = torch.rsqrt(var + eps)
     xh = (y - mean) * r
-    z = xh * _expanded(g, y) + _expanded(b, y)
-    return _masked(z, z, slope), xh, r[..., 0, 0, 0, :].contiguous()
+    z = xh * expanded(g, y) + expanded(b, y)
+    return masked(z, z, slope), xh, r[..., 0, 0, 0, :].contiguous()
 
 
 def _norm_vjp(
@@ -224,12 +260,12 @@ def _norm_vjp(
         gxh = torch.zeros_like(xh) if gxh is None else gxh.contiguous()
         gr = torch.zeros_like(r) if gr is None else gr.contiguous()
     gy, gg, gb = torch.empty_like(xh), torch.empty_like(r), torch.empty_like(r)
-    _call("norm_vjp", ga, gxh, gr, g, a, xh, r, gy, gg, gb, *_sizes(xh, g), slope)
+    call_c("norm_vjp", ga, gxh, gr, g, a, xh, r, gy, gg, gb, *_sizes(xh, g), slope)
     lead = r.dim() - 1
-    return gy, _summed(gg, lead, keep), _summed(gb, lead, keep)
+    return gy, summed(gg, lead, keep), summed(gb, lead, keep)
 
 
-@_operator(
+@define(
     "norm_vjp(Tensor ga, Tensor? gxh, Tensor? gr, Tensor g, Tensor a, Tensor xh, Tensor r, "
     "float slope, int keep) -> (Tensor, Tensor, Tensor)",
     _norm_vjp,
@@ -239,18 +275,18 @@ def norm_vjp(
     slope: float, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of `norm` by y, g and b, given those by a, xh and r (None for zero)."""
-    m = _masked(ga, a, slope)
-    gb, gg = m.sum(_PIXELS), (m * xh).sum(_PIXELS)
-    h = m * _expanded(g, xh)
+    m = masked(ga, a, slope)
+    gb, gg = m.sum(PIXELS), (m * xh).sum(PIXELS)
+    h = m * expanded(g, xh)
     if gxh is not None:
         h = h + gxh
-    along = (h * xh).mean(_PIXELS)
+    along = (h * xh).mean(PIXELS)
     if gr is not None:
         along = along + r * gr / xh.shape[-4:-1].numel()
-    along = _expanded(along, xh)
-    gy = _expanded(r, xh) * (h - h.mean(_PIXELS, keepdim=True) - xh * along)
+    along = expanded(along, xh)
+    gy = expanded(r, xh) * (h - h.mean(PIXELS, keepdim=True) - xh * along)
     lead = r.dim() - 1
-    return gy, _summed(gg, lead, keep), _summed(gb, lead, keep)
+    return gy, summed(gg, lead, keep), summed(gb, lead, keep)
 
 
 def _norm_second(
@@ -260,11 +296,11 @@ def _norm_second(
     u, ga, g, a, xh, r = (value.contiguous() for value in (u, ga, g, a, xh, r))
     ug, ub = ug.expand_as(r).contiguous(), ub.expand_as(r).contiguous()
     da, dxh, dr, dg = (torch.empty_like(value) for value in (xh, xh, r, r))
-    _call("norm_second", u, ug, ub, ga, g, a, xh, r, da, dxh, dr, dg, *_sizes(xh, g), slope)
-    return da, dxh, dr, _summed(dg, r.dim() - 1, keep)
+    call_c("norm_second", u, ug, ub, ga, g, a, xh, r, da, dxh, dr, dg, *_sizes(xh, g), slope)
+    return da, dxh, dr, summed(dg, r.dim() - 1, keep)
 
 
-@_operator(
+@define(
     "norm_second(Tensor u, Tensor ug, Tensor ub, Tensor ga, Tensor g, Tensor a, Tensor xh, "
     "Tensor r, float slope, int keep) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_second,
@@ -277,44 +313,44 @@ def norm_second(
 
     u, ug and ub are the gradients by its outputs gy, gg and gb; the other arguments are its own.
     """
-    m, count = _masked(ga, a, slope), xh.shape[-4:-1].numel()
-    p, q = m.sum(_PIXELS), (m * xh).sum(_PIXELS)
-    sum_u, along_u = u.sum(_PIXELS), (u * xh).sum(_PIXELS)
-    ds = (u * m).sum(_PIXELS) - (sum_u * p + along_u * q) / count
+    m, count = masked(ga, a, slope), xh.shape[-4:-1].numel()
+    p, q = m.sum(PIXELS), (m * xh).sum(PIXELS)
+    sum_u, along_u = u.sum(PIXELS), (u * xh).sum(PIXELS)
+    ds = (u * m).sum(PIXELS) - (sum_u * p + along_u * q) / count
     s = g * r
     shift, along = ub - s * sum_u / count, ug - s * along_u / count
-    gn = _expanded(s, xh) * u + _expanded(shift, xh) + _expanded(along, xh) * xh
-    dxh = _expanded(along, xh) * m - _expanded(s * q / count, xh) * u
-    return _masked(gn, a, slope), dxh, g * ds, _summed(r * ds, r.dim() - 1, keep)
+    gn = expanded(s, xh) * u + expanded(shift, xh) + expanded(along, xh) * xh
+    dxh = expanded(along, xh) * m - expanded(s * q / count, xh) * u
+    return masked(gn, a, slope), dxh, g * ds, summed(r * ds, r.dim() - 1, keep)
 
 
 def _affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     by = None if by is None else by.contiguous()
     y = x.new_empty(*x.shape[:-1], w.shape[-1])
-    _call("affine", x, w, by, y, x.shape[:-2].numel(), *x.shape[-2:], w.shape[-1],
+    call_c("affine", x, w, by, y, x.shape[:-2].numel(), *x.shape[-2:], w.shape[-1],
           int(w.dim() == 2), slope)  # fmt: skip
     return y
 
 
-@_operator("affine(Tensor x, Tensor w, Tensor? by, float slope) -> Tensor", _affine)
+@define("affine(Tensor x, Tensor w, Tensor? by, float slope) -> Tensor", _affine)
 def affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
     """Return x [.., M, K] @ w [.., K, O], then the activation, or its derivative where `by` is."""
     y = x @ w
-    return _masked(y, y if by is None else by, slope)
+    return masked(y, y if by is None else by, slope)
 
 
 def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
     x, g, y = x.contiguous(), g.contiguous(), y.contiguous()
     lead = x.shape[:-2] if keep else ()
     gw = x.new_empty(*lead, x.shape[-1], g.shape[-1])
-    _call("affine_weight", x, g, y, gw, x.shape[:-2].numel(), *x.shape[-2:], g.shape[-1],
+    call_c("affine_weight", x, g, y, gw, x.shape[:-2].numel(), *x.shape[-2:], g.shape[-1],
           int(not keep), slope)  # fmt: skip
-    return _summed(gw, len(lead), keep)
+    return summed(gw, len(lead), keep)
 
 
-@_operator("affine_weight(Tensor x, Tensor g, Tensor y, float slope, int keep) -> Tensor",
+@define("affine_weight(Tensor x, Tensor g, Tensor y, float slope, int keep) -> Tensor",
            _affine_weight)  # fmt: skip
 def affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
     """Return the gradient of `affine` by w [.., K, O]; y: the output, or `by`."""
-    return _summed(x.mT @ _masked(g, y, slope), x.dim() - 2, keep)
+    return summed(x.mT @ masked(g, y, slope), x.dim() - 2, keep)
