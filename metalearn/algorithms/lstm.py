@@ -7,15 +7,16 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import Params
 
 
-def init_lstm(key: Tensor, size: int, hidden: int) -> Params:
+def init_lstm(key: Tensor, size: int, hidden: int, inputs: int | None = None) -> Params:
     """Create the weights of an LSTM cell, uniform in +-1 / sqrt(size).
 
     The forget gates start open (bias 1; Jozefowicz et al. 2015).
 
     Args:
         key: int64 [].
-        size: Size of inputs, cells and outputs.
+        size: Size of cells and outputs.
         hidden: Size of the recurrent input [B, hidden].
+        inputs: Size of inputs; None for `size`.
     """
     bound = size**-0.5
 
@@ -24,7 +25,7 @@ def init_lstm(key: Tensor, size: int, hidden: int) -> Params:
 
     bias = torch.zeros(4 * size, device=key.device)
     bias[size : 2 * size] = 1
-    return {"input": uniform(0, size), "recurrent": uniform(1, hidden), "bias": bias}
+    return {"input": uniform(0, inputs or size), "recurrent": uniform(1, hidden), "bias": bias}
 
 
 def lstm_cell(weights: Params, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
