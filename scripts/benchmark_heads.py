@@ -191,7 +191,12 @@ def accuracy(cifar100: Path, backbone: str, more: list[str], meta: int, frozen: 
                 }
                 for name, values in scores.items()
             }
-            print(backbone, title, {n: round(float(s.mean()), 4) for n, s in scores.items()})
+            print(
+                backbone,
+                title,
+                {n: round(float(s.mean()), 4) for n, s in scores.items()},
+                flush=True,
+            )
     runs = {n: {"overrides": words[n], "test": trained[n]["test"]} for n in words}
     return {"runs": runs, "tests": tests}
 
