@@ -18,8 +18,10 @@ from typing import Any
 
 from benchmark_methods import run
 
+from metalearn.report.console import open_console
 from metalearn.report.environment import describe_environment
 from metalearn.report.folder import RunFolder
+from metalearn.run.evaluate import evaluate_several
 from metalearn.system.atomic import write_json
 
 _OUT = Path(__file__).parent.parent / "benchmarks" / "text.json"
@@ -79,6 +81,16 @@ def main() -> None:
                         continue
                     rows.append(row)
                     print(json.dumps(row), flush=True)
+                if is_run and "train.steps=0" in settings:
+                    folder = folder.with_name(f"{shot}-fold1")
+                    tested = evaluate_several(
+                        [folder], [f"{dataset}:all"], [], "test", open_console()
+                    )["results"][0]
+                    row = {"method": name, "dataset": dataset, "shot": shot, "fold": "all"}
+                    row |= tested["test"]["accuracy"]
+                    rows.append(row | {"commit": tested["environment"]["commit"]})
+                elif known.get((name, dataset, shot, "all")):
+                    rows.append(known[name, dataset, shot, "all"])
     environment = describe_environment("cpu")
     content = {"rows": rows, "hardware": environment["hardware"]}
     write_json(_OUT, content)
@@ -92,7 +104,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def _page(content: dict[str, Any]) -> str:
     cells: dict[str, dict[Any, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in content["rows"]:
-        cells[row["method"]][row["dataset"], row["shot"]].append(row)
+        place = f"{row['method']}, all classes" if row["fold"] == "all" else row["method"]
+        cells[place][row["dataset"], row["shot"]].append(row)
     columns = [(dataset, shot) for dataset in _DATASETS for shot in (1, 5)]
     lines = [
         "# Intents from a few texts",
@@ -101,7 +114,9 @@ def _page(content: dict[str, Any]) -> str:
         "2021), mean over five folds or as stated (lowest to highest); for trained networks fold 1",
         "with its 95% interval. MiniLM (all-MiniLM-L6-v2) was trained on a billion pairs of",
         "sentences; whether these are among them is not known. The transformer knows only the",
-        "training classes; it is trained on 9,600 tasks (ProtoNet) or 1,200 (MAML).",
+        "training classes; it is trained on 9,600 tasks (ProtoNet) or 1,200 (MAML). `all classes`:",
+        "episodes from all classes, not only those of a fold's test; these are easier, since they",
+        "have more domains.",
         "",
         f"| method | {' | '.join(f'{dataset}, {shot}-shot' for dataset, shot in columns)} |",
         f"|{'---|' * (len(columns) + 1)}",

@@ -167,7 +167,7 @@ def test_lora_of_a_frozen_backbone_adapts_but_leaves_its_weights():
         frozen: bool = True
 
         @property
-        def is_frozen(self):
+        def is_frozen(self):  # type: ignore[override]
             return self.frozen
 
     open_, frozen = (

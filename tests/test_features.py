@@ -199,7 +199,8 @@ def files(tmp_path):
 def embed(images, cache_dir, **options):
     node = checking.check_config(composition.compose_config(TINY)).backbone
     node = node | {"weights": options.pop("weights", None)}
-    return Embedder(node, torch.device("cpu"), cache_dir)(images, **options)
+    embedder = Embedder(node, torch.device("cpu"), cache_dir, options.pop("progress", None))
+    return torch.from_numpy(embedder.represent(images, **options))
 
 
 def test_images_are_embedded_by_their_content(files, tmp_path, monkeypatch):

@@ -113,6 +113,9 @@ def test_overlap_is_found_by_content_refused_and_with_permission_recorded(run, c
     for own, path in ((untrained, other), (folder, tmp_path / "new")):
         tested = evaluate_several([own], [f"{path}:all"], [], "test", console)
         assert not tested["failures"] and "overlap" not in tested["results"][0]
+    # Such a run may be tested on all classes of its own dataset, too.
+    everything = evaluate(untrained, [], "all", None, console)["results"][0]
+    assert everything["protocol"]["num_classes"] == 12 and "overlap" not in everything
     # Its own training classes are tested on purpose, those of a different split are not.
     evaluate(folder, ["dataset.store=device"], "train", None, console)
     for split in ("train", "val", "test"):

@@ -22,15 +22,9 @@ class Clock:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
-class Probe:
-    def metrics(self):
-        return {"train.loss": 1.25, "train.accuracy": 0.5}
-
-    def wait(self):
-        pass
-
-    def seconds_per_episode(self):
-        return 0.1
+PROBE = progress.Probe(
+    lambda: {"train.loss": 1.25, "train.accuracy": 0.5}, lambda: None, lambda: 0.1
+)
 
 
 @pytest.fixture
@@ -64,7 +58,7 @@ def test_remaining_time_counts_steps_validations_and_test(settings):
 def test_first_line_waits_for_one_slow_step_at_most(settings, monkeypatch):
     clock = Clock(monkeypatch)
     display, out, _ = shown(settings, terminal=False)
-    display.begin(Probe())
+    display.begin(PROBE)
     assert not out.getvalue()
     clock.now += 4
     display.step(1)
@@ -74,7 +68,7 @@ def test_first_line_waits_for_one_slow_step_at_most(settings, monkeypatch):
 def test_first_line_leaves_out_the_slow_first_step(settings, monkeypatch):
     clock = Clock(monkeypatch)
     display, out, _ = shown(settings, terminal=False)
-    display.begin(Probe())
+    display.begin(PROBE)
     for step, seconds in enumerate((2, 0.5, 0.5), 1):
         clock.now += seconds
         display.step(step)
@@ -85,7 +79,7 @@ def test_first_line_leaves_out_the_slow_first_step(settings, monkeypatch):
 def test_live_line_has_everything_and_fits_80_columns(settings, monkeypatch, seconds):
     clock = Clock(monkeypatch)
     display, _, console = shown(settings)
-    display.begin(Probe())
+    display.begin(PROBE)
     for step in range(1, 301):
         clock.now += seconds
         display.step(step)
@@ -101,7 +95,7 @@ def test_live_line_has_everything_and_fits_80_columns(settings, monkeypatch, sec
 def test_a_pipe_gets_a_line_now_and_then_also_in_a_validation(settings, monkeypatch):
     clock = Clock(monkeypatch)
     display, out, _ = shown(settings, terminal=False)
-    display.begin(Probe())
+    display.begin(PROBE)
     for step in range(1, 101):
         clock.now += 1
         display.step(step)
@@ -119,7 +113,7 @@ def test_after_a_validation_the_speed_is_of_training_and_the_time_counts_embeddi
 ):
     clock = Clock(monkeypatch)
     display, _, console = shown(settings)
-    display.begin(Probe())
+    display.begin(PROBE)
     for step in range(1, 401):
         clock.now += 1
         display.step(step)

@@ -1,1 +1,1 @@
-"""Few-shot methods, one file per family: two pure functions of one task, and a loss."""
+"""Few-shot methods, one per file; full references are in docs/algorithms."""

@@ -54,6 +54,12 @@ class Algorithm:
     class_equivariant: ClassVar[bool] = True
     #: True if predictions depend on the order of the support set.
     support_order_matters: ClassVar[bool] = False
+    #: Number of adaptation steps in meta-training; None means as in testing.
+    training_steps: ClassVar[int | None] = None
+    #: Number of copies (`augment.support`) that replace a support example in tests; 0: none.
+    support_copies: ClassVar[int] = 0
+    #: True if the backward pass can recompute inner steps (`engine.rematerialise`).
+    can_rematerialise: ClassVar[bool] = False
 
     backbone: Backbone = given_by_run()
     statistics: str = given_by_run()
@@ -61,27 +67,14 @@ class Algorithm:
     source: str = given_by_run("episodes")
 
     @property
-    def training_steps(self) -> int | None:
-        """Return the number of adaptation steps in meta-training; None means as in testing."""
-        return None
-
-    @property
-    def support_copies(self) -> int:
-        """Return the number of augmented copies that replace each support example in tests.
-
-        They are changed by `augment.support`; 0 for the example itself.
-        """
-        return 0
-
-    @property
-    def can_rematerialise(self) -> bool:
-        """Return True if the backward pass can recompute inner steps (`engine.rematerialise`)."""
-        return False
+    def network(self) -> Backbone:
+        """Return the backbone that embeds; a method may change how it does."""
+        return self.backbone
 
     @property
     def normalisation(self) -> Normalisation:
         """Return the normalisation of support sets and queries that `statistics` names."""
-        return STATISTICS[self.statistics](self.backbone)
+        return STATISTICS[self.statistics](self.network)
 
     def init(self, spec: Spec, key: Tensor) -> State:
         """Create the initial state on the device of `key`, int64 []."""
@@ -126,10 +119,7 @@ class Algorithm:
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         """Compute the loss of predicting the query set after adapting to the support set.
 
-        Args:
-            state: Meta-trained parameters and buffers.
-            task: One task.
-            progress: [], the fraction of meta-training that is done, in [0, 1].
+        `progress` [] is the fraction of meta-training that is done, in [0, 1].
         """
         learner = self.adapt(state, task.support, key=task.key, steps=self.training_steps)
         return self.query_loss(state, learner, task.query, task.key)

@@ -1,7 +1,4 @@
-"""Baseline and Baseline++: frozen features and a new linear or cosine classifier for each task.
-
-Chen et al. (2019), "A closer look at few-shot classification".
-"""
+"""Baseline and Baseline++: frozen features and a new linear or cosine classifier for each task."""
 
 import dataclasses
 from typing import ClassVar
@@ -27,9 +24,7 @@ class Baseline(EmbeddingAlgorithm):
     at random. Departures: each step uses all support examples (theirs: batches of 4), and the
     classes of a task have no learned norm.
 
-    Attributes:
-        train_scale: Scale of the cosines in meta-training. There, each class also has a learned
-            norm, as in the authors' code.
+    In meta-training, cosines have `train_scale`, and each class a learned norm, as in their code.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -55,10 +50,8 @@ class Baseline(EmbeddingAlgorithm):
         state = super().init(spec, key)
         if self.head == "linear":
             return state
-        return State(
-            {name: value for name, value in state.params.items() if name != "global.bias"},
-            state.buffers,
-        )
+        params = {name: one for name, one in state.params.items() if name != "global.bias"}
+        return State(params, state.buffers)
 
     def classify(self, params: Params, z: Tensor) -> Tensor:
         if self.head == "linear":
@@ -89,10 +82,7 @@ class Baseline(EmbeddingAlgorithm):
                 for name, value in grad(loss)(head).items()
             }
             # Dampening equals momentum from the second step on, as in their optimiser.
-            velocity = (
-                {name: velocity[name].lerp(gradient[name], 1 - self.head_momentum) for name in head}
-                if velocity
-                else gradient
-            )
+            before, share = velocity or gradient, 1 - self.head_momentum
+            velocity = {name: before[name].lerp(gradient[name], share) for name in head}
             head = {name: value - self.head_lr * velocity[name] for name, value in head.items()}
         return head

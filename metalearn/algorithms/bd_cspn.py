@@ -1,7 +1,4 @@
-"""BD-CSPN: prototypes rectified by the queries, and queries shifted to the support set.
-
-Liu, Song and Qin (2020), "Prototype rectification for few-shot learning".
-"""
+"""BD-CSPN: prototypes rectified by the queries, and queries shifted to the support set."""
 
 import dataclasses
 
@@ -19,19 +16,11 @@ from metalearn.tasks.types import Params
 def rectified(
     learned: Examples, z: Tensor, scale: float, most: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Shift queries by (mean of support - mean of queries), and average class members.
+    """Return class means c' [N, D] that queries rectify, and shifted queries [Q, D].
 
-    c_n' = mean over i in class n of w_in z_i, w_i = softmax_n(scale cos(z_i, c_n)). Members are the
-    support examples of the class and the queries that are most similar to its mean c_n.
-
-    Args:
-        learned: Support set.
-        z: Queries [Q, D].
-        scale: Scale of the cosines.
-        most: Greatest number of queries of a class, those with the largest weights; None: all.
-
-    Returns:
-        The class means c' [N, D] and the shifted queries [Q, D].
+    Queries are shifted by (mean of support - mean of queries). c_n' = mean over i in class n of
+    w_in z_i, w_i = softmax_n(scale cos(z_i, c_n)). Members are the support examples of the class
+    and the queries that are most similar to its mean c_n, at most `most`, with the largest weights.
     """
     z = z + learned.z.mean(0) - z.mean(0)
     means = means_of(learned)
@@ -51,9 +40,8 @@ class BDCSPN(TransductiveHead):
 
     Both as `rectified` computes them from embeddings of norm 1 (Liu et al. 2020, 3.2 and 3.3).
 
-    Attributes:
-        scale: Scale of the cosines (theirs: 10).
-        most: Z, the greatest number of queries that join a class; None: all that are nearest to it.
+    `most` is Z, the greatest number of queries that join a class; None: all that are nearest to it.
+    Their scale is 10.
     """
 
     scale: float = above(0)

@@ -1,7 +1,4 @@
-"""Distribution calibration: features sampled with the statistics of similar training classes.
-
-Yang, Liu and Xu (2021), "Free lunch for few-shot learning: Distribution calibration".
-"""
+"""Distribution calibration: features sampled with the statistics of similar training classes."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +10,7 @@ from torch import Tensor
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import one_hot, squared_distance
 from metalearn.algorithms.pt_map import power_transform
-from metalearn.algorithms.rfs import logistic_regression
+from metalearn.algorithms.solvers import logistic_regression
 from metalearn.config.fields import above, at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
@@ -33,14 +30,7 @@ class Calibration(EmbeddingAlgorithm):
     Departures: m_c and V_c are of training batches with weights that decay (theirs: of all training
     images, at the end); all examples share the samples' noise, so that their order does not matter.
 
-    Attributes:
-        power: lambda (theirs: 0.5).
-        neighbours: k (theirs: 2).
-        spread: alpha (theirs: 0.21).
-        samples: Samples per class (theirs: 750).
-        cost: Weight of the cross-entropies against 1/2 |W|^2 (theirs: 1).
-        iterations: Number of iterations of the logistic regression.
-        decay: Decay of the statistics in each training step.
+    Theirs: power lambda 0.5, neighbours k 2, spread alpha 0.21, 750 samples per class, cost 1.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import one_hot
 from metalearn.config.fields import choice
 from metalearn.tasks.types import Params, Spec, State, Support
 
@@ -22,9 +21,6 @@ class CentredHead(EmbeddingAlgorithm):
 
     UN: u = z. L2N: u = z / |z|. CL2N: u = (z - m) / |z - m|, with the mean m of the embeddings of
     the training classes (Wang et al. 2019, 2.2), here over the last training batches.
-
-    Attributes:
-        features: "UN", "L2N" or "CL2N".
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)
@@ -49,5 +45,4 @@ class CentredHead(EmbeddingAlgorithm):
         return z if self.features == "UN" else F.normalize(z, dim=-1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        y = one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.normalised(weights, z), y)
+        return super().learn(weights, self.normalised(weights, z), support, key)

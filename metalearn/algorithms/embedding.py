@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.batches import BatchTraining
+from metalearn.algorithms.geometry import one_hot
 from metalearn.algorithms.params import prefixed, select
 from metalearn.tasks import prng
 from metalearn.tasks.family import Supervised
@@ -36,9 +37,9 @@ class EmbeddingLearner(NamedTuple):
 class EmbeddingAlgorithm(BatchTraining):
     """A method that learns from embeddings of the support set and compares queries with it.
 
-    A method implements `learn` and `compare`. It overrides `init_head` if its head has weights, and
-    `embedding_loss` if its objective is not the loss of its predictions. The argument `weights`
-    holds the parameters and buffers of the state.
+    A method implements `compare`, and perhaps `learn`. It overrides `init_head` if its head has
+    weights, and `embedding_loss` if its objective is not the loss of its predictions. The argument
+    `weights` holds the parameters and buffers of the state.
 
     In training on episodes with `statistics=population`, support and query are embedded in one
     batch, as in the code of ProtoNet's authors.
@@ -51,7 +52,7 @@ class EmbeddingAlgorithm(BatchTraining):
         return {}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Any:
-        """Learn from a support set.
+        """Learn from a support set; the default keeps the examples.
 
         Args:
             weights: Parameters and buffers of the state.
@@ -63,7 +64,7 @@ class EmbeddingAlgorithm(BatchTraining):
         Returns:
             Any pytree of tensors.
         """
-        raise NotImplementedError
+        return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
     def compare(self, weights: Params, learned: Any, z: Tensor) -> Tensor:
         """Compute logits [Q, N] for query embeddings z [Q, D]."""
@@ -85,7 +86,6 @@ class EmbeddingAlgorithm(BatchTraining):
         return self.family
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone, the head and, for training on batches, the classifier."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_head(spec, size, prng.fold_in(key, 1))

@@ -1,7 +1,4 @@
-"""FEAT: class means that a transformer adapts to each other.
-
-Ye, Hu, Zhan and Sha (2020), "Few-shot learning via embedding adaptation with set-to-set functions".
-"""
+"""FEAT: class means that a transformer adapts to each other."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -36,10 +33,7 @@ class FEAT(EmbeddingAlgorithm):
     Departures: no dropout in T (theirs: 0.1 and 0.5); the backbone is trained from the start
     (theirs: first as a classifier).
 
-    Attributes:
-        temperature: Divides squared distances; None: a quarter of the number of features.
-        contrast: Weight of the second loss (theirs: 0.01 to 1).
-        contrast_temperature: The temperature in it.
+    Their `contrast` is 0.01 to 1.
     """
 
     accepts_soft_labels: ClassVar[bool] = False
@@ -55,12 +49,8 @@ class FEAT(EmbeddingAlgorithm):
             for number, name in enumerate(("query", "key", "value", "output"))
         }
         zeros = torch.zeros(size, device=key.device)
-        shifts = {
-            "head.bias": zeros,
-            "head.norm.weight": zeros + 1,
-            "head.norm.bias": zeros.clone(),
-        }
-        return params | shifts
+        norm = {"head.norm.weight": zeros + 1, "head.norm.bias": zeros.clone()}
+        return params | {"head.bias": zeros} | norm
 
     def transform(self, weights: Params, z: Tensor, sees: Tensor | None = None) -> Tensor:
         """Apply T to a set [M, D]; sees: whether a row sees a column, bool [M, M]; None: all."""

@@ -5,18 +5,16 @@ import math
 from typing import ClassVar
 
 from torch import Tensor
-from torch.func import grad
 
 from metalearn.algorithms.batches import BatchTraining
-from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
+from metalearn.algorithms.gradient import GradientDescent
 from metalearn.algorithms.params import prefixed, select
-from metalearn.config.fields import above, at_least
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FineTuning(BatchTraining, LinearHeadAlgorithm):
+class FineTuning(BatchTraining, GradientDescent):
     """Gradient descent of all trained weights on the full support set.
 
     theta_k+1 = theta_k - inner_lr * grad L_support(theta_k), the fine-tuning baseline of Finn et
@@ -28,11 +26,7 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
     fixed_way: ClassVar[bool] = False
     class_equivariant: ClassVar[bool] = True
 
-    inner_lr: float = above(0)
-    test_inner_steps: int = at_least(0)
-
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone and the classifier that is trained on batches."""
         net, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         size = math.prod(self.backbone.shape(spec.inputs))
         params = prefixed(net, "net") | self.init_classifier(spec, size, prng.fold_in(key, 1))
@@ -42,22 +36,11 @@ class FineTuning(BatchTraining, LinearHeadAlgorithm):
         """Return the statistics that normalise a support set at prediction; {} for its own."""
         return self.normalisation.for_support(state) or {}
 
-    def adapt(
-        self, state: State, support: Support, *, key: Tensor, steps: int | None = None
-    ) -> Adapted:
+    def trajectory(self, state: State, support: Support, key: Tensor, steps: int) -> list[Params]:
         params = {name: value for name, value in state.params.items() if name.startswith("net.")}
-        head, given = prefixed(select(state.params, "global"), "head"), self.given(state)
+        head = prefixed(select(state.params, "global"), "head")
         if self.family.target == "class":
-            shape = (support.way, head["head.weight"].shape[-1])
-            head = {
-                "head.weight": support.x.new_zeros(shape),
-                "head.bias": support.x.new_zeros(support.way),
-            }
-        params |= head
-
-        for step in range(self.test_inner_steps if steps is None else steps):
-            gradient = grad(self.support_loss)(params, support, given, prng.fold_in(key, step))
-            params = {
-                name: value - self.inner_lr * gradient[name] for name, value in params.items()
-            }
-        return self.adapted(params, support.x)
+            way, size = support.way, head["head.weight"].shape[-1]
+            x = support.x
+            head = {"head.weight": x.new_zeros(way, size), "head.bias": x.new_zeros(way)}
+        return super().trajectory(State(params | head, state.buffers), support, key, steps)

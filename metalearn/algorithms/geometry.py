@@ -3,14 +3,10 @@
 Legend of shapes: M examples, N ways or other examples, D features.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def one_hot(y_M: Tensor, way: int) -> Tensor:
-    """Compute one-hot labels: int64 [M] -> bool [M, N]. Unlike torch's, it exports any N."""
-    return y_M.unsqueeze(-1) == torch.arange(way, device=y_M.device)
+from metalearn.tasks.metrics import one_hot
 
 
 def class_sums(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
@@ -29,12 +25,7 @@ def class_means(z_MD: Tensor, y_M: Tensor, way: int) -> Tensor:
 def squared_distance(a_MD: Tensor, b_ND: Tensor) -> Tensor:
     """Compute squared Euclidean distances [M, N] between embeddings (Snell et al. 2017, 2.4).
 
-    Args:
-        a_MD: Embeddings [M, D].
-        b_ND: Embeddings [N, D], same dtype and device.
-
-    Raises:
-        ValueError: If the feature sizes differ.
+    Raise ValueError if the feature sizes differ.
     """
     if a_MD.shape[-1] != b_ND.shape[-1]:
         raise ValueError(f"feature sizes differ: {a_MD.shape[-1]} and {b_ND.shape[-1]}")

@@ -1,7 +1,4 @@
-"""Hallucination: a meta-learned generator adds examples to the support set.
-
-Wang, Girshick, Hebert and Hariharan (2018), "Low-shot learning from imaginary data".
-"""
+"""Hallucination: a meta-learned generator adds examples to the support set."""
 
 import dataclasses
 
@@ -28,17 +25,12 @@ class Hallucination(EmbeddingAlgorithm):
 
     Departures: each example is the seed of `generated` ones (theirs: random seeds, up to a number
     per class); all seeds share the noise, so that their order does not matter.
-
-    Attributes:
-        generated: Generated embeddings for each example.
-        temperature: Divides squared distances; None: a quarter of the number of features.
     """
 
     generated: int = at_least(0)
     temperature: float | None = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the generator."""
         identity, params = torch.eye(size, device=key.device), {}
         for layer in range(_LAYERS):
             noise = [torch.zeros_like(identity)] if layer == 0 else []

@@ -49,10 +49,8 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
 
     A chain of K such steps stores K arguments and the intermediate values of one step, and
     evaluates each step once more (Griewank and Walther 2000, "Revolve", with every step a
-    checkpoint). The result works under `vmap` and is differentiable once more.
-
-    Args:
-        function: Pure function of trees of tensors. Every tensor that it uses must be an argument.
+    checkpoint). The result works under `vmap` and is differentiable once more. The function is
+    pure, of trees; every tensor that it uses must be an argument.
     """
 
     def wrapped(*trees: Any) -> Any:

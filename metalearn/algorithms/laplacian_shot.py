@@ -1,7 +1,4 @@
-"""LaplacianShot: similar queries get similar labels.
-
-Ziko, Dolz, Granger and Ben Ayed (2020), "Laplacian regularized few-shot learning".
-"""
+"""LaplacianShot: similar queries get similar labels."""
 
 import dataclasses
 from typing import ClassVar
@@ -30,12 +27,10 @@ class LaplacianShot(CentredHead):
     (Ziko et al. 2020, eq. 1). Each step sets y_q = softmax(-d_q + smoothness sum_p w_qp y_p)
     (eq. 12).
 
-    Attributes:
-        smoothness: lambda (theirs: chosen on validation classes from 0.1 to 1.5).
-        neighbours: Number of nearest queries (theirs: 3; their code counts the query itself: 2).
-        steps: Number of steps (theirs: until the energy is constant, at most 20).
-        rectify: Whether to shift queries and to rectify class means as BD-CSPN does, as in their
-            code, which also moves support examples to the class with the nearest mean.
+    `rectify` shifts queries and rectifies class means as BD-CSPN does; their code also moves
+    support examples to the class with the nearest mean. Theirs: smoothness lambda chosen on
+    validation classes from 0.1 to 1.5, 3 neighbours (2: their code counts the query itself), at
+    most 20 steps.
     """
 
     is_transductive: ClassVar[bool] = True

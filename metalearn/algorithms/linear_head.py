@@ -40,13 +40,10 @@ class LinearHeadAlgorithm(Algorithm):
     class_equivariant: ClassVar[bool] = False  # the initial head differs from class to class
 
     def init(self, spec: Spec, key: Tensor) -> State:
-        """Create the backbone, the head and the parameters that the family adds."""
         params, population = self.backbone.init(spec.inputs, prng.fold_in(key, 0))
         features = math.prod(self.backbone.shape(spec.inputs))
-        head = {
-            "head.weight": init_weight(prng.fold_in(key, 1), spec.way, features),
-            "head.bias": torch.zeros(spec.way, device=key.device),
-        }
+        weight = init_weight(prng.fold_in(key, 1), spec.way, features)
+        head = {"head.weight": weight, "head.bias": torch.zeros(spec.way, device=key.device)}
         extra = prefixed(self.family.init(spec, prng.fold_in(key, 2)), "head")
         return State(prefixed(params, "net") | head | extra, prefixed(population, "net"))
 
@@ -56,7 +53,7 @@ class LinearHeadAlgorithm(Algorithm):
 
     def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
         """Compute embeddings [M, D] of x [M, *X] in adaptation; given: the result of `given`."""
-        return self.backbone.embed(select(params, "net"), x, given or None)[0]
+        return self.network.embed(select(params, "net"), x, given or None)[0]
 
     def head(self, params: Params, z: Tensor) -> Tensor:
         """Compute outputs [M, N] for embeddings z [M, D]."""

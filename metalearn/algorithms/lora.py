@@ -1,7 +1,4 @@
-"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone.
-
-Hu et al. (2022), "LoRA: Low-rank adaptation of large language models".
-"""
+"""Low-rank adaptation: the inner loop adapts W + BA for each weight W of the backbone."""
 
 import dataclasses
 import math
@@ -12,7 +9,6 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
-from metalearn.algorithms.normalisation import Normalisation
 from metalearn.algorithms.params import select
 from metalearn.backbones.base import Backbone
 from metalearn.config.fields import above, at_least, setting
@@ -46,10 +42,7 @@ class LoRA(GradientAdaptation):
     meta-learned; a frozen backbone's W stays. Departure: A and B are the initialisation of gradient
     descent on few examples, so they are meta-learned (theirs: trained once on a large dataset).
 
-    Attributes:
-        rank: Rank of each change, at most.
-        scale: Factor of BA.
-        layers: Regular expression; a weight of the backbone is changed if it occurs in its name.
+    A weight is changed if the regular expression `layers` occurs in its name.
     """
 
     rank: int = at_least(1)
@@ -90,12 +83,8 @@ class LoRA(GradientAdaptation):
         return super().adapts(re.sub(r"^lora\.", "net.", name))
 
     @property
-    def normalisation(self) -> Normalisation:
-        normalisation = super().normalisation
-        return dataclasses.replace(normalisation, backbone=_Open(normalisation.backbone))  # type: ignore[arg-type]
-
-    def embed(self, params: Params, x: Tensor, given: Params) -> Tensor:
-        return _Open(self.backbone).embed(select(params, "net"), x, given or None)[0]
+    def network(self) -> Backbone:
+        return _Open(self.backbone)  # type: ignore[return-value]
 
     def at_step(self, params: Params, step: int) -> Params:
         """Return the weights plus B A; no gradient reaches those of a frozen backbone."""

@@ -8,15 +8,10 @@ from metalearn.tasks.types import Params
 
 
 def init_lstm(key: Tensor, size: int, hidden: int, inputs: int | None = None) -> Params:
-    """Create the weights of an LSTM cell, uniform in +-1 / sqrt(size).
+    """Create the weights of an LSTM cell of `size` features, uniform in +-1 / sqrt(size).
 
-    The forget gates start open (bias 1; Jozefowicz et al. 2015).
-
-    Args:
-        key: int64 [].
-        size: Size of cells and outputs.
-        hidden: Size of the recurrent input [B, hidden].
-        inputs: Size of inputs; None for `size`.
+    The input is [B, inputs], or [B, size]; the recurrent input is [B, hidden]. Forget gates start
+    open (bias 1; Jozefowicz et al. 2015).
     """
     bound = size**-0.5
 
@@ -31,16 +26,8 @@ def init_lstm(key: Tensor, size: int, hidden: int, inputs: int | None = None) ->
 def lstm_cell(weights: Params, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """Compute one step of an LSTM (Hochreiter and Schmidhuber 1997, with forget gates).
 
-    The order of the gates is torch's: input, forget, candidate, output.
-
-    Args:
-        weights: The result of `init_lstm`.
-        x: Inputs [B, I].
-        hidden: Recurrent input [B, H].
-        cell: Cells [B, O].
-
-    Returns:
-        Outputs and cells, both [B, O].
+    The order of the gates is torch's: input, forget, candidate, output. Inputs x [B, I], recurrent
+    input [B, H] and cells [B, O] give outputs and cells, both [B, O].
     """
     gates = x @ weights["input"].T + hidden @ weights["recurrent"].T + weights["bias"]
     input_gate, forget, candidate, output = gates.chunk(4, -1)

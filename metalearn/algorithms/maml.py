@@ -1,7 +1,4 @@
-"""MAML, and with other settings first-order MAML, ANIL, BOIL and L2-regularised MAML.
-
-Finn, Abbeel and Levine (2017), "Model-agnostic meta-learning for fast adaptation of deep networks".
-"""
+"""MAML, and with other settings first-order MAML, ANIL, BOIL and L2-regularised MAML."""
 
 import dataclasses
 

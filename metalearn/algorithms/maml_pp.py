@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.gradient import GradientAdaptation
+from metalearn.algorithms.params import select
 from metalearn.config.fields import between
 from metalearn.tasks.types import Loss, Params, Spec, State, Task
 
@@ -22,18 +23,13 @@ class MAMLPlusPlus(GradientAdaptation):
     Steps beyond the number in meta-training use the parameters of the last step. `stage` ends both
     fractions of meta-training below.
 
-    Attributes:
-        multi_step_share: Fraction of meta-training in which w moves from 1 / K for each step to the
-            last step (4.1; the other steps have at least 0.03 / K, as in their code). After it,
-            only the last step counts.
-        learned_rates: If true, learn a rate for each weight tensor and step (LSLR), starting from
-            inner_lr or step_lrs.
-        normalisation_per_step: If true, each step has its own scale and shift of each normalisation
-            (BNWB). Those of earlier steps learn only through second derivatives and the losses of
-            their steps. Departure: no running statistics of each step (BNRS), because in the
-            authors' code they never reach an output.
-        first_order_share: Fraction of meta-training without second derivatives (DA); 0 in all their
-            recipes.
+    `multi_step_share` is the fraction of meta-training in which w moves from 1 / K for each step to
+    the last step (4.1; the other steps have at least 0.03 / K, as in their code); `learned_rates`
+    learns a rate for each weight tensor and step (LSLR); with `normalisation_per_step`, each step
+    has its own scale and shift of each normalisation (BNWB), of which those of earlier steps learn
+    only through second derivatives and the losses of their steps. `first_order_share` is the
+    fraction without second derivatives (DA); 0 in all their recipes. Departure: no running
+    statistics of each step (BNRS), because in the authors' code they never reach an output.
     """
 
     multi_step_share: float = between(0, 1)
@@ -58,11 +54,11 @@ class MAMLPlusPlus(GradientAdaptation):
         return State(params, state.buffers)
 
     @property
-    def embeds_once(self) -> bool:
+    def embeds_once(self) -> bool:  # type: ignore[override]
+        """Return True if that of MAML is, and normalisation is the same in each step."""
         return super().embeds_once and not self.normalisation_per_step
 
     def adapts(self, name: str) -> bool:
-        """Return True if the inner loop adapts this weight, with or without the prefix "step."."""
         return super().adapts(name.removeprefix("step."))
 
     def rate(self, slow: Params, name: str, step: int) -> float | Tensor:
@@ -73,12 +69,8 @@ class MAMLPlusPlus(GradientAdaptation):
 
     def at_step(self, params: Params, step: int) -> Params:
         """Add the normalisation weights of `step` under their plain names."""
-        per_step = {
-            name[len("step.") :]: value
-            for name, value in params.items()
-            if name.startswith("step.")
-        }
-        return params | {name: value[min(step, len(value) - 1)] for name, value in per_step.items()}
+        per_step = select(params, "step").items()
+        return params | {name: value[min(step, len(value) - 1)] for name, value in per_step}
 
     def stage(self, progress: float) -> "MAMLPlusPlus":
         return dataclasses.replace(
@@ -91,12 +83,9 @@ class MAMLPlusPlus(GradientAdaptation):
     def loss(self, state: State, task: Task, progress: Tensor) -> Loss:
         trajectory = self.trajectory(state, task.support, task.key, self.inner_steps)
         first = min(1, self.inner_steps) if self.multi_step_share else self.inner_steps
-        losses = [
-            self.query_loss(
-                state, self.after(trajectory, steps, task.support), task.query, task.key
-            )
-            for steps in range(first, self.inner_steps + 1)
-        ]
+        steps = range(first, self.inner_steps + 1)
+        learners = [self.after(trajectory, step, task.support) for step in steps]
+        losses = [self.query_loss(state, one, task.query, task.key) for one in learners]
         if len(losses) == 1:
             return losses[0]
         weights = self.step_weights(len(losses), progress)

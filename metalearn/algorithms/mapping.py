@@ -1,8 +1,4 @@
-"""A mapping network: predict the weights of a classifier directly from the support set.
-
-Qiao, Liu, Shen and Yuille (2018), "Few-shot image recognition by predicting parameters from
-activations".
-"""
+"""A mapping network: predict the weights of a classifier directly from the support set."""
 
 import dataclasses
 
@@ -28,9 +24,7 @@ class MappingNetwork(EmbeddingAlgorithm):
     also predicts a bias. Its output is added to the mean, so the method starts as a classifier by
     inner products. These are divided by sqrt(D).
 
-    Attributes:
-        hidden: Widths of phi's hidden layers, with leaky ReLU. If empty, phi is linear, the paper's
-            first choice.
+    Hidden layers have leaky ReLU. Without any, phi is linear, the paper's first choice.
     """
 
     hidden: list[int] = at_least(1)
@@ -52,11 +46,8 @@ class MappingNetwork(EmbeddingAlgorithm):
         means = class_means(z, support.y, support.way)
         out = means
         for layer in range(len(self.hidden) + 1):
-            out = F.linear(
-                out if layer == 0 else F.leaky_relu(out),
-                weights[f"map{layer}.weight"],
-                weights[f"map{layer}.bias"],
-            )
+            x = out if layer == 0 else F.leaky_relu(out)
+            out = F.linear(x, weights[f"map{layer}.weight"], weights[f"map{layer}.bias"])
         return out + F.pad(means, (0, 1))
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

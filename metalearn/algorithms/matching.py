@@ -1,7 +1,4 @@
-"""Matching networks: predict a query's label by attention over the support examples.
-
-Vinyals et al. (2016), "Matching networks for one shot learning".
-"""
+"""Matching networks: predict a query's label by attention over the support examples."""
 
 import dataclasses
 
@@ -9,7 +6,7 @@ import torch
 from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
-from metalearn.algorithms.geometry import cosine, one_hot
+from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.params import prefixed, select
 from metalearn.config.fields import above, at_least
@@ -24,11 +21,9 @@ class MatchingNetwork(EmbeddingAlgorithm):
     p(y | x) = sum_i a(x, x_i) y_i, with a the softmax of the cosine similarities (Vinyals et al.
     2016, eq. 1 and 2.1.1).
 
-    Attributes:
-        temperature: Divides the similarities. The paper has none (1); then p stays flat, because
-            cosines are in [-1, 1].
-        full_context: If true, a bidirectional LSTM embeds the support set in its order, and an LSTM
-            with `processing_steps` steps embeds each query with attention to it (A.1, A.2).
+    With full context, a bidirectional LSTM embeds the support set in its order, and an LSTM with
+    `processing_steps` steps embeds each query with attention to it (A.1, A.2). The paper has no
+    temperature (1); then p stays flat, because cosines are in [-1, 1].
     """
 
     temperature: float = above(0)
@@ -41,21 +36,17 @@ class MatchingNetwork(EmbeddingAlgorithm):
         return self.full_context
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the three LSTMs of full context."""
         if not self.full_context:
             return {}
         recurrent = {"forward": size, "backward": size, "attend": 2 * size}
-        return {
-            name: value
-            for number, (part, hidden) in enumerate(recurrent.items())
-            for name, value in prefixed(
-                init_lstm(prng.fold_in(key, number), size, hidden), part
-            ).items()
-        }
+        params: Params = {}
+        for number, (part, hidden) in enumerate(recurrent.items()):
+            params |= prefixed(init_lstm(prng.fold_in(key, number), size, hidden), part)
+        return params
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        y = one_hot(support.y, support.way).to(z.dtype)
-        return Examples(self.embed_in_context(weights, z) if self.full_context else z, y)
+        z = self.embed_in_context(weights, z) if self.full_context else z
+        return super().learn(weights, z, support, key)
 
     def embed_in_context(self, weights: Params, z: Tensor) -> Tensor:
         """Embed the support set in context: [M, D] -> [M, D].
@@ -64,14 +55,10 @@ class MatchingNetwork(EmbeddingAlgorithm):
         """
 
         def lstm(name: str, z: Tensor) -> Tensor:
-            cell_weights, hidden, cell, outputs = (
-                select(weights, name),
-                torch.zeros_like(z[:1]),
-                torch.zeros_like(z[:1]),
-                [],
-            )
+            own, hidden, outputs = select(weights, name), torch.zeros_like(z[:1]), []
+            cell = hidden
             for row in z.split(1):
-                hidden, cell = lstm_cell(cell_weights, row, hidden, cell)
+                hidden, cell = lstm_cell(own, row, hidden, cell)
                 outputs.append(hidden)
             return torch.cat(outputs)
 

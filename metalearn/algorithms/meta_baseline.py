@@ -1,8 +1,4 @@
-"""Meta-Baseline: cosine similarity to the class means, with a learned scale.
-
-Chen, Liu, Xu, Darrell and Wang (2021), "Meta-Baseline: Exploring simple meta-learning for few-shot
-learning".
-"""
+"""Meta-Baseline: cosine similarity to the class means, with a learned scale."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,8 +19,7 @@ class MetaBaseline(EmbeddingAlgorithm):
     The first stage of the paper (Classifier-Baseline) trains on batches, the second on episodes,
     from the weights of the first (`train.start`).
 
-    Attributes:
-        scale: Initial scale (theirs: 10). Its logarithm is learned on episodes.
+    The logarithm of the scale (theirs: initially 10) is learned on episodes.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")
@@ -32,11 +27,9 @@ class MetaBaseline(EmbeddingAlgorithm):
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithm of the scale."""
         return {"head.log_scale": torch.full((), self.scale, device=key.device).log()}
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Compute the class means [N, D]."""
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""Meta-Curvature: MAML with learned matrices that transform the inner gradients.
-
-Park and Oliva (2019), "Meta-curvature".
-"""
+"""Meta-Curvature: MAML with learned matrices that transform the inner gradients."""
 
 import dataclasses
 

@@ -56,7 +56,7 @@ class MetaLSTM(LinearHeadAlgorithm):
     forget_bias: float
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:

@@ -1,7 +1,4 @@
-"""Meta-SGD: MAML with a learned inner learning rate for every single weight.
-
-Li, Zhou, Chen and Li (2017), "Meta-SGD: Learning to learn quickly for few-shot learning".
-"""
+"""Meta-SGD: MAML with a learned inner learning rate for every single weight."""
 
 import dataclasses
 

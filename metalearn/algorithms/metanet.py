@@ -1,7 +1,4 @@
-"""MetaNet: a meta-learner computes fast weights from the gradients of the support set.
-
-Munkhdalai and Yu (2017), "Meta networks".
-"""
+"""MetaNet: a meta-learner computes fast weights from the gradients of the support set."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -26,17 +23,12 @@ _P = 7
 
 
 class Memory(NamedTuple):
-    """A learner of MetaNet.
+    """A learner of MetaNet."""
 
-    Attributes:
-        fast: Fast weights of the base learner for each support example, [M, H, D] and [M, N, H].
-        keys: Representations of the support examples [M, R].
-        representation: The task's fast weights of the representation layer [R, D].
-    """
-
+    #: Fast weights of the base learner for each support example, [M, H, D] and [M, N, H].
     fast: Params
-    keys: Tensor
-    representation: Tensor
+    keys: Tensor  # representations of the support examples [M, R]
+    representation: Tensor  # the task's fast weights of the representation layer [R, D]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +47,8 @@ class MetaNet(EmbeddingAlgorithm):
     the gradients, the paper's alternative to its LSTM, so the order of the support set does not
     matter. m and d have one hidden layer.
 
-    Attributes:
-        second_order: If true, meta-gradients also flow through the gradients that m and d use. In
-            the authors' code they do not, so the output weights of r's own loss are never trained.
+    With `second_order`, meta-gradients also flow through the gradients that m and d use. In the
+    authors' code they do not, so the output weights of r's own loss are never trained.
     """
 
     fixed_way: ClassVar[bool] = True
@@ -106,24 +97,18 @@ class MetaNet(EmbeddingAlgorithm):
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
         def represent_loss(params: Params) -> Tensor:
-            return cross_entropy(
-                F.linear(F.linear(z, params["layer"]).relu(), params["output"]), support.y
-            )
+            logits = F.linear(F.linear(z, params["layer"]).relu(), params["output"])
+            return cross_entropy(logits, support.y)
 
         def base_loss(params: Params, z: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(
-                F.linear(F.linear(z, params["hidden"]).relu(), params["output"])[None], y[None]
-            )
+            logits = F.linear(F.linear(z, params["hidden"]).relu(), params["output"])
+            return cross_entropy(logits[None], y[None])
 
         task_gradient = grad(represent_loss)(select(weights, "represent"))["layer"]
         representation = self.written(select(weights, "d"), task_gradient)
-        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(
-            select(weights, "base"), z, support.y
-        )
-        fast = {
-            name: self.written(select(weights, "m"), gradient)
-            for name, gradient in gradients.items()
-        }
+        base, m = select(weights, "base"), select(weights, "m")
+        gradients = vmap(grad(base_loss), in_dims=(None, 0, 0))(base, z, support.y)
+        fast = {name: self.written(m, gradient) for name, gradient in gradients.items()}
         return Memory(fast, self.represented(weights, representation, z), representation)
 
     def represented(self, weights: Params, fast: Tensor, z: Tensor) -> Tensor:
@@ -134,9 +119,8 @@ class MetaNet(EmbeddingAlgorithm):
         return F.linear(z, weights["represent.layer"]) + F.linear(z, fast)
 
     def compare(self, weights: Params, learned: Memory, z: Tensor) -> Tensor:
-        attention = cosine(
-            self.represented(weights, learned.representation, z), learned.keys
-        ).softmax(-1)
+        r = self.represented(weights, learned.representation, z)
+        attention = cosine(r, learned.keys).softmax(-1)
         # W* z = sum_i a_i W*_i z, so W* of each query is never stored.
         fast_hidden = torch.einsum("qm,mhd,qd->qh", attention, learned.fast["hidden"], z)
         hidden = F.linear(z, weights["base.hidden"]).relu() + fast_hidden.relu()

@@ -48,17 +48,11 @@ class Normalisation:
     def embed_queries(
         self, state: State, params: Params, reference: Params, x: Tensor, key: Tensor | None
     ) -> tuple[Tensor, Params]:
-        """Embed queries.
+        """Embed queries x [Q, *X] by backbone parameters, adapted or not.
 
-        Args:
-            state: State of the method, for its population statistics.
-            params: Backbone parameters, adapted or not.
-            reference: The result of `reference`.
-            x: Queries [Q, *X].
-            key: int64 [] in meta-training, for the backbone's noise; None for a prediction.
-
-        Returns:
-            Embeddings [Q, D], and statistics to add to the population's running averages.
+        `state` has the population statistics; `reference` is the result of that method; `key`,
+        int64 [] in meta-training, is for the backbone's noise. Return embeddings [Q, D], and
+        statistics to add to the population's running averages.
         """
         return self.embed_batch(state, params, x, key)
 

@@ -1,8 +1,4 @@
-"""ProtoMAML: MAML with a head that starts from the class means, so it works for any way.
-
-Triantafillou et al. (2020), "Meta-Dataset: A dataset of datasets for learning to learn from few
-examples".
-"""
+"""ProtoMAML: MAML with a head that starts from the class means, so it works for any way."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,9 +19,7 @@ class ProtoMAML(GradientAdaptation):
     The head starts at W_n = 2 c_n, b_n = -|c_n|^2 for class means c. Meta-gradients flow through c
     (Triantafillou et al. 2020, 3.2).
 
-    Attributes:
-        temperature: Divides squared distances: the head sees z / sqrt(temperature). None: by the
-            number of features, as in ProtoNet.
+    The temperature divides squared distances: the head sees z / sqrt(temperature).
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class",)

@@ -1,7 +1,4 @@
-"""Prototypical networks: the nearest class mean in embedding space.
-
-Snell, Swersky and Zemel (2017), "Prototypical networks for few-shot learning".
-"""
+"""Prototypical networks: the nearest class mean in embedding space."""
 
 import dataclasses
 from typing import ClassVar
@@ -30,10 +27,8 @@ def distance_scale(z_MD: Tensor) -> float:
 class ProtoNet(EmbeddingAlgorithm):
     """Classify by the distance to the class means: logits = -d(z, c_n) (Snell et al. 2017, eq. 2).
 
-    Attributes:
-        distance: "squared_euclidean", or "cosine" for logits that are cosine similarities.
-        temperature: Divides the logits. None: a quarter of the number of features for squared
-            distances, which grow with it; 0.1 for cosines.
+    The default temperature is a quarter of the number of features for squared distances, which grow
+    with it, and 0.1 for cosines.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("episodes", "batches")
@@ -42,7 +37,6 @@ class ProtoNet(EmbeddingAlgorithm):
     temperature: float | None = above(0)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Tensor:
-        """Compute the class means [N, D]."""
         return class_means(z, support.y, support.way)
 
     def compare(self, weights: Params, learned: Tensor, z: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""PT-MAP: power-transformed features, and class means by optimal transport.
-
-Hu, Gripon and Pateux (2021), "Leveraging the feature distribution in transfer-based few-shot
-learning".
-"""
+"""PT-MAP: power-transformed features, and class means by optimal transport."""
 
 import dataclasses
 
@@ -12,6 +8,7 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import Examples
 from metalearn.algorithms.geometry import squared_distance
+from metalearn.algorithms.solvers import transport
 from metalearn.algorithms.transductive import TransductiveHead, means_of
 from metalearn.config.fields import above, at_least, between
 from metalearn.tasks.types import Params
@@ -25,29 +22,6 @@ def power_transform(z: Tensor, power: float, eps: float = 0.0) -> Tensor:
     return torch.where(z < 0, -1.0, 1.0) * (z.abs() + eps).pow(power)
 
 
-def transport(cost: Tensor, scale: float, iterations: int) -> Tensor:
-    """Compute the transport plan P that minimises sum P cost - H(P) / scale (Cuturi 2013).
-
-    Its rows sum to 1, and its columns to Q / N: each class has the same number of queries.
-
-    Args:
-        cost: Costs [Q, N]. Sinkhorn's scaling of exp(-scale cost) is in float64, so that small
-            values do not vanish.
-        scale: Inverse weight of the entropy.
-        iterations: Scalings of rows and columns; the last one is of columns.
-
-    Returns:
-        P [Q, N], with the dtype of the costs.
-    """
-    kernel = (-scale * (cost - cost.amin(-1, keepdim=True)).double()).exp()
-    column = kernel.new_ones(kernel.shape[-1])
-    for _ in range(iterations):
-        row = 1 / (kernel @ column)
-        column = len(kernel) / len(column) / (row @ kernel)
-    plan = row.unsqueeze(-1) * kernel * column
-    return plan.clamp_min(torch.finfo(cost.dtype).tiny).to(cost.dtype)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PTMAP(TransductiveHead):
     """Class means that move towards the means of their queries by optimal transport.
@@ -59,14 +33,9 @@ class PTMAP(TransductiveHead):
     logits = log P after the last step. Their QR decomposition of the features is a rotation, which
     changes no distance, so there is none.
 
-    Departure: for negative features, whose power does not exist, -(|z| + eps)^power.
-
-    Attributes:
-        power: beta (theirs: 0.5).
-        scale: lambda (theirs: 10).
-        step_size: alpha (theirs: 0.2).
-        steps: Number of steps (theirs: 20).
-        iterations: Iterations of Sinkhorn's algorithm (theirs: to an error of 1e-6, at most 1,000).
+    Departure: for negative features, whose power does not exist, -(|z| + eps)^power. Theirs: power
+    beta 0.5, scale lambda 10, step size alpha 0.2, 20 steps, Sinkhorn iterations to an error of
+    1e-6, at most 1,000.
     """
 
     power: float = above(0)

@@ -1,8 +1,4 @@
-"""R2D2: ridge regression on the support set, differentiated through its closed form.
-
-Bertinetto, Henriques, Torr and Vedaldi (2019), "Meta-learning with differentiable closed-form
-solvers".
-"""
+"""R2D2: ridge regression on the support set, differentiated through its closed form."""
 
 import dataclasses
 
@@ -12,30 +8,9 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import one_hot
+from metalearn.algorithms.solvers import ridge
 from metalearn.config.fields import above
 from metalearn.tasks.types import Params, Spec, Support
-
-
-def ridge(z: Tensor, y: Tensor, strength: Tensor) -> Tensor:
-    """Solve the ridge regression argmin_W |z W - y|^2 + strength |W|^2.
-
-    W = z' (z z' + strength I)^-1 y (Bertinetto et al. 2019, eq. 4 and 6). By Woodbury's identity,
-    the system has the size of the support set.
-
-    Args:
-        z: Inputs [M, D].
-        y: Targets [M, N].
-        strength: [], positive.
-
-    Returns:
-        W [D, N].
-    """
-    gram = z @ z.T
-    # torch solves no linear system in bfloat16.
-    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    gram = gram + strength * torch.eye(z.shape[0], dtype=gram.dtype, device=z.device)
-    # Unlike solve, solve_ex does not synchronise with the device to check for errors.
-    return z.T @ torch.linalg.solve_ex(gram, y.to(gram.dtype))[0].to(z.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +22,13 @@ class R2D2(EmbeddingAlgorithm):
     strength suits every support size. Departure: their bias that all logits share is left out,
     because it does not change the softmax.
 
-    Attributes:
-        strength: Initial strength. Its logarithm is learned, so it stays positive.
-        scale: Initial scale of the logits, learned in the same way.
+    The logarithms of strength and scale are learned, so they stay positive.
     """
 
     strength: float = above(0)
     scale: float = above(0)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the logarithms of strength and scale."""
         start = {"ridge.log_penalty": self.strength, "ridge.log_scale": self.scale}
         return {
             name: torch.full((), value, device=key.device).log() for name, value in start.items()

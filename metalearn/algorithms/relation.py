@@ -1,7 +1,4 @@
-"""Relation network: a learned comparison of a query with each class.
-
-Sung et al. (2018), "Learning to compare: Relation network for few-shot learning".
-"""
+"""Relation network: a learned comparison of a query with each class."""
 
 import dataclasses
 import math
@@ -46,7 +43,6 @@ class RelationNetwork(EmbeddingAlgorithm):
     hidden: list[int] = at_least(1)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
-        """Create the layers of g for the backbone's feature maps."""
         channels, *extent = self.backbone.shape(spec.inputs)
         height, side = extent or (1, 1)
         if height != side:
@@ -90,7 +86,7 @@ class RelationNetwork(EmbeddingAlgorithm):
             x = F.group_norm(
                 x, 1, weights[f"relation.norm{block}.weight"], weights[f"relation.norm{block}.bias"]
             )
-            x = _max_pool(x.relu())
+            x = F.max_pool2d(x.relu(), 2) if x.shape[-1] > 1 else x.relu()
         x = x.flatten(1)
         for layer in range(len(self.hidden) + 1):
             name = f"relation.linear{layer}"
@@ -112,7 +108,3 @@ class RelationNetwork(EmbeddingAlgorithm):
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     # Under vmap, autocast does not apply to convolutions, and x may be a sum in bfloat16.
     return F.conv2d(x.to(weight.dtype), weight, padding=weight.shape[-1] // 2)
-
-
-def _max_pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2) if x.shape[-1] > 1 else x

@@ -1,7 +1,4 @@
-"""Reptile: move the initialisation towards the weights after training on each task.
-
-Nichol, Achiam and Schulman (2018), "On first-order meta-learning algorithms".
-"""
+"""Reptile: move the initialisation towards the weights after training on each task."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,7 +8,7 @@ from torch import Tensor
 from torch.func import grad
 
 from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
-from metalearn.algorithms.params import prefixed, select
+from metalearn.algorithms.params import dot, prefixed, select
 from metalearn.config.fields import above, at_least, between
 from metalearn.tasks import prng
 from metalearn.tasks.types import Loss, Params, Spec, State, Support, Task
@@ -27,9 +24,7 @@ class Reptile(LinearHeadAlgorithm):
     size for small and large gradients. The moment and its total weight are buffers, averaged over
     the tasks of each meta-step. Departure: all tasks of a meta-step start from the same moment.
 
-    Attributes:
-        inner_batch: Examples per mini-batch, sampled without replacement in each epoch.
-        test_inner_batch: The same in testing.
+    Mini-batches are sampled without replacement in each epoch.
     """
 
     support_order_matters: ClassVar[bool] = True  # mini-batches are sampled by index
@@ -45,19 +40,16 @@ class Reptile(LinearHeadAlgorithm):
     inner_eps: float = above(0)
 
     @property
-    def training_steps(self) -> int:
+    def training_steps(self) -> int:  # type: ignore[override]
+        """Return `inner_steps`."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:
         """Create the weights, and Adam's second moment as zero buffers."""
         state = super().init(spec, key)
-        moment = prefixed(
-            {name: torch.zeros_like(value) for name, value in state.params.items()}, "moment"
-        )
-        return State(
-            state.params,
-            state.buffers | moment | {"moment_weight": torch.zeros((), device=key.device)},
-        )
+        zeros = {name: torch.zeros_like(value) for name, value in state.params.items()}
+        own = {**prefixed(zeros, "moment"), "moment_weight": torch.zeros((), device=key.device)}
+        return State(state.params, state.buffers | own)
 
     def _train(
         self, start: State, support: Support, key: Tensor, steps: int, batch: int
@@ -66,20 +58,15 @@ class Reptile(LinearHeadAlgorithm):
         given = self.given(start)
         size = support.x.shape[0]
         epochs = -(-steps * batch // size)
-        order = torch.cat(
-            [prng.permutation(prng.fold_in(key, epoch), size) for epoch in range(epochs)]
-            or [key[None]]
-        )
+        orders = [prng.permutation(prng.fold_in(key, epoch), size) for epoch in range(epochs)]
+        order = torch.cat(orders or [key[None]])
 
         def batch_loss(params: Params, indices: Tensor, key: Tensor) -> Tensor:
             batch = dataclasses.replace(support, x=support.x[indices], y=support.y[indices])
             return self.support_loss(params, batch, given, key)
 
-        phi, moment, weight = (
-            start.params,
-            select(start.buffers, "moment"),
-            start.buffers["moment_weight"],
-        )
+        phi, moment = start.params, select(start.buffers, "moment")
+        weight = start.buffers["moment_weight"]
         for step in range(steps):
             indices = order[step * batch : (step + 1) * batch]
             gradient = grad(batch_loss)(phi, indices, prng.fold_in(key, epochs + step))
@@ -110,10 +97,8 @@ class Reptile(LinearHeadAlgorithm):
         """
         theta = {name: value.detach() for name, value in state.params.items()}
         start = State(theta, state.buffers)
-        phi, moments = self._train(
-            start, task.support, task.key, self.inner_steps, self.inner_batch
-        )
-        direction = {name: theta[name] - phi[name] for name in theta}
-        value = torch.stack([(state.params[name] * direction[name]).sum() for name in theta]).sum()
+        steps, batch = self.inner_steps, self.inner_batch
+        phi, moments = self._train(start, task.support, task.key, steps, batch)
+        value = dot(state.params, {name: theta[name] - phi[name] for name in theta})
         held_out = self.query_loss(start, self.adapted(phi, task.support.x), task.query, task.key)
         return Loss(value, held_out.logs, held_out.statistics, buffers=moments)

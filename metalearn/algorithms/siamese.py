@@ -1,7 +1,4 @@
-"""Siamese network: the probability that two images show the same class.
-
-Koch, Zemel and Salakhutdinov (2015), "Siamese neural networks for one-shot image recognition".
-"""
+"""Siamese network: the probability that two images show the same class."""
 
 import dataclasses
 from typing import ClassVar
@@ -13,7 +10,7 @@ from torch import Tensor
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
 from metalearn.algorithms.geometry import one_hot
 from metalearn.tasks import prng
-from metalearn.tasks.types import Loss, Params, Query, Spec, Support
+from metalearn.tasks.types import Loss, Params, Query, Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +33,6 @@ class Siamese(EmbeddingAlgorithm):
         """Create alpha, negative at first so that near embeddings are similar, and the bias."""
         alpha = (0.2 * prng.normal(key, (size,)) - 1) * size**-0.5
         return {"pair.alpha": alpha, "pair.bias": torch.ones((), device=key.device)}
-
-    def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Examples:
-        return Examples(z, one_hot(support.y, support.way).to(z.dtype))
 
     def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
         """Compute the logits [Q, M] that a query and a support example have the same class."""

@@ -1,8 +1,4 @@
-"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image.
-
-Chen, Kornblith, Norouzi and Hinton (2020), "A simple framework for contrastive learning of visual
-representations".
-"""
+"""SimCLR: a backbone trained without labels, to recognise two changed copies of one image."""
 
 import dataclasses
 from typing import ClassVar
@@ -23,12 +19,8 @@ from metalearn.tasks.types import Batch, Loss, Params, Spec, State, Support
 def contrast(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Compute the logits whose cross-entropy is NT-Xent (Chen et al. 2020, eq. 1).
 
-    Args:
-        z: Projections [2B, P]; rows 2i and 2i + 1 are of one image.
-        temperature: Divides the cosines.
-
-    Returns:
-        Logits [2B, 2B], -inf for a row with itself, and the row of the other view, int64 [2B].
+    Rows 2i and 2i + 1 of the projections z [2B, P] are of one image. Return logits [2B, 2B], -inf
+    for a row with itself, and the row of the other view, int64 [2B].
     """
     u = F.normalize(z, dim=-1)
     row = torch.arange(len(z), device=z.device)
@@ -45,10 +37,6 @@ class SimCLR(EmbeddingAlgorithm):
     the share of views whose nearest other one is of the same image.
 
     Departures: Adam instead of LARS; the augmentations are those of `augment.ops`.
-
-    Attributes:
-        projection: Number P of values of a projection.
-        contrast_temperature: t.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("batches",)

@@ -1,8 +1,4 @@
-"""SimpleShot: the nearest class mean after centring and normalising the features.
-
-Wang, Chao, Weinberger and van der Maaten (2019), "SimpleShot: Revisiting nearest-neighbor
-classification for few-shot learning".
-"""
+"""SimpleShot: the nearest class mean after centring and normalising the features."""
 
 import dataclasses
 
@@ -20,8 +16,7 @@ from metalearn.tasks.types import Params
 class SimpleShot(CentredHead):
     """logits = -scale |u - c_n|^2, c_n the mean of features u of a class (Wang et al. 2019, eq. 1).
 
-    Attributes:
-        scale: Scale of the distances. The paper has none; it changes probabilities only.
+    The paper has no scale; it changes probabilities only.
     """
 
     scale: float = above(0)

@@ -1,8 +1,4 @@
-"""TIM: maximise the mutual information between queries and their predicted labels.
-
-Boudiaf, Masud, Rony, Dolz, Piantanida and Ben Ayed (2020), "Transductive information maximization
-for few-shot learning".
-"""
+"""TIM: maximise the mutual information between queries and their predicted labels."""
 
 import dataclasses
 
@@ -12,7 +8,8 @@ from torch import Tensor
 
 from metalearn.algorithms.embedding import Examples
 from metalearn.algorithms.geometry import squared_distance
-from metalearn.algorithms.transductive import TransductiveHead, means_of, minimise
+from metalearn.algorithms.solvers import minimise
+from metalearn.algorithms.transductive import TransductiveHead, means_of
 from metalearn.config.fields import above, at_least, choice
 from metalearn.tasks.types import Params
 
@@ -24,14 +21,8 @@ class TIM(TransductiveHead):
     logits = -temperature / 2 |w_n - z|^2 for embeddings of norm 1 (Boudiaf et al. 2020, eq. 2).
     min supervised CE(support) - H(mean_q p_q) + conditional mean_q H(p_q) (eq. 3).
 
-    Attributes:
-        solver: "adm": the closed-form alternating steps of prop. 1 (theirs: 150); "gradient": Adam
-            (theirs: 1,000 steps).
-        temperature: Scale of the squared distances (theirs: 15).
-        supervised_weight: Weight of the support set's loss (theirs: 0.1).
-        conditional_weight: Weight of the entropy of each prediction (theirs: 0.1).
-        steps: Number of steps.
-        lr: Learning rate of Adam (theirs: 1e-4).
+    `solver` is "adm", the closed-form alternating steps of prop. 1 (theirs: 150), or "gradient",
+    Adam (theirs: 1,000 steps with a rate of 1e-4). Theirs: temperature 15, weights 0.1.
     """
 
     solver: str = choice("adm", "gradient")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalearn.backbones.normalisation import Normaliser
-from metalearn.config.fields import above, given_by_run
+from metalearn.config.fields import above, given_by_run, setting
 from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 
 
@@ -16,11 +16,7 @@ from metalearn.tasks.types import InputSpec, Kernels, Params, Tokenizer
 class Backbone:
     """A network x -> embedding, written as pure functions of its parameters.
 
-    A backbone implements `init`, `shape` and `forward`.
-
-    Args:
-        eps: Added to variances in normalisations.
-        kernels: Set by the engine.
+    A backbone implements `init`, `shape` and `forward`. `eps` is added to variances.
     """
 
     #: Kinds of input the network accepts: "images", "tokens", "features".
@@ -28,19 +24,13 @@ class Backbone:
     #: True for a network of another library. It takes images in [0, 1] and standardises them
     #: itself, always uses its population statistics, and is applied to one task at a time.
     is_external: ClassVar[bool] = False
+    #: True if the network has normalisations, so that the run's `statistics` matter.
+    normalises: ClassVar[bool] = True
+    #: True if parameters get no gradient and population statistics never change.
+    is_frozen: ClassVar[bool] = False
 
     eps: float = above(0, default=1e-5)
     kernels: Kernels = given_by_run(Kernels())
-
-    @property
-    def normalises(self) -> bool:
-        """True if the network has normalisations, so that the run's `statistics` matter."""
-        return True
-
-    @property
-    def is_frozen(self) -> bool:
-        """True if parameters get no gradient and population statistics never change."""
-        return False
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer of the network's inputs; None for a network without texts."""
@@ -53,22 +43,13 @@ class Backbone:
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
         """Return what the weights were trained on before the run; {} if on nothing.
 
-        Args:
-            names: Names of classes.
-
-        Returns:
-            "data": a name, or None if unknown; "shared": those of the classes that it contains,
-            as far as names show.
+        "data" is a name, or None if unknown; "shared" those of the class names that it contains, as
+        far as names show.
         """
         return {}
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return initial parameters and population statistics.
-
-        Args:
-            inputs: What one input is.
-            key: Random key, int64 []; the result is on its device.
-        """
+        """Return initial parameters and population statistics, on the device of `key`, int64 []."""
         raise NotImplementedError
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
@@ -76,16 +57,13 @@ class Backbone:
         raise NotImplementedError
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Compute embeddings.
+        """Compute embeddings [B, D] of inputs x [B, *X].
 
         Args:
             params: Parameters from `init`, possibly adapted.
-            x: Inputs, [B, *X].
+            x: Inputs.
             norm: Applies a normalisation by its name: `x = norm("norm0", x)`.
             key: Random key for noise such as dropout, int64 []; None for no noise.
-
-        Returns:
-            Embeddings [B, D].
         """
         raise NotImplementedError
 
@@ -98,18 +76,15 @@ class Backbone:
         key: Tensor | None = None,
         film: Params | None = None,
     ) -> tuple[Tensor, Params]:
-        """Compute embeddings and, if `collect`, the normalisation statistics of this batch.
+        """Compute embeddings [B, D] and, if `collect`, the normalisation statistics of this batch.
 
         Args:
             params: Parameters from `init`, possibly adapted.
             x: Inputs, [B, *X].
             given: Normalisation statistics to use; None to use those of the batch.
-            collect: Whether to return the statistics of the batch.
+            collect: Whether to return the statistics of the batch; else {}.
             key: Random key for noise in meta-training, int64 []; None for no noise.
             film: Task-specific scale and shift after each normalisation, shaped like `film()`.
-
-        Returns:
-            Embeddings [B, D], and the statistics ({} unless `collect`).
         """
         if self.is_frozen:
             params = {name: value.detach() for name, value in params.items()}
@@ -130,3 +105,15 @@ class Backbone:
             for name, features in norm.features.items()
             for part in ("scale", "shift")
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreezableBackbone(Backbone):
+    """A network whose weights the setting `frozen` leaves as they are, in adaptation too."""
+
+    frozen: bool = setting()
+
+    @property
+    def is_frozen(self) -> bool:  # type: ignore[override]
+        """Return True for the setting `frozen`."""
+        return self.frozen

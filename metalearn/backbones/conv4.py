@@ -2,17 +2,14 @@
 
 import dataclasses
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.backbones import normalisation
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import ACTIVATIONS, conv_norm_act, init_weight
+from metalearn.backbones.layers import ACTIVATIONS, conv_norm_act, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, choice
 from metalearn.system.errors import UserError
-from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 
@@ -22,15 +19,8 @@ class Conv4(Backbone):
 
     Convolutions have a bias only if no normalisation follows.
 
-    Args:
-        filters: Number of filters of each block.
-        blocks: Number of blocks.
-        halvings: Number of blocks that halve the image, from the first; None for all.
-        downsample: "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
-            no pooling: Finn on Omniglot).
-        output: "flatten", or "mean" over positions.
-        normalisation: "batch" or "none".
-        activation: A name in `ACTIVATIONS`.
+    `downsample` is "pool" (stride 1, then 2x2 max-pooling: Vinyals, Snell) or "stride" (stride 2,
+    no pooling: Finn on Omniglot); `output` is "flatten", or "mean" over positions.
     """
 
     filters: int = at_least(1)
@@ -42,38 +32,31 @@ class Conv4(Backbone):
     activation: str = choice(*ACTIVATIONS)
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
+        """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        params: Params = {}
-        population: Params = {}
-        channels = inputs.shape[0]
-        for block in range(self.blocks):
-            weight = init_weight(prng.fold_in(key, block), self.filters, channels, 3, 3)
-            params[f"conv{block}.weight"] = weight
-            if self.normalisation == "batch":
-                affine, statistics = normalisation.init(f"norm{block}", self.filters, key.device)
-                params |= affine
-                population |= statistics
-            else:
-                params[f"conv{block}.bias"] = torch.zeros(self.filters, device=key.device)
-            channels = self.filters
-        return params, population
+        channels = [inputs.shape[0], *[self.filters] * (self.blocks - 1)]
+        layers = [(str(block), self.filters, one, 3) for block, one in enumerate(channels)]
+        params, population = init_conv_norms(key, layers)
+        if self.normalises:
+            return params, population
+        return {
+            name.replace("norm", "conv"): value
+            for name, value in params.items()
+            if name.startswith("conv") or name.endswith("bias")
+        }, {}
 
     def halves(self, block: int) -> bool:
         """Return whether a block halves height and width."""
         return self.halvings is None or block < self.halvings
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = start = inputs.shape[1:]
         for _ in filter(self.halves, range(self.blocks)):
-            height, width = (
-                (height // 2, width // 2)
-                if self.downsample == "pool"
-                else ((height + 1) // 2, (width + 1) // 2)
-            )
+            rounding = int(self.downsample == "stride")
+            height, width = (height + rounding) // 2, (width + rounding) // 2
         if height == 0 or width == 0:
             raise UserError(
                 f"backbone.blocks={self.blocks} halve {start[0]}x{start[1]} images too often; "

@@ -1,7 +1,7 @@
 """Shared parts of backbones: initial weights, activations, normalised convolutions, and noise."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,9 @@ _SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, kernels: Kernels
 ) -> Tensor:
-    """Convolve x with padding that keeps its size at stride 1.
+    """Convolve x [B, C, H, W] with filters [O, C, K, K], K odd; at stride 1 the size remains.
 
-    Args:
-        x: Inputs, [B, C, H, W].
-        weight: Filters, [O, C, K, K], K odd.
-        bias: [O], or None.
-        stride: In both directions.
-        kernels: Selects the implementation, which does not change the result.
+    `kernels` selects the implementation, which does not change the result.
     """
     size = weight.shape[-1]
     if kernels.own is not None:
@@ -50,12 +45,21 @@ def init_weight(key: Tensor, *shape: int) -> Tensor:
     return prng.normal(key, shape) * math.sqrt(2 / math.prod(shape[1:]))
 
 
-def init_conv_norm(
-    name: str, key: Tensor, out: int, channels: int, size: int
+def init_conv_norms(
+    key: Tensor, layers: Iterable[tuple[str, int, int, int]]
 ) -> tuple[Params, Params]:
-    """Initialise a convolution without bias and its normalisation: parameters and statistics."""
-    affine, population = normalisation.init(f"norm{name}", out, key.device)
-    return {f"conv{name}.weight": init_weight(key, out, channels, size, size)} | affine, population
+    """Initialise convolutions (name, O, C, K) without bias, and their normalisations.
+
+    Return parameters and population statistics.
+    """
+    params: Params = {}
+    population: Params = {}
+    for number, (name, out, channels, size) in enumerate(layers):
+        weight = init_weight(prng.fold_in(key, number), out, channels, size, size)
+        affine, statistics = normalisation.init(f"norm{name}", out, key.device)
+        params |= {f"conv{name}.weight": weight} | affine
+        population |= statistics
+    return params, population
 
 
 def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor:
@@ -66,15 +70,7 @@ def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor
 def conv_norm_act(
     norm: Normaliser, name: str, x: Tensor, stride: int, activation: str | None
 ) -> Tensor:
-    """Apply the named convolution to x [B, C, H, W], its normalisation if any, and an activation.
-
-    Args:
-        norm: Has the parameters, and selects the implementation.
-        name: Of the convolution and its normalisation.
-        x: Inputs.
-        stride: Of the convolution.
-        activation: A name in `ACTIVATIONS`, or None.
-    """
+    """Apply the named convolution to x [B, C, H, W], its normalisation if any, an activation."""
     weight, bias = norm.params[f"conv{name}.weight"], norm.params.get(f"conv{name}.bias")
     affine = norm.of_batch(f"norm{name}", weight.shape[0])
     if affine is not None and bias is None and norm.kernels.own is not None:
@@ -88,24 +84,16 @@ def conv_norm_act(
 
 
 def dropout(x: Tensor, rate: float, key: Tensor) -> Tensor:
-    """Zero entries with probability `rate`, scale the rest by 1 / (1 - rate).
-
-    Source: Srivastava et al. (2014).
-    """
+    """Zero a share `rate` of entries, scale the rest by 1 / (1 - rate) (Srivastava et al. 2014)."""
     mask = prng.uniform(key, tuple(x.shape)) >= rate
     return x * mask / (1 - rate)
 
 
 def drop_block(x: Tensor, rate: float, size: int, key: Tensor) -> Tensor:
-    """Zero random squares of each map and rescale the rest to preserve the mean.
+    """Zero random squares of each map [B, C, H, W] and rescale the rest to preserve the mean.
 
-    Source: Ghiasi et al. (2018), algorithm 1.
-
-    Args:
-        x: Maps, [B, C, H, W].
-        rate: Approximate fraction of entries to zero.
-        size: Side of a square in pixels, clipped to min(H, W).
-        key: Random key, int64 [].
+    Ghiasi et al. (2018), algorithm 1. `rate` is the approximate fraction of entries to zero; the
+    side of a square is clipped to min(H, W).
     """
     batch, channels, height, width = x.shape
     size = min(size, height, width)
@@ -114,3 +102,9 @@ def drop_block(x: Tensor, rate: float, size: int, key: Tensor) -> Tensor:
     corners = prng.uniform(key, (batch, channels, *positions)) < corner_rate
     mask = 1 - F.max_pool2d(F.pad(corners.to(x.dtype), [size - 1] * 4), size, stride=1)
     return x * mask * (mask.numel() / mask.sum().clamp_min(1))
+
+
+def masked_mean(z: Tensor, mask: Tensor) -> Tensor:
+    """Compute the mean [B, D] of the tokens z [B, L, D] that a mask [B, L] has; 0 without any."""
+    weight = mask.to(z.dtype).unsqueeze(-1)
+    return (z * weight).sum(1) / weight.sum(1).clamp_min(1)

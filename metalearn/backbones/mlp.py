@@ -21,12 +21,8 @@ from metalearn.tasks.types import InputSpec, Params
 class MLP(Backbone):
     """Linear layers, each with an optional normalisation and an activation.
 
-    Args:
-        hidden: Number of units of each layer.
-        normalisation: "batch" or "none".
-        activation: A name in `ACTIVATIONS`.
-        initialisation: Variance of the initial weights: "he", 2 / fan_in, or "xavier",
-            2 / (fan_in + fan_out) (Glorot and Bengio 2010).
+    `initialisation` is the variance of the initial weights: "he", 2 / fan_in, or "xavier",
+    2 / (fan_in + fan_out) (Glorot and Bengio 2010).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("images", "features")
@@ -37,7 +33,8 @@ class MLP(Backbone):
     initialisation: str = choice("he", "xavier", default="he")
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
+        """Return True unless the setting `normalisation` is "none"."""
         return self.normalisation != "none"
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
@@ -59,7 +56,6 @@ class MLP(Backbone):
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the width of the last layer, or of the flattened input if there are no layers."""
         return (self.hidden[-1] if self.hidden else math.prod(inputs.shape),)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:

@@ -21,34 +21,25 @@ def init(name: str, features: int, device: torch.device) -> tuple[Params, Params
 
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-    """All normalisations in one forward pass: call it with a layer's name and its input.
+    """All normalisations in one forward pass: call it with a layer's name and its input."""
 
-    Args:
-        params: Parameters of the network; a layer without `<name>.weight` is not normalised.
-        given: Statistics to use; None to use those of each input (biased variance).
-        collect: Whether to store the statistics of each input, differentiable, in `seen`.
-        eps: Added to variances.
-        kernels: Selects the implementation.
-        film: `<name>.scale` and `<name>.shift` [C] of a task, or None. After each layer's
-            normalisation: x (1 + scale) + shift (Perez et al. 2018).
-        seen: Collected statistics, {"<name>.mean": [C], "<name>.var": [C]}.
-        features: Number of channels C of each layer called so far.
-    """
-
-    params: Params
+    params: Params  # parameters of the network; a layer without `<name>.weight` is not normalised
+    #: Statistics to use; None to use those of each input (biased variance).
     given: Params | None = None
+    #: Whether to store the statistics of each input, differentiable, in `seen`.
     collect: bool = False
-    eps: float = 1e-5
-    kernels: Kernels = Kernels()
+    eps: float = 1e-5  # added to variances
+    kernels: Kernels = Kernels()  # selects the implementation
+    #: `<name>.scale` and `<name>.shift` [C] of a task, or None. After each layer's normalisation: x
+    #: (1 + scale) + shift (Perez et al. 2018).
     film: Params | None = None
+    #: Collected statistics, {"<name>.mean": [C], "<name>.var": [C]}.
     seen: Params = dataclasses.field(default_factory=dict)
+    #: Number of channels C of each layer called so far.
     features: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, name: str, x: Tensor) -> Tensor:
-        """Normalise x [B, C, ...]: (x - mean) / sqrt(var + eps) * weight + bias per channel.
-
-        Source: Ioffe and Szegedy (2015).
-        """
+        """Normalise x [B, C, ...] per channel (Ioffe and Szegedy 2015)."""
         self.features[name] = x.shape[1]
         shape = (1, -1) + (1,) * (x.dim() - 2)
         if f"{name}.weight" in self.params:

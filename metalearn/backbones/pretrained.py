@@ -6,17 +6,16 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalearn.backbones import weights
-from metalearn.backbones.base import Backbone
+from metalearn.backbones.base import FreezableBackbone
 from metalearn.backbones.normalisation import Normaliser
+from metalearn.backbones.preprocessing import Preprocessing
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.system.download import run_download
 from metalearn.system.errors import UserError, first_line, nearest
@@ -26,70 +25,25 @@ _COLOURS = 3
 _IMAGENET = "ImageNet"
 
 
-class Preprocessing(NamedTuple):
-    """Resize the shorter side to `resize`, crop a centred square of `size`, standardise.
-
-    An image of `size` x `size` is only standardised. `interpolation` is "bilinear" or "bicubic",
-    antialiased; `mean` and `std` are of the channels in [0, 1].
-    """
-
-    size: int
-    resize: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return height and width after resizing, and top and left of the crop in it.
-
-        They are rounded as in torchvision's `Resize` and `CenterCrop`.
-        """
-        short = min(height, width)
-        height, width = (int(self.resize * side / short) for side in (height, width))
-        return height, width, round((height - self.size) / 2), round((width - self.size) / 2)
-
-    def crop(self, image: Image.Image) -> Image.Image:
-        """Resize and crop an image."""
-        if image.size == (self.size, self.size):
-            return image
-        height, width, top, left = self.box(image.height, image.width)
-        image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return image.crop((left, top, left + self.size, top + self.size))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return network inputs [B, 3, size, size] for images in [0, 1], [B, 3, H, W]."""
-        if x.shape[-2:] != (self.size, self.size):
-            height, width, top, left = self.box(*x.shape[-2:])
-            x = F.interpolate(x, (height, width), mode=self.interpolation, antialias=True)
-            x = x[..., top : top + self.size, left : left + self.size].clamp(0, 1)
-        mean, std = (x.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
-        return (x - mean) / std
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained(Backbone):
+class Pretrained(FreezableBackbone):
     """A network of another library without its classifier, in evaluation mode.
 
     A subclass has `name`, `_network` (with random weights), `_own_preprocessing`, `_own_file` (of
     the library's weights, downloaded if needed) and `_own_data` (their training data). Parameters
     keep their names, those of normalisations after "norm."; population statistics are buffers.
-
-    Args:
-        weights: None (random), "hub" or "package" for the library's own weights, or a file:
-            safetensors, or saved by torch.
-        frozen: Whether meta-training and adaptation leave the weights unchanged.
-        image_size: Height and width of the network's input; None for that of its training.
-        is_restored: Whether a checkpoint has the weights.
     """
 
     is_external: ClassVar[bool] = True
     _own_weights: ClassVar[str] = "hub"
 
+    #: None (random), "hub" or "package" for the library's own weights, or a file: safetensors, or
+    #: saved by torch.
     weights: str | None = setting()
-    frozen: bool = setting()
+    #: Height and width of the network's input; None for that of its training.
     image_size: int | None = at_least(8)
     eps: float = given_by_run(1e-5)
-    is_restored: bool = given_by_run(False)
+    is_restored: bool = given_by_run(False)  # whether a checkpoint has the weights
 
     @property
     def name(self) -> str:
@@ -107,10 +61,6 @@ class Pretrained(Backbone):
 
     def _own_data(self) -> str:
         return _IMAGENET
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.frozen
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -135,9 +85,7 @@ class Pretrained(Backbone):
         if self.weights is not None and not self.is_restored:
             is_own = self.weights == self._own_weights
             path = self._own_file() if is_own else Path(self.weights).expanduser()
-            stored = weights.read(path, max(tensors, key=len), self.name)
-            for name, like in tensors.items():
-                tensors[name] = weights.tensor(stored, name, like, str(path), self.name)
+            tensors = weights.load(path, tensors, self.name)
         tensors = {name: one.to(key.device) for name, one in tensors.items()}
         return {ours: tensors.pop(name) for name, ours in _names(module).items()}, tensors
 

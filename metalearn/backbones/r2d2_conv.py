@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import conv_norm, dropout, init_conv_norm
+from metalearn.backbones.layers import conv_norm, dropout, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, between
 from metalearn.system.errors import UserError
@@ -27,27 +27,16 @@ class R2D2Conv(Backbone):
     features for 32x32 images with the published filters. (The reimplementation of Lee et al. (2019)
     halves a fourth time instead and omits the last activation.)
 
-    Args:
-        filters: Number of filters of each block.
-        dropout: Rate in meta-training (authors: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on
-            Omniglot).
+    Authors' dropout: 0.1 on miniImageNet, 0.4 on CIFAR-FS, none on Omniglot.
     """
 
     filters: list[int] = at_least(1)
     dropout: float = between(0, 0.9)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        params: Params = {}
-        population: Params = {}
-        for block, (channels, filters) in enumerate(
-            zip([inputs.shape[0], *self.filters], self.filters, strict=False)
-        ):
-            weights, statistics = init_conv_norm(
-                str(block), prng.fold_in(key, block), filters, channels, 3
-            )
-            params |= weights
-            population |= statistics
-        return params, population
+        channels = [inputs.shape[0], *self.filters]
+        layers = zip(map(str, range(len(self.filters))), self.filters, channels, strict=False)
+        return init_conv_norms(key, ((*layer, 3) for layer in layers))
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         """Return the number of features; raise UserError for too few blocks or too small images."""
@@ -65,10 +54,8 @@ class R2D2Conv(Backbone):
         last = len(self.filters) - 1
         outputs = []
         for block in range(last + 1):
-            x = F.leaky_relu(
-                F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2),
-                _SLOPE,
-            )
+            x = F.max_pool2d(conv_norm(norm, str(block), x), 2, stride=1 if block == last else 2)
+            x = F.leaky_relu(x, _SLOPE)
             if block > last - _OUTPUT_BLOCKS:
                 if key is not None and self.dropout:
                     x = dropout(x, self.dropout, prng.fold_in(key, block))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import conv_norm, drop_block, dropout, init_conv_norm
+from metalearn.backbones.layers import conv_norm, drop_block, dropout, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, between, choice
 from metalearn.system.errors import UserError
@@ -25,12 +25,8 @@ class ResNet12(Backbone):
     DropBlock has its full rate from the first step (authors: rises over 40,000 steps), and weights
     are initialised by fan-in (authors: fan-out).
 
-    Args:
-        filters: Number of filters of each block (authors: 64, 160, 320, 640).
-        output: "mean" over positions, or "flatten".
-        dropout: Rate after each block in meta-training.
-        drop_block: Whether DropBlock replaces dropout in the last two blocks.
-        block_size: Side of DropBlock's squares in pixels.
+    `filters` are of each block (authors: 64, 160, 320, 640). Dropout follows each block in
+    meta-training; DropBlock, with squares of `block_size`, may replace it in the last two blocks.
     """
 
     filters: list[int] = at_least(1)
@@ -44,24 +40,16 @@ class ResNet12(Backbone):
         population: Params = {}
         channels = inputs.shape[0]
         for block, filters in enumerate(self.filters):
-            block_key = prng.fold_in(key, block)
-            layers = [
-                (f"{block}_{number}", filters if number else channels, 3)
-                for number in range(_CONVOLUTIONS)
-            ]
-            for number, (name, width, size) in enumerate(
-                [*layers, (f"{block}_beside", channels, 1)]
-            ):
-                weights, statistics = init_conv_norm(
-                    name, prng.fold_in(block_key, number), filters, width, size
-                )
-                params |= weights
-                population |= statistics
+            widths = [channels, *[filters] * (_CONVOLUTIONS - 1)]
+            layers = [(f"{block}_{n}", filters, width, 3) for n, width in enumerate(widths)]
+            layers.append((f"{block}_beside", filters, channels, 1))
+            weights, statistics = init_conv_norms(prng.fold_in(key, block), layers)
+            params |= weights
+            population |= statistics
             channels = filters
         return params, population
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return the shape after all halvings; raise UserError if no pixel remains."""
         height, width = (extent >> len(self.filters) for extent in inputs.shape[1:])
         if height == 0 or width == 0:
             raise UserError(

@@ -3,17 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones import weights
-from metalearn.backbones.base import Backbone
-from metalearn.backbones.layers import conv_norm, init_conv_norm
+from metalearn.backbones.base import FreezableBackbone
+from metalearn.backbones.layers import conv_norm, init_conv_norms
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.system.errors import UserError
-from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
 
 _FILTERS = (64, 128, 256, 512)
@@ -25,92 +24,61 @@ _UNIQUE = "layer1.0.conv1.weight"
 
 
 class _Layer(NamedTuple):
-    """A convolution and its normalisation: name here, names in torchvision, sizes."""
+    """A convolution and its normalisation: name here and sizes, and their names in torchvision."""
 
-    name: str
+    own: tuple[str, int, int, int]
     convolution: str
     normalisation: str
-    out: int
-    channels: int
-    size: int
 
 
 def _layers() -> Iterator[_Layer]:
-    yield _Layer("_stem", "conv1", "bn1", _FILTERS[0], _COLOURS, 7)
     channels = _FILTERS[0]
+    yield _Layer(("_stem", channels, _COLOURS, 7), "conv1", "bn1")
     for group, filters in enumerate(_FILTERS, 1):
         for block in range(_BLOCKS):
-            prefix = f"layer{group}.{block}"
+            name, theirs = f"{group}_{block}", f"layer{group}.{block}"
             if channels != filters:
-                name, theirs = f"{group}_{block}_beside", f"{prefix}.downsample"
-                yield _Layer(name, f"{theirs}.0", f"{theirs}.1", filters, channels, 1)
-            yield _Layer(
-                f"{group}_{block}_1", f"{prefix}.conv1", f"{prefix}.bn1", filters, channels, 3
-            )
-            yield _Layer(
-                f"{group}_{block}_2", f"{prefix}.conv2", f"{prefix}.bn2", filters, filters, 3
-            )
+                beside = (f"{name}_beside", filters, channels, 1)
+                yield _Layer(beside, f"{theirs}.downsample.0", f"{theirs}.downsample.1")
+            yield _Layer((f"{name}_1", filters, channels, 3), f"{theirs}.conv1", f"{theirs}.bn1")
+            yield _Layer((f"{name}_2", filters, filters, 3), f"{theirs}.conv2", f"{theirs}.bn2")
             channels = filters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResNet18(Backbone):
+class ResNet18(FreezableBackbone):
     """torchvision.models.resnet18 without its classifier: 512 features.
 
     Images with one channel are repeated in all three. Images are halved five times, so use
     dataset.image_size=84 or more. They are standardised with the dataset's own statistics, not
-    ImageNet's.
-
-    Args:
-        weights: None (random), "imagenet" (torchvision's, downloaded once into torch's hub folder),
-            or a file with a state dict of that network, saved with torch.save; also inside a
-            checkpoint's "state_dict" or "model", or with a prefix such as "module.".
-        frozen: Whether meta-training and adaptation leave the weights unchanged. With
-            statistics=population, the statistics loaded with the weights are used.
+    ImageNet's. `weights` are random (None), torchvision's ("imagenet", downloaded once into torch's
+    hub folder), or a file with a state dict of that network, saved with torch.save; also inside a
+    checkpoint's "state_dict" or "model", or with a prefix such as "module.". If they are frozen,
+    and with statistics=population, the statistics loaded with the weights are used.
     """
 
     weights: str | None
-    frozen: bool
-
-    @property
-    def is_frozen(self) -> bool:
-        return self.frozen
 
     def without_weights(self) -> "ResNet18":
         return dataclasses.replace(self, weights=None)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        params: Params = {}
-        population: Params = {}
-        for number, layer in enumerate(_layers()):
-            own, statistics = init_conv_norm(
-                layer.name, prng.fold_in(key, number), layer.out, layer.channels, layer.size
-            )
-            params |= own
-            population |= statistics
+        params, population = init_conv_norms(key, (layer.own for layer in _layers()))
         if self.weights is not None:
             is_hub = self.weights == "imagenet"
             path = weights.download(_address()) if is_hub else Path(self.weights).expanduser()
-            self._load(params, population, weights.read(path, _UNIQUE, _NAME))
+            stored = weights.read(path, _UNIQUE, _NAME)
+
+            def load(tensors: Params, ours: str, theirs: str) -> None:
+                tensors[ours] = weights.tensor(stored, theirs, tensors[ours], self.weights, _NAME)
+
+            for (name, *_), convolution, norm in _layers():
+                load(params, f"conv{name}.weight", f"{convolution}.weight")
+                for part in ("weight", "bias"):
+                    load(params, f"norm{name}.{part}", f"{norm}.{part}")
+                for part in ("mean", "var"):
+                    load(population, f"norm{name}.{part}", f"{norm}.running_{part}")
         return params, population
-
-    def _load(self, params: Params, population: Params, state_dict: dict[str, Any]) -> None:
-        for layer in _layers():
-            names = {f"conv{layer.name}.weight": f"{layer.convolution}.weight"}
-            names |= {
-                f"norm{layer.name}.{part}": f"{layer.normalisation}.{part}"
-                for part in ("weight", "bias")
-            }
-            for ours, name in names.items():
-                params[ours] = self._tensor(state_dict, name, params[ours])
-            for part in ("mean", "var"):
-                ours = f"norm{layer.name}.{part}"
-                population[ours] = self._tensor(
-                    state_dict, f"{layer.normalisation}.running_{part}", population[ours]
-                )
-
-    def _tensor(self, state_dict: dict[str, Any], name: str, like: Tensor) -> Tensor:
-        return weights.tensor(state_dict, name, like, self.weights, _NAME)
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         """Return (512,); raise UserError unless images have 1 or 3 channels."""

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from metalearn.backbones.base import Backbone
+from metalearn.backbones.base import Backbone, FreezableBackbone
+from metalearn.backbones.layers import masked_mean
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.backbones.transformer import init_transformer, transformer
-from metalearn.config.fields import at_least, between, setting
+from metalearn.config.fields import at_least, between
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params, Tokenizer
@@ -27,10 +28,7 @@ from metalearn.tasks.types import InputSpec, Params, Tokenizer
 class HashedTokens:
     """Splits texts into parts, and numbers them by a hash: 1 to `vocabulary` - 1.
 
-    Attributes:
-        vocabulary: Number of tokens, padding included.
-        length: Largest number of tokens of a text; the others are left out.
-        split: Returns the parts of a text.
+    Of a text, the first `length` tokens are used.
     """
 
     vocabulary: int
@@ -39,14 +37,12 @@ class HashedTokens:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return tokens, int64 [I, L], padded with 0 to the longest text."""
-        rows = [torch.tensor(self._numbers(text), dtype=torch.int64) for text in texts]
-        return (
-            pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 1, dtype=torch.int64)
-        )
-
-    def _numbers(self, text: str) -> list[int]:
-        parts = itertools.islice(self.split(text), self.length)
-        return [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+        rows = [torch.zeros(1, dtype=torch.int64)]
+        for text in texts:
+            parts = itertools.islice(self.split(text), self.length)
+            numbers = [1 + zlib.crc32(part.encode()) % (self.vocabulary - 1) for part in parts]
+            rows.append(torch.tensor(numbers, dtype=torch.int64))
+        return pad_sequence(rows, batch_first=True)[1:]
 
 
 def character_ngrams(text: str, size: int) -> list[str]:
@@ -56,49 +52,32 @@ def character_ngrams(text: str, size: int) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BagOfNGrams(Backbone):
+class BagOfNGrams(FreezableBackbone):
     """The square roots of the counts of hashed character n-grams, times a weight each, with norm 1.
 
-    Args:
-        ngram: Number of characters.
-        features: Number of hash values D.
-        length: Largest number of n-grams of a text; those after it are left out.
-        frozen: Whether the weights stay 1.
+    `features` is the number of hash values D, and `length` the largest number of n-grams of a text;
+    those after it are left out. The weights are 1 before training.
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+    normalises: ClassVar[bool] = False
 
     ngram: int = at_least(1)
     features: int = at_least(2)
     length: int = at_least(1)
-    frozen: bool = setting()
-
-    @property
-    def normalises(self) -> bool:
-        """Return False."""
-        return False
-
-    @property
-    def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
-        return self.frozen
 
     def tokenizer(self) -> Tokenizer:
-        """Return the hash of n-grams."""
         return HashedTokens(
             self.features + 1, self.length, lambda text: character_ngrams(text, self.ngram)
         )
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return a weight of 1 for each hash value."""
         return {"weight": torch.ones(self.features, device=key.device)}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         return (self.features,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
-        """Count the tokens x [B, L], weigh and normalise."""
         counts = torch.zeros(len(x), self.features + 1, device=x.device)
         counts = counts.scatter_add(1, x, torch.ones_like(x, dtype=counts.dtype))[:, 1:]
         return F.normalize(counts.sqrt() * params["weight"], dim=-1)
@@ -121,16 +100,12 @@ def words(text: str) -> list[str]:
 class TextTransformer(Backbone):
     """A small transformer over hashed words, from scratch; the mean of its outputs (pre-norm).
 
-    Args:
-        layers: Number of layers.
-        width: Number of features D.
-        heads: Number of attention heads H, a divisor of D.
-        vocabulary: Number of hash values of words.
-        length: Largest number of words of a text; those after it are left out.
-        dropout: Probability that a word is left out in training (of all words; none is scaled).
+    `heads` is a divisor of the number `width` of features; words after `length` are left out.
+    `dropout` leaves words out in training (none is scaled).
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
+    normalises: ClassVar[bool] = False
 
     layers: int = at_least(1)
     width: int = at_least(2)
@@ -139,17 +114,10 @@ class TextTransformer(Backbone):
     length: int = at_least(1)
     dropout: float = between(0, 1)
 
-    @property
-    def normalises(self) -> bool:
-        """Return False: each token is normalised alone."""
-        return False
-
     def tokenizer(self) -> Tokenizer:
-        """Return the hash of words."""
         return HashedTokens(self.vocabulary + 1, self.length, words)
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Initialise the embeddings of tokens and positions, and the layers."""
         width = self.width
         if width % self.heads:
             raise UserError(f"backbone.heads={self.heads}: should divide backbone.width={width}")
@@ -163,7 +131,6 @@ class TextTransformer(Backbone):
         return params, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         return (self.width,)
 
     def forward(self, params: Params, x: Tensor, norm: Normaliser, key: Tensor | None) -> Tensor:
@@ -175,5 +142,4 @@ class TextTransformer(Backbone):
         position = params["position.weight"][: x.shape[1]]
         z = F.embedding(x, params["token.weight"]) + position
         z = transformer(params, z, self.layers, self.heads, self.eps, mask)
-        weight = is_word.to(z.dtype).unsqueeze(-1)
-        return (z * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return masked_mean(z, is_word)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalearn.backbones import weights
-from metalearn.backbones.base import Backbone
+from metalearn.backbones.base import FreezableBackbone
+from metalearn.backbones.layers import masked_mean
 from metalearn.backbones.normalisation import Normaliser
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.system.atomic import atomic_writer
@@ -48,42 +49,26 @@ class _Tokens:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextEncoder(Backbone):
+class TextEncoder(FreezableBackbone):
     """A sentence encoder, in evaluation mode: the mean of the last hidden states of its tokens.
 
-    Args:
-        model: "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
-            config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub,
-            from which only these three files are read.
-        length: Largest number of tokens of a text; those after it are left out.
-        frozen: Whether meta-training and adaptation leave the weights unchanged.
-        is_restored: Whether a checkpoint has the weights.
+    `model` is "package" (all-MiniLM-L6-v2, installed by the extra minilm), a folder with
+    config.json, tokenizer.json and model.safetensors, or a name on the Hugging Face hub, from which
+    only these three files are read. Tokens after `length` are left out.
     """
 
     input_kinds: ClassVar[tuple[str, ...]] = ("tokens",)
     is_external: ClassVar[bool] = True
+    normalises: ClassVar[bool] = False  # each token is, alone
 
     model: str = setting()
     length: int = at_least(4)
-    frozen: bool = setting()
     is_restored: bool = given_by_run(False)
 
-    @property
-    def normalises(self) -> bool:
-        """Return False: each token is normalised alone."""
-        return False
-
-    @property
-    def is_frozen(self) -> bool:
-        """True if the `frozen` setting is."""
-        return self.frozen
-
     def tokenizer(self) -> Tokenizer:
-        """Return the encoder's own tokenizer."""
         return _Tokens(_folder(self.model) / "tokenizer.json", self.length)
 
     def without_weights(self) -> "TextEncoder":
-        """Return a copy that reads no weights."""
         return dataclasses.replace(self, is_restored=True)
 
     def pretraining(self, names: Sequence[str]) -> dict[str, Any]:
@@ -91,20 +76,14 @@ class TextEncoder(Backbone):
         return {"data": f"the texts of {self.model}", "shared": []}
 
     def init(self, inputs: InputSpec, key: Tensor) -> tuple[Params, Params]:
-        """Return the pretrained weights."""
         module = _module(self.model)
         tensors: Params = dict(module.named_parameters())
         if not self.is_restored:
             path = _folder(self.model) / "model.safetensors"
-            stored = weights.read(path, max(tensors, key=len), self.model)
-            tensors = {
-                name: weights.tensor(stored, name, like, str(path), self.model)
-                for name, like in tensors.items()
-            }
+            tensors = weights.load(path, tensors, self.model)
         return {name: value.detach().to(key.device) for name, value in tensors.items()}, {}
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
-        """Return (D,)."""
         config: Any = _module(self.model).config
         return (int(config.hidden_size),)
 
@@ -113,8 +92,7 @@ class TextEncoder(Backbone):
         mask = (x != 0).to(torch.float32)
         module = _module(self.model).to(x.device)
         states = functional_call(module, params, (x, mask), {"return_dict": False})[0]
-        weight = mask.unsqueeze(-1)
-        return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return masked_mean(states, mask)
 
 
 @functools.lru_cache(maxsize=4)

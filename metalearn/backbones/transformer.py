@@ -14,13 +14,7 @@ from metalearn.tasks.types import Params
 
 
 def init_transformer(key: Tensor, layers: int, width: int) -> Params:
-    """Create "layer<n>.…" and the normalisation "last".
-
-    Args:
-        key: int64 [].
-        layers: Number of layers.
-        width: Number of features D of a token.
-    """
+    """Create "layer<n>.…" and the normalisation "last", for tokens of `width` features."""
 
     def layer_norm(name: str) -> Params:
         return {
@@ -46,13 +40,7 @@ def transformer(
 ) -> Tensor:
     """Compute the outputs [B, L, D] for tokens z [B, L, D], which all see each other.
 
-    Args:
-        params: The result of `init_transformer`.
-        z: Tokens.
-        layers: Number of layers.
-        heads: Number of attention heads H, a divisor of D.
-        eps: Added to variances.
-        mask: Added to the scores [B, H, L, L], broadcast.
+    `heads` is a divisor of D; the mask is added to the scores [B, H, L, L], broadcast.
     """
 
     def linear(name: str, z: Tensor) -> Tensor:

@@ -19,9 +19,7 @@ def download(url: str) -> Path:
     """Return a file in torch's hub folder; download it if it is not there.
 
     If its name ends with the first digits of its SHA-256, as torchvision's do, they are verified.
-
-    Raises:
-        UserError: Without a network, or for a wrong checksum.
+    Raise UserError without a network, or for a wrong checksum.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
@@ -37,17 +35,10 @@ def download(url: str) -> Path:
 
 
 def read(path: Path, unique: str, network: str) -> dict[str, Any]:
-    """Read a state dict: safetensors, or saved by torch.
+    """Read a state dict of a network, safetensors or saved by torch; raise UserError otherwise.
 
     It may be inside "state_dict" or "model", and all names may have a prefix such as "module.".
-
-    Args:
-        path: The file.
-        unique: A name in the network's state dict.
-        network: Name of the network, for errors.
-
-    Raises:
-        UserError: If the file contains something else.
+    `unique` is a name in it.
     """
     where = f"backbone.weights={path}"
     what = f"should be a state dict of {network}, saved with torch.save(model.state_dict(), …)"
@@ -76,6 +67,12 @@ def read(path: Path, unique: str, network: str) -> dict[str, Any]:
     names = [name for name in map(str, content) if f".{name}".endswith(f".{unique}")]
     prefix = min(names, key=len, default=unique).removesuffix(unique)
     return {str(name).removeprefix(prefix): value for name, value in content.items()}
+
+
+def load(path: Path, tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
+    """Return the tensors of a file in the place of those of a network."""
+    stored = read(path, max(tensors, key=len), network)
+    return {name: tensor(stored, name, like, str(path), network) for name, like in tensors.items()}
 
 
 def tensor(

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def parse(words: list[str]) -> Arguments:
 def parse_settings(command: str, words: list[str]) -> list[str]:
     """Parse the arguments of a command that takes key=value settings only, else raise UserError."""
     arguments = parse(words)
-    if other := arguments.options + (["--config-dir"] if arguments.folders else []):
+    if other := arguments.options + ["--config-dir"] * bool(arguments.folders):
         raise UserError(f"{command}: takes key=value settings only, not {other[0]}")
     return arguments.overrides
 
@@ -105,24 +106,53 @@ def keys(takes: Iterable[str]) -> list[str]:
     return [one.partition("=")[0] for one in takes if "=" in one]
 
 
-@contextlib.contextmanager
-def json_document(words: list[str]) -> Iterator[dict[str, Any]]:
-    """Remove `--json`; if it was given, print what the block collects, and nothing else, on stdout.
+def take_folders(words: list[str]) -> list[str]:
+    """Remove folders, given as `<folder>` or `run=<folder>,…`, from arguments; return them."""
+    folders, rest = [], []
+    for word in words:
+        if word[:1] != "-" and ("=" not in word or os.path.isdir(word)):
+            folders.append(word)
+        elif word.startswith("run="):
+            folders += listed(word.removeprefix("run="))
+        else:
+            rest.append(word)
+    words[:] = rest
+    return folders
 
-    What the block prints goes to standard error then.
 
-    Yields:
-        The document, to be filled by the block.
+def listed(text: str) -> list[str]:
+    """Return the items of a list with commas; a path that exists, perhaps with `:…`, is one."""
+    name, _, split = text.rpartition(":")
+    if os.path.exists(text) or (os.path.exists(name) and "," not in split):
+        return [text]
+    return [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
+
+
+def output_folder(given: str | None, kind: str) -> Path:
+    """Return the folder of `out=…`, by default outputs/<kind>/<time>."""
+    time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return Path(given or f"outputs/{kind}/{time}").expanduser()
+
+
+def with_json(run: Callable[[list[str], Any], dict[str, Any]]) -> Callable[[list[str]], int]:
+    """Return the `main` of a command whose `run(arguments, console)` returns its JSON document.
+
+    With `--json`, only the document is printed on stdout, the rest on standard error. The exit code
+    is 1 if the document has "failures".
     """
-    content: dict[str, Any] = {}
-    if "--json" not in words:
-        yield content
-        return
-    while "--json" in words:
-        words.remove("--json")
-    with contextlib.redirect_stdout(sys.stderr):
-        yield content
-    print(json.dumps(content, indent=2))
+
+    def main(args: list[str]) -> int:
+        from metalearn.report.console import open_console
+
+        words = [word for word in args if word != "--json"]
+        is_json = len(words) < len(args)
+        with contextlib.redirect_stdout(sys.stderr if is_json else sys.stdout):
+            document = run(words, open_console())
+        if is_json:
+            print(json.dumps(document, indent=2))
+        return 1 if document.get("failures") else 0
+
+    return main
 
 
 def take_plugins(words: list[str]) -> list[str]:

@@ -20,20 +20,17 @@ _SCRIPTS = {
     COMPREPLY=($(COMP_LINE="$line" metalearn -sc query=bash 2>/dev/null))
     COMPREPLY=("${COMPREPLY[@]#"${word%"${word##*[=:]}"}"}")
 }
-complete -o nospace -F _metalearn metalearn
-""",
+complete -o nospace -F _metalearn metalearn""",
     "zsh": r"""_metalearn() {
     local -a words_found
     words_found=("${(@f)$(COMP_LINE="${BUFFER[1,CURSOR]}" metalearn -sc query=zsh 2>/dev/null)}")
     compadd -Q -S '' -a words_found
 }
-compdef _metalearn metalearn
-""",
+compdef _metalearn metalearn""",
     "fish": r"""function _metalearn
     COMP_LINE=(commandline -cp) metalearn -sc query=fish 2>/dev/null
 end
-complete -c metalearn -f -a '(_metalearn)'
-""",
+complete -c metalearn -f -a '(_metalearn)'""",
 }
 _REMOVALS = {
     "bash": "complete -r metalearn",
@@ -45,12 +42,8 @@ _REMOVALS = {
 def complete(words: list[str], commands: dict[str, tuple[str, ...]]) -> None:
     """Print a completion script, its removal, or what completes the line in COMP_LINE.
 
-    Args:
-        words: Arguments of the command, with -sc.
-        commands: What each command takes, as its file's `TAKES` has it.
-
-    Raises:
-        UserError: For a shell that is not supported.
+    `commands` has what each command takes, as its file's `TAKES` has it. Raise UserError for a
+    shell that is not supported.
     """
     action = next((word for word in words if not word.startswith("-")), "")
     if not re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", action):
@@ -58,13 +51,11 @@ def complete(words: list[str], commands: dict[str, tuple[str, ...]]) -> None:
             f"-sc {action}: should be install=bash, uninstall=bash or query=bash (or zsh, fish)"
         )
     verb, _, shell = action.partition("=")
-    if verb == "install":
-        print(_SCRIPTS[shell], end="")
-    elif verb == "uninstall":
-        print(_REMOVALS[shell])
-    else:
+    if verb == "query":
         for candidate in candidates(os.environ.get("COMP_LINE", ""), commands):
             print(candidate)
+    else:
+        print(_SCRIPTS[shell] if verb == "install" else _REMOVALS[shell])
 
 
 def candidates(line: str, commands: dict[str, tuple[str, ...]]) -> list[str]:
@@ -99,13 +90,14 @@ def _starting(start: str, words: Iterable[str]) -> list[str]:
 
 
 def _values(start: str, values: str) -> list[str]:
-    """Complete a value: a folder, an experiment, or one of several words."""
+    """Complete a value: a folder, a dataset, an experiment, or one of several words."""
     if values == "{folder}":
         return _paths(start)
     known: Iterable[str] = values.split("|")
-    if values in ("{experiment}", "{dataset}"):
-        is_dataset = values == "{dataset}"
-        known = composition.options("dataset") if is_dataset else composition.reproductions()
+    if values == "{dataset}":
+        known = composition.options("dataset")
+    elif values == "{experiment}":
+        known = composition.reproductions()
     return _starting(start, [f"{value} " for value in known])
 
 
@@ -133,8 +125,11 @@ def _settings(word: str, others: list[str]) -> list[str]:
         return [f"{key}={path}" for path in _paths(value)]
     settings = _known(others, groups)
     if is_given:
-        setting = settings.get(key)
-        return [f"{key}={one} " for one in _starting(value, _choices(setting))]
+        choices: Iterable[str] = ()
+        if setting := settings.get(key):
+            is_flag = setting.kind is bool
+            choices = ("true", "false") if is_flag else setting.rule.get("choices", ())
+        return [f"{key}={one} " for one in _starting(value, choices)]
     names = [*groups, *paths.PATHS, *(name for name in settings if "._" not in name)]
     return _starting(word, [f"{name}=" for name in names])
 
@@ -147,9 +142,3 @@ def _known(others: list[str], groups: list[str]) -> dict[str, Setting]:
             config = checking.check_config(composition.compose_config(words))
             return roles.roles(checking.plain(config))
     return {}
-
-
-def _choices(setting: Setting | None) -> tuple[str, ...]:
-    if setting is None:
-        return ()
-    return ("true", "false") if setting.kind is bool else tuple(setting.rule.get("choices", ()))

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
@@ -19,6 +19,7 @@ from metalearn.cli.main import exit_siblings, rank
 from metalearn.config import composition, paths, plugins, sweeps
 from metalearn.config.checking import check_config
 from metalearn.config.components import conf_dir
+from metalearn.config.schema import RunConfig
 from metalearn.report.console import open_console, print_line
 from metalearn.system.atomic import write_text
 from metalearn.system.errors import UserError, as_failure, exit_code, first_line
@@ -37,9 +38,8 @@ def check(arguments: Arguments) -> None:
 def start(arguments: Arguments) -> tuple[Path, bool]:
     """Train what the arguments describe.
 
-    Returns:
-        The folder of the run or multirun, and whether it is a search: a multirun whose trials are
-        compared on validation.
+    Return the folder of the run or multirun, and whether it is a search: a multirun whose trials
+    are compared on validation.
     """
     job = _Job(arguments.is_multirun)
     folder = (_start_multirun if arguments.is_multirun else _start_run)(arguments, job)
@@ -60,10 +60,16 @@ def _start_run(arguments: Arguments, job: "_Job") -> Path:
     if hydra.mode == RunMode.MULTIRUN:
         raise UserError("hydra.mode=MULTIRUN: start a multirun with -m")
     own = composition.without_hydra(config)
-    _check(own)
+    settings = _check(own)
     folder = Path(hydra.run.dir)
     if rank() > 0:
-        _follow(own, folder, arguments.settings)
+        from metalearn.run.parts import data_folder
+        from metalearn.run.train import follow
+
+        paths.make_absolute(own, arguments.settings, data_folder(settings))
+        follow(own, folder)
+        exit_siblings(0)
+        sys.exit(0)
     with open_dict(config):
         hydra.mode = RunMode.RUN
         hydra.run.dir = str(folder)  # resolved once, because its name contains the time
@@ -108,11 +114,7 @@ def _is_basic(plugin: Any) -> bool:
 def print_config(arguments: Arguments) -> None:
     """Let Hydra print a configuration."""
     _check_hydra(composition.compose_config(arguments.settings, with_hydra=True).hydra)
-    hydra_main(_must_not_run, [*arguments.options, *arguments.settings])
-
-
-def _must_not_run(config: Any) -> None:
-    raise AssertionError("Hydra should print, not run")
+    hydra_main(lambda config: None, [*arguments.options, *arguments.settings])
 
 
 def _check_hydra(hydra: Any) -> None:
@@ -128,22 +130,12 @@ def _check_hydra(hydra: Any) -> None:
             )
 
 
-def _follow(config: Any, folder: Path, overrides: list[str]) -> NoReturn:
-    """Compute a non-leading process's share, and exit."""
-    from metalearn.run.parts import data_folder
-    from metalearn.run.train import follow
-
-    paths.make_absolute(config, overrides, data_folder(config))
-    follow(config, folder)
-    exit_siblings(0)
-    sys.exit(0)
-
-
-def _check(config: Any) -> None:
+def _check(config: Any) -> RunConfig:
     settings = check_config(config)
     from metalearn.run import pairings
 
     pairings.check(settings)
+    return settings
 
 
 def _check_multirun(overrides: list[str]) -> None:
@@ -152,16 +144,15 @@ def _check_multirun(overrides: list[str]) -> None:
     A mistyped name ends a multirun before it starts; an impossible run only fails itself, unless
     none of the checked runs is possible.
     """
-    errors: list[UserError] = []
-    count = 0
+    errors: list[UserError | None] = []
     for config in sweeps.one_config_per_value(overrides):
-        count += 1
         try:
             _check(config)
+            errors.append(None)
         except UserError as error:
             errors.append(error)
-    if len(errors) == count:
-        raise errors[0]
+    if all(errors):
+        raise next(filter(None, errors))
 
 
 class _Job:
@@ -201,7 +192,8 @@ class _Job:
                 save_command(files, name, overrides)
                 # Repeated with the same hydra.sweep.dir, a multirun skips what is finished.
                 config = OmegaConf.merge(config, {"resume": "auto"})
-            folder = _relative(files.path)
+            folder, here = files.path, Path.cwd()
+            folder = folder.relative_to(here) if folder.is_relative_to(here) else folder
             return train(config, folder, name, overrides, console, recipe, title, self.is_tested)
         except Exception as error:
             # Hydra prints lines of its own about a failing job, so the error of a single run is
@@ -236,11 +228,6 @@ def hydra_main(job: Any, words: list[str]) -> None:
         # Python 3.14 fails on the help of Hydra's parser (hydra issue 3121); it is never shown.
         argparse.ArgumentParser._check_help = lambda self, action: None
     hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(job)()
-
-
-def _relative(folder: Path) -> Path:
-    """Return the folder relative to the working directory if it is below it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Compare runs in one table, with tests of significance."""
 
-import datetime
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -29,43 +28,27 @@ TAKES: tuple[str, ...] = ("{folder}", "out={folder}", "--json")
 _PAGE_WIDTH = 160
 
 
-def main(args: list[str]) -> int:
-    """Run the command. Return the exit code."""
-    words = list(args)
-    with _arguments.json_document(words) as document:
-        document |= _compare(words)
-    return 0
-
-
-def _compare(folders: list[str]) -> dict[str, Any]:
-    out = _arguments.take(folders, "out")
-    if wrong := [word for word in folders if not os.path.isdir(word)]:
+def _compare(words: list[str], console: Any) -> dict[str, Any]:
+    out = _arguments.take(words, "out")
+    if wrong := [word for word in words if not os.path.isdir(word)]:
         raise UserError(
             f"{wrong[0]}: there is no such folder; compare takes folders of runs, and out=<folder>"
         )
-    if not folders:
+    if not words:
         raise UserError("compare: takes folders of runs; see metalearn compare --help")
-    from metalearn.report.console import open_console
+    return compare([Path(word) for word in words], None if out is None else Path(out), console)
 
-    paths = [Path(word) for word in folders]
-    return compare(paths, None if out is None else Path(out), open_console())
+
+main = _arguments.with_json(_compare)
 
 
 def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, Any]:
-    """Print the table; write comparison.md, .csv and .png.
+    """Print the table of the runs in and below folders; write comparison.md, .csv and .png.
 
-    Args:
-        folders: Folders of runs, or folders that contain such folders.
-        out: Where to write; None: the default of HELP.
-        console: Where to print.
-
-    Returns:
-        The content of --json.
-
-    Raises:
-        UserError: If there is no finished run.
+    `out` is None for the default of HELP. Return the content of --json. Raise UserError if there is
+    no finished run.
     """
-    from metalearn.report.console import print_line
+    from metalearn.report.console import print_lines
     from metalearn.report.folder import RunFolder
     from metalearn.report.measurements import measurements_of, runs_in
 
@@ -74,17 +57,16 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, An
         name = RunFolder(Path()).result.name
         raise UserError(f"{folders[0]}: no finished run ({name}) there or below")
     measurements: list[Any] = []
-    unreadable: list[str] = []
+    left_out: list[str] = []
     for run in runs:
         try:
             measurements += measurements_of(run)
         except UserError as error:
-            unreadable.append(str(error))
+            left_out.append(str(error))
     if not measurements:
-        raise UserError(unreadable[0])
+        raise UserError(left_out[0])
     if out is None:
-        time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        out = folders[0] if len(folders) == 1 else Path("outputs/compare") / time
+        out = folders[0] if len(folders) == 1 else _arguments.output_folder(None, "compare")
     try:
         out.mkdir(parents=True, exist_ok=True)
         content = _write(measurements, out, console)
@@ -92,21 +74,19 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, An
         raise UserError(
             f"{out} cannot be written ({error.strerror}); name another with out="
         ) from None
-    left_out = list(unreadable)
-    untested = [folder for folder in others if RunFolder(folder).is_trained]
-    if untested:
+    if untested := [folder for folder in others if RunFolder(folder).is_trained]:
         more = f" and {len(untested) - 1} more" if len(untested) > 1 else ""
         left_out.append(f"{untested[0]}{more}, not tested; to test it: metalearn resume <folder>")
     left_out += [f"{one} {reason}" for one, reason in others.items() if one not in untested]
-    for line in [*(f"left out: {line}" for line in left_out), *content["files"]]:
-        print_line(console, f"  {line}")
+    shown = [f"left out: {line}" for line in left_out]
+    print_lines(console, [*shown, *content["files"]], "  ")
     return {**content, "left_out": left_out}
 
 
 def _write(measurements: list[Any], out: Path, console: Any) -> dict[str, Any]:
     """Print and write the comparison. Return measurements, methods, notes and files."""
     from metalearn.report.comparison import Comparison
-    from metalearn.report.console import print_line
+    from metalearn.report.console import print_line, print_lines
     from metalearn.report.plots import draw_comparison
     from metalearn.report.scores import write_csv
     from metalearn.report.tables import markdown_table, result_table
@@ -130,8 +110,7 @@ def _write(measurements: list[Any], out: Path, console: Any) -> dict[str, Any]:
         notes = comparison.notes()
         all_notes += notes
         methods += comparison.summary()
-        for line in notes:
-            print_line(console, f"  {line}")
+        print_lines(console, notes, "  ")
         text += [*markdown_table(comparison.rows(_PAGE_WIDTH, ", ")), ""]
         text += [*(f"- {line}" for line in notes), ""]
         plots.append(out / (f"comparison_{metric}.png" if plots else "comparison.png"))

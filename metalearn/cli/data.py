@@ -1,12 +1,11 @@
 """Describe a dataset: classes, splits, licence, samples; or list all datasets."""
 
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from metalearn.cli import _arguments
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, shortened
 
 HELP = """metalearn data [<dataset>] [split=test] [out=<folder>] [key=value …] [--json]
 
@@ -31,37 +30,28 @@ datasets (metalearn list explains them)
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "{dataset}",
-    "split=train|val|test|all",
-    "out={folder}",
-    "{settings}",
-    "--json",
-)
+    "{dataset}", "split=train|val|test|all", "out={folder}", "{settings}", "--json",
+)  # fmt: skip
 
 #: Classes and examples of each that the sheet or the list of a split shows.
 _SHOWN = {"images": (10, 10), "tokens": (5, 2), "features": (0, 0)}
 _TEXTS, _TEXT_LENGTH = 2, 110  # of each class and part; characters
 
 
-def main(args: list[str]) -> int:
-    """Run the command. Return the exit code."""
-    words = list(args)
-    with _arguments.json_document(words) as document:
-        names = [word for word in words if "=" not in word and not word.startswith("-")]
-        words = [word for word in words if word not in names]
-        names += [word.partition("=")[2] for word in words if word.startswith("dataset=")]
-        words = [word for word in words if not word.startswith("dataset=")]
-        if len(names) > 1:
-            raise UserError(f"data {' '.join(names)}: takes the name of one dataset")
-        split, out = _arguments.take(words, "split", "test"), _arguments.take(words, "out")
-        overrides = _arguments.parse_settings("data", words)
-        from metalearn.report.console import open_console
+def _data(args: list[str], console: Any) -> dict[str, Any]:
+    names = [word for word in args if "=" not in word and not word.startswith("-")]
+    names += [word.partition("=")[2] for word in args if word.startswith("dataset=")]
+    words = [word for word in args if word not in names and not word.startswith("dataset=")]
+    if len(names) > 1:
+        raise UserError(f"data {' '.join(names)}: takes the name of one dataset")
+    split, out = _arguments.take(words, "split", "test"), _arguments.take(words, "out")
+    overrides = _arguments.parse_settings("data", words)
+    if names:
+        return _one(names[0], overrides, str(split), out, console)
+    return _all(overrides, console)
 
-        if names:
-            document |= _one(names[0], overrides, str(split), out, open_console())
-        else:
-            document |= _all(overrides, open_console())
-    return 0
+
+main = _arguments.with_json(_data)
 
 
 def _settings(overrides: list[str]) -> Any:
@@ -99,20 +89,18 @@ def _one(
 ) -> dict[str, Any]:
     """Describe one dataset."""
     from metalearn.config.components import make
-    from metalearn.report.console import print_line
+    from metalearn.report.console import print_line, print_lines
     from metalearn.run.describe import Described, origin
 
     settings = _settings([f"dataset={name}", *overrides])
     facts = origin(name, make(settings.dataset, "dataset"), settings)
     print_line(console, f"{name}: {facts['description']}")
-    for key in ("source", "licence"):
-        print_line(console, f"  {key}: {facts[key] or 'not stated'}")
-    time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder = Path(out or f"outputs/data/{name}/{time}").expanduser()
+    stated = (f"{key}: {facts[key] or 'not stated'}" for key in ("source", "licence"))
+    print_lines(console, stated, "  ")
+    folder = _arguments.output_folder(out, f"data/{name}")
     described = Described(settings, split)
     facts = origin(name, described.dataset, settings) | described.summary()
-    for line in _lines(facts):
-        print_line(console, f"  {line}")
+    print_lines(console, _lines(facts), "  ")
     kind = described.data.inputs.kind
     classes, examples = _SHOWN[kind]
     samples = {part: described.rows(part, classes, examples) for part in facts["splits"]}
@@ -124,17 +112,14 @@ def _one(
     given = [word.partition("=")[2] for word in overrides if word.startswith("dataset.path=")]
     title = Path(given[-1].strip("'\"")).name if given else name
     titles = {part: _title(part, rows, facts, split, title) for part, rows in samples.items()}
-    facts["sheets"] = []
     if kind == "images":
         facts["sheets"] = _draw(folder, samples, titles, described.is_ink)
+        lines = facts["sheets"]
     else:
-        facts["samples"] = {part: [_plain(row) for row in rows] for part, rows in samples.items()}
-        for part, rows in facts["samples"].items():
-            print_line(console, f"  {titles[part]}")
-            for line in _examples(rows):
-                print_line(console, f"    {line}")
-    for path in facts["sheets"]:
-        print_line(console, f"  {path}")
+        plain = {part: [_plain(row) for row in rows] for part, rows in samples.items()}
+        facts |= {"sheets": [], "samples": plain}
+        lines = [line for part in plain for line in (titles[part], *_examples(plain[part]))]
+    print_lines(console, lines, "  ")
     return facts
 
 
@@ -158,7 +143,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def _title(part: str, rows: list[Any], facts: dict[str, Any], split: str, name: str) -> str:
     if part != "episode":
         return f"{name}, {part}: {len(rows)} of {facts['splits'][part]['classes']:,} classes"
-    shot, query = (rows[0].counts[group] for group in ("support", "query"))
+    shot, query = (rows[0]["counts"][group] for group in ("support", "query"))
     return f"{name}, an episode of {split}: {len(rows)}-way {shot}-shot, {query} queries per class"
 
 
@@ -174,21 +159,21 @@ def _draw(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for part, rows in samples.items():
-            groups = list(rows[0].parts)
-            images = [(row.label, [row.parts[group] for group in groups]) for row in rows]
+            groups = list(rows[0]["examples"])
+            images = [(row["class"], list(row["examples"].values())) for row in rows]
             draw_sheet(paths[part], titles[part], images, groups, is_ink)
     except OSError as error:
         raise UserError(f"out={folder} cannot be written ({error.strerror})") from None
     return [str(path) for path in paths.values()]
 
 
-def _plain(row: Any) -> dict[str, Any]:
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """Return texts or tokens of a class as plain data."""
     examples = {
         part: [one if isinstance(one, str) else one.tolist() for one in own]
-        for part, own in row.parts.items()
+        for part, own in row["examples"].items()
     }
-    return {"class": row.label, "examples": examples, "counts": row.counts}
+    return {**row, "examples": examples}
 
 
 def _examples(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -196,6 +181,5 @@ def _examples(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         for part, examples in row["examples"].items():
             for one in examples[:_TEXTS]:
-                text = " ".join(str(one).split())
-                text = text if len(text) <= _TEXT_LENGTH else text[: _TEXT_LENGTH - 1] + "…"
-                yield f"{row['class']}{f', {part}' if part else ''}: {text}"
+                text = shortened(" ".join(str(one).split()), _TEXT_LENGTH)
+                yield f"  {row['class']}{f', {part}' if part else ''}: {text}"

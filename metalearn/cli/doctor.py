@@ -45,7 +45,7 @@ def doctor(overrides: list[str], console: Any) -> bool:
     """Print the report; return whether the self-test passed."""
     from metalearn.config.checking import check_config
     from metalearn.config.composition import compose_config
-    from metalearn.report.console import print_line
+    from metalearn.report.console import print_line, print_lines
     from metalearn.report.wandb_run import wandb_state
 
     settings = check_config(compose_config([*_SMALL, *overrides]))
@@ -57,14 +57,12 @@ def doctor(overrides: list[str], console: Any) -> bool:
         ("Weights & Biases", [wandb_state()]),
     ):
         print_line(console, title)
-        for line in lines:
-            print_line(console, f"  {line}")
+        print_lines(console, lines, "  ")
     print_line(console, "self-test")
     start = time.perf_counter()
     has_passed = True
     try:
-        for line in _self_test(overrides):
-            print_line(console, f"  {line}")
+        print_lines(console, _self_test(overrides), "  ")
     except Exception as error:  # the report is about whatever is wrong
         has_passed = False
         print_line(console, f"  FAILED: {type(error).__name__}: {first_line(error)}")

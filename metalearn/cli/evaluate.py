@@ -1,6 +1,5 @@
 """Test a trained run again, under the same or a different protocol."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,73 +59,44 @@ TAKES: tuple[str, ...] = (
 )
 
 
-def main(args: list[str]) -> int:
-    """Run the command. Return the exit code."""
-    words = list(args)
-    with _arguments.json_document(words) as document:
-        document |= _evaluate(words)
-    return 1 if document.get("failures") else 0
-
-
-def _evaluate(args: list[str]) -> dict[str, Any]:
-    words = [
-        f"run={word}" if word[:1] != "-" and ("=" not in word or os.path.isdir(word)) else word
-        for word in args
-    ]
+def _evaluate(words: list[str], console: Any) -> dict[str, Any]:
+    paths = [Path(folder) for folder in _arguments.take_folders(words)]
     overrides = _arguments.parse_settings("evaluate", words)
-    folders = [
-        folder
-        for word in overrides
-        if word.startswith("run=")
-        for folder in _listed(word.removeprefix("run="))
-    ]
-    overrides = [word for word in overrides if not word.startswith("run=")]
     given = _arguments.take(overrides, "dataset")
-    datasets = _listed(given or "")
+    datasets = _arguments.listed(given or "")
     if given is not None and not datasets:
         raise UserError(
             "dataset=: should be one or several names or folders of images, with commas"
         )
-    split = _arguments.take(overrides, "split", "test")
-    curve = _arguments.take(overrides, "curve")
-    points = _arguments.take(overrides, "at")
-    corrupt = _arguments.take(overrides, "corrupt")
+    split = str(_arguments.take(overrides, "split", "test"))
+    curve, points, corrupt = (_arguments.take(overrides, key) for key in ("curve", "at", "corrupt"))
     ensemble = _arguments.take(overrides, "ensemble", "false")
     if ensemble not in ("true", "false"):
         raise UserError(f"ensemble={ensemble}: should be true or false")
-    if not folders or split is None:
+    if not paths:
         raise UserError(
             "evaluate: takes a folder, or run=<folder>, and key=value settings; see metalearn "
             "evaluate --help"
         )
-    from metalearn.report.console import open_console
     from metalearn.run.ensemble import evaluate_ensemble
     from metalearn.run.evaluate import evaluate, evaluate_several
     from metalearn.run.other_data import Target
 
     is_ensemble = ensemble == "true"
-    if is_ensemble and (len(folders) < 2 or len(datasets) > 1):
+    if is_ensemble and (len(paths) < 2 or len(datasets) > 1):
         raise UserError("ensemble=true: takes several runs, and at most one dataset")
+    is_single = len(paths) == 1 and len(datasets) < 2
     has_curve = any(word is not None for word in (curve, points, corrupt))
-    if has_curve and (is_ensemble or len(folders) > 1 or len(datasets) > 1):
+    if has_curve and (is_ensemble or not is_single):
         name = "curve" if corrupt is None else "corrupt"
         raise UserError(f"{name}: takes one run and one dataset")
-    if is_ensemble or (len(folders) == 1 and len(datasets) < 2):
-        targets = [Target.of(word) for word in datasets]
-        overrides = [word for target in targets for word in target.overrides] + overrides
-        split = next((target.split for target in targets if target.split), split)
-        if is_ensemble:
-            paths = [Path(folder) for folder in folders]
-            return evaluate_ensemble(paths, overrides, split, open_console())
-        return evaluate(Path(folders[0]), overrides, split, curve, open_console(), points, corrupt)
-    return evaluate_several(
-        [Path(folder) for folder in folders], datasets, overrides, split, open_console()
-    )
+    if not is_ensemble and not is_single:
+        return evaluate_several(paths, datasets, overrides, split, console)
+    for target in map(Target.of, datasets):
+        overrides, split = [*target.overrides, *overrides], target.split or split
+    if is_ensemble:
+        return evaluate_ensemble(paths, overrides, split, console)
+    return evaluate(paths[0], overrides, split, curve, console, points, corrupt)
 
 
-def _listed(text: str) -> list[str]:
-    """Return the items of a list with commas; a path that exists, perhaps with `:…`, is one."""
-    name, _, split = text.rpartition(":")
-    if os.path.exists(text) or (os.path.exists(name) and "," not in split):
-        return [text]
-    return [word.strip(" '\"") for word in text.strip("[]").split(",") if word]
+main = _arguments.with_json(_evaluate)

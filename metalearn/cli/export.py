@@ -42,7 +42,7 @@ def main(args: list[str]) -> int:
     if form not in (None, "onnx"):
         raise UserError(f"format={form}: should be onnx")
     from metalearn.predict.export import export_classifier, export_run
-    from metalearn.report.console import open_console, print_line
+    from metalearn.report.console import open_console, print_line, print_lines
 
     folder = Path(classifier or run or "").expanduser()
     file = Path(out or folder.name + ".onnx").expanduser()
@@ -50,7 +50,6 @@ def main(args: list[str]) -> int:
     console = open_console()
     differences = export(folder, file)
     print_line(console, "Largest difference of a probability between onnxruntime and this package:")
-    for what, difference in differences.items():
-        print_line(console, f"  {difference:.1e}  {what}")
-    print_line(console, f"  {file}")
+    lines = [f"{difference:.1e}  {what}" for what, difference in differences.items()]
+    print_lines(console, [*lines, file], "  ")
     return 0

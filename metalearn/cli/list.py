@@ -1,8 +1,8 @@
 """List algorithms, datasets, backbones and other choices."""
 
 import itertools
+import json
 
-from metalearn.cli import _arguments
 from metalearn.system.errors import UserError
 
 HELP = """metalearn list [--json]
@@ -43,9 +43,8 @@ def main(args: list[str]) -> int:
         headings = {f"algo=    {_FAMILIES.get(family, family)}": names, **headings}
         for name in names:
             choices["algo"][name]["family"] = family
-    with _arguments.json_document(list(args)) as document:
-        document |= choices
     if "--json" in args:
+        print(json.dumps(choices, indent=2))
         return 0
     width = max(map(len, itertools.chain(*choices.values())))
     for heading, names in headings.items():

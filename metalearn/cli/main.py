@@ -113,7 +113,8 @@ def _dispatch(words: list[str]) -> int:
         complete(words, {name: _command(name).TAKES for name in commands()})
         return 0
     if not words or words[0] in ("-h", "--help", "help"):
-        lines = (f"  {name:<12}{_summary(_command(name))}\n" for name in commands())
+        summaries = {name: str(_command(name).__doc__).partition("\n")[0] for name in commands()}
+        lines = (f"  {name:<12}{summary}\n" for name, summary in summaries.items())
         print(_HELP.format(version=__version__, commands="".join(lines)), end="")
         return 0
     name, arguments = words[0], words[1:]
@@ -132,12 +133,7 @@ def _dispatch(words: list[str]) -> int:
 
 def help_of(name: str) -> str:
     """Return what `metalearn <name> --help` prints."""
-    text: str = _command(name).HELP.format_map(_Choices())
-    return text
-
-
-def _summary(command: ModuleType) -> str:
-    return (command.__doc__ or "").partition("\n")[0]
+    return str(_command(name).HELP.format_map(_Choices()))
 
 
 class _Choices(dict[str, Any]):

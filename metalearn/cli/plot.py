@@ -1,6 +1,5 @@
 """Draw a trained run, or the sensitivity of a sweep to two settings."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +44,34 @@ TAKES: tuple[str, ...] = (
 )
 
 
-def main(args: list[str]) -> int:
-    """Run the command. Return the exit code."""
-    words = list(args)
-    with _arguments.json_document(words) as document:
-        document |= _plot(words)
-    return 0
-
-
-def _plot(args: list[str]) -> dict[str, Any]:
-    words = [
-        f"run={word}" if word[:1] != "-" and ("=" not in word or os.path.isdir(word)) else word
-        for word in args
-    ]
-    run = _arguments.take(words, "run")
+def _plot(words: list[str], console: Any) -> dict[str, Any]:
+    folders = _arguments.take_folders(words)
     kinds, settings = (
-        [one for one in (_arguments.take(words, key) or "").strip("[]").split(",") if one]
-        for key in ("kinds", "settings")
+        _arguments.listed(_arguments.take(words, key) or "") for key in ("kinds", "settings")
     )
     split = _arguments.take(words, "split", "test")
     overrides = _arguments.parse_settings("plot", words)
-    if not run:
+    if len(folders) != 1:
         raise UserError(
             "plot: takes the folder of a run or of a multirun; see metalearn plot --help"
         )
     if split not in ("train", "val", "test"):
         raise UserError(f"split={split}: should be train, val or test")
-    from metalearn.report.console import open_console
+    folder = Path(folders[0]).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folders[0]}: there is no such folder")
     from metalearn.report.folder import RunFolder
     from metalearn.run.figures import plot_run
     from metalearn.run.sensitivity import plot_sweep
 
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"{run}: there is no such folder")
     if RunFolder(folder).is_started:
         if settings:
             raise UserError("settings=: belongs to a multirun folder; this is one run")
-        return plot_run(folder, kinds, overrides, split, open_console())
+        return plot_run(folder, kinds, overrides, split, console)
     if kinds or overrides:
         word = f"kinds={kinds[0]}" if kinds else overrides[0]
-        raise UserError(f"{word}: belongs to a run; {run} is none, only settings= applies to it")
-    return plot_sweep(folder, settings, open_console())
+        raise UserError(f"{word}: belongs to a run; {folder} is none, only settings= applies to it")
+    return plot_sweep(folder, settings, console)
+
+
+main = _arguments.with_json(_plot)

@@ -1,6 +1,5 @@
 """Label your own images or texts from a few examples of each class, and say how far to trust it."""
 
-import datetime
 import importlib.util
 import shlex
 import sys
@@ -61,15 +60,7 @@ TAKES: tuple[str, ...] = (
 _ENCODER = ("tokenizers", "transformers", "all_minilm_l6_v2")
 
 
-def main(args: list[str]) -> int:
-    """Run the command. Return the exit code."""
-    words = list(args)
-    with _arguments.json_document(words) as document:
-        document |= _predict(words)
-    return 0
-
-
-def _predict(words: list[str]) -> dict[str, Any]:
+def _predict(words: list[str], console: Any) -> dict[str, Any]:
     sources = [word.partition("=")[2] for word in words if word.startswith("query=")]
     words = [word for word in words if not word.startswith("query=")]
     given = take_settings("predict", words, TAKES)
@@ -83,21 +74,20 @@ def _predict(words: list[str]) -> dict[str, Any]:
             other = "classifier=" if "support" in given else "support="
             raise UserError(f"{key}={given[key]}: applies to {other}")
     result, out = predict(given, sources)
-    from metalearn.report.console import open_console, print_line
+    from metalearn.report.console import print_lines
 
-    console = open_console()
-    for line in result["summary"]:
-        print_line(console, line)
-    for file in sorted(out.iterdir()):
-        print_line(console, f"  {file}")
+    print_lines(console, result["summary"])
+    print_lines(console, sorted(out.iterdir()), "  ")
     return result
+
+
+main = _arguments.with_json(_predict)
 
 
 def take_settings(command: str, words: list[str], takes: tuple[str, ...]) -> dict[str, str]:
     """Remove a command's `key=…` from its words; settings of a backbone become part of backbone=.
 
-    Raises:
-        UserError: For another key or an option, or for run= and backbone= together.
+    Raise UserError for another key or an option, or for run= and backbone= together.
     """
     keys = _arguments.keys(takes)
     given = {key: value for key in keys if (value := _arguments.take(words, key)) is not None}
@@ -116,15 +106,8 @@ def take_settings(command: str, words: list[str], takes: tuple[str, ...]) -> dic
 def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], Path]:
     """Learn or load a classifier, label images or texts and write the files of HELP.
 
-    Args:
-        given: Arguments by name.
-        sources: What to label.
-
-    Returns:
-        The content of predictions.json, and the folder.
-
-    Raises:
-        UserError: For a mistake in the arguments, or an example that cannot be read.
+    Return the content of predictions.json, and the folder. Raise UserError for a mistake in the
+    arguments, or an example that cannot be read.
     """
     with tempfile.TemporaryDirectory() as name:
         from metalearn.predict import inputs, report
@@ -136,8 +119,7 @@ def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], 
         errors: dict[int, str] = {}
         x = classifier.represent([item.value for item in items], errors)
         result = report.labelled(classifier, items, x, errors)
-        time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        out = Path(given.get("out", f"outputs/predict/{time}")).expanduser()
+        out = _arguments.output_folder(given.get("out"), "predict")
         try:
             classifier.save(out / "classifier")
             report.write(out, classifier, result, items)
@@ -149,9 +131,7 @@ def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], 
 def open_classifier(given: dict[str, str], kind: str = "images") -> Any:
     """Load the classifier that the arguments name, or return one that has learned nothing.
 
-    Args:
-        given: Arguments by name.
-        kind: What the default backbone takes, "images" or "texts".
+    `kind` is what the default backbone takes, "images" or "texts".
     """
     from metalearn.predict.classifier import FewShotClassifier
 

@@ -67,16 +67,7 @@ def main(args: list[str]) -> int:
 
 
 def serve(given: dict[str, str], listener: socket.socket, token: str) -> None:
-    """Serve until a signal ends it.
-
-    Args:
-        given: Arguments by name.
-        listener: Where to listen.
-        token: See `create_app`.
-
-    Raises:
-        UserError: For a mistake in the arguments, or if the extra is not installed.
-    """
+    """Serve until a signal ends it; raise UserError for a mistake in the arguments."""
     try:
         import uvicorn
 

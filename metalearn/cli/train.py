@@ -104,26 +104,20 @@ def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
     search has the validation score of each trial; its best one is tested, if it is not, and shown.
     """
     from metalearn.cli.compare import compare
-    from metalearn.report.console import print_line
+    from metalearn.report.console import print_line, print_lines
     from metalearn.report.folder import RunFolder
     from metalearn.report.tables import result_row, result_table, trial_row
     from metalearn.run.train import resume
     from metalearn.system.reading import read_text
 
     rows, failures, trials = [], [], []
-    started = [
-        files
-        for path in sweep.iterdir()
-        for files in (RunFolder(path),)
-        if path.name.isdigit() or files.command.exists()
-    ]
-    started.sort(key=lambda files: _job_number(files.path))
     # The command could not be saved if the disk was full.
     overrides = {
         files: files.read_command()["overrides"] if files.command.exists() else []
-        for files in started
+        for files in map(RunFolder, sorted(sweep.iterdir(), key=_job_number))
+        if files.path.name.isdigit() or files.command.exists()
     }
-    common = set.intersection(*map(set, overrides.values())) if len(started) > 1 else set()
+    common = set.intersection(*map(set, overrides.values())) if len(overrides) > 1 else set()
     for files, words in overrides.items():
         name = f"{files.path.name}: {' '.join(word for word in words if word not in common)}"
         if files.error.exists():
@@ -140,16 +134,17 @@ def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
         console.print(result_table([row for row in rows if column in row]))
     if len(rows) > 1 and not trials:
         compare([sweep], None, console)
-    for line in failures:
-        print_line(console, line)
+    print_lines(console, failures)
     if trials:
         _, name, best = max(trials, key=lambda trial: trial[0])
         print_line(console, f"best trial on validation: {name}")
         others = [files for *_, files in trials if not files.is_finished and files is not best]
         if others:
-            line = f"{len(others)} of {len(trials)} trials are not tested; to test one: metalearn "
-            line += f"resume {others[0].path}; all: the same command with test.when=always"
-            print_line(console, line)
+            print_line(
+                console,
+                f"{len(others)} of {len(trials)} trials are not tested; to test one: metalearn "
+                f"resume {others[0].path}; all: the same command with test.when=always",
+            )
     print_line(console, f"  {sweep}")
     if trials:
         resume(best.path, console)

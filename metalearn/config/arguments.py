@@ -65,12 +65,7 @@ def _setting(parameter: inspect.Parameter, hint: Any) -> Setting:
 
 def _fits(value: Any, default: tuple[Any, ...]) -> bool:
     """Return True for a list of numbers as long as the default; null where the default has it."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == len(default)
-        and all(
-            (isinstance(one, int | float) and not isinstance(one, bool))
-            or (one is None and usual is None)
-            for one, usual in zip(value, default, strict=True)
-        )
-    )
+    if not isinstance(value, list | tuple) or len(value) != len(default):
+        return False
+    kinds = ({int, float} | {type(usual)} & {type(None)} for usual in default)
+    return all(type(one) in own for one, own in zip(value, kinds, strict=True))

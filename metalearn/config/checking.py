@@ -73,9 +73,9 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
 
 @functools.cache
 def _optimiser(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(
-        (conf_dir() / "optimiser" / f"{name}.yaml").read_text()
-    )
+    """Return the content of the YAML file of an optimiser, or {}."""
+    path = conf_dir() / "optimiser" / f"{name}.yaml"
+    content: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
     return content
 
 
@@ -84,12 +84,8 @@ def _changed_settings(optimiser: Any) -> dict[str, Any]:
     if not isinstance(optimiser, Mapping):
         return {}
     target = optimiser.get("_target_")
-    name = str(target).rpartition(".")[2].lower()
-    is_known = (conf_dir() / "optimiser" / f"{name}.yaml").is_file()
-    usual = _optimiser(name) if is_known else {"_target_": target}
-    return {
-        key: value for key, value in optimiser.items() if key not in usual or usual[key] != value
-    }
+    usual = {"_target_": target} | _optimiser(str(target).rpartition(".")[2].lower())
+    return {key: own for key, own in optimiser.items() if key not in usual or usual[key] != own}
 
 
 def _with_defaults(settings: list[Setting], node: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,13 +192,8 @@ def _names(settings: list[Setting]) -> list[str]:
 def conform(settings: list[Setting], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return values converted to the types of their settings; groups become dataclasses.
 
-    Args:
-        settings: All settings that there are; each must have a value.
-        values: Values by name, as plain data.
-        where: Prefix of the names in messages.
-
-    Raises:
-        UserError: For an unknown key, a wrong type, a missing value or one out of bounds.
+    Each setting must have a value, and each value a setting. `where` is the prefix of the names in
+    messages. Raise UserError for an unknown key, a wrong type, or a value out of bounds.
     """
     known = _names(settings)
     for key, value in leaves(values).items():

@@ -22,8 +22,6 @@ _PACKAGE = Path(__file__).parent.parent
 #: The package's settings, losses and augmentations; written by scripts/settings_index.py.
 INDEX_FILE = _PACKAGE / "config" / "settings_index.json"
 
-_FLAGS = ("role", "rounds", "in_testing")
-
 #: Package of the classes of each group, and a method that they all have; loggers have names.
 _HOMES = {
     "algo": ("algorithms", "adapt"),
@@ -46,19 +44,12 @@ TYPES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting.
-
-    Attributes:
-        name: Name in YAML.
-        kind: Type.
-        rule: Bounds, role and so on; see `metalearn.config.fields`.
-        default: (value,), or () if there is none.
-    """
+    """One setting."""
 
     name: str
-    kind: Any
-    rule: Mapping[str, Any]
-    default: tuple[Any, ...] = ()
+    kind: Any  # its type
+    rule: Mapping[str, Any]  # bounds, role and so on; see `metalearn.config.fields`
+    default: tuple[Any, ...] = ()  # (value,), or () if there is none
 
 
 def conf_dir() -> Path:
@@ -98,28 +89,21 @@ def _target(node: Any, where: str) -> str:
 
 
 @functools.cache
-def _stored_index() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(INDEX_FILE.read_text())
-    return content
+def _index() -> tuple[dict[str, list[Setting]], dict[str, list[str]]]:
+    """Return the settings by `_target_`, and the names of functions by group."""
 
-
-@functools.cache
-def _index() -> dict[str, list[Setting]]:
     def setting(name: str, type: str, **rule: Any) -> Setting:
         default = (rule.pop("default"),) if "default" in rule else ()
         return Setting(name, TYPES[type], rule, default)
 
-    return {
-        target: [setting(**one) for one in settings]
-        for target, settings in _stored_index().items()
-        if target != "names"
-    }
+    content = json.loads(INDEX_FILE.read_text())
+    names = content.pop("names")
+    return {key: [setting(**one) for one in own] for key, own in content.items()}, names
 
 
 def names(group: str) -> list[str]:
     """Return the names of the package's functions of a group: "loss", "augment" or "mix"."""
-    known: list[str] = _stored_index()["names"][group]
-    return known
+    return _index()[1][group]
 
 
 @functools.cache
@@ -130,13 +114,10 @@ def settings_of(cls: type) -> list[Setting]:
     for field in dataclasses.fields(cls):
         if "runtime" in field.metadata:
             continue
-        default: tuple[Any, ...] = ()
-        if field.default is not dataclasses.MISSING:
-            default = (field.default,)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = (field.default_factory(),)
-        rule = {key: value for key, value in field.metadata.items() if value or key not in _FLAGS}
-        settings.append(Setting(field.name, hints[field.name], rule, default))
+        make: Any = field.default_factory
+        defaults = (field.default, dataclasses.MISSING if make is dataclasses.MISSING else make())
+        default = tuple(value for value in defaults if value is not dataclasses.MISSING)
+        settings.append(Setting(field.name, hints[field.name], dict(field.metadata), default))
     return settings
 
 
@@ -147,8 +128,8 @@ def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Se
     """
     try:
         target = _target(node, where)
-        if target in _index():
-            return _index()[target]
+        if (known := _index()[0].get(target)) is not None:
+            return known
         if target.startswith("metalearn."):
             raise UserError(f"{where}._target_={target}: there is no such class")
         return settings_of(component(node, where))
@@ -159,10 +140,9 @@ def component_settings(node: Any, where: str, is_strict: bool = True) -> list[Se
 
 
 def make(settings: dict[str, Any], where: str, **runtime: Any) -> Any:
-    """Create the method, dataset or backbone that the settings of the group `where` describe.
+    """Create the component that the settings of the group `where` describe, or raise UserError.
 
-    `runtime` has the values of fields declared with `given_by_run`; others are ignored. Raise
-    UserError if `_target_` names no such class.
+    `runtime` has the values of fields declared with `given_by_run`; others are ignored.
     """
     values = {key: value for key, value in settings.items() if key != "_target_"}
     cls = component(settings, where)

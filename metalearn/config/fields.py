@@ -36,7 +36,8 @@ def setting(
         rule: Bounds, as the functions below give them; or `components`, the group of the components
             whose settings a dictionary holds by name.
     """
-    metadata = rule | {"role": role, "rounds": rounds, "in_testing": in_testing}
+    flags = {"role": role, "rounds": rounds, "in_testing": in_testing}
+    metadata = rule | {name: value for name, value in flags.items() if value}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,8 +70,7 @@ def between(low: float, high: float, **options: Any) -> Any:
 
 def note() -> Any:
     """Declare a text about the data, which nothing depends on; the default is ""."""
-    metadata = {"role": "presentation", "rounds": False, "in_testing": ""}
-    return dataclasses.field(default="", repr=False, metadata=metadata)
+    return dataclasses.field(default="", repr=False, metadata={"role": "presentation"})
 
 
 def given_by_run(default: Any = _MISSING) -> Any:

@@ -5,6 +5,7 @@ A package is a plugin if the installed environment declares it (an entry point i
 file, such as a run's config.yaml, cannot add one.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -84,16 +85,13 @@ def import_object(path: str, where: str) -> object:
 
 def conf_dirs() -> list[Path]:
     """Return the `conf/` folders next to the modules of all plugins."""
-    folders = []
+    folders: list[Path] = []
     for name in dict.fromkeys((*_named, *installed())):
-        try:
+        with contextlib.suppress(ImportError, ValueError):
             spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError):
-            spec = None
-        for folder in (spec.submodule_search_locations if spec else None) or []:
-            if (Path(folder) / "conf").is_dir():
-                folders.append(Path(folder) / "conf")
-    return folders
+            locations = (spec.submodule_search_locations if spec else None) or []
+            folders += [Path(folder, "conf") for folder in locations]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def find(name: str, known: dict[str, object], where: str) -> object:

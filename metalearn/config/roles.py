@@ -22,9 +22,8 @@ def roles(plain: Mapping[str, Any], is_strict: bool = True) -> dict[str, Setting
             own = str(setting.rule.get("role") or role)
             kind = nested(setting.kind)
             if where == "" and setting.name in COMPONENTS:
-                walk(
-                    component_settings(value, setting.name, is_strict), value or {}, f"{name}.", own
-                )
+                inner = component_settings(value, setting.name, is_strict)
+                walk(inner, value or {}, f"{name}.", own)
                 described[f"{name}._target_"] = Setting("_target_", str, {"role": "identity"})
             elif kind is not None and isinstance(value, Mapping):
                 walk(settings_of(kind), value, f"{name}.", own)
@@ -70,15 +69,11 @@ def names_of(
     described: Mapping[str, Setting], rule: Callable[[str, Mapping[str, Setting]], bool]
 ) -> list[str]:
     """Return the settings that a rule allows, for a message; a group if it allows all of it."""
-    names: dict[str, None] = {}
-    for name in described:
-        group = name.partition(".")[0]
-        if rule(name, described):
-            is_whole_group = all(
-                rule(other, described) for other in described if other.partition(".")[0] == group
-            )
-            names[group if is_whole_group else name] = None
-    return list(names)
+    allowed = {name: rule(name, described) for name in described}
+    partial = {name.partition(".")[0] for name, is_allowed in allowed.items() if not is_allowed}
+    names = [name for name, is_allowed in allowed.items() if is_allowed]
+    groups = {name: name.partition(".")[0] for name in names}
+    return list(dict.fromkeys(n if groups[n] in partial else groups[n] for n in names))
 
 
 def distinguishes_methods(key: str, described: Mapping[str, Setting]) -> bool:

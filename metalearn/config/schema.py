@@ -100,14 +100,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class LossConfig:
-    """Losses by name, null for the default.
-
-    Attributes:
-        name: Loss of queries and batches.
-        inner: Loss of inner loops.
-        settings: Settings of `name`.
-        inner_settings: Settings of `inner`.
-    """
+    """Losses by name, null for the default: of queries and batches, and of inner loops."""
 
     name: str | None = setting(default=None)
     inner: str | None = setting(default=None)
@@ -120,27 +113,19 @@ class AugmentConfig:
     """Random changes of inputs; each name maps to its settings.
 
     A name of your own choice can stand for a plugin's function, given as the setting `_target_`.
-
-    Attributes:
-        ops: Augmentations of training inputs, in order.
-        mix: Ways to mix the examples of a training batch or query set; one is drawn for each.
-        support: Augmentations of the support copies of a method that uses some.
     """
 
+    #: Of training inputs, in order.
     ops: dict[str, Any] = setting(default={})
+    #: Ways to mix the examples of a training batch or query set; one is drawn for each.
     mix: dict[str, Any] = setting(default={})
+    #: Of the support copies of a method that uses some.
     support: dict[str, Any] = setting(default={}, role="identity protocol")
 
 
 @dataclasses.dataclass(kw_only=True)
 class PublishedConfig:
-    """A published result.
-
-    Attributes:
-        mean: Mean score.
-        ci95: Half-width of the 95% interval, if published.
-        source: Publication, with table or section.
-    """
+    """A published result; `source`: publication, with table or section."""
 
     mean: float = setting()
     ci95: float | None = setting()

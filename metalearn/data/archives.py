@@ -23,16 +23,10 @@ def is_archive(name: str) -> bool:
 
 @contextlib.contextmanager
 def unpacked(archive: Path, folder: Path) -> Iterator[Path]:
-    """Yield a folder or zip as it is, and a tar, also one inside a zip, as a temporary zip.
+    """Yield a folder or zip as it is, and a tar, also one in a zip, as a temporary zip.
 
-    A tar can be read only from its beginning, a zip anywhere and by several threads.
-
-    Args:
-        archive: What to read.
-        folder: Where to write the temporary zip.
-
-    Raises:
-        UserError: For a corrupt archive.
+    A tar can be read only from its beginning, a zip anywhere and by several threads. Raise
+    UserError for a corrupt archive.
     """
     copy = folder / f".{archive.name}.{os.getpid()}.part"  # see `remove_abandoned`
     try:

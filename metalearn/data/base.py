@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,38 +14,31 @@ from metalearn.tasks.store import Augmentation
 from metalearn.tasks.types import InputSpec
 
 
-class OpenDataset(Protocol):
-    """An opened dataset; `ClassData` implements it for all data with classes."""
+class OpenDataset:
+    """An opened dataset; the base is one without classes, `ClassData` one with them."""
 
-    @property
-    def inputs(self) -> InputSpec:
-        """Kind and shape of one input."""
-
-    @property
-    def outputs(self) -> int | None:
-        """Number of outputs of a task; None for its number of ways."""
-
-    @property
-    def content_hash(self) -> str:
-        """Hash of the data, independent of the files they came from."""
-
-    @property
-    def standardisation(self) -> dict[str, list[float]]:
-        """Shift and scale of each channel; {} without standardisation."""
+    inputs: InputSpec  # kind and shape of one input
+    outputs: int | None = None  # number of outputs of a task; None for its number of ways
+    content_hash: str  # hash of the data, independent of the files they came from
+    #: Shift and scale of each channel; {} without standardisation.
+    standardisation: dict[str, list[float]] = {}  # noqa: RUF012
 
     def class_names(self, split: str) -> tuple[str, ...]:
-        """Return the names of the classes of a split; () for regression."""
+        """Return the names of the classes of a split."""
+        return ()
 
     def num_classes(self, split: str) -> int:
         """Return the number of classes of a classifier over a split; 0 for regression."""
+        return 0
 
     def protocol(self, split: str) -> dict[str, object]:
         """Return the properties of the data that results on this split depend on, as plain data."""
+        return {"data": self.content_hash}
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> TaskSource:
-        """Return the tasks of a split.
+        """Return the tasks of a split; raise UserError if it is too small for this shape.
 
         Args:
             split: "train", "val" or "test".
@@ -53,26 +46,19 @@ class OpenDataset(Protocol):
             seed: Seed of the tasks.
             augment: Random change of inputs, in training; or with `shape.copies` of the copies of
                 the support set.
-
-        Raises:
-            UserError: If the split is too small for this shape.
         """
+        raise NotImplementedError
 
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSource:
         """Return batches of `size` examples of a split, with labels over all its classes."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`.
-
-    Args:
-        source: Who made the data, and where they are.
-        licence: What its users may do.
-        by_hand: What to put where, for files that are not downloaded.
-    """
+    """The settings of a dataset, in `metalearn.data` or a plugin, with YAML in `conf/dataset/`."""
 
     #: Kind of its tasks: "class", "value", or one that a task family defines.
     target: ClassVar[str] = "class"
@@ -97,15 +83,12 @@ class Dataset:
         return all(path.exists() for path in self.files(data_dir))
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> OpenDataset:
-        """Read the data onto the device.
+        """Read the data onto the device; raise UserError for missing or corrupt data.
 
         Args:
             data_dir: Folder of the files, and of downloads.
             cache_dir: Folder of the cache of decoded data.
             device: Device that holds the inputs.
-
-        Raises:
-            UserError: For missing or corrupt data.
         """
         raise NotImplementedError
 

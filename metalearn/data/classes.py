@@ -5,12 +5,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from metalearn.data.base import OpenDataset
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
@@ -30,22 +32,15 @@ _SPLITS = ("train", "val", "test")
 def joined(
     indices: Sequence[ClassIndex], offsets: Sequence[int] | None = None, is_sorted: bool = True
 ) -> ClassIndex:
-    """Return the classes of several indices.
-
-    Args:
-        indices: At least one.
-        offsets: Number that is added to the rows of each index; None for 0.
-        is_sorted: Whether to order them by name.
-    """
+    """Return the classes of several indices, with offsets added to their rows, perhaps by name."""
     last = torch.arange(max(one.rows.shape[1] for one in indices))
     rows = [
         one.rows[:, last.clamp_max(one.rows.shape[1] - 1)] + offset
         for one, offset in zip(indices, offsets or [0] * len(indices), strict=True)
     ]
     names = [name for one in indices for name in one.names]
-    order = list(range(len(names)))
-    if is_sorted:
-        order.sort(key=names.__getitem__)
+    places = range(len(names))
+    order = sorted(places, key=names.__getitem__) if is_sorted else list(places)
 
     def ordered(field: str) -> tuple[str, ...]:
         values = [value for one in indices for value in getattr(one, field)]
@@ -58,38 +53,23 @@ def joined(
     )
 
 
-class ClassData:
-    """An opened dataset with classes: an input store and a view of the classes of each split.
+@dataclasses.dataclass(eq=False, repr=False)
+class ClassData(OpenDataset):
+    """An opened dataset with classes: a store of inputs and a view of the classes of each split."""
 
-    Attributes:
-        stores: The inputs of each split.
-        views: The classes of each split.
-        content_hash: Hash of the data.
-        standardisation: Shift and scale of each channel; {} without standardisation.
-        hashes: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets;
-            None if unknown.
-        is_on_host: Whether inputs stay on the host, and tasks are drawn there.
-        inputs: Kind and shape of one input.
-    """
+    stores: Mapping[str, Store]
+    views: dict[str, ClassView]
+    content_hash: str
+    standardisation: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    #: Hash of the content of each input, int64 [I] on the CPU, the same in all datasets; None if
+    #: unknown.
+    hashes: torch.Tensor | None = None
+    is_on_host: bool = False  # whether inputs stay on the host, and tasks are drawn there
 
-    outputs: int | None = None
-
-    def __init__(
-        self,
-        stores: Mapping[str, Store],
-        views: dict[str, ClassView],
-        content_hash: str,
-        standardisation: dict[str, list[float]] = {},  # noqa: B006
-        hashes: torch.Tensor | None = None,
-        is_on_host: bool = False,
-    ) -> None:
-        self.stores, self.views, self.content_hash = dict(stores), views, content_hash
-        self.standardisation, self.hashes = standardisation, hashes
-        self.is_on_host = is_on_host
-        self.inputs = stores["train"].spec
+    def __post_init__(self) -> None:
+        self.inputs = self.stores["train"].spec
 
     def class_names(self, split: str) -> tuple[str, ...]:
-        """Return the names of the classes of a split."""
         return self.views[split].index.names
 
     def num_classes(self, split: str) -> int:
@@ -97,12 +77,8 @@ class ClassData:
         return self.views[split].num_classes
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return the hashes of data and classes, the number of classes, and the rotations."""
-        others = [
-            view.index.names
-            for name, view in self.views.items()
-            if name in _SPLITS and split not in (name, "all")
-        ]
+        own = {name: view.index.names for name, view in self.views.items() if name in _SPLITS}
+        others = [names for name, names in own.items() if split not in (name, "all")]
         return {
             "data": self.content_hash,
             "classes": hashlib.sha256(repr(self.class_names(split)).encode()).hexdigest()[:16],
@@ -115,13 +91,9 @@ class ClassData:
     def with_split(self, split: str) -> "ClassData":
         """Return the data with one more split.
 
-        Args:
-            split: "all", the classes of all splits by name; or "train+test", in whose episodes
-                classes of both meet (see `MixedClasses`).
-
-        Raises:
-            UserError: If the splits do not share one store of inputs, or the classes to mix are
-                rotated.
+        "all" has the classes of all splits by name; in episodes of "train+test", classes of both
+        meet (see `MixedClasses`). Raise UserError if the splits do not share one store, or the
+        classes to mix are rotated.
         """
         views = [self.views[name] for name in (_SPLITS if split == "all" else split.split("+"))]
         parts = [view.index for view in views]
@@ -166,17 +138,12 @@ class ClassData:
         index = self.views[split].index
         if self.hashes is None:
             return {}
-        return {
-            name: self.hashes[rows[:count]]
-            for name, rows, count in zip(
-                index.names, index.rows.cpu(), index.counts.tolist(), strict=True
-            )
-        }
+        classes = zip(index.names, index.rows.cpu(), index.counts.tolist(), strict=True)
+        return {name: self.hashes[rows[:count]] for name, rows, count in classes}
 
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> EpisodeSampler:
-        """Return a sampler of the episodes of a split."""
         try:
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
@@ -188,10 +155,8 @@ class ClassData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> BatchSampler:
-        """Return a sampler of batches of a split."""
-        return BatchSampler(
-            self._store(split, augment), self.views[split], size, self._key(split, seed)
-        )
+        store, view = self._store(split, augment), self.views[split]
+        return BatchSampler(store, view, size, self._key(split, seed))
 
     def _store(self, split: str, augment: Augmentation | None) -> Store:
         return self.stores[split] if augment is None else Augmented(self.stores[split], augment)
@@ -207,17 +172,10 @@ def class_indices(
     device: torch.device,
     superclass_of: Mapping[str, str] = {},
 ) -> dict[str, ClassIndex]:
-    """Index inputs that are ordered by class.
+    """Index inputs that are ordered by class; raise UserError for a split without classes.
 
-    Args:
-        names: Name of each class, in the order of its inputs.
-        counts: Number of inputs of each class.
-        splits: Names of the classes of each split.
-        device: Device of the indices.
-        superclass_of: Superclass of each class; {} if there are none.
-
-    Raises:
-        UserError: For a split without classes.
+    Names and numbers of inputs of the classes are in the order of the inputs; splits have names.
+    `superclass_of` is {} if there are none.
     """
     starts = torch.tensor([0, *counts]).cumsum(0)
     place = {name: number for number, name in enumerate(names)}
@@ -248,6 +206,11 @@ def seeded_split(names: list[str], sizes: dict[str, int], seed: int) -> dict[str
     return chosen
 
 
+def random_split(names: list[str], fractions: list[float], seed: int) -> dict[str, list[str]]:
+    """Draw the classes of each split as `seeded_split` does, by fractions as in `shares`."""
+    return seeded_split(names, shares(len(names), fractions), seed)
+
+
 def shares(total: int, fractions: list[float]) -> dict[str, int]:
     """Return the number of classes of train, val and test; train gets the rounding remainder."""
     if len(fractions) != 3 or abs(sum(fractions) - 1) > 1e-6:
@@ -264,18 +227,11 @@ def split_classes(
 ) -> dict[str, list[str]]:
     """Return the names of the classes of each split.
 
-    Args:
-        split: "random", the name of a published split, or a file as for `split_file`.
-        names: The classes that exist.
-        fractions: Fractions of the classes for train, val and test in a random split.
-        seed: Seed of a random split.
-        owner: What has the classes, for messages.
-
-    Raises:
-        UserError: If the split overlaps or names a class that does not exist.
+    The split is "random", the name of a published one, or a file as for `split_file`. Raise
+    UserError if it names a class that does not exist; `owner` says in the message what has them.
     """
     if split == "random":
-        return seeded_split(names, shares(len(names), fractions), seed)
+        return random_split(names, fractions, seed)
     splits = split_file(published_split(split) or Path(split).expanduser())
     if unknown := [name for some in splits.values() for name in some if name not in names]:
         raise UserError(
@@ -326,8 +282,9 @@ def split_file(path: Path) -> dict[str, list[str]]:
 def check_splits(splits: dict[str, list[str]], owner: str) -> None:
     """Raise UserError if a class is twice in a split, or in two splits."""
     for split, names in splits.items():
-        if repeated := [name for name in names if names.count(name) > 1]:
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
             raise UserError(f"{owner} has class '{repeated[0]}' twice in {split}")
     for first, second in itertools.combinations(splits, 2):
-        if shared := [name for name in splits[first] if name in splits[second]]:
+        others = set(splits[second])
+        if shared := [name for name in splits[first] if name in others]:
             raise UserError(f"{owner} has class '{shared[0]}' in both {first} and {second}")

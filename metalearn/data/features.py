@@ -18,14 +18,7 @@ from metalearn.tasks.store import ArrayStore, ClassView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Features(Dataset):
-    """Vectors of a CSV file with a column `label`, or of an npz file with features and labels.
-
-    Args:
-        path: The file; here, or in `data_dir`.
-        split: "random", or a JSON file as for `Folder`.
-        split_seed: Seed of a random split.
-        fractions: Fractions of the classes for train, val and test.
-    """
+    """Vectors of a CSV file with a column `label`, or of an npz file with features and labels."""
 
     path: str = setting()
     split: str = setting()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -36,14 +37,7 @@ SUFFIXES = frozenset(
 
 
 class Decoded(NamedTuple):
-    """Decoded images.
-
-    Attributes:
-        images: uint8 [I, C, H, W].
-        left_out: Files that could not be read.
-        transparent: Number of images with transparent pixels.
-        hashes: `pixel_hash` of each image, int64 [I].
-    """
+    """Images [I, C, H, W], unreadable files, number of transparent images, `pixel_hash` of each."""
 
     images: Tensor
     left_out: list["ImageFile"]
@@ -76,11 +70,8 @@ def list_images(container: Path, suffixes: Container[str] = SUFFIXES) -> list[Im
     Raise UserError for a corrupt zip.
     """
     if container.is_dir():
-        names = [
-            path.relative_to(container).as_posix()
-            for path in container.rglob("*")
-            if path.is_file()
-        ]
+        paths = (path for path in container.rglob("*") if path.is_file())
+        names = [path.relative_to(container).as_posix() for path in paths]
     else:
         try:
             with zipfile.ZipFile(container) as archive:
@@ -130,26 +121,18 @@ def decode(
 ) -> Decoded:
     """Decode images in parallel, in the order of `files`, and hash them as the files have them.
 
-    Args:
-        files: At least one file.
-        to_array: Converts an image to uint8 [C, H, W], the same shape for all.
-        unreadable: The setting of this name: "skip" leaves out files that cannot be read, "error"
-            does not, "" means that there is no such setting.
-
-    Raises:
-        UserError: If files cannot be read; it names the first ten.
+    `to_array` converts an image to uint8 [C, H, W], the same shape for all. `unreadable` is the
+    setting: "skip" leaves out files that cannot be read, else they are a UserError; "" means that
+    there is no such setting.
     """
-    if not files:
-        raise UserError("no images to decode")
     workers = os.cpu_count() or 1
 
     def decode_chunk(chunk: list[ImageFile]) -> tuple[Any, dict[ImageFile, str], int, list[int]]:
-        archives: dict[Path, zipfile.ZipFile] = {}
         arrays, failures, transparent, hashes = [], {}, 0, []
-        try:
+        with opener() as opened:
             for file in chunk:
                 try:
-                    with _open(file, archives) as stream, open_image(stream) as image:
+                    with opened(file) as stream, open_image(stream) as image:
                         array = to_array(image)
                         hashes.append(pixel_hash(np.asarray(plain(image, "white", "RGB"))))
                         arrays.append(array)
@@ -160,9 +143,6 @@ def decode(
                         raise
                     is_unknown = isinstance(error, UnidentifiedImageError)
                     failures[file] = "unknown format" if is_unknown else first_line(error)
-        finally:
-            for archive in archives.values():
-                archive.close()
         return ([np.stack(arrays)] if arrays else []), failures, transparent, hashes
 
     size = -(-len(files) // (4 * workers))
@@ -191,13 +171,10 @@ def decode(
 
 
 def pixel_hash(pixels: np.ndarray) -> int:
-    """Return a hash of an image that does not depend on its file: 64 bits.
+    """Return a hash of an image uint8 [H, W, 3] that does not depend on its file: 64 bits.
 
     It is of the image in its own size: upright, in RGB, on white. So copies in different lossless
     formats have the same hash; copies that were resized or compressed with loss again have not.
-
-    Args:
-        pixels: uint8 [H, W, 3].
     """
     digest = hashlib.sha256(repr(pixels.shape).encode())
     digest.update(pixels.tobytes())
@@ -257,21 +234,17 @@ def ink(
 
 
 @contextlib.contextmanager
-def opened(file: ImageFile) -> Iterator[IO[bytes]]:
-    """Open one file."""
-    archives: dict[Path, zipfile.ZipFile] = {}
-    with _open(file, archives) as stream:
-        yield stream
-    for archive in archives.values():
-        archive.close()
+def opener() -> Iterator[Callable[[ImageFile], IO[bytes]]]:
+    """Yield a function that opens files, and each archive once."""
+    with contextlib.ExitStack() as stack:
+        archive = functools.cache(lambda path: stack.enter_context(zipfile.ZipFile(path)))
 
+        def opened(file: ImageFile) -> IO[bytes]:
+            if file.container.is_dir():
+                return (file.container / file.name).open("rb")
+            return archive(file.container).open(file.name)
 
-def _open(file: ImageFile, archives: dict[Path, zipfile.ZipFile]) -> IO[bytes]:
-    if file.container.is_dir():
-        return (file.container / file.name).open("rb")
-    if file.container not in archives:
-        archives[file.container] = zipfile.ZipFile(file.container)
-    return archives[file.container].open(file.name)
+        yield opened
 
 
 def cached(
@@ -299,13 +272,8 @@ def cached(
 def stored(path: Path, make: Callable[[], dict[str, Any]], read: Callable[[Any], _T]) -> _T:
     """Return what `read` gives for a file of the cache, which is made if it is absent or corrupt.
 
-    Args:
-        path: The file, in the cache folder.
-        make: Returns the content, tensors and plain data.
-        read: Converts the content; it may raise anything for a wrong one.
-
-    Raises:
-        UserError: If the file cannot be read or written.
+    `make` returns tensors and plain data; `read` may raise anything for a wrong content. Raise
+    UserError if the file cannot be read or written.
     """
     if path.is_file():
         try:

@@ -35,24 +35,10 @@ _CIFAR100 = (
 class Folder(ImageDataset):
     """Images named <class>/<file>, resized by the shorter side and cropped to a centred square.
 
-    Args:
-        name: Name of the cache file.
-        path: A folder, a zip or tar, or a folder of them; in `data_dir` unless absolute.
-        image_size: Height and width in pixels.
-        colour: "rgb" or "grey".
-        split: "random"; the name of a published split ("cifar_fs", "fc100", "miniimagenet",
-            "tieredimagenet", "cub"); "files", if the files have splits (see `layouts`); or a JSON
-            file {"train": [class, ...], "val": [...], "test": [...]}.
-        split_seed: Seed of a random split.
-        fractions: Fractions of the classes for train, val and test in a random split.
-        standardise: Whether to standardise each channel with statistics of the training images.
-        background: Colour behind transparent pixels: a name such as "white", or "#rrggbb"; "none"
-            for the colours that the file has there, as in runs older than this setting.
-        unreadable: What to do about files that cannot be read: "error" or "skip" (leave them out).
-        exclude: Classes to leave out.
-        url: Address of an archive to download if `path` has no images; "" for none.
-        md5: Its checksum.
-        download: "none", or "cifar100" for the address of CIFAR-100.
+    The split is "random"; the name of a published one; "files", if the files have splits (see
+    `layouts`); or a JSON file {"train": [class, ...], "val": [...], "test": [...]}. `name` is that
+    of the cache file. With background=none, transparent parts have the colours that the file has
+    there.
     """
 
     name: str = setting()

@@ -8,7 +8,7 @@ import torch
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, seeded_split, shares
+from metalearn.data.classes import ClassData, class_indices, random_split
 from metalearn.tasks import prng
 from metalearn.tasks.store import ArrayStore, ClassView
 
@@ -39,13 +39,12 @@ class Gaussians(Dataset):
         noise = prng.normal(prng.fold_in(key, 1), size)
         signal = means + self.noise_std * noise[..., : self.informative]
         nuisance = self.nuisance_std * noise[..., self.informative :]
-        rotation = torch.linalg.qr(
-            prng.normal(prng.fold_in(key, 2), (self.features,) * 2).double()
-        )[0]
+        square = prng.normal(prng.fold_in(key, 2), (self.features,) * 2)
+        rotation = torch.linalg.qr(square.double())[0]
         x = (torch.cat([signal, nuisance], -1).double() @ rotation.T).float().flatten(0, 1)
 
         names = [f"class{number:04}" for number in range(self.num_classes)]
-        splits = seeded_split(names, shares(self.num_classes, self.fractions), self.split_seed)
+        splits = random_split(names, self.fractions, self.split_seed)
         indices = class_indices(names, [self.examples] * len(names), splits, device)
         views = {split: ClassView(index) for split, index in indices.items()}
         content_hash = hashlib.sha256(repr(self).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, seeded_split, shares
+from metalearn.data.classes import ClassData, random_split
 from metalearn.data.files import cached, ink
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.tasks import prng
@@ -28,15 +28,7 @@ _MAX_PIXELS = 50 * 20 * 28**2  # rendered at a time; limits memory to about 700 
 class Glyphs(ImageDataset):
     """Generated handwriting.
 
-    Args:
-        num_classes: Number of classes.
-        drawings: Number of images of each class.
-        image_size: Height and width in pixels.
-        jitter: Scale of all deviations from the class (1 is legible, 0 makes identical images).
-        glyph_seed: Seed of the images.
-        split: Only "random".
-        split_seed: Seed of the split.
-        fractions: Fractions of the classes for train, val and test.
+    `jitter` scales all deviations from the class: 1 is legible, 0 makes identical images.
     """
 
     pen: ClassVar[float | None] = 0.075
@@ -51,22 +43,13 @@ class Glyphs(ImageDataset):
     fractions: list[float] = at_least(0)
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        settings = (
-            "3",
-            self.num_classes,
-            self.drawings,
-            self.image_size,
-            self.jitter,
-            self.glyph_seed,
-        )
+        size = (self.num_classes, self.drawings, self.image_size)
+        settings = ("3", *size, self.jitter, self.glyph_seed)
         pictures = cached(cache_dir, "glyphs", settings, self._render)
-        splits = seeded_split(
-            pictures.names, shares(self.num_classes, self.fractions), self.split_seed
-        )
+        splits = random_split(pictures.names, self.fractions, self.split_seed)
         return self.class_data(pictures, splits, device)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
-        """Convert your own image to uint8 [1, H, W], ink 255, paper 0."""
         return ink(image, self.image_size)
 
     def _render(self) -> ClassImages:
@@ -105,17 +88,10 @@ class Glyphs(ImageDataset):
 
         # The distance of each pixel to the pen path gives a soft edge, one pixel wide.
         axis = torch.linspace(-1, 1, self.image_size, dtype=torch.float64)
-        pixels = (
-            torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-            .view(1, -1, 2)
-            .expand(len(path), -1, 2)
-        )
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(-1, 2)
+        pixels = grid.expand(len(path), -1, 2)
         distance = torch.cdist(pixels, path, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
         edge = 2 / self.image_size
         ink = ((width.view(-1, 1) - distance) / edge + 0.5).clamp(0, 1)
-        return (
-            (ink * 255)
-            .round()
-            .to(torch.uint8)
-            .view(classes * drawings, 1, self.image_size, self.image_size)
-        )
+        shape = (classes * drawings, 1, self.image_size, self.image_size)
+        return (ink * 255).round().to(torch.uint8).view(shape)

@@ -21,23 +21,17 @@ ROTATIONS = ("none", "train_classes", "classes", "episode")
 
 @dataclasses.dataclass(frozen=True)
 class ClassImages:
-    """Decoded images before any split.
-
-    Args:
-        images: uint8 [I, C, H, W], ordered by class.
-        counts: Number of images of each class.
-        names: Name of each class.
-        notes: Lines for the user about how the images were read.
-        splits: Names of the classes of each split, if the files have splits; else {}.
-        hashes: `metalearn.data.files.pixel_hash` of each image before any resizing, int64 [I];
-            None: of the images as they are.
-    """
+    """Decoded images before any split, uint8 [I, C, H, W], ordered by class."""
 
     images: Tensor
-    counts: list[int]
+    counts: list[int]  # number of images of each class
     names: list[str]
+    #: Lines for the user about how the images were read.
     notes: list[str] = dataclasses.field(default_factory=list)
+    #: Names of the classes of each split, if the files have splits; else {}.
     splits: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    #: `metalearn.data.files.pixel_hash` of each image before any resizing, int64 [I]; None: of the
+    #: images as they are.
     hashes: Tensor | None = None
 
     def content_hash(self) -> str:
@@ -66,38 +60,33 @@ def is_too_large(images: Tensor, device: torch.device) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageDataset(Dataset):
-    """Settings that all datasets of images share.
-
-    Args:
-        rotations: "none"; "train_classes" or "classes" (each class becomes four, rotated by 0, 90,
-            180 and 270 degrees, in training or everywhere); "episode" (each class is rotated at
-            random in each episode).
-        rotations_may_meet: See `RotatedClasses`.
-        rotations_share_drawings: See `RotatedClasses`.
-        labels: Classes of training: "given"; "clusters" of the embeddings of a run; or "random", of
-            about equal size. Validation and test have the given ones.
-        clusters: Number of clusters or random classes.
-        partitions: Number of such groupings of all training images; an episode is in one.
-        clusters_of: Folder of the run whose embeddings are clustered.
-        channels: 1 or 3, to convert the images for a network; None for those of the dataset.
-        store: Where the images are: "device", "host", or "auto": on a GPU if they need at most half
-            of its free memory. Results do not depend on it.
-        raw: Leave images in [0, 1], for a network that standardises them itself.
-    """
+    """Settings that all datasets of images share."""
 
     reads_image_files: ClassVar[bool] = True
     #: Width of a pen stroke, as a share of the image's, if the images are drawn in dark ink.
     pen: ClassVar[float | None] = None
 
+    #: "none"; "train_classes" or "classes" (each class becomes four, rotated by 0, 90, 180 and 270
+    #: degrees, in training or everywhere); "episode" (each class is rotated at random in each
+    #: episode). For the next two, see `RotatedClasses`.
     rotations: str = choice(*ROTATIONS)
     rotations_may_meet: bool = setting()
     rotations_share_drawings: bool = setting(default=True)
+    #: Where the images are: "device", "host", or "auto": on a GPU if they need at most half of its
+    #: free memory. Results do not depend on it.
     store: str = choice("auto", "device", "host", default="auto", role="machine")
+    #: Classes of training: "given"; "clusters" of the embeddings of a run; or "random", of about
+    #: equal size. Validation and test have the given ones.
     labels: str = choice("given", "clusters", "random", default="given", role="identity")
+    #: Number of clusters or random classes.
     clusters: int = at_least(2, default=500, role="identity")
+    #: Number of such groupings of all training images; an episode is in one.
     partitions: int = at_least(1, default=1, role="identity")
+    #: Folder of the run whose embeddings are clustered.
     clusters_of: str | None = setting(default=None, role="identity")
+    #: 1 or 3, to convert the images for a network; None for those of the dataset.
     channels: int | None = given_by_run(None)
+    #: Leave images in [0, 1], for a network that standardises them itself.
     raw: bool = given_by_run(False)
 
     def to_array(self, image: Image.Image) -> np.ndarray:
@@ -112,18 +101,10 @@ class ImageDataset(Dataset):
         standardise: bool = False,
         superclass_of: Mapping[str, str] = {},
     ) -> ClassData:
-        """Open a dataset of decoded images.
+        """Open a dataset of decoded images; splits and superclasses as in `class_indices`.
 
-        Args:
-            pictures: All images.
-            splits: Names of the classes of each split.
-            device: Device of the run.
-            standardise: Whether to subtract the mean and divide by the standard deviation of the
-                training images, per channel.
-            superclass_of: Superclass of each class; {} if there are none.
-
-        Raises:
-            UserError: For a split without classes.
+        With `standardise`, the mean of each channel over the training images is subtracted, and the
+        standard deviation divides the rest.
         """
         images = with_channels(pictures.images, self.channels)
         is_on_host = self.store == "host" or (self.store == "auto" and is_too_large(images, device))
@@ -141,11 +122,8 @@ class ImageDataset(Dataset):
         shift, scale = torch.zeros(images.shape[1]), torch.ones(images.shape[1])
         if standardise and not self.raw:
             shift, scale = moments(images, views["train"].index.rows.cpu().unique())
-        store = ImageStore(
-            images.to(where),
-            shift.view(-1, 1, 1).to(device),
-            1 / scale.view(-1, 1, 1).to(device),
-        )
+        shift, scale = (part.view(-1, 1, 1).to(device) for part in (shift, scale))
+        store = ImageStore(images.to(where), shift, 1 / scale)
         stores = {
             name: dataclasses.replace(store, has_rotations=view.has_rotations)
             for name, view in views.items()

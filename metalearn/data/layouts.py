@@ -139,7 +139,7 @@ def _first(content: Mapping[str, Any], *keys: str) -> Any:
 
 
 def _load(file: ImageFile) -> Any:
-    with files.opened(file) as stream:
+    with files.opener() as opened, opened(file) as stream:
         if file.name.endswith(".npz"):
             return dict(np.load(stream, allow_pickle=False))
         return pickles.load(stream)
@@ -195,9 +195,8 @@ def by_lists(
 ) -> tuple[dict[str, list[ImageFile]], dict[str, list[str]]] | None:
     """Return the images and the split of each class, if lists have them and no folders do.
 
-    Raises:
-        UserError: For a list without a header, without rows, with a class of another list, or with
-            an image that does not exist.
+    Raise UserError for a list without a header, with a class of another list, or with an image that
+    does not exist.
     """
     images = [file for file in content if is_image(file.name)]
     lists = {PurePosixPath(f.name).stem: f for f in content if f.name.lower().endswith(".csv")}
@@ -207,7 +206,7 @@ def by_lists(
     classes: dict[str, list[ImageFile]] = defaultdict(list)
     splits: dict[str, list[str]] = {}
     for split in _SPLITS:
-        with files.opened(lists[split]) as stream:
+        with files.opener() as opened, opened(lists[split]) as stream:
             text = stream.read().decode("utf-8-sig", "replace")
         rows = csv.DictReader(io.StringIO(text, newline=""))
         if not {"filename", "label"} <= set(rows.fieldnames or ()):

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,7 @@ class Mix(Dataset):
 
     A class is named <part>/<class>. A hierarchical sampler chooses among the superclasses of all
     parts; a part without any is one. If a part standardises its images, the training images of all
-    parts together standardise all.
-
-    Args:
-        parts: Names of the datasets.
-        settings: Changes of their settings, which `sets` already has.
-        sets: The datasets.
+    parts together standardise all. `sets` are the datasets, with the changes of `settings`.
     """
 
     parts: list[str] = setting()
@@ -48,7 +43,6 @@ class Mix(Dataset):
 
     @property
     def reads_image_files(self) -> bool:  # type: ignore[override]
-        """Return True if the parts read images."""
         return all(part.reads_image_files for part in self.sets.values())
 
     def to_array(self, image: Image.Image) -> np.ndarray:
@@ -58,15 +52,12 @@ class Mix(Dataset):
 
     @property
     def addresses(self) -> list[str]:
-        """Return the addresses of all parts."""
         return [address for part in self.sets.values() for address in part.addresses]
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files of all parts."""
         return [file for part in self.sets.values() for file in part.files(data_dir)]
 
     def is_present(self, data_dir: Path) -> bool:
-        """Return True if all parts are present."""
         return all(part.is_present(data_dir) for part in self.sets.values())
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
@@ -82,34 +73,33 @@ class Mix(Dataset):
         is_on_host = any(data.is_on_host for data in opened.values())
         where = torch.device("cpu") if is_on_host else device
         joints: dict[tuple[int, ...], Tensor] = {}
-        stores, views = {}, {}
+        stores: dict[str, Any] = {}
+        views = {}
         for split in ("train", "val", "test"):
-            own = [data.stores[split] for data in opened.values()]
-            tensors = [_inputs(store).to(where) for store in own]
+            own: list[Any] = [data.stores[split] for data in opened.values()]
+            field = "images" if isinstance(own[0], ImageStore) else "values"
+            tensors: list[Tensor] = [getattr(store, field).to(where) for store in own]
             places = tuple(tensor.data_ptr() for tensor in tensors)  # splits often share them
             if places not in joints:
-                joints[places] = _joined(tensors)
-            stores[split] = _with_inputs(own[0], joints[places])
+                length = max(one.shape[-1] for one in tensors)  # of texts: they are padded
+                padded = [F.pad(one, (0, length - one.shape[-1])) for one in tensors]
+                joints[places] = torch.cat(padded)
+            stores[split] = dataclasses.replace(own[0], **{field: joints[places]})
             starts = [0, *itertools.accumulate(map(len, tensors))][:-1]
-            indices = [
-                _named(name, data.views[split].index, where) for name, data in opened.items()
-            ]
+            parts = {name: data.views[split].index for name, data in opened.items()}
+            indices = [_named(name, index, where) for name, index in parts.items()]
             views[split] = dataclasses.replace(first.views[split], index=joined(indices, starts))
         standardisation = first.standardisation
         if any(data.standardisation != standardisation for data in opened.values()):
             images = stores["train"].images
             shift, scale = moments(images.cpu(), views["train"].index.rows.cpu().unique())
             standardisation = {"shift": shift.tolist(), "scale": (1 / scale).tolist()}
-            change = {
-                name: torch.tensor(value, device=device).view(-1, 1, 1)
-                for name, value in standardisation.items()
-            }
-            stores = {split: dataclasses.replace(one, **change) for split, one in stores.items()}
         content = repr([(name, data.content_hash) for name, data in opened.items()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         hashes = [data.hashes for data in opened.values() if data.hashes is not None]
         whole = torch.cat(hashes) if len(hashes) == len(opened) else None
-        return ClassData(stores, views, digest, standardisation, whole, is_on_host=is_on_host)
+        data = ClassData(stores, views, digest, {}, whole, is_on_host)
+        return data.standardised(standardisation)
 
 
 def _check(opened: Mapping[str, Any]) -> None:
@@ -152,21 +142,3 @@ def _named(part: str, index: ClassIndex, device: torch.device) -> ClassIndex:
         superclasses=tuple(groups),
         parts=(part,) * len(index.names),
     )
-
-
-def _inputs(store: Any) -> Tensor:
-    """Return all inputs of a store."""
-    inputs: Tensor = store.images if isinstance(store, ImageStore) else store.values
-    return inputs
-
-
-def _with_inputs(store: Any, inputs: Tensor) -> Any:
-    """Return a store with other inputs."""
-    name = "images" if isinstance(store, ImageStore) else "values"
-    return dataclasses.replace(store, **{name: inputs})
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate inputs; tokens are padded to the longest text."""
-    length = max(one.shape[-1] for one in tensors)
-    return torch.cat([F.pad(one, (0, length - one.shape[-1])) for one in tensors])

@@ -1,23 +1,22 @@
 """2D navigation (Finn et al. 2017, 5.3): a point agent walks to a goal that it cannot observe."""
 
 import dataclasses
-import hashlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from metalearn.config.fields import at_least, between, setting
 from metalearn.data.base import Dataset
-from metalearn.system.errors import UserError
+from metalearn.data.sampled import SampledData, check_range, uniform
 from metalearn.tasks import prng
 from metalearn.tasks.control import PolicyGradient
 from metalearn.tasks.family import TaskFamily
-from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys
-from metalearn.tasks.store import Augmentation
-from metalearn.tasks.types import InputSpec, Query, Support, Task
+from metalearn.tasks.sampling import Shape, TaskSource, numbered_keys
+from metalearn.tasks.types import Query, Support, Task
 
 #: The largest step in each direction, and the distance in each direction that counts as arrival.
 _STEP, _ARRIVAL = 0.1, 0.01
@@ -52,13 +51,7 @@ class Plane:
 class Navigation(Dataset):
     """Goals that are uniform in a square; every trajectory starts at the origin.
 
-    Args:
-        goal: Range [low, high] of both coordinates of a goal.
-        horizon: Number of steps of a trajectory.
-        discount: See `PolicyGradient`, also for the others.
-        dice_lambda: 1 for meta-gradients that are right in expectation.
-        standardise: Whether advantages are standardised.
-        initial_log_std: Of the policy.
+    `discount` and the settings after it are those of `PolicyGradient`.
     """
 
     target: ClassVar[str] = "control"
@@ -71,87 +64,30 @@ class Navigation(Dataset):
     initial_log_std: float = setting()
 
     def __post_init__(self) -> None:
-        if len(self.goal) != 2 or self.goal[0] > self.goal[1]:
-            raise UserError(
-                f"dataset.goal={list(self.goal)} should be [low, high] with low <= high"
-            )
+        check_range("goal", self.goal)
 
     def family(
         self, loss: str | None, inner_loss: str | None, settings: Mapping[str, Any]
     ) -> TaskFamily:
-        """Return the family of policy gradients, which has no other losses."""
-        return PolicyGradient(
-            Plane(self.horizon),
-            self.discount,
-            self.dice_lambda,
-            self.standardise,
-            self.initial_log_std,
-        )
+        own = (self.discount, self.dice_lambda, self.standardise, self.initial_log_std)
+        return PolicyGradient(Plane(self.horizon), *own)
 
-    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> "NavigationData":
-        return NavigationData(self, device)
-
-
-class NavigationData:
-    """An opened dataset whose `shot` and `query` are numbers of trajectories; `way` is 1."""
-
-    inputs = InputSpec((2,))
-    outputs: int | None = 2
-
-    def __init__(self, settings: Navigation, device: torch.device) -> None:
-        self.standardisation: dict[str, list[float]] = {}
-        self.settings = settings
-        self.device = device
-        content = repr((list(settings.goal), settings.horizon))
-        self.content_hash = hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def class_names(self, split: str) -> tuple[str, ...]:
-        """Return (): control has no classes."""
-        return ()
-
-    def num_classes(self, split: str) -> int:
-        """Return 0: control has no classes."""
-        return 0
-
-    def protocol(self, split: str) -> dict[str, object]:
-        """Return the hash of the environment and the distribution of goals."""
-        return {"data": self.content_hash}
-
-    def episodes(
-        self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
-    ) -> "Goals":
-        """Return the tasks of a split; raise UserError unless `way` is 1."""
-        if shape.way != 1:
-            raise UserError(
-                f"{split} episodes: way={shape.way} does not apply to control; should be 1"
-            )
-        key = prng.key_of(seed, STREAMS[split], device=self.device)
-        return Goals(self.settings.goal, shape, key)
-
-    def batches(
-        self, split: str, size: int, seed: int, augment: Augmentation | None = None
-    ) -> NoReturn:
-        """Raise NotImplementedError: control has no examples outside tasks."""
-        raise NotImplementedError
+    def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> SampledData:
+        content, make = (list(self.goal), self.horizon), functools.partial(Goals, self.goal)
+        return SampledData(2, content, "control", make, device)
 
 
 @dataclasses.dataclass(frozen=True)
-class Goals:
+class Goals(TaskSource):
     """Tasks with initial states x [T, M, 2], the origin, and their goal y [T, M, 2]."""
 
     bounds: list[float]
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int | Tensor, count: int) -> None:
-        """Return None: control has no classes."""
-        return None
-
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Sample tasks `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
-        low, high = self.bounds
-        goal = low + (high - low) * prng.uniform(prng.fold_in(key_T, 0), (1, 2))
+        goal = uniform(prng.fold_in(key_T, 0), self.bounds, (1, 2))
         support, query = (goal.expand(-1, size, -1) for size in (self.shape.shot, self.shape.query))
         return Task(
             Support(torch.zeros_like(support), support, 1),

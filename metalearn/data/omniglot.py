@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import defaultdict
-from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, seeded_split
+from metalearn.data.classes import ClassData, seeded_split, split_file
 from metalearn.data.files import ImageFile, cached, decode, files_hash, ink, list_images
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch
@@ -19,37 +18,20 @@ from metalearn.system.errors import UserError
 
 _PARTS = ("images_background", "images_evaluation")
 _NUM_IMAGES = 20
-_RESAMPLING = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
+_RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bilinear", "box")}
 
 
 def vinyals_split() -> dict[str, list[str]]:
-    """Read the split of Vinyals et al. (2016): 1028/172/423 characters.
-
-    Source: the lists in jakesnell/prototypical-networks.
-    """
-    folder = resources.files("metalearn.data") / "splits"
-    return {
-        split: (folder / f"omniglot_vinyals_{split}.txt").read_text().split()
-        for split in ("train", "val", "test")
-    }
+    """Read the split of Vinyals et al. (2016) from the lists in jakesnell/prototypical-networks."""
+    return split_file(Path(__file__).parent / "splits/omniglot_vinyals.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Omniglot(ImageDataset):
     """Images with ink = 1 and paper = 0.
 
-    Args:
-        image_size: Height and width in pixels.
-        resample: "lanczos", "bilinear" or "box".
-        split: "vinyals" (1028/172/423 characters), "random" (1100/100/423 by `split_seed`) or
-            "alphabet" (30/5/15 alphabets by `split_seed`; no alphabet is in two splits).
-        split_seed: Seed of a random or alphabet split.
-        url: Address of the folder with the two archives.
-        md5: Checksum of each archive.
+    The split is that of Vinyals (1028/172/423 characters), random (1100/100/423), or of 30/5/15
+    alphabets, so that no alphabet is in two splits. `url` is the folder of the two archives.
     """
 
     pen: ClassVar[float | None] = 0.03
@@ -66,11 +48,10 @@ class Omniglot(ImageDataset):
         return [f"{self.url}/{part}.zip" for part in _PARTS]
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
+        sources = zip(_PARTS, self.files(data_dir), self.addresses, strict=True)
         parts = [
             path if path.exists() else fetch(address, path.parent, self.md5[part])
-            for part, path, address in zip(
-                _PARTS, self.files(data_dir), self.addresses, strict=True
-            )
+            for part, path, address in sources
         ]
         settings = ("1", self.image_size, self.resample, files_hash(parts))
         pictures = cached(cache_dir, "omniglot", settings, lambda: self._read(parts))
@@ -79,15 +60,12 @@ class Omniglot(ImageDataset):
         return self.class_data(pictures, splits, device, superclass_of=alphabets)
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the two archives or folders to read, or the download targets."""
         # omniglot-py is torchvision's name.
         folders = [data_dir / "omniglot", data_dir / "omniglot-py", data_dir]
         paths = []
         for part in _PARTS:
-            candidates = [folder / name for folder in folders for name in (part, f"{part}.zip")]
-            paths.append(
-                next((path for path in candidates if path.exists()), folders[0] / f"{part}.zip")
-            )
+            known = [folder / name for folder in folders for name in (part, f"{part}.zip")]
+            paths.append(next((path for path in known if path.exists()), known[1]))
         return paths
 
     def _read(self, parts: list[Path]) -> ClassImages:
@@ -123,11 +101,8 @@ class Omniglot(ImageDataset):
             return vinyals_split()
         if self.split == "random":
             return seeded_split(names, {"train": 1100, "val": 100, "test": 423}, self.split_seed)
-        alphabets = seeded_split(
-            sorted({_alphabet(n) for n in names}),
-            {"train": 30, "val": 5, "test": 15},
-            self.split_seed,
-        )
+        sizes = {"train": 30, "val": 5, "test": 15}
+        alphabets = seeded_split(sorted(set(map(_alphabet, names))), sizes, self.split_seed)
         return {
             split: [n for n in names if _alphabet(n) in chosen]
             for split, chosen in alphabets.items()

@@ -28,14 +28,6 @@ class _Array(np.ndarray):
         super().__setstate__((version, shape, dtype.value, is_fortran, content))
 
 
-def _from_buffer(buffer: Any, dtype: _DType, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype.value).reshape(shape, order=order)  # type: ignore[call-overload]
-
-
-def _scalar(dtype: _DType, content: bytes | str) -> Any:
-    return np.frombuffer(_latin1(content), dtype.value)[0]
-
-
 def _latin1(content: bytes | str, *_: Any) -> bytes:
     return content.encode("latin1") if isinstance(content, str) else content
 
@@ -44,8 +36,10 @@ def _latin1(content: bytes | str, *_: Any) -> bytes:
 _NUMPY: dict[str, Any] = {
     "ndarray": "ndarray",
     "_reconstruct": lambda *_: np.ndarray.__new__(_Array, (0,), "b"),
-    "_frombuffer": _from_buffer,
-    "scalar": _scalar,
+    "_frombuffer": lambda buffer, dtype, shape, order: np.frombuffer(buffer, dtype.value).reshape(
+        shape, order=order
+    ),
+    "scalar": lambda dtype, content: np.frombuffer(_latin1(content), dtype.value)[0],
     "dtype": _DType,
 }
 #: How Python 2 and 3 name containers, and bytes in old protocols.
@@ -69,8 +63,6 @@ class _Unpickler(pickle.Unpickler):
 def load(stream: IO[bytes]) -> Any:
     """Unpickle arrays, containers, numbers, text and bytes, also of Python 2.
 
-    Raises:
-        pickle.UnpicklingError: For anything else.
-        Exception: Any, for a corrupt file.
+    Raise UnpicklingError for anything else, and any exception for a corrupt file.
     """
     return _Unpickler(stream, encoding="latin1").load()

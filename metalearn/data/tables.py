@@ -22,18 +22,10 @@ def table(
 ) -> tuple[list[dict[str, str]], int]:
     """Find the columns of a CSV file by its header, or without one by their order.
 
-    Args:
-        path: The file.
-        rows: Its rows.
-        columns: Names that a header may give to each column, the required one first. A first row
-            without any of them is no header.
-
-    Returns:
-        Cells of each row by column, "" for a missing one; and the number of the first of these
-        rows, 1 without a header.
-
-    Raises:
-        UserError: If the header does not name the required column.
+    `columns` has the names that a header may give to each column, the required one first. A first
+    row without any of them is no header; one without the required column is a UserError. Return
+    cells of each row by column, "" for a missing one; and the number of the first of these rows, 1
+    without a header.
     """
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     places = {
@@ -57,8 +49,7 @@ def table(
 def read_text(path: Path) -> str:
     """Read a file in UTF-8, UTF-16 with a byte order mark, or else Windows-1252.
 
-    Raises:
-        UserError: If it cannot be read, or is no text.
+    Raise UserError if it cannot be read, or is no text.
     """
     try:
         content = path.read_bytes()

@@ -1,26 +1,26 @@
 """Texts with labels: published sets of intents and sentiments, and your own CSV files."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
-from importlib import resources
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, seeded_split, shares, split_file
+from metalearn.data.classes import ClassData, class_indices, random_split, split_file
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.distractors import DistractedSampler
 from metalearn.tasks.sampling import EpisodeSampler, Shape
-from metalearn.tasks.store import ArrayStore, Augmentation, ClassView, Store
+from metalearn.tasks.store import ArrayStore, Augmentation, ClassView
 from metalearn.tasks.types import Tokenizer
 
 #: Names of the columns of a file of texts.
@@ -40,20 +40,25 @@ class Row(NamedTuple):
     domain: str
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file; an error in the block is that of the file."""
+    try:
+        yield json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
+
+
 def read_rows(path: Path) -> list[Row]:
     """Read a CSV file (text, label, perhaps domain) or JSON {part: [[text, label], …]}.
 
-    Raises:
-        UserError: If it cannot be read, or a row has no text or no label.
+    Raise UserError if it cannot be read, or a row has no text or no label.
     """
     if path.suffix == ".json":
-        try:
-            sets = json.loads(path.read_bytes())
+        with _reading(path) as sets:
             return [
                 Row(str(text), str(label), "") for part in sets.values() for text, label in part
             ]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     rows, first = table(path, read_csv(path), COLUMNS)
     for number, row in enumerate(rows, first):
         if not row["text"] or not row["label"]:
@@ -69,19 +74,11 @@ class Text(Dataset):
     A class is a label; where domains share labels, a label of a domain. A text that a class has
     twice is left out.
 
-    Args:
-        path: A file, or the folder of `parts`; in `data_dir` unless absolute.
-        parts: Names of files in the folder; domains.json there maps a domain to its labels.
-        urls: Address of each file that can be downloaded, by name.
-        md5: Checksum of each.
-        split: "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5" for the
-            folds of Dopierre et al. (2021); or a JSON file as for `Folder`.
-        split_seed: Seed of a random split, of classes or of domains.
-        fractions: Fractions of the classes or domains for train, val and test.
-        domains: Names of the domains of each split, with commas, for split=domains; {}: by seed.
-        distractors: Label of texts of no class, such as "oos": they are the distractors of episodes
-            (`episode.distractors`), each in one split; "": distractors are other classes.
-        tokenizer: That of the backbone.
+    `path` is a file, or the folder of `parts`, in which domains.json maps a domain to its labels.
+    The split is "random"; "domains" (no domain is in two splits); "clinc150/1" to "hwu64/5", the
+    folds of Dopierre et al. (2021); or a JSON file as for `Folder`. Texts of the label
+    `distractors`, such as "oos", are the distractors of episodes (`episode.distractors`), each in
+    one split; without it, distractors are other classes.
     """
 
     path: str = setting()
@@ -100,12 +97,10 @@ class Text(Dataset):
         return list(self.urls.values())
 
     def files(self, data_dir: Path) -> list[Path]:
-        """Return the files to read."""
         root = data_dir / Path(self.path).expanduser()
         return [root / name for name in self.parts] or [root]
 
     def open(self, data_dir: Path, cache_dir: Path, device: torch.device) -> ClassData:
-        """Read the files, tokenise the texts, and split the classes."""
         if self.tokenizer is None:
             raise UserError(
                 "dataset: has texts, which this backbone does not take; use "
@@ -135,12 +130,13 @@ class Text(Dataset):
         if not strange:
             return ClassData(stores, views, digest)
         numbers = [str(number) for number in range(len(known), len(known) + len(strange))]
-        parts = seeded_split(numbers, shares(len(numbers), self.fractions), self.split_seed)
+        parts = random_split(numbers, self.fractions, self.split_seed)
         pools = {
             split: torch.tensor(sorted(map(int, some)), dtype=torch.int64, device=device)
             for split, some in parts.items()
         }
-        return _DistractedData(stores, views, digest, pools, self.distractors)
+        data = _DistractedData(stores, views, digest)
+        return data.changed(pools=pools, label=self.distractors)
 
     def _read(self, paths: list[Path]) -> tuple[dict[str, list[str]], dict[str, str]]:
         """Return the texts and the domain of each class."""
@@ -155,11 +151,8 @@ class Text(Dataset):
                     "first lines of the dataset's file in conf/dataset say what it is)"
                 )
             if path.name == "domains.json":
-                try:
-                    content = json.loads(path.read_bytes())
+                with _reading(path) as content:
                     known = {label: domain for domain, some in content.items() for label in some}
-                except (OSError, ValueError, TypeError, AttributeError) as error:
-                    raise UserError(f"{path} cannot be read ({first_line(error)})") from None
             else:
                 rows += read_rows(path)
         domains: dict[str, set[str]] = defaultdict(set)
@@ -179,23 +172,21 @@ class Text(Dataset):
     def _splits(self, names: list[str], domain_of: dict[str, str]) -> dict[str, list[str]]:
         published, _, fold = self.split.partition("/")
         if self.split == "random":
-            return seeded_split(names, shares(len(names), self.fractions), self.split_seed)
+            return random_split(names, self.fractions, self.split_seed)
         if self.split == "domains":
             chosen = {
                 split: [name.strip() for name in given.split(",")]
                 for split, given in self.domains.items()
             }
             domains = sorted(set(domain_of.values()))
-            chosen = chosen or seeded_split(
-                domains, shares(len(domains), self.fractions), self.split_seed
-            )
+            chosen = chosen or random_split(domains, self.fractions, self.split_seed)
             splits = {
                 split: [name for name in names if domain_of[name] in some]
                 for split, some in chosen.items()
             }
         elif published in _PUBLISHED:
-            folder = resources.files("metalearn.data") / "splits"
-            folds = json.loads((folder / f"{published}.json").read_text())
+            path = Path(__file__).parent / f"splits/{published}.json"
+            folds = json.loads(path.read_text())
             if fold not in folds:
                 raise UserError(f"dataset.split={self.split}: should be {published}/1 to 5")
             splits = folds[fold]
@@ -212,16 +203,8 @@ class Text(Dataset):
 class _DistractedData(ClassData):
     """Classes, and inputs of none of them: rows int64 [R] of each split."""
 
-    def __init__(
-        self,
-        stores: Mapping[str, Store],
-        views: dict[str, ClassView],
-        content_hash: str,
-        pools: dict[str, torch.Tensor],
-        label: str,
-    ) -> None:
-        super().__init__(stores, views, content_hash)
-        self.pools, self.label = pools, label
+    pools: dict[str, torch.Tensor]
+    label: str
 
     def with_split(self, split: str) -> ClassData:
         names = list(self.pools) if split == "all" else split.split("+")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from metalearn.config.fields import at_least, setting
-from metalearn.data.base import Dataset
-from metalearn.data.classes import seeded_split, shares
+from metalearn.data.base import Dataset, OpenDataset
+from metalearn.data.classes import random_split
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.sampling import STREAMS, Shape, numbered_keys
+from metalearn.tasks.sampling import STREAMS, BatchSource, Shape, TaskSource, numbered_keys
 from metalearn.tasks.store import Augmentation
 from metalearn.tasks.types import Batch, InputSpec, Query, Support, Task
 
@@ -30,15 +30,6 @@ class UserValues(Dataset):
 
     No user is in two splits. A row that repeats the features of another row of its user is left
     out, so that no query is in the support set.
-
-    Args:
-        path: The file; here, or in `data_dir`.
-        user: Column of the user, or of whatever makes a task.
-        value: Column of what is predicted: a number.
-        features: Columns of the inputs, numbers; []: all others.
-        standardise: Whether to standardise each feature with the statistics of the training users.
-        split_seed: Seed of the split of users.
-        fractions: Fractions of the users for train, val and test.
     """
 
     target: ClassVar[str] = "value"
@@ -97,7 +88,7 @@ class UserValues(Dataset):
         counts = np.bincount(user * groups + group, minlength=len(names) * groups)
         ends = counts.cumsum().reshape(-1, groups)
         counts = counts.reshape(-1, groups)
-        chosen = seeded_split(names.tolist(), shares(len(names), self.fractions), self.split_seed)
+        chosen = random_split(names.tolist(), self.fractions, self.split_seed)
         place = {name: index for index, name in enumerate(names.tolist())}
         users = {split: sorted(place[name] for name in some) for split, some in chosen.items()}
         if empty := [split for split, some in users.items() if not some]:
@@ -155,35 +146,26 @@ def _numbers(path: Path, name: str, cells: np.ndarray) -> np.ndarray:
     return cells.astype(np.float64)
 
 
-class UserData:
+@dataclasses.dataclass(eq=False, repr=False)
+class UserData(OpenDataset):
     """The opened table; users take the place of classes in its splits."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        rows: dict[str, tuple[Tensor, Tensor]],
-        users: dict[str, list[str]],
-        classes: list[str],
-        content_hash: str,
-        standardisation: dict[str, list[float]],
-    ) -> None:
-        """Args: x [I, D], y [I] or [I, 1], (first row, number of rows) of each group [U, G]."""
-        self.x, self.y, self.rows, self.users, self.classes = x, y, rows, users, classes
-        self.content_hash, self.standardisation = content_hash, standardisation
-        self.inputs = InputSpec(tuple(x.shape[1:]))
-        self.outputs: int | None = len(classes) or 1
+    x: Tensor  # [I, D]
+    y: Tensor  # [I] or [I, 1]
+    rows: dict[str, tuple[Tensor, Tensor]]  # first row and number of rows of each group [U, G]
+    users: dict[str, list[str]]
+    classes: list[str]
+    content_hash: str
+    standardisation: dict[str, list[float]] = dataclasses.field()
 
-    def class_names(self, split: str) -> tuple[str, ...]:
-        """Return (): no class belongs to one split."""
-        return ()
+    def __post_init__(self) -> None:
+        self.inputs = InputSpec(tuple(self.x.shape[1:]))
+        self.outputs = len(self.classes) or 1
 
     def num_classes(self, split: str) -> int:
-        """Return the number of classes of every user; 0 for values."""
         return len(self.classes)
 
     def protocol(self, split: str) -> dict[str, object]:
-        """Return hashes of the table and of the users, their number, and the classes."""
         digest = hashlib.sha256(repr(self.users[split]).encode()).hexdigest()[:16]
         own = {"data": self.content_hash, "users": digest, "num_users": len(self.users[split])}
         return own | ({"classes": self.classes} if self.classes else {})
@@ -224,7 +206,6 @@ class UserData:
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None
     ) -> "UserBatches":
-        """Return batches of rows of all users of a split."""
         starts, counts = (part.flatten() for part in self.rows[split])
         first = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
         rows = first + torch.arange(len(first), device=first.device)
@@ -232,31 +213,17 @@ class UserData:
 
 
 @dataclasses.dataclass(frozen=True)
-class UserEpisodes:
-    """Tasks of one user each; all have the same numbers of rows, however many a user has.
-
-    Attributes:
-        data: The table.
-        starts: First row of each group, int64 [U, G].
-        counts: Number of rows of each, int64 [U, G], each at least shot + query.
-        largest: The largest of them.
-        shape: Shape of a task.
-        key: int64 [].
-    """
+class UserEpisodes(TaskSource):
+    """Tasks of one user each; all have the same numbers of rows, however many a user has."""
 
     data: UserData
-    starts: Tensor
-    counts: Tensor
-    largest: int
+    starts: Tensor  # first row of each group, int64 [U, G]
+    counts: Tensor  # number of rows of each, int64 [U, G], each at least shot + query
+    largest: int  # the largest of them
     shape: Shape
     key: Tensor
 
-    def classes(self, first: int | Tensor, count: int) -> None:
-        """Return None: no class belongs to one split."""
-        return None
-
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Sample tasks `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
         user_T = prng.integers(prng.fold_in(key_T, 0), (1,), len(self.starts))[:, 0]
         starts_TG, counts_TG = self.starts[user_T], self.counts[user_T]
@@ -280,7 +247,7 @@ class UserEpisodes:
 
 
 @dataclasses.dataclass(frozen=True)
-class UserBatches:
+class UserBatches(BatchSource):
     """Batches of `size` of the rows, int64 [R]."""
 
     data: UserData
@@ -289,7 +256,6 @@ class UserBatches:
     key: Tensor
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
-        """Sample batches `first` to `first + count - 1`."""
         key_T = numbered_keys(self.key, first, count)
         rows = self.rows[prng.integers(prng.fold_in(key_T, 0), (self.size,), len(self.rows))]
         return Batch(self.data.x[rows], self.data.y[rows], prng.fold_in(key_T, 1))

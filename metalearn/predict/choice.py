@@ -12,10 +12,7 @@ from metalearn.predict.confidence import MANY, HeldOut, Outputs, hold_out, tempe
 
 @dataclasses.dataclass(frozen=True)
 class HeadChoice:
-    """How a head is chosen and learns; arguments of `FewShotClassifier`, "auto" only as the head.
-
-    Legend: M examples, N classes, D features.
-    """
+    """How a head is chosen and learns; arguments of `FewShotClassifier`, "auto" for the head."""
 
     head: str
     normalise: str
@@ -58,14 +55,8 @@ class HeadChoice:
     ) -> tuple[str, float, HeldOut | None]:
         """Choose the head, and hold out examples of the whole of learning, its choice included.
 
-        Args:
-            x: Features, float64 [M, D].
-            y: Classes, int64 [M].
-            way: N.
-            is_held_out: False for None in the place of the predictions.
-
-        Returns:
-            The head, its temperature, and predictions of held-out examples.
+        Args: x float64 [M, D], y int64 [M], N; without `is_held_out`, nothing is held out.
+        Returns the head, its temperature, and predictions of held-out examples.
         """
         if self.normalise == "l2" and len(x) < x.shape[1]:
             # A rotation to as many features as examples: no head depends on it.

@@ -14,31 +14,9 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from metalearn.predict import heads, saved
 from metalearn.predict.choice import HeadChoice
-from metalearn.predict.confidence import Confidence, Outputs, assess, hold_out
+from metalearn.predict.confidence import Confidence, Label, Outputs, assess, hold_out
 from metalearn.predict.networks import AdaptingRun, Network, open_network
 from metalearn.system.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Label:
-    """The label of an image or text.
-
-    Attributes:
-        label: The most probable class.
-        probability: Its probability.
-        second: The second most probable class.
-        second_probability: Its probability.
-        unknown: True if it is unlike all classes; None if that cannot be known.
-        plausible: The conformal set: classes that are not excluded at the error rate; None if there
-            are too few examples for it.
-    """
-
-    label: Any
-    probability: float
-    second: Any
-    second_probability: float
-    unknown: bool | None
-    plausible: list[Any] | None
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -137,15 +115,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self.network.represent(list(X), unreadable)
 
     def fit(self, X: Any, y: Any, notes: Sequence[dict[str, Any]] | None = None) -> Any:
-        """Learn from examples.
+        """Learn from examples, and return the classifier itself.
 
         Args:
             X: Images or texts, see `represent`; or feature vectors [M, D] if there is no network.
             y: The class of each [M]; any number of each of at least two classes.
             notes: What to save with each example, for JSON.
-
-        Returns:
-            The classifier itself.
         """
         self._set_examples(*self._examples(X, y, reset=True), notes)
         return self
@@ -155,11 +130,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     ) -> Any:
         """Learn from more examples, of known or new classes; equals `fit` on all of them.
 
-        Args:
-            X: See `fit`.
-            y: See `fit`; after the first call, one class suffices.
-            classes: Ignored, for scikit-learn.
-            notes: See `fit`.
+        Arguments as in `fit`; after the first call, one class suffices. `classes` is ignored.
         """
         if not hasattr(self, "classes_"):
             return self.fit(X, y, notes)
@@ -170,11 +141,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def forget(self, classes: Sequence[Any]) -> Any:
-        """Remove classes with their examples; at least two must remain.
-
-        Raises:
-            ValueError: For a class that does not exist.
-        """
+        """Remove classes with their examples; raise ValueError unless two or more remain."""
         check_is_fitted(self)
         if missing := [one for one in classes if one not in self.classes_.tolist()]:
             raise ValueError(f"there is no class {missing[0]!r}")
@@ -266,30 +233,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def label(self, X: Any) -> list[Label]:
         """Predict the label of each one, with how far to trust it."""
-        outputs, trust, names = self._evaluate(X), self.confidence_, self.classes_.tolist()
-        probabilities = softmax(outputs.logits, axis=1)
-        labels = []
-        for row, novelty in zip(probabilities, outputs.novelty, strict=True):
-            first, second = np.argsort(-row, kind="stable")[:2].tolist()
-            unknown = plausible = None
-            if trust.novelty_threshold is not None:
-                unknown = bool(novelty > trust.novelty_threshold)
-            if trust.set_threshold is not None:
-                inside = np.flatnonzero(1 - row <= trust.set_threshold)
-                plausible = [names[one] for one in inside[np.argsort(-row[inside], kind="stable")]]
-            labels.append(
-                Label(names[first], float(row[first]), names[second], float(row[second]),
-                      unknown, plausible)
-            )  # fmt: skip
-        return labels
+        return self.confidence_.labels(self._evaluate(X), self.classes_.tolist())
 
     def save(self, folder: str | Path) -> None:
         """Save to a folder: JSON, and arrays without pickle. An interrupted save changes nothing.
 
-        The folder can be moved: it has a copy of what it needs of a run.
-
-        Raises:
-            UserError: If the network is a Python function, which cannot be saved.
+        The folder has a copy of what it needs of a run. Raise UserError for a Python function.
         """
         check_is_fitted(self)
         identity = None if self.network is None else self.network.identity
@@ -314,12 +263,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def load(cls, folder: str | Path, run: str | Path | None = None) -> "FewShotClassifier":
         """Load a saved classifier; this runs no code from it.
 
-        Args:
-            folder: The folder of `save`.
-            run: Folder of its run, if it is not in `folder`, as earlier versions saved it.
-
-        Raises:
-            UserError: If it is not one, or its network has changed.
+        `run` is the folder of its run, if it is not in `folder`, as earlier versions saved it.
+        Raise UserError if it is no classifier, or its network has changed.
         """
         with saved.reading(Path(folder)) as (content, arrays):
             self = cls(**content["settings"])
@@ -332,11 +277,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             self.notes_ = [dict(note) for note in content["notes"]]
             self.confidence_ = Confidence(**content["confidence"])
             self.examples_, self.targets_ = arrays["examples"], arrays["targets"]
-            self.learned_ = {
-                name.partition(".")[2]: value
-                for name, value in arrays.items()
-                if name.startswith("learned.")
-            }
+            learned = [name for name in arrays if name.startswith("learned.")]
+            self.learned_ = {name.partition(".")[2]: arrays[name] for name in learned}
             if not len(self.notes_) == len(self.targets_) == len(self.examples_):
                 raise ValueError("numbers of examples differ")
             if self.network is None:

@@ -9,7 +9,7 @@ P predictions of held-out examples.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -35,23 +35,14 @@ Procedure = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Outputs]
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Predictions of examples by classifiers that were trained without them.
+    """Predictions of examples by classifiers that were trained without them."""
 
-    Attributes:
-        rows: The example of each prediction, int64 [P].
-        y: Its class, int64 [P].
-        logits: [P, N].
-        novelty: [P].
-        folds: Number of folds; each classifier has learned from (folds - 1) / folds of a class.
-        repeats: Number of repetitions, with different folds.
-    """
-
-    rows: np.ndarray
+    rows: np.ndarray  # the example of each prediction, int64 [P]; `y` is its class
     y: np.ndarray
-    logits: np.ndarray
+    logits: np.ndarray  # [P, N]; `novelty` is [P]
     novelty: np.ndarray
-    folds: int
-    repeats: int
+    folds: int  # number of folds; each classifier has learned from (folds - 1) / folds of a class
+    repeats: int  # number of repetitions, with different folds
 
     @property
     def examples(self) -> int:
@@ -65,18 +56,8 @@ def hold_out(
     """Predict each example by classifiers that were trained without it.
 
     Folds are stratified: as far as possible, each fold has the same number of examples of each
-    class. An example that is the only one of its class is in every training set.
-
-    Args:
-        procedure: Learns and predicts.
-        x: Examples [M, …].
-        y: Their classes, int64 [M].
-        way: N.
-        fits: Number of trained classifiers to aim at, by repetition.
-        seed: Seed of the folds.
-
-    Returns:
-        The predictions; None if every class has one example.
+    class. An example that is the only one of its class is in every training set. `fits` is the
+    number of trained classifiers to aim at, by repetition. Return None if every class has one.
     """
     counts = np.bincount(y, minlength=way)
     folds = min(_MAX_FOLDS, int(counts.max()))
@@ -104,16 +85,11 @@ def hold_out(
 
 
 def temperature(logits: np.ndarray, y: np.ndarray, examples: int) -> float:
-    """Find the temperature that minimises the cross-entropy of held-out predictions.
+    """Find the temperature that minimises the cross-entropy of held-out predictions [P, N].
 
     Temperature scaling (Guo et al. 2017) with smoothed targets, as Platt's (1999): a share of
     0.5 / (M + 1) belongs to the other classes, so that the temperature of a faultless classifier
-    is not 0.
-
-    Args:
-        logits: [P, N].
-        y: Classes, int64 [P].
-        examples: Number of different examples M among the predictions.
+    is not 0. `examples` is the number M of different examples among the predictions.
     """
     way = logits.shape[1]
     share = 0.5 / (examples + 1)
@@ -132,17 +108,11 @@ def accuracy_interval(
     """Compute a 95% interval for the share of right labels among new images.
 
     Quantiles of the beta distribution with Jeffreys' prior (Brown, Cai and DasGupta 2001), with
-    the variance of the share among `queries` images added. Held-out predictions come from
-    classifiers with fewer examples of each class, by the factor (folds - 1) / folds; the upper end
-    assumes that no more errors disappear, and no more right predictions are added, than by this
-    factor. An end is 0 or 1 if every prediction is wrong or right. scripts/benchmark_trust.py
-    measures the coverage.
-
-    Args:
-        accuracy: Share of right held-out predictions.
-        examples: Number of examples that were held out.
-        folds: Number of folds.
-        queries: Number of new images; None for infinitely many.
+    the variance of the share among `queries` images added (None: infinitely many). Held-out
+    predictions come from classifiers with fewer examples of each class, by the factor
+    (folds - 1) / folds; the upper end assumes that no more errors disappear, and no more right
+    predictions are added, than by this factor. An end is 0 or 1 if every prediction is wrong or
+    right. scripts/benchmark_trust.py measures the coverage.
     """
     factor = (folds - 1) / folds
     best = min(1 - (1 - accuracy) * factor, accuracy / factor)
@@ -167,18 +137,11 @@ def conformal_threshold(
     """Compute the score that a new example of a known class exceeds with probability `error_rate`.
 
     The quantile of split conformal prediction (Vovk et al. 2005), over held-out predictions as in
-    cross-conformal prediction (Vovk 2015).
+    cross-conformal prediction (Vovk 2015): scores [P], large for unusual ones, of M examples. The
+    final classifier, which has learned from all examples, exceeds the threshold less often, by up
+    to 1 / folds of the rate; half of that is assumed. `folds` is None for its own scores.
 
-    Args:
-        scores: Scores of held-out predictions [P], large for unusual ones.
-        examples: Number of different examples M among them.
-        error_rate: Between 0 and 1.
-        folds: Number of folds. The final classifier, which has learned from all examples, exceeds
-            the threshold less often, by up to 1 / folds of the rate; half of that is assumed. None
-            for scores of the final classifier.
-
-    Returns:
-        The threshold; None if M < 1 / error_rate - 1, too few to know it.
+    Return None if M < 1 / error_rate - 1, too few to know it.
     """
     if examples < 1 / error_rate - 1 - 1e-9:
         return None
@@ -189,30 +152,40 @@ def conformal_threshold(
 
 
 @dataclasses.dataclass(frozen=True)
-class Confidence:
-    """What cross-validation on the support set says about new labels.
+class Label:
+    """The label of an image or text: the two most probable classes.
 
     Attributes:
-        examples: Number of examples that were held out; 0 if every class has one.
-        folds: Number of folds.
-        accuracy: Share of right held-out predictions; None without any.
-        temperature: Divides the logits.
-        error_rate: The rate that the thresholds are for.
-        set_threshold: Classes with a probability of at least 1 - `set_threshold` are in the set of
-            plausible classes; None if there are too few examples.
-        novelty_threshold: Images with a larger novelty are unknown; None if too few.
-        confusion: Mean number of held-out examples by class (row) and prediction (column), [N, N].
-        doubtful: (example, likely class, its probability) where the label looks wrong, worst first.
+        unknown: True if it is unlike all classes; None if that cannot be known.
+        plausible: The conformal set: classes that are not excluded at the error rate; None if there
+            are too few examples for it.
     """
 
-    examples: int = 0
-    folds: int = 0
-    accuracy: float | None = None
-    temperature: float = 1.0
-    error_rate: float = 0.1
+    label: Any
+    probability: float
+    second: Any
+    second_probability: float
+    unknown: bool | None
+    plausible: list[Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """What cross-validation on the support set says about new labels."""
+
+    examples: int = 0  # number of examples that were held out; 0 if every class has one
+    folds: int = 0  # number of folds
+    accuracy: float | None = None  # share of right held-out predictions; None without any
+    temperature: float = 1.0  # divides the logits
+    error_rate: float = 0.1  # the rate that the thresholds are for
+    #: Classes with a probability of at least 1 - `set_threshold` are in the set of plausible
+    #: classes; None if there are too few examples.
     set_threshold: float | None = None
+    #: Images with a larger novelty are unknown; None if too few.
     novelty_threshold: float | None = None
+    #: Mean number of held-out examples by class (row) and prediction (column), [N, N].
     confusion: list[list[float]] = dataclasses.field(default_factory=list)
+    #: (example, likely class, its probability) where the label looks wrong, worst first.
     doubtful: list[tuple[int, int, float]] = dataclasses.field(default_factory=list)
 
     def interval(self, queries: int | None = None) -> tuple[float, float] | None:
@@ -220,6 +193,21 @@ class Confidence:
         if self.accuracy is None:
             return None
         return accuracy_interval(self.accuracy, self.examples, self.folds, queries)
+
+    def labels(self, outputs: Outputs, names: list[Any]) -> list[Label]:
+        """Return the labels of queries, given the names of the N classes."""
+        labels = []
+        rows = softmax(outputs.logits, axis=1)
+        for row, novelty in zip(rows, outputs.novelty, strict=True):
+            order = np.argsort(-row, kind="stable").tolist()
+            unknown = plausible = None
+            if self.novelty_threshold is not None:
+                unknown = bool(novelty > self.novelty_threshold)
+            if self.set_threshold is not None:
+                plausible = [names[one] for one in order if 1 - row[one] <= self.set_threshold]
+            (label, one), (second, other) = ((names[n], float(row[n])) for n in order[:2])
+            labels.append(Label(label, one, second, other, unknown, plausible))
+        return labels
 
 
 def assess(held_out: HeldOut | None, way: int, error_rate: float) -> Confidence:

@@ -1,10 +1,11 @@
 """Embed images or texts with a pretrained network; features are cached on disk."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metalearn.backbones.base import Backbone
-from metalearn.backbones.pretrained import Preprocessing, Pretrained
+from metalearn.backbones.preprocessing import Preprocessing
+from metalearn.backbones.pretrained import Pretrained
 from metalearn.config import components
 from metalearn.data.files import open_image, plain
 from metalearn.engine import channels_last
@@ -23,27 +25,46 @@ from metalearn.system.errors import UserError, first_line, is_out_of_memory
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Tokenizer
 
+#: Image files or PIL images; or texts.
+Items = Sequence[Any]
+#: Why some items cannot be read, by their index.
+Reasons = dict[int, str] | None
 
-class Reader(Protocol):
-    """How an item becomes an input of a network: all that differs between images and texts.
 
-    Attributes:
-        kind: "images" or "texts".
-        inputs: Shape of an input; texts are as long as they are.
-    """
+class Network:
+    """A frozen network; heads learn from its features."""
 
-    kind: str
-    inputs: InputSpec
+    #: What a saved classifier must find again; None if it cannot be saved.
+    identity: str | None = None
+    #: What it takes: "images", "texts", or "features" for a run on other inputs.
+    kind: str = "images"
+    way: int | None = None  # the number of classes that the examples must have; None for any
+    #: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
+    pen: float | None = None
 
-    def key(self, item: Any) -> bytes:
-        """Return what tells the contents of items apart."""
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Compute what is learned from: features, float32 [M, D].
 
-    def tensor(self, item: Any) -> Tensor:
-        """Return the input [*X]; raise any exception if the item cannot be read."""
+        `unreadable` gets the reason for each item that cannot be read, by its index; its row has no
+        meaning. None: raise UserError for the first.
+        """
+        raise NotImplementedError
+
+    def pixels(self, images: Items) -> Tensor:
+        """Return what `outputs_of` takes for images: float32 in [0, 1], [B, C, H, W]."""
+        raise UserError("a classifier on a Python function cannot be exported; name a backbone")
+
+    def preprocessing(self) -> dict[str, str]:
+        """Describe in words how an image becomes an input of `outputs_of`."""
+        return {"preprocessing": "as the dataset of the run reads its own images, divided by 255"}
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        """Compute features [B, D], or logits of an adapted run, of images in [0, 1], float32."""
+        raise NotImplementedError
 
 
 class _ImageReader:
-    """Images: files or PIL images."""
+    """How an image, a file or a PIL image, becomes an input: with `_TextReader` all differences."""
 
     kind = "images"
 
@@ -98,17 +119,9 @@ def read_each(
     kind: str,
     unreadable: dict[int, str] | None,
 ) -> list[Any]:
-    """Apply a function to each item.
+    """Apply a function to each item; the result is `blank` where it raises an exception.
 
-    Args:
-        items: Images or texts.
-        read: The function.
-        blank: Its result for an item for which it raises an exception.
-        kind: "images" or "texts".
-        unreadable: Gets the reason for each such item, by its index. None: the first is an error.
-
-    Raises:
-        UserError: For an item that cannot be read.
+    `unreadable` gets the reason for each such item, by its index; None: the first is a UserError.
     """
     results = []
     for index, item in enumerate(items):
@@ -130,69 +143,47 @@ def read_each(
     return results
 
 
-class Embedder:
-    """A frozen pretrained network.
+class Embedder(Network):
+    """A frozen pretrained network with settings as in conf/backbone; features are cached on disk.
 
-    Args:
-        backbone: Settings with `_target_`, as in conf/backbone/efficientnet_lite0.yaml.
-        device: Where to compute.
-        cache_dir: Folder of the cache; None for no cache, and batches as small as they are given.
-
-    Attributes:
-        network: The backbone.
-        reader: How items become its inputs.
-        tensors: Its weights and population statistics.
-
-    Raises:
-        UserError: If weights cannot be read, or the network is not a pretrained one.
+    Without `cache_dir` there is no cache, and batches are as small as they are given. `progress` is
+    called with the numbers of items done and of all. Raise UserError for a different network.
     """
 
     def __init__(
-        self, backbone: dict[str, Any], device: torch.device, cache_dir: Path | None
+        self,
+        backbone: dict[str, Any],
+        device: torch.device,
+        cache_dir: Path | None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         network: Backbone = components.make(backbone, "backbone")
-        self.reader: Reader
+        self._reader: _ImageReader | _TextReader
         if isinstance(network, Pretrained):
-            self.reader = _ImageReader(network.preprocessing)
+            self._reader = _ImageReader(network.preprocessing)
         elif network.is_frozen and (tokenizer := network.tokenizer()) is not None:
-            self.reader = _TextReader(tokenizer)
+            self._reader = _TextReader(tokenizer)
         else:
             raise UserError(f"backbone={type(network).__name__}: should be a pretrained network")
-        self.network, self._device, self._cache_dir = network, device, cache_dir
-        inputs, key = self.reader.inputs, prng.key_of(0, device=device)
-        self._params, self._population = network.init(inputs, key)
-        self.tensors = self._params | self._population
-        self._key = feature_cache.network_key(network, self.tensors, device, "fp32")
+        self.kind = self._reader.kind
+        self._network, self._device, self._cache_dir = network, device, cache_dir
+        self._progress = progress
+        key = prng.key_of(0, device=device)
+        self._params, self._population = network.init(self._reader.inputs, key)
+        tensors = self._params | self._population
+        self._key = feature_cache.network_key(network, tensors, device, "fp32")
         self._params = channels_last(self._params)
+        hashed = hashlib.sha256(repr(sorted(backbone.items())).encode())
+        for name, value in sorted(tensors.items()):
+            hashed.update(name.encode() + value.cpu().numpy().tobytes())
+        self.identity = hashed.hexdigest()
 
-    def features(self, x: Tensor) -> Tensor:
-        """Compute features [B, D] of images in [0, 1], float32 [B, 3, size, size], or tokens."""
-        return self.network.embed(self._params, channels_last(x), self._population)[0]
-
-    def __call__(
-        self,
-        items: Sequence[Any],
-        progress: Callable[[int, int], object] | None = None,
-        unreadable: dict[int, str] | None = None,
-    ) -> Tensor:
-        """Embed images or texts.
-
-        Args:
-            items: Image files of any format and size, or PIL images; or texts, [M].
-            progress: Called with the numbers of items done and of all.
-            unreadable: Gets the reason for each item that cannot be read, by its index; its
-                features are NaN. None: the first one is an error.
-
-        Returns:
-            Features, float32 [M, D], on the CPU.
-
-        Raises:
-            UserError: If items cannot be read, or the cache cannot be written.
-        """
-        kind, inputs = self.reader.kind, self.reader.inputs
+    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
+        """Compute features; those of unreadable items are NaN."""
+        kind, inputs = self.kind, self._reader.inputs
         failures: dict[int, str] = {}
         keys = read_each(
-            items, self.reader.key, b"", kind, None if unreadable is None else failures
+            items, self._reader.key, b"", kind, None if unreadable is None else failures
         )
 
         def load(indices: list[int]) -> Tensor:
@@ -200,22 +191,36 @@ class Embedder:
             blank = torch.zeros(inputs.shape)
             chosen = [items[index] for index in indices]
             tensors = read_each(
-                chosen, self.reader.tensor, blank, kind, None if unreadable is None else own
+                chosen, self._reader.tensor, blank, kind, None if unreadable is None else own
             )
             failures.update({indices[place]: reason for place, reason in own.items()})
             return pad_sequence(tensors, batch_first=True).to(self._device)
 
-        size, folder = math.prod(self.network.shape(inputs)), self._cache_dir
+        size, folder = math.prod(self._network.shape(inputs)), self._cache_dir
         opened = feature_cache.opened(folder, self._key) if folder else contextlib.nullcontext()
         with opened as cache, torch.no_grad():
             z = feature_cache.embed_inputs(
-                keys, load, self.features, size, cache, progress, failures, folder is not None
-            )
+                keys, load, self.outputs_of, size, cache, self._progress, failures,
+                folder is not None,
+            )  # fmt: skip
         z[list(failures)] = torch.nan
         if unreadable is not None:
             unreadable.update(failures)
-        return z
+        return z.numpy()
 
-    def pixels(self, images: Sequence[Image.Image | Path]) -> Tensor:
-        """Return images as the network's inputs in [0, 1], float32 [B, 3, size, size]."""
-        return torch.stack([self.reader.tensor(image) for image in images]).to(self._device)
+    def pixels(self, images: Items) -> Tensor:
+        return torch.stack([self._reader.tensor(image) for image in images]).to(self._device)
+
+    def preprocessing(self) -> dict[str, str]:
+        assert isinstance(self._network, Pretrained)
+        own = self._network.preprocessing
+        return {
+            "size": str(own.size),
+            "resize": str(own.resize),
+            "interpolation": own.interpolation,
+            "preprocessing": f"resize the shorter side to {own.resize} ({own.interpolation}, "
+            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255",
+        }
+
+    def outputs_of(self, x: Tensor) -> Tensor:
+        return self._network.embed(self._params, channels_last(x), self._population)[0]

@@ -51,18 +51,9 @@ def export_classifier(folder: Path, out: Path) -> dict[str, float]:
     """Export a saved classifier: `images` [B, C, H, W] to `probabilities` [B, N].
 
     Images are float32 in [0, 1], resized and cropped as the file's metadata say; standardisation,
-    head and calibration are in the graph.
-
-    Args:
-        folder: Folder of the classifier.
-        out: File to write.
-
-    Returns:
-        The largest difference of a probability between onnxruntime and `predict_proba`, by input.
-
-    Raises:
-        UserError: If it cannot be exported, or a package is missing.
-        RunFailed: If the probabilities differ.
+    head and calibration are in the graph. Return the largest difference of a probability between
+    onnxruntime and `predict_proba`, by input. Raise RunFailed if it is more than rounding, and
+    UserError if the classifier cannot be exported, or a package is missing.
     """
     classifier = FewShotClassifier.load(folder)
     network = classifier.network
@@ -109,14 +100,8 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
     """Export a run's method: support images, labels and query images to probabilities [Q, N].
 
     Inputs are `support_images` [M, *X], one-hot `support_labels` [M, N] and `query_images`
-    [Q, *X], float32, images in [0, 1], for any M, N and Q.
-
-    Args:
-        folder: Folder of the run.
-        out: File to write.
-
-    Returns:
-        As `export_classifier`, of `metalearn.load`'s model; it raises the same errors.
+    [Q, *X], float32, images in [0, 1], for any M, N and Q. Differences are from the model of
+    `metalearn.load`; results and errors as in `export_classifier`.
     """
     model = load.load(folder, device="cpu")
     where = f"run={folder} (algo={model.config.algo._target_.rpartition('.')[2]})"
@@ -127,7 +112,7 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
     comparisons = []
     generator = torch.Generator().manual_seed(0)
     for some_way, shots, queries in _TASKS:
-        way = model.spec.way if model.has_fixed_way else some_way
+        way = model.way or some_way
         y = torch.cat([torch.arange(way).repeat(shots), torch.zeros(1, dtype=torch.int64)])
         # Inputs around a random centre of each class: for mere noise, probabilities hardly vary.
         shape = model.spec.input_shape
@@ -139,7 +124,7 @@ def export_run(folder: Path, out: Path) -> dict[str, float]:
         expected = model.adapt(support, y).probabilities(query)
         what = f"{way} classes, {len(y)} support and {queries} query images"
         comparisons.append(Comparison(what, (support, torch.eye(way)[y], query), expected))
-    labels_axes = {0: "examples"} | ({} if model.has_fixed_way else {1: "classes"})
+    labels_axes = {0: "examples"} | ({} if model.way else {1: "classes"})
     axes = {"support_images": {0: "examples"}, "support_labels": labels_axes}
     graph = _Graph(model.task_probabilities, axes | {"query_images": {0: "queries"}})
     return _export(graph, comparisons, {}, out, where)

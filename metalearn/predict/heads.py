@@ -25,10 +25,8 @@ Arrays = dict[str, np.ndarray]
 def scaling(x: np.ndarray, normalise: str) -> Arrays:
     """Learn from features [M, D] how to scale features to a norm of 1.
 
-    Args:
-        x: Features of the examples [M, D].
-        normalise: "l2": each vector by its own norm; "standard": each feature by its mean and
-            standard deviation over the examples, and by the square root of D.
+    "l2": each vector by its own norm; "standard": each feature by its mean and standard deviation
+    over the examples, and by the square root of D.
     """
     if normalise == "l2":
         return {}
@@ -47,15 +45,10 @@ def scaled(learned: Mapping[str, Any], x: Any) -> Any:
 def learn(
     head: str, normalise: str, x: np.ndarray, y: np.ndarray, way: int, cost: float = 1.0
 ) -> Arrays:
-    """Learn a head. Classes have equal weight, whatever their numbers of examples.
+    """Learn a head from x, float64 [M, D], and y, int64 [M]; each of N >= 2 classes occurs.
 
-    Args:
-        head: One of `HEADS`.
-        normalise: See `scaling`.
-        x: Features, float64 [M, D].
-        y: Classes, int64 [M]; each of the N classes occurs.
-        way: N, at least 2.
-        cost: `C` of the logistic regression, and the inverse of the penalty of the ridge.
+    Classes have equal weight, whatever their numbers of examples. `cost` is `C` of the logistic
+    regression, and the inverse of the penalty of the ridge.
 
     Returns:
         What `logits` requires: "means" [N, D] and, for some heads, "weight" [N, D] and "bias" [N],

@@ -24,18 +24,14 @@ _IMAGE_COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An image or a text.
+    """An image or a text."""
 
-    Attributes:
-        name: What a user calls it: its path, its path in a zip after the zip's, or the file and the
-            row of a text.
-        value: The text; or the file of the image, which does not exist if it cannot be unpacked.
-        label: Its class; "" if none is given.
-    """
-
+    #: What a user calls it: its path, its path in a zip after the zip's, or the file and the row of
+    #: a text.
     name: str
+    #: The text; or the file of the image, which does not exist if it cannot be unpacked.
     value: Path | str
-    label: str = ""
+    label: str = ""  # its class; "" if none is given
 
     @property
     def kind(self) -> str:
@@ -44,15 +40,10 @@ class Item:
 
 
 def examples(source: str, unpacked: Path) -> list[Item]:
-    """List labelled images or texts.
+    """List labelled images or texts; raise UserError if there are none, or one has no label.
 
-    Args:
-        source: A folder or zip with a subfolder of images for each class, or a text file for each;
-            or a CSV file (path, label or text, label).
-        unpacked: Folder for the content of zips.
-
-    Raises:
-        UserError: If there are none, or one has no label.
+    The source is a folder or zip with a subfolder of images for each class, or a text file for
+    each; or a CSV file (path, label or text, label). Zips are unpacked into a folder.
     """
     items = list(_items(Path(source).expanduser(), unpacked, source))
     if unlabelled := [item for item in items if not item.label]:
@@ -69,14 +60,9 @@ def examples(source: str, unpacked: Path) -> list[Item]:
 
 
 def queries(sources: list[str], unpacked: Path) -> list[Item]:
-    """List images or texts to label: files, folders, zips, CSV files, or patterns.
+    """List images or texts to label, each once: files, folders, zips, CSV files, or patterns.
 
-    Args:
-        sources: What to list; an item that occurs twice is listed once.
-        unpacked: Folder for the content of zips.
-
-    Raises:
-        UserError: If a source has none.
+    Zips are unpacked into a folder. Raise UserError if a source has none.
     """
     items: dict[str, Item] = {}
     for source in sources:
@@ -100,7 +86,9 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
     if path.is_dir() or suffix == ".zip":
         images = list_images(path)
         files = images or list_images(path, (".txt",))
-        places = _unpack(path, files, unpacked) if suffix == ".zip" else map(_place, files)
+        places: Iterator[Path] = (file.container / file.name for file in files)
+        if suffix == ".zip":
+            places = _unpack(path, files, unpacked)
         for file, place in zip(files, places, strict=True):
             inside = PurePosixPath(file.name)
             if images:
@@ -113,10 +101,6 @@ def _items(path: Path, unpacked: Path, source: str) -> Iterator[Item]:
         yield from _lines(path, str(path), "")
     else:
         yield Item(str(path), path)
-
-
-def _place(file: ImageFile) -> Path:
-    return file.container / file.name
 
 
 def _unpack(path: Path, files: list[ImageFile], unpacked: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +19,14 @@ from metalearn.config import checking, paths
 from metalearn.config.composition import compose_config, options
 from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
-from metalearn.predict.embedder import Embedder, checked_text, read_each
+from metalearn.predict.embedder import Embedder, Items, Network, Reasons, checked_text, read_each
 from metalearn.report.folder import RunFolder
 from metalearn.run import load
 from metalearn.run.parts import cache_folder, device_of
 from metalearn.system.errors import UserError, nearest
 
-#: Image files or PIL images; or texts.
-Items = Sequence[Any]
-#: Why some items cannot be read, by their index.
-Reasons = dict[int, str] | None
 #: Items -> features, float [M, D].
 Embedding = Callable[[list[Any]], Any]
-
-
-class Network:
-    """A frozen network; heads learn from its features.
-
-    Attributes:
-        kind: What it takes: "images", "texts", or "features" for a run on other inputs.
-        identity: What a saved classifier must find again; None if it cannot be saved.
-        way: The number of classes that the examples must have; None for any.
-        pen: Width of a pen stroke, as a share of the image's, if it was trained on handwriting.
-    """
-
-    identity: str | None = None
-    kind: str = "images"
-    way: int | None = None
-    pen: float | None = None
-
-    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Compute what is learned from: features, float32 [M, D].
-
-        Args:
-            items: Image files or PIL images; or texts.
-            unreadable: Gets the reason for each one that cannot be read, by its index; its row
-                has no meaning. None: raise UserError for the first.
-        """
-        raise NotImplementedError
-
-    def pixels(self, images: Items) -> Tensor:
-        """Return what `outputs_of` takes for images: float32 in [0, 1], [B, C, H, W]."""
-        raise UserError("a classifier on a Python function cannot be exported; name a backbone")
-
-    def preprocessing(self) -> dict[str, str]:
-        """Describe in words how an image becomes an input of `outputs_of`."""
-        return {"preprocessing": "as the dataset of the run reads its own images, divided by 255"}
-
-    def outputs_of(self, x: Tensor) -> Tensor:
-        """Compute features [B, D], or logits of an adapted run, of images in [0, 1], float32."""
-        raise NotImplementedError
 
 
 class Function(Network):
@@ -78,67 +36,7 @@ class Function(Network):
         self._embedding = embedding
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Call the function, which reads the items."""
         return np.asarray(self._embedding(list(items)), dtype=np.float32)
-
-
-class PretrainedFeatures(Network):
-    """A pretrained backbone, frozen; features are cached on disk.
-
-    Args:
-        backbone: Its name, followed by settings such as backbone.model=resnet18.
-        is_cached: False to store nothing on disk.
-    """
-
-    def __init__(self, backbone: str, is_cached: bool = True) -> None:
-        name, *settings = shlex.split(backbone) or [""]
-        if name not in (known := options("backbone")):
-            raise UserError(f"backbone={name}: there is no such backbone{nearest(name, known)}")
-        if other := [word for word in settings if not word.startswith("backbone.")]:
-            raise UserError(f"backbone={backbone}: {other[0]} is no setting of a backbone")
-        words = [paths.literal(word, False) for word in settings]
-        config = checking.check_config(compose_config([f"backbone={name}", *words]))
-        device = device_of(config.device)
-        process.prepare(device, config.engine.threads, config.engine.precision)
-        cache = cache_folder(config) if is_cached else None
-        self._embedder = Embedder(config.backbone, device, cache)
-        self.kind = self._embedder.reader.kind
-        self._progress = _show if is_cached and sys.stderr.isatty() else None
-        hashed = hashlib.sha256(repr(sorted(config.backbone.items())).encode())
-        for key, value in sorted(self._embedder.tensors.items()):
-            hashed.update(key.encode() + value.cpu().numpy().tobytes())
-        self.identity = hashed.hexdigest()
-
-    def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Embed items."""
-        return self._embedder(items, self._progress, unreadable).numpy()
-
-    def pixels(self, images: Items) -> Tensor:
-        """Resize and crop images."""
-        return self._embedder.pixels(images)
-
-    def preprocessing(self) -> dict[str, str]:
-        """Describe resizing and cropping."""
-        own: Any = self._embedder.network
-        own = own.preprocessing
-        return {
-            "size": str(own.size),
-            "resize": str(own.resize),
-            "interpolation": own.interpolation,
-            "preprocessing": f"resize the shorter side to {own.resize} ({own.interpolation}, "
-            f"antialiased), crop the central {own.size}x{own.size}, RGB, divide by 255",
-        }
-
-    def outputs_of(self, x: Tensor) -> Tensor:
-        """Compute features."""
-        return self._embedder.features(x)
-
-
-def _show(done: int, count: int) -> None:
-    """Show the progress on a terminal."""
-    print(f"\r{done} of {count} embedded", end="", file=sys.stderr)
-    if done == count:
-        print(file=sys.stderr)
 
 
 class RunFeatures(Network):
@@ -176,15 +74,12 @@ class RunFeatures(Network):
         return np.stack([blank, *arrays])[1:]
 
     def represent(self, items: Items, unreadable: Reasons = None) -> np.ndarray:
-        """Embed items."""
         return self._model.embed(self._read(items, unreadable)).cpu().numpy()
 
     def pixels(self, images: Items) -> Tensor:
-        """Read images as the run's dataset reads its own."""
         return torch.from_numpy(self._read(images, None) / np.float32(255)).to(self._model.device)
 
     def outputs_of(self, x: Tensor) -> Tensor:
-        """Compute features."""
         return self._model.tensor_outputs(x, embed=True)
 
 
@@ -217,32 +112,45 @@ class AdaptingRun(RunFeatures):
         return Outputs(np.log(probabilities.clip(1e-30)), novelty)
 
 
+def _pretrained(backbone: str, is_cached: bool) -> Embedder:
+    """Open a backbone: its name, followed by settings such as backbone.model=resnet18."""
+    name, *settings = shlex.split(backbone) or [""]
+    if name not in (known := options("backbone")):
+        raise UserError(f"backbone={name}: there is no such backbone{nearest(name, known)}")
+    if other := [word for word in settings if not word.startswith("backbone.")]:
+        raise UserError(f"backbone={backbone}: {other[0]} is no setting of a backbone")
+    words = [paths.literal(word, False) for word in settings]
+    config = checking.check_config(compose_config([f"backbone={name}", *words]))
+    device = device_of(config.device)
+    process.prepare(device, config.engine.threads, config.engine.precision)
+    cache = cache_folder(config) if is_cached else None
+    progress = _show if is_cached and sys.stderr.isatty() else None
+    return Embedder(config.backbone, device, cache, progress)
+
+
+def _show(done: int, count: int) -> None:
+    """Show the progress on a terminal."""
+    print(f"\r{done} of {count} embedded", end="\n" if done == count else "", file=sys.stderr)
+
+
 def open_network(
     backbone: str | Embedding | None,
     run: str | Path | None,
     has_head: bool,
     is_cached: bool = True,
 ) -> Network | None:
-    """Open a network.
+    """Open a pretrained backbone by name, a function that embeds items, or a run.
 
-    Args:
-        backbone: Name of a pretrained backbone, a function that embeds items, or None.
-        run: Folder of a trained run, or None.
-        has_head: Whether a head learns from the run's features, instead of the run's own method.
-        is_cached: False to store no features on disk.
-
-    Returns:
-        The network; None if neither is given, for feature vectors.
-
-    Raises:
-        UserError: If there is no such network, or both are given.
+    `has_head`: a head learns from the run's features, instead of the run's own method. Return None
+    if nothing is given, for feature vectors. Raise UserError if there is no such network, or both
+    are given.
     """
     if run is not None and backbone is not None:
         raise UserError("backbone= and run=: give one of them")
     if run is not None:
         return RunFeatures(run) if has_head else AdaptingRun(run)
     if isinstance(backbone, str):
-        return PretrainedFeatures(backbone, is_cached)
+        return _pretrained(backbone, is_cached)
     if backbone is not None and not callable(backbone):
         raise UserError(f"backbone={backbone}: should be a name, a function of images, or None")
     return None if backbone is None else Function(backbone)

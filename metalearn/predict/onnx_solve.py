@@ -10,15 +10,7 @@ op: Any = opset18
 
 @script(default_opset=op)
 def gauss_jordan(a: FLOAT, b: FLOAT) -> FLOAT:
-    """Solve a x = b without pivoting, for a symmetric positive definite a.
-
-    Args:
-        a: [M, M].
-        b: [M, N].
-
-    Returns:
-        x [M, N].
-    """
+    """Solve a [M, M] x = b [M, N] without pivoting, for a symmetric positive definite a."""
     size = op.Squeeze(op.Shape(a, start=0, end=1), op.Constant(value_ints=[0]))
     joined = op.Concat(a, b, axis=1)
     for step in range(size):

@@ -2,14 +2,13 @@
 
 import base64
 import csv
-import html
 import io
-import string
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import ImageOps
 
@@ -48,12 +47,7 @@ def note(name: str, value: Path | str) -> dict[str, str]:
 
 
 def summary(classifier: FewShotClassifier, labels: list[Label | None]) -> list[str]:
-    """Say in sentences how far to trust the labels.
-
-    Args:
-        classifier: The classifier.
-        labels: Labels of images or texts; None for one that cannot be read.
-    """
+    """Say in sentences how far to trust the labels; None for one that cannot be read."""
     trust, names = classifier.confidence_, classifier.classes_.tolist()
     kind = "texts" if classifier.kind == "texts" else "images"
     readable = [label for label in labels if label is not None]
@@ -134,14 +128,7 @@ def content(
     labels: list[Label | None],
     errors: dict[int, str],
 ) -> dict[str, Any]:
-    """Return what predictions.json contains.
-
-    Args:
-        classifier: The classifier.
-        items: Images or texts.
-        labels: Label of each; None for one that cannot be read.
-        errors: Why one cannot be read, by its index.
-    """
+    """Return what predictions.json contains; an item without a label has an error, by its index."""
     trust = classifier.confidence_
     interval = trust.interval(sum(label is not None for label in labels) or None)
     predictions = []
@@ -167,13 +154,9 @@ def content(
 def labelled(
     classifier: FewShotClassifier, items: Sequence[Item], x: np.ndarray, errors: dict[int, str]
 ) -> dict[str, Any]:
-    """Label represented images or texts; return what predictions.json contains.
+    """Label items with what `represent` returned for them; return what predictions.json contains.
 
-    Args:
-        classifier: The classifier.
-        items: The images or texts.
-        x: What `represent` returned for them.
-        errors: Why one cannot be read, by its index.
+    `errors` says why some cannot be read, by index.
     """
     readable = [index for index in range(len(items)) if index not in errors]
     labels: list[Any] = [None] * len(items)
@@ -208,14 +191,7 @@ def table(result: dict[str, Any]) -> str:
 def write(
     folder: Path, classifier: FewShotClassifier, result: dict[str, Any], items: Sequence[Item]
 ) -> None:
-    """Write predictions.csv, predictions.json and report.html.
-
-    Args:
-        folder: Where to write.
-        classifier: The classifier.
-        result: What `content` returned.
-        items: The image or text of each prediction.
-    """
+    """Write predictions.csv, predictions.json and report.html, given the result of `content`."""
     page = _page(classifier, result, items)
     write_json(folder / "predictions.json", result)
     for name, document in (("predictions.csv", table(result)), ("report.html", page)):
@@ -228,83 +204,33 @@ def _shown(cell: Any) -> str:
 
 
 def _page(classifier: FewShotClassifier, result: dict[str, Any], items: Sequence[Item]) -> str:
-    """Compose the page; every text from outside is escaped."""
-    template = resources.files("metalearn.predict") / "report.html"
-    sections = [_examples_section(classifier, result)]
+    """Render the page; the template escapes every text."""
+    names, labels = classifier.classes_.tolist(), classifier.labels_.tolist()
+    likely = {one["example"]: one["likely"] for one in result["doubtful_examples"]}
+    examples = {name: [] for name in names}  # type: dict[Any, list[Any]]
+    for row, label in enumerate(labels):
+        own = classifier.notes_[row]
+        caption = Path(str(own.get("file", ""))).name
+        examples[label].append((own, caption, row in likely, likely.get(row)))
     order = sorted(
-        range(len(items)), key=lambda index: result["predictions"][index]["probability"] or 0.0
+        zip(result["predictions"], items, strict=True),
+        key=lambda pair: pair[0]["probability"] or 0.0,
     )
-    if order:
-        head = ("", "file", "label", "probability", "second", "plausible classes", "unknown")
-        rows = []
-        for place, index in enumerate(order):
-            one = result["predictions"][index]
-            item = items[index]
-            is_shown = place < _SHOWN or item.kind == "texts"
-            image = _shown_item(note(item.name, item.value)) if is_shown else ""
-            second = f"{_shown(one['second'])} {_percent(one['second_probability'])}"
-            plausible = one["plausible"]
-            names_of = "none fits well" if plausible == [] else "; ".join(map(str, plausible or []))
-            texts = [one["file"], one["error"] or one["label"], _percent(one["probability"])]
-            texts += [second, names_of, "yes" if one["unknown"] else ""]
-            rows.append(_row([image, *map(_cell, texts)]))
-        sections.append(f"<h2>Predictions, least certain first</h2>\n{_table(head, rows)}")
-    names = [str(name) for name in classifier.classes_.tolist()]
-    if confusion := result["confusion"]:
-        pairs = sorted(
-            ((count, names[row], names[column])
-             for row, counts in enumerate(confusion) for column, count in enumerate(counts)
-             if row != column and count > 0),
-            reverse=True,
-        )  # fmt: skip
-        rows = [_row(map(_cell, (one, other, f"{count:.3g}"))) for count, one, other in pairs[:50]]
-        table = _table(("class", "taken for", "examples"), rows) if rows else "<p>None.</p>"
-        sections.append(f"<h2>Confusions among your examples</h2>\n{table}")
-    return string.Template(template.read_text()).substitute(
+    rows = [
+        (one, note(item.name, item.value) if place < _SHOWN or item.kind == "texts" else {})
+        for place, (one, item) in enumerate(order)
+    ]
+    pairs = [
+        (count, str(names[row]), str(names[column]))
+        for row, counts in enumerate(result["confusion"])
+        for column, count in enumerate(counts)
+        if row != column and count > 0
+    ]
+    template = (resources.files("metalearn.predict") / "report.html").read_text()
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["shown"] = _shown
+    environment.filters["percent"] = lambda share: "" if share is None else f"{100 * share:.1f}%"
+    return environment.from_string(template).render(
         title=f"{len(items)} {items[0].kind if items else 'images'}, {len(names)} classes",
-        summary="\n".join(f"<li>{html.escape(line)}</li>" for line in result["summary"]),
-        sections="\n".join(sections),
-    )
-
-
-def _examples_section(classifier: FewShotClassifier, result: dict[str, Any]) -> str:
-    doubts = {one["example"]: one["likely"] for one in result["doubtful_examples"]}
-    parts = ["<h2>Your examples</h2>"]
-    labels = classifier.labels_.tolist()
-    for name in classifier.classes_.tolist():
-        rows = [row for row, label in enumerate(labels) if label == name]
-        parts.append(f"<h3>{html.escape(str(name))} ({len(rows)})</h3>")
-        for row in rows:
-            own = classifier.notes_[row]
-            caption = html.escape(Path(str(own.get("file", ""))).name)
-            if row in doubts:
-                caption += f'<br><strong class="warn">{html.escape(str(doubts[row]))}?</strong>'
-            image = _shown_item(own, "doubt" if row in doubts else "")
-            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    return "\n".join(parts)
-
-
-def _shown_item(own: dict[str, Any], style: str = "") -> str:
-    """Return the markup of a `note`."""
-    if text := html.escape(str(own.get("text", ""))):
-        return f'<blockquote class="{style}">{text}</blockquote>'
-    source = html.escape(str(own.get("thumbnail", "")))
-    return f'<img class="{style}" alt="" src="data:image/jpeg;base64,{source}">' if source else ""
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"
-
-
-def _cell(value: Any) -> str:
-    return html.escape(_shown(value))
-
-
-def _row(cells: Any) -> str:
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def _table(head: tuple[str, ...], rows: list[str]) -> str:
-    cells = "".join(f"<th>{name}</th>" for name in head)
-    body = "\n".join(rows)
-    return f"<table><thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        result=result, examples=examples, rows=rows, pairs=sorted(pairs, reverse=True)[:50],
+    )  # fmt: skip

@@ -47,13 +47,7 @@ def write(folder: Path, content: dict[str, Any], arrays: dict[str, Any], name: s
 def copy_run(run: Path, folder: Path, identity: str) -> str:
     """Copy what predictions need of a run: its settings, without paths, and its best checkpoint.
 
-    Args:
-        run: The run folder.
-        folder: Folder of the classifier.
-        identity: Hash of the checkpoint.
-
-    Returns:
-        The name of the copy in the folder.
+    `identity` is the hash of the checkpoint. Return the name of the copy in the folder.
     """
     source, copy = RunFolder(run), RunFolder(folder / f"run-{identity[:16]}")
     if not copy.config.exists():
@@ -76,8 +70,7 @@ def reading(
 ) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Read a folder, for a block that uses its content: a fault in it is the folder's.
 
-    Raises:
-        UserError: If it is not a saved classifier.
+    Raise UserError if it is not a saved classifier.
     """
     try:
         content = json.loads((folder / name).read_text())

@@ -59,10 +59,8 @@ def _page(name: str) -> HTMLResponse:
 def create_app(store: ClassifierStore, token: str = "", hosts: frozenset[str] = frozenset()) -> Any:
     """Return the server as an ASGI application.
 
-    Args:
-        store: The classifiers; used in one thread, so the order of changes is that of requests.
-        token: What requests must give as a bearer token; "" for none.
-        hosts: Names in the Host header that are served, in addition to addresses and localhost.
+    The store is used in one thread, so the order of changes is that of requests. `token` is what
+    requests must give as a bearer token; `hosts` are served in addition to addresses and localhost.
     """
     limits = store.limits
     thread = ThreadPoolExecutor(1)

@@ -33,14 +33,7 @@ _LEARNED, _REPRESENTED = 16, 2048
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The examples of a classifier.
-
-    Attributes:
-        name: Its name.
-        x: What is learned from [M, …].
-        labels: Class of each example.
-        notes: "id" and `report.note` of each.
-    """
+    """The examples of a classifier: what is learned from, x [M, …]; class, id and note of each."""
 
     name: str
     x: np.ndarray
@@ -70,16 +63,11 @@ class _Recent(OrderedDict[Hashable, Any]):
 
 
 class ClassifierStore:
-    """Classifiers over one network, each in a folder of its own.
+    """Classifiers over one network, each in a folder of its own; each network has a subfolder.
 
-    Args:
-        folder: Where to keep them; each network has a subfolder.
-        settings: Settings of every classifier, and its network. Examples it has are imported.
-        limits: See `Limits`.
-
-    Raises:
-        ValueError: For a wrong setting of the classifier.
-        UserError: For a network that does not exist, or a folder that cannot be read.
+    `settings` are of every classifier, and its network; examples that it has are imported. Raise
+    ValueError for a wrong setting, UserError for a network that does not exist, or a folder that
+    cannot be read.
     """
 
     def __init__(self, folder: Path, settings: FewShotClassifier, limits: Limits) -> None:
@@ -168,13 +156,7 @@ class ClassifierStore:
         return self._brief(own)
 
     def add(self, own: str, sent: Sequence[Upload], labels: Sequence[str]) -> dict[str, Any]:
-        """Add examples; all of them are on disk at the end, or none is added.
-
-        Args:
-            own: The classifier's id.
-            sent: Images or texts.
-            labels: The class of each, or one for all.
-        """
+        """Add examples with a class for each or for all: all are on disk at the end, or none."""
         examples, added = self._extended(self._get(own), sent, labels)
         self._write(own, examples)
         return self._brief(own) | {"added": added}
@@ -254,12 +236,7 @@ class ClassifierStore:
         return classifier  # type: ignore[no-any-return]
 
     def _represented(self, items: Sequence[Item], errors: dict[int, str]) -> np.ndarray:
-        """Represent items; those of recent requests are not embedded again.
-
-        Args:
-            items: Images or texts.
-            errors: Why some cannot be read, by index; gets the others.
-        """
+        """Represent items, recent ones from memory; `errors` gets why some cannot be read."""
         keys = [uploads.key(item) for item in items]
         rows = [None if i in errors else self._recent.recall(key) for i, key in enumerate(keys)]
         missing = [i for i, row in enumerate(rows) if row is None and i not in errors]

@@ -20,33 +20,19 @@ _FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "WEBP", "TIFF")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Largest numbers of what a stranger can make the server keep or do.
+    """Largest numbers of what a stranger can make the server keep or do."""
 
-    Attributes:
-        body: Bytes of a request.
-        files: Images or texts of a request.
-        characters: Characters of a text.
-        pixels: Pixels of an image.
-        all_pixels: Pixels of all images of a request.
-        classifiers: Classifiers.
-        examples: Examples of a classifier.
-        classes: Classes of a classifier.
-        name: Characters of the name of a class, classifier or file.
-        waiting: Requests that are served or wait.
-        seconds: Time in which a request must have arrived.
-    """
-
-    body: int = 32 * 2**20
-    files: int = 64
-    characters: int = 10_000
-    pixels: int = 64 * 10**6
-    all_pixels: int = 256 * 10**6
-    classifiers: int = 64
-    examples: int = 1000
-    classes: int = 100
-    name: int = 100
-    waiting: int = 32
-    seconds: float = 60.0
+    body: int = 32 * 2**20  # bytes of a request
+    files: int = 64  # images or texts of a request
+    characters: int = 10_000  # characters of a text
+    pixels: int = 64 * 10**6  # pixels of an image
+    all_pixels: int = 256 * 10**6  # pixels of all images of a request
+    classifiers: int = 64  # classifiers
+    examples: int = 1000  # examples of a classifier
+    classes: int = 100  # classes of a classifier
+    name: int = 100  # characters of the name of a class, classifier or file
+    waiting: int = 32  # requests that are served or wait
+    seconds: float = 60.0  # time in which a request must have arrived
 
 
 class Refused(Exception):
@@ -69,18 +55,9 @@ class Upload:
 def reading(
     sent: Sequence[Upload], kind: str, limits: Limits
 ) -> Iterator[tuple[list[Item], dict[int, str]]]:
-    """Write images to temporary files, for a block.
+    """Write images to temporary files, for a block; yield the items, and why some cannot be read.
 
-    Args:
-        sent: What a request has.
-        kind: What the network takes, "images" or "texts".
-        limits: See `Limits`.
-
-    Yields:
-        The images or texts, and why some cannot be read, by index.
-
-    Raises:
-        Refused: For none, too large ones, or those of the other kind.
+    Raise Refused for none, too large ones, or those of a different kind than the network takes.
     """
     if not sent:
         raise Refused(422, "there is no file and no text")

@@ -21,12 +21,9 @@ Method = tuple[str, str]
 
 
 class Comparison:
-    """Methods by protocols, for one metric.
+    """Methods by protocols, of measurements of one metric.
 
     A method is all runs that differ only in their seed and in how they were tested.
-
-    Args:
-        measurements: At least one, all of the same metric.
     """
 
     def __init__(self, measurements: list[Measurement]) -> None:
@@ -87,11 +84,8 @@ class Comparison:
     def rows(self, width: int, separator: str) -> list[dict[str, Any]]:
         """Return a row per method and a column per protocol, or a row for each of both.
 
-        The latter if the methods share few protocols, or if the columns do not fit.
-
-        Args:
-            width: Number of characters of a line.
-            separator: Between the parts of a heading and of a cell.
+        The latter if the methods share few protocols, or if the columns do not fit into `width`
+        characters. `separator` is between the parts of a heading and of a cell.
         """
         facts = {method: self._facts(group) for method, group in self.methods.items()}
         texts = {key: self._cell_text(*key, separator) for key in self.cells}
@@ -104,16 +98,12 @@ class Comparison:
         if are_shared and tables.least_width(wide, _METHOD_WIDTH) <= width:
             return wide
         return [
-            {
-                "test": self.heading(one),
-                "method": self.title(method),
-                self.metric: texts[method, one],
-            }
-            | facts[method]
+            {"test": self.heading(one), "method": self.title(method),
+             self.metric: texts[method, one], **facts[method]}
             for one in self.protocols
             for method in self.methods
             if (method, one) in texts
-        ]
+        ]  # fmt: skip
 
     def _facts(self, measurements: list[Measurement]) -> dict[str, Any]:
         """Return columns about the training of a method: seeds, minutes, hardware if it differs."""
@@ -150,9 +140,8 @@ class Comparison:
         for protocol in self.protocols:
             cells = {method: cell for (method, one), cell in self.cells.items() if one == protocol}
             if len(cells) > 1:
-                more, is_single = self._differences(protocol, cells)
-                lines += more
-                has_single_seeds = has_single_seeds or is_single
+                lines += self._differences(protocol, cells)
+                has_single_seeds |= any(len(cell.by_seed) < 2 for cell in cells.values())
         if has_single_seeds:
             lines.append(
                 "with one seed, a significant difference is one of these trained weights; for a "
@@ -160,12 +149,12 @@ class Comparison:
             )
         return lines
 
-    def _differences(self, protocol: str, cells: dict[Method, Cell]) -> tuple[list[str], bool]:
-        """Test the differences to the best method, with p adjusted for all pairs.
-
-        Return the lines, and whether a method of a pair has a single seed.
-        """
+    def _differences(self, protocol: str, cells: dict[Method, Cell]) -> list[str]:
+        """Test the differences to the best method, with p adjusted for all pairs."""
+        best = max(cells, key=lambda method: self._sign * cells[method].mean)
         pairs = list(itertools.combinations(cells, 2))
+        # The best method is the second of its pairs.
+        pairs = [(b, a) if a == best else (a, b) for a, b in pairs]
         differences = {
             (a, b): stats.paired_difference(cells[a].scores, cells[b].scores) for a, b in pairs
         }
@@ -177,24 +166,19 @@ class Comparison:
             if len(cells[a].by_seed) > 1 and len(cells[b].by_seed) > 1
         }
         by_seeds = dict(zip(by_seeds, stats.holm(list(by_seeds.values())), strict=True))
-        best = max(cells, key=lambda method: self._sign * cells[method].mean)
         plural = "s" if len(pairs) > 1 else ""
         lines = [
             f"{self.heading(protocol)}: best is {self.title(best)}; paired differences to it, "
             f"p adjusted for {len(pairs)} comparison{plural} (Holm):"
         ]
-        has_single_seeds = False
-        for pair in (pair for pair in pairs if best in pair):
-            other = pair[1] if pair[0] == best else pair[0]
-            mean = differences[pair].mean * (-1 if other == pair[1] else 1)
-            difference = dataclasses.replace(differences[pair], mean=mean, p_value=adjusted[pair])
-            text = f"  {self.title(other)}: {format_difference(self.metric, difference)}"
+        for pair in (pair for pair in pairs if pair[1] == best):
+            difference = dataclasses.replace(differences[pair], p_value=adjusted[pair])
+            text = f"  {self.title(pair[0])}: {format_difference(self.metric, difference)}"
             if pair in by_seeds:
                 text += f", over seeds p = {by_seeds[pair]:.3f}"
-            has_single_seeds = has_single_seeds or pair not in by_seeds
             is_significant = max(adjusted[pair], by_seeds.get(pair, 0.0)) < 0.05
             lines.append(f"{text}: {'significant' if is_significant else 'not significant'}")
-        return lines, has_single_seeds
+        return lines
 
     def summary(self) -> list[dict[str, Any]]:
         """Return a row for each method and protocol, as numbers."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -34,10 +35,15 @@ def open_console() -> Console:
     return _Console(file=stream, emoji=False, width=max(console.width, 160), force_terminal=False)
 
 
+def print_lines(console: Console, lines: Iterable[object], indent: str = "") -> None:
+    """Print lines without markup, wrapped between words on a terminal; a path is never broken."""
+    wrapping: Any = {"overflow": "ignore", "crop": False}
+    if not console.is_terminal:
+        wrapping = {"soft_wrap": True}
+    for line in lines:
+        console.print(visible(f"{indent}{line}"), highlight=False, markup=False, **wrapping)
+
+
 def print_line(console: Console, line: str) -> None:
-    """Print a line without markup, wrapped between words on a terminal; a path is never broken."""
-    line = visible(line)
-    if console.is_terminal:
-        console.print(line, highlight=False, markup=False, overflow="ignore", crop=False)
-    else:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line as `print_lines` does."""
+    print_lines(console, [line])

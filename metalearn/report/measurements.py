@@ -21,26 +21,17 @@ from metalearn.system.reading import read_yaml
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One test of one run.
-
-    Attributes:
-        settings: Settings that distinguish its method from others, by dotted name.
-        variant: How the adaptation differs from the run's own test, or "".
-        dataset: Settings of the tested dataset, as far as the files of the run have them.
-        minutes: Training time.
-        hardware: Hardware of the training.
-        scores: Score of each episode, float64 [E].
-    """
+    """One test of one run."""
 
     folder: Path
     name: str
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # those that distinguish its method from others, by dotted name
     result: Result
-    variant: str
-    dataset: dict[str, Any]
-    minutes: float
-    hardware: str
-    scores: Tensor
+    variant: str  # how the adaptation differs from the run's own test, or ""
+    dataset: dict[str, Any]  # settings of the tested dataset, as far as the run's files have them
+    minutes: float  # of the training
+    hardware: str  # of the training
+    scores: Tensor  # of each episode, float64 [E]
 
     @property
     def data(self) -> str:
@@ -50,19 +41,12 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Measurements of one method under one protocol, combined.
+    """Measurements of one method under one protocol, combined."""
 
-    Attributes:
-        mean: Mean over episodes of the scores.
-        ci95: Half-width of its 95% interval.
-        by_seed: Mean of each seed, over the runs that repeat it.
-        scores: Score of each episode, averaged over seeds, [E].
-    """
-
-    mean: float
-    ci95: float
-    by_seed: list[float]
-    scores: Tensor
+    mean: float  # over episodes
+    ci95: float  # half-width of its 95% interval
+    by_seed: list[float]  # mean of each seed, over the runs that repeat it
+    scores: Tensor  # of each episode, averaged over seeds, [E]
 
     @staticmethod
     def of(measurements: list[Measurement]) -> "Cell":
@@ -72,9 +56,8 @@ class Cell:
             by_seed[one.result.seed].append(one.scores)
         means = [torch.stack(scores).mean(0) for scores in by_seed.values()]
         scores = torch.stack(means).mean(0)
-        over_episodes = stats.estimate(scores)
-        by_seed_means = [mean.mean().item() for mean in means]
-        return Cell(over_episodes.mean, over_episodes.ci95, by_seed_means, scores)
+        own = stats.estimate(scores)
+        return Cell(own.mean, own.ci95, [mean.mean().item() for mean in means], scores)
 
     @property
     def seeds_ci95(self) -> float | None:
@@ -133,16 +116,11 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
     for result, scores_file, variant in tests:
         scores = read_scores(scores_file)
         _check_scores(scores_file, scores, result)
+        result = dataclasses.replace(result, seed=own.seed)
+        tested = _tested_dataset(dataset, result.evaluation)
+        minutes, hardware = own.seconds / 60, own.hardware
         yield Measurement(
-            folder=folder,
-            name=name,
-            settings=settings,
-            result=dataclasses.replace(result, seed=own.seed),
-            variant=variant,
-            dataset=_tested_dataset(dataset, result.evaluation),
-            minutes=own.seconds / 60,
-            hardware=own.hardware,
-            scores=scores,
+            folder, name, settings, result, variant, tested, minutes, hardware, scores
         )
 
 
@@ -166,8 +144,7 @@ def _tested_dataset(own: dict[str, Any], evaluation: dict[str, Any]) -> dict[str
 
 
 def _check_scores(file: Path, scores: Tensor, result: Result) -> None:
-    test = result.test
-    protocol = result.protocol
+    test, protocol = result.test, result.protocol
     if result.protocol_id != hash_of(protocol) or protocol.get("episodes") != test.episodes:
         raise UserError(f"{file.parent}: protocol {result.protocol_id} is not that of its result")
     if len(scores) != test.episodes:

@@ -3,8 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metalearn.config.schema import RunConfig
-from metalearn.report.console import print_line
+from metalearn.report.console import print_line, print_lines
 from metalearn.report.tables import format_interval, format_value
 from metalearn.system import signals
 
@@ -28,17 +28,12 @@ _AVERAGE_SECONDS = 30.0
 _BAR_WIDTHS = (4, 40)
 
 
-class Probe(Protocol):
+class Probe(NamedTuple):
     """What a listener may ask the training loop between two steps."""
 
-    def metrics(self) -> dict[str, float]:
-        """Return current metrics without waiting for the device; {} if there are none yet."""
-
-    def wait(self) -> None:
-        """Wait until the device has computed all steps."""
-
-    def seconds_per_episode(self) -> float:
-        """Evaluate a few episodes and return the seconds that each took."""
+    metrics: Callable[[], dict[str, float]]  # current ones, without waiting for the device, or {}
+    wait: Callable[[], None]  # until the device has computed all steps
+    seconds_per_episode: Callable[[], float]  # evaluates a few
 
 
 class Listener:
@@ -67,18 +62,12 @@ SILENT = Listener()
 
 
 class Forecast:
-    """Seconds that a run still needs, from the times of its steps and episodes so far.
-
-    Attributes:
-        step: Number of the last step.
-        episodes: Episodes done in the validation or test under way.
-        per_step: Seconds of a step; None until one was timed.
-        per_episode: Seconds of an evaluated episode; None until one was timed.
-    """
+    """Seconds that a run still needs, from the times of its steps and episodes so far."""
 
     def __init__(self, settings: RunConfig) -> None:
-        self.step = self.episodes = 0
-        self.per_step: float | None = None
+        self.step = 0  # the last one
+        self.episodes = 0  # done in the validation or test under way
+        self.per_step: float | None = None  # seconds; None until one was timed
         self.per_episode: float | None = None
         self._settings = settings
 
@@ -93,11 +82,8 @@ class Forecast:
         steps = settings.train.steps - self.step
         if self.per_episode is None or (steps and self.per_step is None):
             return None
-        episodes = settings.test.episodes - self.episodes
-        if phase != "test":
-            episodes += self.validations() * settings.val.episodes
-        if phase == "val":
-            episodes += settings.val.episodes
+        validations = 0 if phase == "test" else self.validations() + (phase == "val")
+        episodes = settings.test.episodes - self.episodes + validations * settings.val.episodes
         return steps * (self.per_step or 0.0) + episodes * self.per_episode
 
     def add_steps(self, count: int, seconds: float) -> None:
@@ -125,10 +111,8 @@ class Progress(Listener):
         step: int = 0,
         seconds_before: float = 0.0,
     ) -> None:
-        self._settings = settings
-        self._score = score
-        self._console = console
-        self._announcement = announcement
+        self._settings, self._score = settings, score
+        self._console, self._announcement = console, announcement
         self._probe: Probe | None = None
         self._forecast = Forecast(settings)
         self._metrics: dict[str, float] = {}
@@ -193,8 +177,7 @@ class Progress(Listener):
             self._enter("train", self._done, self._total)
             remaining = self._forecast.remaining("train") or 0.0
             lines = [f"{lines[0]}; about {format_duration(remaining)}", *lines[1:]]
-        for line in lines:
-            print_line(self._console, line)
+        print_lines(self._console, lines)
 
     def episodes(self, phase: str, done: int, total: int) -> None:
         if done == 0:
@@ -209,12 +192,15 @@ class Progress(Listener):
             self._print_if_due()
 
     def embedding(self, done: int, total: int) -> None:
-        line = "" if done == total else f"embedding input {done:,}/{total:,}"
-        self._status = line
-        is_due = time.monotonic() - self._printed > _QUIET_SECONDS
-        if line and is_due and not self._console.is_terminal:
-            print_line(self._console, line)
+        self._status = "" if done == total else f"embedding input {done:,}/{total:,}"
+        if self._status and self._is_due():
+            print_line(self._console, self._status)
             self._printed = time.monotonic()
+
+    def _is_due(self) -> bool:
+        """Return True if a line should be printed, because there is no terminal."""
+        waited = time.monotonic() - self._printed
+        return waited > _QUIET_SECONDS and not self._console.is_terminal
 
     def _measure(self, now: float) -> None:
         """Measure the speed of the phase since it was measured last."""
@@ -243,47 +229,34 @@ class Progress(Listener):
             self._print(f"val {interval}")
 
     def _print_if_due(self) -> None:
-        if not self._console.is_terminal and time.monotonic() - self._printed > _QUIET_SECONDS:
-            self._print("" if self._phase == "train" else f"{self._phase} {self._count()} episodes")
+        if self._is_due():
+            done = f"{self._phase} {self._done}/{self._total} episodes"
+            self._print("" if self._phase == "train" else done)
 
     def _print(self, result: str) -> None:
         count = f"step {self._forecast.step:>6}/{self._settings.train.steps}"
-        parts = [
-            count,
-            self._speed.get(self._phase, ""),
-            *self._metric_parts(),
-            result,
-            self._times(),
-        ]
-        print_line(self._console, "  ".join(part for part in parts if part))
+        print_line(self._console, self._joined("  ", count, result))
         self._printed = time.monotonic()
 
-    def _metric_parts(self) -> list[str]:
-        parts = []
-        if "train.loss" in self._metrics:
-            parts.append(f"loss {self._metrics['train.loss']:.4f}")
-        value = self._metrics.get(f"train.{self._score}")
+    def _joined(self, separator: str, count: str, result: str = "") -> str:
+        """Return a count with the speed, the metrics, perhaps a result, and the times."""
+        parts = [count, self._speed.get(self._phase, "")]
+        loss, value = (self._metrics.get(f"train.{name}") for name in ("loss", self._score))
+        if loss is not None:
+            parts.append(f"loss {loss:.4f}")
         if value is not None and self._score == "accuracy":
             parts.append(f"acc {100 * value:.1f}%")
-        elif value is not None and value != self._metrics.get("train.loss"):
+        elif value is not None and value != loss:
             parts.append(f"{self._score} {format_value(self._score, value)}")
-        return parts
-
-    def _count(self) -> str:
-        return f"{self._done}/{self._total}"
-
-    def _times(self) -> str:
         now = time.monotonic()
-        elapsed, remaining = _clock(now - self._began), self._forecast.remaining(self._phase)
-        if remaining is None:
-            return elapsed
-        return f"{elapsed}, {_clock(max(0.0, remaining - (now - self._updated)))} left"
+        times, remaining = _clock(now - self._began), self._forecast.remaining(self._phase)
+        if remaining is not None:
+            times += f", {_clock(max(0.0, remaining - (now - self._updated)))} left"
+        return separator.join(part for part in (*parts, result, times) if part)
 
     def _line(self) -> Table:
         """Return the live line, at most as wide as the console."""
-        speed = self._speed.get(self._phase, "")
-        parts = [self._count(), speed, *self._metric_parts(), self._times()]
-        text = self._status or " ".join(part for part in parts if part)
+        text = self._status or self._joined(" ", f"{self._done}/{self._total}")
         smallest, widest = _BAR_WIDTHS
         room = self._console.width - len(self._phase) - len(text) - 3
         bar = ProgressBar(self._total or 1, self._done, width=max(smallest, min(widest, room)))

@@ -18,39 +18,27 @@ from metalearn.tasks.types import Estimate
 
 @dataclasses.dataclass(kw_only=True)
 class Result:
-    """One measurement of one run.
+    """One measurement of one run."""
 
-    Attributes:
-        metric: Name of the metric.
-        higher_is_better: True if a higher value of the metric is better.
-        test: Mean over test episodes, with its 95% interval.
-        details: Worst episodes and classes, calibration, episodes needed for narrower intervals.
-        protocol: What was measured. Results are comparable if and only if it is the same.
-        protocol_id: Hash of `protocol`.
-        name: Algorithm and dataset.
-        seed: Seed of the training.
-        environment: Commit, versions and hardware.
-        seconds: Wall-clock seconds, of training and test or of an evaluation.
-        split: The split whose classes were tested.
-        training: Facts of the training: command, val, best_step, steps, engine, processes.
-        evaluation: Facts of a later evaluation: overrides, variant, dataset, and overlap if tested
-            examples were trained on; of an ensemble, the folders of its runs.
-        transductive_minus_inductive: Paired difference on the same episodes, if both were tested.
-    """
-
-    metric: str
+    metric: str  # its name
     higher_is_better: bool
-    test: Estimate
+    test: Estimate  # over test episodes
+    #: Worst episodes and classes, calibration, episodes needed for narrower intervals.
     details: dict[str, Any]
+    #: What was measured. Results are comparable if and only if it is the same.
     protocol: dict[str, Any]
-    protocol_id: str
-    name: str
-    seed: int
-    environment: dict[str, Any]
-    seconds: float
-    split: str = "test"
+    protocol_id: str  # hash of `protocol`
+    name: str  # algorithm and dataset
+    seed: int  # of the training
+    environment: dict[str, Any]  # commit, versions and hardware
+    seconds: float  # wall-clock, of training and test or of an evaluation
+    split: str = "test"  # whose classes were tested
+    #: Facts of the training: command, val, best_step, steps, engine, processes.
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Facts of a later evaluation: overrides, variant, dataset, and overlap if tested examples were
+    #: trained on; of an ensemble, the folders of its runs.
     evaluation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: Paired difference on the same episodes, if both were tested.
     transductive_minus_inductive: Difference | None = None
 
     @property
@@ -81,20 +69,10 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""
-        content = {
-            "name": self.name,
-            "split": self.split,
-            "test": {self.metric: dataclasses.asdict(self.test)},
-            "higher_is_better": self.higher_is_better,
-            "details": self.details,
-            "protocol": self.protocol,
-            "protocol_id": self.protocol_id,
-            "seed": self.seed,
-            "environment": self.environment,
-            "seconds": self.seconds,
-            **self.training,
-            **self.evaluation,
-        }
+        own = ("name", "split", "test", "higher_is_better", *_REQUIRED)
+        content = {name: getattr(self, name) for name in own}
+        content |= {"test": {self.metric: dataclasses.asdict(self.test)}}
+        content |= self.training | self.evaluation
         if self.transductive_minus_inductive is not None:
             difference = dataclasses.asdict(self.transductive_minus_inductive)
             content["transductive_minus_inductive"] = difference
@@ -144,7 +122,7 @@ def hash_of(protocol: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:10]
 
 
-_REQUIRED = ("details", "protocol", "protocol_id", "name", "seed", "environment", "seconds")
+_REQUIRED = ("name", "details", "protocol", "protocol_id", "seed", "environment", "seconds")
 _EVALUATION = ("overrides", "variant", "dataset", "overlap", "ensemble")
 _ESTIMATE = {"mean": float, "ci95": float, "episodes": int}
 #: What the rest of the program relies on, as `check_types` takes it.

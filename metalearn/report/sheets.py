@@ -37,7 +37,8 @@ def draw_sheet(
         predictions: For each row, what each image of its last group was taken for: "" for what it
             is, which is framed green; a wrong name is framed red and written below its image.
     """
-    fonts = {name: _font(size) for name, size in _SIZES.items()}
+    font = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    fonts = {name: ImageFont.truetype(font, size) for name, size in _SIZES.items()}
     label_width = min(
         _LABEL, max(math.ceil(fonts["label"].getlength(one)) for one, own in rows if own)
     )
@@ -54,17 +55,16 @@ def draw_sheet(
         lefts.append(lefts[-1] + size * (cell[0] + _GAP) + _BETWEEN)
     row_height = cell[1] + _GAP + (_CAPTION if predictions else 0)
     heights = [row_height if groups else _LINE for _, groups in rows]
-    ends = [lefts[-1] - _BETWEEN, math.ceil(fonts["title"].getlength(title))]
-    shown_headings = [
-        f"{heading}, {size} of {total}" if heading and size < total else heading
-        for heading, size, total in zip(headings, sizes, totals, strict=True)
+    columns = [
+        (left, f"{heading}, {size} of {total}" if heading and size < total else heading)
+        for left, heading, size, total in zip(lefts[:-1], headings, sizes, totals, strict=True)
     ]
-    for left, heading in zip(lefts, shown_headings, strict=False):
-        ends.append(left + math.ceil(fonts["label"].getlength(heading)))
+    ends = [lefts[-1] - _BETWEEN, math.ceil(fonts["title"].getlength(title))]
+    ends += [left + math.ceil(fonts["label"].getlength(heading)) for left, heading in columns]
     sheet = Image.new("RGB", (max(ends) + 2 * _GAP, top + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 5), title, "black", fonts["title"])
-    for left, heading in zip(lefts, shown_headings, strict=False):
+    for left, heading in columns:
         draw.text((left, 31), heading, "#555", fonts["label"])
     for number, (label, groups) in enumerate(rows):
         y = top + sum(heights[:number])
@@ -77,15 +77,15 @@ def draw_sheet(
             for place, x in enumerate(group[:size]):
                 image, x0 = _image(1 - x if is_ink else x, cell), left + place * (cell[0] + _GAP)
                 sheet.paste(image, (x0, y))
-                if not is_ink:  # white images have no edge
-                    draw.rectangle((x0 - 1, y - 1, x0 + cell[0], y + cell[1]), outline="#ccc")
+                box = (x0 - 1, y - 1, x0 + cell[0], y + cell[1])
                 if predictions and group is groups[-1]:
                     wrong = predictions[number][place]
                     colour = "#c22" if wrong else "#2a2"
-                    box = (x0 - 1, y - 1, x0 + cell[0], y + cell[1])
                     draw.rectangle(box, outline=colour, width=2)
                     middle = (x0 + cell[0] // 2, y + cell[1] + 2)
                     draw.text(middle, wrong, colour, fonts["label"], anchor="ma")
+                elif not is_ink:  # white images have no edge
+                    draw.rectangle(box, outline="#ccc")
     is_grey = all(x.shape[0] == 1 for groups in full for group in groups for x in group)
     if is_grey and not predictions:
         sheet = sheet.convert("L")  # a third of the size
@@ -95,16 +95,11 @@ def draw_sheet(
 
 def _fitting(sizes: list[int], most: int) -> list[int]:
     """Return how many images of each group fit into a row: the first groups keep most of theirs."""
-    result = []
+    result: list[int] = []
     for place, size in enumerate(sizes):
-        own = min(size, max(1, most - (len(sizes) - place - 1) * 3))
-        result.append(own)
-        most -= own
+        rest = most - sum(result) - (len(sizes) - place - 1) * 3
+        result.append(min(size, max(1, rest)))
     return result
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _shortened(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -25,9 +25,9 @@ class Difference:
 
 
 def _t_interval(values: Tensor) -> tuple[float, float]:
-    """Return mean and half-width of the 95% interval (Student 1908).
+    """Return mean and half-width t_(0.975, n-1) * s / sqrt(n) of the 95% interval (Student 1908).
 
-    The half-width is t_(0.975, n-1) * s / sqrt(n), where s has n - 1 degrees of freedom.
+    s has n - 1 degrees of freedom.
     """
     count = values.numel()
     if count < 2:
@@ -37,10 +37,7 @@ def _t_interval(values: Tensor) -> tuple[float, float]:
 
 
 def estimate(scores: Tensor) -> Estimate:
-    """Compute the mean and its 95% interval over independent episodes or seeds (Student's t).
-
-    Args:
-        scores: One score per episode [E], or one mean per seed, E >= 2.
+    """Compute the mean and its 95% interval over E >= 2 independent episodes or seeds, [E].
 
     Raises:
         ValueError: If there are fewer than two scores.
@@ -66,9 +63,9 @@ def paired_difference(a: Tensor, b: Tensor) -> Difference:
     mean, half_width = _t_interval(difference)
     count = difference.numel()
     error = difference.std().item() / math.sqrt(count)
-    if error == 0:  # without spread, the t-statistic is undefined
-        return Difference(mean, half_width, float(mean == 0), count)
-    return Difference(mean, half_width, float(2 * stdtr(count - 1, -abs(mean) / error)), count)
+    # Without spread, the t-statistic is undefined.
+    p_value = 2 * stdtr(count - 1, -abs(mean) / error) if error else mean == 0
+    return Difference(mean, half_width, float(p_value), count)
 
 
 def base_and_novel(
@@ -98,10 +95,6 @@ def base_and_novel(
 def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """Compute the two-sided p-value of equal means of two groups of seeds (Welch 1947).
 
-    Args:
-        a: Mean score of each seed of one method; at least two.
-        b: Mean score of each seed of another method; at least two.
-
     Raises:
         ValueError: If a group has fewer than two seeds.
     """
@@ -110,31 +103,20 @@ def unpaired_p_value(a: Sequence[float], b: Sequence[float]) -> float:
     x, y = (torch.tensor(values, dtype=torch.float64) for values in (a, b))
     gap = (x.mean() - y.mean()).abs().item()
     parts = [values.var().item() / len(values) for values in (x, y)]
-    error = math.sqrt(sum(parts))
-    if error == 0:
+    if sum(parts) == 0:  # without spread, the t-statistic is undefined
         return float(gap == 0)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(values) - 1) for part, values in zip(parts, (x, y), strict=True)
-    )
-    return float(2 * stdtr(freedom, -gap / error))
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (len(x) - 1) + parts[1] ** 2 / (len(y) - 1))
+    return float(2 * stdtr(freedom, -gap / math.sqrt(sum(parts))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for several comparisons: all hold at once with 95% confidence (Holm 1979).
-
-    Args:
-        p_values: One per comparison.
-
-    Returns:
-        Adjusted p-values, in the same order.
-    """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
+    """Adjust p-values of several comparisons: all hold at once with 95% confidence (Holm 1979)."""
+    p = torch.tensor(p_values, dtype=torch.float64)
+    order = p.argsort()
+    factors = torch.arange(len(p), 0, -1)
+    adjusted = torch.empty_like(p)
+    adjusted[order] = (factors * p[order]).clamp_max(1).cummax(0).values
+    return list(adjusted.tolist())
 
 
 def episodes_needed(scores: Tensor, half_width: float) -> int:

@@ -61,9 +61,8 @@ def print_details(console: Console, result: Result) -> None:
     if "worst_decile" in details:
         worst = format_value(metric, details["worst_decile"]["mean"])
         parts.append(f"worst tenth of the episodes {worst}")
-    if "worst_classes" in details:
-        for name, share in list(details["worst_classes"].items())[:1]:
-            parts.append(f"worst class {name} {format_value(metric, share)}")
+    for name, share in list(details.get("worst_classes", {}).items())[:1]:
+        parts.append(f"worst class {name} {format_value(metric, share)}")
     if (error := details.get("expected_calibration_error")) is not None:
         parts.append(f"calibration error {format_value(metric, error)}")
     if (episodes := details.get("episodes_needed", {}).get("0.001")) is not None:
@@ -89,16 +88,14 @@ def print_generalised(console: Console, result: Result, owner: str = "") -> None
     """Print the accuracy on base and novel classes, if the episodes have both."""
     if not (own := result.details.get("generalised")):
         return
-    base, novel, both = (
-        format_score(result.metric, Estimate(**own[name]))
-        for name in ("base", "novel", "harmonic_mean")
-    )
-    seen = "; images of base classes were seen in training"
-    print_line(
-        console,
-        f"  {owner}base classes {base}, novel classes {novel}, harmonic mean {both}"
-        f"{seen if own['base_images_were_trained_on'] else ''}",
-    )
+    names = {"base": "base classes", "novel": "novel classes", "harmonic_mean": "harmonic mean"}
+    parts = [
+        f"{text} {format_score(result.metric, Estimate(**own[name]))}"
+        for name, text in names.items()
+    ]
+    is_seen = own["base_images_were_trained_on"]
+    seen = "; images of base classes were seen in training" if is_seen else ""
+    print_line(console, f"  {owner}{', '.join(parts)}{seen}")
 
 
 def format_difference(metric: str, difference: Difference) -> str:

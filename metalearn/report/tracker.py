@@ -29,11 +29,8 @@ _MAX_BYTES = 1 << 30
 class Tracker(Progress):
     """A progress display that also writes each row to metrics.jsonl and to the loggers.
 
-    Args:
-        metric: What validation and test report.
-        identifier: Identifier of the run.
-        step: The step to resume from, later rows are removed; -1: a new run.
-        first_lines: Lines to print with the time that the run will take, once it is known.
+    `step` is the one to resume from, later rows are removed; -1: a new run. `first_lines` are
+    printed with the time that the run will take, once it is known.
 
     Attributes:
         rows: All rows so far.

@@ -48,53 +48,33 @@ from metalearn.tasks.types import Spec, State
 
 #: Random stream of the initial weights; `metalearn.tasks.sampling` numbers those of the tasks.
 _INIT_STREAM = 100
+#: Settings of test episodes that are part of the protocol if they are set.
+_UNUSUAL = ("unbalanced", "unlabelled", "distractors", "dirichlet")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that the loop needs; the loop knows neither the algorithm nor the dataset.
-
-    Attributes:
-        config: The settings.
-        algorithm: The method with its backbone.
-        state: Initial parameters and buffers.
-        train: Tasks or batches of training; those of the test in a run that is only tested.
-        val: Tasks of validation; None in a run that is only tested.
-        test: Tasks of the test.
-        train_engine: Engine of training.
-        test_engine: Engine of validation and test.
-        device: Device of all tensors.
-        processes: The processes that share the work.
-        spec: Shapes of inputs and outputs.
-        standardisation: Shift and scale of each channel; {} without standardisation.
-        protocol: Everything that the measurement depends on, as plain data.
-        data: The opened dataset.
-        class_names: Names of the classes of each split.
-        shapes_vary: Whether training episodes have different shapes from step to step.
-        notes: Lines about the data for the user.
-        hard_classes: The recent errors of classes, if training draws classes by them; else None.
-        test_split: The split whose classes are tested.
-    """
+    """Everything that the loop needs; the loop knows neither the algorithm nor the dataset."""
 
     config: RunConfig
     algorithm: Algorithm
-    state: State
-    train: BatchSource
-    val: TaskSource | None
+    state: State  # initial parameters and buffers
+    train: BatchSource  # in a run that is only tested: the test's
+    val: TaskSource | None  # None in a run that is only tested
     test: TaskSource
     train_engine: Engine
-    test_engine: Engine
+    test_engine: Engine  # of validation, too
     device: torch.device
     processes: Processes
     spec: Spec
-    standardisation: dict[str, list[float]]
-    protocol: dict[str, Any]
+    standardisation: dict[str, list[float]]  # shift and scale of each channel, or {}
+    protocol: dict[str, Any]  # everything that the measurement depends on, as plain data
     data: OpenDataset
-    class_names: dict[str, tuple[str, ...]]
-    test_split: str
-    shapes_vary: bool = False
-    hard_classes: HardClasses | None = None
-    notes: Sequence[str] = ()
+    class_names: dict[str, tuple[str, ...]]  # of each split
+    test_split: str  # the split whose classes are tested
+    shapes_vary: bool = False  # whether training episodes differ in shape from step to step
+    hard_classes: HardClasses | None = None  # recent errors, if training draws classes by them
+    notes: Sequence[str] = ()  # lines about the data for the user
 
     @property
     def family(self) -> TaskFamily:
@@ -144,10 +124,7 @@ class Run:
 def open_data(
     settings: RunConfig, algorithm: Algorithm, device: torch.device, **runtime: Any
 ) -> OpenDataset:
-    """Open the dataset for a method's backbone; `runtime` has more fields that runs set.
-
-    Raise UserError for missing or corrupt data.
-    """
+    """Open the dataset for a method's backbone, or raise UserError; `runtime`: see `make`."""
     backbone = algorithm.backbone
     given = {"raw": backbone.is_external, "tokenizer": backbone.tokenizer(), **runtime}
     dataset = components.make(settings.dataset, "dataset", **given)
@@ -161,16 +138,10 @@ def build(
     is_restored: bool = False,
     data: OpenDataset | None = None,
 ) -> Run:
-    """Read the data and build the run.
+    """Read the data, unless they are given, and build the run.
 
-    Args:
-        settings: The run's settings.
-        only_test: The split to test on, for a run that is not trained again.
-        is_restored: Whether a checkpoint has the weights; see `algorithm_of`.
-        data: The data of the dataset, if they are already open.
-
-    Raises:
-        UserError: If the settings do not fit together or do not fit the data.
+    `only_test` is the split to test on, for a run that is not trained again. Raise UserError if the
+    settings do not fit together or do not fit the data.
     """
     check(settings)
     device = device_of(settings.device)
@@ -180,11 +151,12 @@ def build(
     if device.type == "cpu" and settings.engine.convolution in ("auto", "direct"):
         kernels.load(cache_folder(settings))
     group = processes.join_processes(device)
-    for name, count in (
-        ("train.meta_batch", settings.train.meta_batch),
-        ("val.episodes", settings.val.episodes),
-        ("test.episodes", settings.test.episodes),
-    ):
+    counts = {
+        "train.meta_batch": settings.train.meta_batch,
+        "val.episodes": settings.val.episodes,
+        "test.episodes": settings.test.episodes,
+    }
+    for name, count in counts.items():
         if count < group.size:
             raise UserError(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
@@ -289,11 +261,8 @@ def build(
             "way": episode.way,
             "shot": episode.shot,
             "query": episode.query,
-            **({"unbalanced": True} if episode.unbalanced else {}),
+            **{key: getattr(episode, key) for key in _UNUSUAL if getattr(episode, key)},
             **_sampler_protocol(data, test_split, episode.sampler),
-            **({"unlabelled": test_shape.unlabelled} if test_shape.unlabelled else {}),
-            **({"distractors": test_shape.distractors} if test_shape.distractors else {}),
-            **({"dirichlet": test_shape.dirichlet} if test_shape.dirichlet else {}),
             **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
             "statistics": settings.statistics if algorithm.backbone.normalises else "none",
             "transductive": is_transductive(algorithm),

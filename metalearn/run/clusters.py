@@ -55,17 +55,9 @@ def training_data(
 ) -> tuple[OpenDataset, list[str]]:
     """Replace the classes of training as `dataset.labels` says; validation and test keep theirs.
 
-    Args:
-        settings: The run's settings.
-        data: The opened dataset.
-        smallest: Number of inputs that a class needs; smaller ones are left out.
-
-    Returns:
-        The data for training, and lines for the user.
-
-    Raises:
-        UserError: If there are fewer inputs than clusters, no cluster is large enough, or the run
-            whose embeddings are clustered cannot embed the inputs.
+    Classes with fewer than `smallest` inputs are left out. Return the data for training, and lines
+    for the user. Raise UserError if there are fewer inputs than clusters, no cluster is large
+    enough, or the run whose embeddings are clustered cannot embed the inputs.
     """
     own = components.make(settings.dataset, "dataset")
     if not isinstance(own, ImageDataset) or own.labels == "given":
@@ -91,13 +83,11 @@ def training_data(
             "episode; use fewer clusters or smaller training episodes"
         )
     left_out = number * shape[0] - len(index.names)
-    kind = {"clusters": "clusters", "random": "random classes"}[own.labels]
+    kind = "random classes" if own.labels == "random" else "clusters"
     name = index.names[0].partition("/")[0]
     line = f"training labels: {len(index.names):,} {kind} ({name}) of {shape[1]:,} images"
-    if shape[0] > 1:
-        line += f" in {shape[0]} partitions"
-    if left_out:
-        line += f"; {left_out:,} with fewer than {smallest} images left out"
+    line += f" in {shape[0]} partitions" if shape[0] > 1 else ""
+    line += f"; {left_out:,} with fewer than {smallest} images left out" if left_out else ""
     view = dataclasses.replace(view, index=index)
     return data.changed(views={**data.views, "train": view}), [line]
 
@@ -115,38 +105,24 @@ def grouped(rows: Tensor, groups: Tensor, smallest: int, device: torch.device) -
         device: Device of the index.
     """
     name = digest(groups.contiguous().numpy()).hex()[:8]
-    ordered: list[Tensor] = []
-    counts: list[int] = []
-    names: list[str] = []
-    for partition, own in enumerate(groups):
-        ordered.append(rows[own.argsort(stable=True)])
-        counts += own.bincount().tolist()
-        names += [f"{name}/{partition}/{n}" for n in range(len(counts) - len(names))]
-    chosen = [one for one, count in zip(names, counts, strict=True) if count >= smallest]
+    counts = [own.bincount().tolist() for own in groups]
+    names = [f"{name}/{p}/{n}" for p, own in enumerate(counts) for n in range(len(own))]
+    sizes = [count for own in counts for count in own]
+    chosen = [one for one, count in zip(names, sizes, strict=True) if count >= smallest]
     if not chosen:
         return ClassIndex(rows[:0, None], rows[:0], ())
-    index = class_indices(names, counts, {"train": chosen}, torch.device("cpu"))["train"]
-    parts = [one.rpartition("/")[0] for one in chosen] if len(groups) > 1 else []
-    return ClassIndex(
-        torch.cat(ordered)[index.rows].to(device), index.counts.to(device), index.names,
-        parts=tuple(parts),
-    )  # fmt: skip
+    index = class_indices(names, sizes, {"train": chosen}, torch.device("cpu"))["train"]
+    parts = tuple(one.rpartition("/")[0] for one in chosen) if len(groups) > 1 else ()
+    ordered = rows[groups.argsort(stable=True)].flatten()[index.rows]
+    return ClassIndex(ordered.to(device), index.counts.to(device), index.names, parts=parts)
 
 
 def k_means(z: Tensor, key: Tensor, number: int) -> Tensor:
-    """Cluster features by k-means, once for each partition.
+    """Cluster features z [I, D] by k-means, once for each of P keys; return int64 [P, I].
 
     The first partition clusters the features as they are, each other one multiplies every feature
     by a random number in [0, 1], as in the code of CACTUs' authors. The result does not
     depend on the number of threads.
-
-    Args:
-        z: Features [I, D], on the CPU.
-        key: int64 [P].
-        number: K.
-
-    Returns:
-        Cluster of each input, int64 [P, I].
     """
     from sklearn.cluster import KMeans  # slow to import
 

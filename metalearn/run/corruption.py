@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,46 +13,29 @@ from metalearn.tasks import prng
 from metalearn.tasks.augment import random_erasing
 from metalearn.tasks.ranges import Varied
 from metalearn.tasks.sampling import EpisodeSampler
-from metalearn.tasks.store import Augmentation, Augmented
+from metalearn.tasks.store import Augmented
 
 
-def _noise(severity: float) -> Augmentation:
+def _noise(x: Tensor, key: Tensor, severity: float) -> Tensor:
     """Add normal noise to the pixels, with this standard deviation."""
-
-    def change(x: Tensor, key: Tensor) -> Tensor:
-        return (x + severity * prng.normal(key, tuple(x.shape[1:]))).clamp_(0, 1)
-
-    return change
+    return (x + severity * prng.normal(key, tuple(x.shape[1:]))).clamp_(0, 1)
 
 
-def _occlusion(severity: float) -> Augmentation:
+def _occlusion(x: Tensor, key: Tensor, severity: float) -> Tensor:
     """Cover this share of the image by a grey box of random shape and place."""
-
-    def change(x: Tensor, key: Tensor) -> Tensor:
-        return random_erasing(x, key, probability=1.0, area=(severity, severity))
-
-    return change
+    return random_erasing(x, key, probability=1.0, area=(severity, severity))
 
 
-_CORRUPTIONS: dict[str, Callable[[float], Augmentation]] = {
-    "noise": _noise,
-    "occlusion": _occlusion,
-}
+_CORRUPTIONS: dict[str, Callable[..., Tensor]] = {"noise": _noise, "occlusion": _occlusion}
 
 
 def corrupted(run: Run, name: str, percent: int) -> Run:
     """Return a run whose test queries (and unlabelled images) are corrupted; support sets are not.
 
-    An image has the same random numbers at each severity.
-
-    Args:
-        run: The run.
-        name: "noise" or "occlusion".
-        percent: Standard deviation of the noise in percent of the range of pixels, or the covered
-            share of the area. 0 returns the run as it is.
-
-    Raises:
-        UserError: If the inputs are not images with classes, or the severity is above 100.
+    An image has the same random numbers at each severity. `percent` is the standard deviation of
+    the "noise" in percent of the range of pixels, or the covered share of the area ("occlusion"); 0
+    returns the run as it is. Raise UserError for inputs that are not images with classes, or a
+    severity above 100.
     """
     if percent > 100:
         raise UserError(f"at={percent}: a severity of {name} is a percentage, at most 100")
@@ -63,7 +47,7 @@ def corrupted(run: Run, name: str, percent: int) -> Run:
         return run
     source = dataclasses.replace(
         source,
-        store=Augmented(source.store, _CORRUPTIONS[name](percent / 100)),
+        store=Augmented(source.store, partial(_CORRUPTIONS[name], severity=percent / 100)),
         support_store=source.support_store or source.store,
     )
     test = dataclasses.replace(varied, source=source) if varied else source

@@ -3,7 +3,6 @@
 Legend: T tasks, N classes of a task, M support examples, Q queries.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -44,48 +43,31 @@ class NumberedTexts:
         return torch.arange(self.vocabulary - len(texts), self.vocabulary)[:, None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """Examples of one class.
-
-    Attributes:
-        label: Name of the class.
-        parts: Examples by part ("support", "query", or "" for those of a split), each an image,
-            float [C, H, W] in [0, 1], a text, or a vector.
-        counts: How many there are, of each part; the examples may be fewer.
-    """
-
-    label: str
-    parts: dict[str, list[Any]]
-    counts: dict[str, int]
+#: Examples of one class: "class", its name; "examples" by part, "support", "query", or "" for those
+#: of a split, each an image, float [C, H, W] in [0, 1], a text, or a vector; "counts" of each part,
+#: of which the examples may be fewer.
+Row = dict[str, Any]
 
 
 class Described:
-    """An opened dataset and what can be said about it."""
+    """An opened dataset and what can be said about it.
+
+    `split` is that of episodes; "all" for the classes of all splits. Raise UserError for missing or
+    corrupt data, or an unknown split.
+    """
 
     def __init__(self, settings: RunConfig, split: str = "test") -> None:
-        """Open the dataset.
-
-        Args:
-            settings: Settings of a run with this dataset.
-            split: The split of episodes; "all" for the classes of all splits.
-
-        Raises:
-            UserError: For missing or corrupt data, or an unknown split.
-        """
         if split not in (*_SPLITS, "all"):
             raise UserError(f"split={split}: should be train, val, test or all")
         self.settings, self.split, self.texts = settings, split, NumberedTexts()
         self.dataset: Dataset = make(settings.dataset, "dataset", tokenizer=self.texts)
-        device = device_of(settings.device)
         self.data: OpenDataset = self.dataset.open(
-            data_folder(settings), cache_folder(settings), device
+            data_folder(settings), cache_folder(settings), device_of(settings.device)
         )
         if split == "all":
             if not isinstance(self.data, ClassData):
                 raise UserError("split=all: this dataset has no classes; use split=test")
             self.data = self.data.with_split("all")
-        self.splits = (*_SPLITS, *(["all"] if split == "all" else []))
 
     @property
     def is_ink(self) -> bool:
@@ -95,25 +77,23 @@ class Described:
     def summary(self) -> dict[str, Any]:
         """Return the inputs, the hash, and the classes and examples of each split."""
         inputs = self.data.inputs
-        is_text = bool(self.texts.texts)
+        shown = {"kind": inputs.kind, "shape": list(inputs.shape)}
         facts: dict[str, Any] = {
-            "inputs": {"kind": "texts"}
-            if is_text
-            else {"kind": inputs.kind, "shape": list(inputs.shape)},
+            "inputs": {"kind": "texts"} if self.texts.texts else shown,
             "content_hash": self.data.content_hash,
             "splits": {},
         }
         if self.dataset.target == "class":
-            facts["splits"] = {split: self._split(split) for split in self.splits}
-        else:
-            task = self._source().draw(0, 1)
-            what = (inspect.getdoc(type(self.dataset)) or "").partition("\n")[0]
-            facts["task"] = (
-                f"{what} A task has {task.support.x.shape[1]} support examples and "
-                f"{task.query.x.shape[1]} queries, with inputs of shape "
-                f"{list(task.support.x.shape[2:])} and targets of shape "
-                f"{list(task.support.y.shape[2:])}."
-            )
+            splits = dict.fromkeys((*_SPLITS, self.split))
+            facts["splits"] = {split: self._split(split) for split in splits}
+            return facts
+        task = self._source().draw(0, 1)
+        what = (inspect.getdoc(type(self.dataset)) or "").partition("\n")[0]
+        facts["task"] = (
+            f"{what} A task has {task.support.x.shape[1]} support examples and "
+            f"{task.query.x.shape[1]} queries, with inputs of shape {list(inputs.shape)} and "
+            f"targets of shape {list(task.support.y.shape[2:])}."
+        )
         return facts
 
     def _split(self, split: str) -> dict[str, Any]:
@@ -145,15 +125,12 @@ class Described:
             x = store.load(index.rows[place, : min(count, examples)])
             if not isinstance(store, ImageStore):
                 x = store.normalise(x)
-            rows.append(Row(index.names[place], {"": self._shown(x)}, {"": count}))
+            row = {"class": index.names[place], "examples": {"": self._shown(x)}}
+            rows.append({**row, "counts": {"": count}})
         return rows
 
     def episode(self, number: int = 0) -> list[Row]:
-        """Return an episode of the split, class by class.
-
-        Raises:
-            UserError: If the split is too small for `episode`.
-        """
+        """Return an episode, class by class; raise UserError if the split is too small for it."""
         source = self._source()
         task, classes = source.draw(number, 1), source.classes(number, 1)
         if classes is None:
@@ -161,13 +138,12 @@ class Described:
         names = self.data.class_names(self.split)
         rows = []
         for label, place in enumerate(classes[0].tolist()):
-            x = {
-                "support": task.support.x[0][task.support.y[0] == label],
-                "query": task.query.x[0][task.query.y[0] == label],
+            parts = {
+                part: self._shown(self._in_units(own.x[0][own.y[0] == label]))
+                for part, own in (("support", task.support), ("query", task.query))
             }
-            parts = {part: self._shown(self._in_units(own)) for part, own in x.items()}
-            counts = {part: len(own) for part, own in x.items()}
-            rows.append(Row(names[place % len(names)], parts, counts))
+            counts = {part: len(own) for part, own in parts.items()}
+            rows.append({"class": names[place % len(names)], "examples": parts, "counts": counts})
         return rows
 
     def _source(self) -> TaskSource:
@@ -179,10 +155,7 @@ class Described:
         """Undo the standardisation of images."""
         if not (values := self.data.standardisation):
             return x
-        shift, scale = (
-            torch.tensor(values[name], device=x.device).view(-1, 1, 1)
-            for name in ("shift", "scale")
-        )
+        shift, scale = (x.new_tensor(values[name]).view(-1, 1, 1) for name in ("shift", "scale"))
         return x / scale + shift
 
     def _shown(self, x: Tensor) -> list[Any]:
@@ -195,11 +168,9 @@ def origin(name: str, dataset: Dataset, settings: RunConfig) -> dict[str, Any]:
     """Return where a dataset comes from, and whether its files are present, as plain data."""
     folder = data_folder(settings)
     files = dataset.files(folder)
-    state = "present"
-    if not files:
-        state = "needs no files"
-    elif not dataset.is_present(folder):
-        state = "downloaded when first used" if dataset.addresses else "by hand"
+    state = "downloaded when first used" if dataset.addresses else "by hand"
+    if not files or dataset.is_present(folder):
+        state = "present" if files else "needs no files"
     return {
         "dataset": name,
         "description": composition.options("dataset").get(name, ""),

@@ -77,23 +77,13 @@ def read_choices(path: Path) -> dict[str, Any]:
     """Read an engine.json; raise UserError if it does not hold valid choices."""
     part = {"strategy": str, "precision": str, "convolution": str, "chunk": int}
     choices = read_json(path, {"threads": int, "train": part, "test": part})
-    is_valid = all(_is_choice(choices[part]) for part in ("train", "test"))
-    if not is_valid or not 0 < choices["threads"] <= 1024:
+    rules = {field.name: field.metadata for field in dataclasses.fields(EngineConfig)}
+    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
+    is_valid = 0 < choices["threads"] <= 1024
+    for own in (choices["train"], choices["test"]):
+        is_valid &= own.keys() == fields and 0 < own["chunk"] < 2**31
+        for name in ("strategy", "precision", "convolution"):
+            is_valid &= own[name] in set(rules[name]["choices"]) - {"auto"}
+    if not is_valid:
         raise UserError(f"{path} does not hold the choices of an engine")
     return choices
-
-
-def _is_choice(content: dict[str, Any]) -> bool:
-    """Return True if these are the choices of an engine, with valid values."""
-    settings = {
-        field.name: field.metadata.get("choices", ()) for field in dataclasses.fields(EngineConfig)
-    }
-    values = {
-        name: set(settings[name]) - {"auto"} for name in ("strategy", "precision", "convolution")
-    }
-    fields = {field.name for field in dataclasses.fields(Engine)} - {"algorithm"}
-    return (
-        content.keys() == fields
-        and all(content[name] in allowed for name, allowed in values.items())
-        and 0 < content["chunk"] < 2**31
-    )

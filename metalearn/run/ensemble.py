@@ -21,20 +21,8 @@ def evaluate_ensemble(
 ) -> dict[str, Any]:
     """Test the mean of the predictions of several runs (of classes: of their probabilities).
 
-    The result is written into the evaluations of the first run.
-
-    Args:
-        folders: The run folders, at least two.
-        overrides: As in `evaluate`, for all runs.
-        split: The split whose classes are tested.
-        console: Where to print.
-
-    Returns:
-        "results", as the file holds it; and the "files".
-
-    Raises:
-        UserError: If the runs cannot be tested like this, or not by the same protocol.
-        RunFailed: If predictions are not finite.
+    The result is written into the evaluations of the first run. Arguments, returned value and
+    errors are those of `evaluate`.
     """
     start = time.perf_counter()
     requests = [open_request(folder, overrides, split) for folder in folders]

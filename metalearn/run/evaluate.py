@@ -1,6 +1,7 @@
 """Test a finished run again, under its own or a different protocol, from its folder alone."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn.report import stats, tables
-from metalearn.report.console import print_line
+from metalearn.report.console import print_lines
 from metalearn.report.plots import draw_lines
 from metalearn.report.result import Result
 from metalearn.report.scores import write_csv
@@ -107,36 +108,30 @@ def evaluate_several(
     targets = [Target.of(word) for word in words] or [Target("own", [], None)]
     rows, measured, files = [], [], []
     failures: list[dict[str, str]] = []
-    first: Exception | None = None
-    for target in targets:
-        for folder in folders:
-            try:
-                request = open_request(
-                    folder, [*target.overrides, *overrides], target.split or split
-                )
-                result, _ = _measured(request, request.statistics[0])
-            except (UserError, RunFailed) as error:
-                first = first or error
-                reason = {"run": str(folder), "dataset": target.label, "reason": str(error)}
-                failures.append(reason)
-                continue
-            files.append(request.file(result.protocol_id, ".json"))
-            result.write(files[-1])
-            measured.append(result)
-            name = f"{request.own.name} ({folder.name})" if len(folders) > 1 else request.own.name
-            rows.append(tables.test_row(target.label, name, result))
+    errors: list[Exception] = []
+    for target, folder in itertools.product(targets, folders):
+        try:
+            request = open_request(folder, [*target.overrides, *overrides], target.split or split)
+            result, _ = _measured(request, request.statistics[0])
+        except (UserError, RunFailed) as error:
+            errors.append(error)
+            reason = {"run": str(folder), "dataset": target.label, "reason": str(error)}
+            failures.append(reason)
+            continue
+        files.append(request.file(result.protocol_id, ".json"))
+        result.write(files[-1])
+        measured.append(result)
+        name = f"{request.own.name} ({folder.name})" if len(folders) > 1 else request.own.name
+        rows.append(tables.test_row(target.label, name, result))
     if not rows:
-        assert first is not None
-        raise first
+        raise errors[0]
     console.print(tables.result_table(rows, wrapping=2))
     for row, result in zip(rows, measured, strict=True):
         owner = f"{row['run']} on {row['dataset']}: "
         tables.print_generalised(console, result, owner)
         tables.print_pretraining(console, result, owner)
-    for failure in failures:
-        print_line(console, "{run} on {dataset}: {reason}".format(**failure))
-    for file in files:
-        print_line(console, f"  {file}")
+    print_lines(console, ("{run} on {dataset}: {reason}".format(**one) for one in failures))
+    print_lines(console, files, "  ")
     results = [result.to_dict() for result in measured]
     return {"results": results, "files": list(map(str, files)), "failures": failures}
 
@@ -171,55 +166,39 @@ def _numbers(points: str, curve: str | None) -> list[int]:
 
 def _both(request: Request, console: Console) -> dict[str, Any]:
     """Test under the requested statistics and under their counterpart."""
-    results: list[Result] = []
-    scores: list[Tensor] = []
-    for statistics in request.statistics:
-        result, own = _measured(request, statistics)
-        results.append(result)
-        scores.append(own)
-    lines = []
+    tested = {statistics: _measured(request, statistics) for statistics in request.statistics}
+    results = [result for result, _ in tested.values()]
+    lines: list[object] = []
     if len(results) == 2:
-        transductive, inductive = sorted(
-            (0, 1), key=lambda i: results[i].protocol["statistics"] != "query"
-        )
-        difference = stats.paired_difference(scores[transductive], scores[inductive])
+        # Transductive ones first.
+        (_, a), (_, b) = (tested[one] for one in sorted(tested, key=lambda one: one != "query"))
+        difference = stats.paired_difference(a, b)
         for result in results:
             result.transductive_minus_inductive = difference
         text = tables.format_difference(results[0].metric, difference)
-        lines.append(f"  transductive minus inductive, on the same episodes: {text}")
+        lines.append(f"transductive minus inductive, on the same episodes: {text}")
     if request.overlap:
-        lines.append(f"  test.overlap=allow: {request.overlap}")
+        lines.append(f"test.overlap=allow: {request.overlap}")
     files = [request.file(result.protocol_id, ".json") for result in results]
     for result, file in zip(results, files, strict=True):
         result.write(file)
-        lines.append(f"  {file}")
     name = " ".join([request.own.name, *request.variant])
     console.print(tables.result_table([tables.result_row(name, result) for result in results]))
     tables.print_details(console, results[0])
-    for line in lines:
-        print_line(console, line)
+    print_lines(console, [*lines, *files], "  ")
     return {"results": [one.to_dict() for one in results], "files": list(map(str, files))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A score over a number.
+    """A score over a number."""
 
-    Attributes:
-        label: What the number counts.
-        heading: Split and metric.
-        title: Name of the run and what all points share.
-        protocol_id: Protocol of the test that the points change.
-        results: The measurement at each number.
-        note: Why the curve ends early, or "".
-    """
-
-    label: str
-    heading: str
-    title: str
-    protocol_id: str
-    results: dict[int, Result]
-    note: str
+    label: str  # what the number counts
+    heading: str  # split and metric
+    title: str  # name of the run and what all points share
+    protocol_id: str  # of the test that the points change
+    results: dict[int, Result]  # at each number
+    note: str  # why the curve ends early, or ""
 
     def draw(self, path: Path) -> None:
         """Plot the curve into a PNG file."""
@@ -228,16 +207,10 @@ class Curve:
 
 
 def measure_curve(request: Request, curve: str, numbers: list[int]) -> Curve:
-    """Measure a run over shots, ways, inner steps or a severity.
+    """Measure a run at numbers of shots, ways, inner steps or severities.
 
-    Args:
-        request: The run and its test.
-        curve: Name of the curve.
-        numbers: Where to measure; []: at the usual numbers, as far as the data suffice.
-
-    Raises:
-        UserError: If the method has no such curve, or the data do not suffice.
-        RunFailed: If the first predictions are not finite.
+    [] for the usual numbers, as far as the data suffice. Raise UserError if the method has no such
+    curve, or the data do not suffice, RunFailed if the first predictions are not finite.
     """
     statistics = request.statistics[0]
     run = request.run(statistics)
@@ -258,10 +231,9 @@ def measure_curve(request: Request, curve: str, numbers: list[int]) -> Curve:
     for number in numbers or usual:
         steps = number if curve == "steps" else None
         try:
-            if curve in _SEVERITIES:
-                own = corrupted(run, curve, number)
-            else:
-                own = request.run(statistics, **{curve: number}) if steps is None else run
+            own = corrupted(run, curve, number) if curve in _SEVERITIES else run
+            if curve in ("shot", "way"):
+                own = request.run(statistics, **{curve: number})
             results[number] = request.measure(own, state, steps=steps)[0]
         except UserError:  # the split has too few classes, or a class too few examples
             if numbers or not results:
@@ -270,7 +242,7 @@ def measure_curve(request: Request, curve: str, numbers: list[int]) -> Curve:
         except RunFailed:
             if not results:
                 raise
-            note = f"  predictions with {number} {label} are not finite; the curve ends here"
+            note = f"predictions with {number} {label} are not finite; the curve ends here"
             break
     shape = [f"{protocol[name]}-{name}" for name in ("way", "shot") if name != curve]
     title = (
@@ -285,31 +257,19 @@ def _curve(request: Request, curve: str, numbers: list[int], console: Console) -
     """Measure a curve; print a table, write a CSV and a PNG."""
     measured = measure_curve(request, curve, numbers)
     results, metric = measured.results, next(iter(measured.results.values())).metric
-    table_file, plot_file = (
-        request.file(measured.protocol_id, f"_{curve}_curve{suffix}") for suffix in (".csv", ".png")
-    )
-    rows = [
-        {measured.label: x, measured.heading: tables.format_score(metric, result.test)}
-        for x, result in results.items()
-    ]
-    write_csv(
-        table_file,
-        (curve, "mean", "ci95", "episodes", "protocol_id"),
-        (
-            (x, f"{test.mean:.6f}", f"{test.ci95:.6f}", test.episodes, result.protocol_id)
-            for x, result in results.items()
-            for test in (result.test,)
-        ),
-    )
-    measured.draw(plot_file)
-    console.print(tables.result_table(rows))
-    if measured.note:
-        print_line(console, measured.note)
-    files = [table_file, plot_file]
-    for file in files:
-        print_line(console, f"  {file}")
+    name = f"_{curve}_curve"
+    files = [request.file(measured.protocol_id, name + suffix) for suffix in (".csv", ".png")]
     points = [
         {curve: x, **dataclasses.asdict(result.test), "protocol_id": result.protocol_id}
         for x, result in results.items()
     ]
+    cells = (one | {key: f"{one[key]:.6f}" for key in ("mean", "ci95")} for one in points)
+    write_csv(files[0], points[0], (row.values() for row in cells))
+    measured.draw(files[1])
+    rows = [
+        {measured.label: x, measured.heading: tables.format_score(metric, result.test)}
+        for x, result in results.items()
+    ]
+    console.print(tables.result_table(rows))
+    print_lines(console, [*filter(None, [measured.note]), *files], "  ")
     return {"curve": curve, "metric": metric, "points": points, "files": list(map(str, files))}

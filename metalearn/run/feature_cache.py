@@ -70,11 +70,10 @@ def digest(*parts: Any) -> bytes:
 
 def network_key(backbone: Backbone, tensors: Params, device: torch.device, precision: str) -> str:
     """Return a hash of everything that features depend on except for the input."""
-    own = [
-        (field.name, getattr(backbone, field.name))
-        for field in dataclasses.fields(backbone)
-        if "runtime" not in field.metadata and field.name not in ("weights", "frozen")
+    names = [
+        field.name for field in dataclasses.fields(backbone) if "runtime" not in field.metadata
     ]
+    own = [(name, getattr(backbone, name)) for name in names if name not in ("weights", "frozen")]
     preprocessing = getattr(backbone, "preprocessing", None)
     settings = (BATCH, type(backbone).__name__, own, preprocessing, device.type, precision)
     parts: list[Any] = [repr((*settings, torch.__version__)).encode()]

@@ -48,7 +48,7 @@ def embeds_alone(algorithm: Algorithm) -> bool:
     is_independent = algorithm.normalisation.has_population or not backbone.normalises
     if is_own(EmbeddingAlgorithm, "adapt", "forward", "loss"):
         return is_independent
-    if not is_own(LinearHeadAlgorithm, "embed", "adapted", "forward"):
+    if not is_own(LinearHeadAlgorithm, "network", "embed", "adapted", "forward"):
         return False
     if isinstance(algorithm, GradientAdaptation):
         if not is_own(GradientAdaptation, "at_step"):  # weights of the backbone for each step
@@ -139,17 +139,14 @@ class _Identity(Backbone):
     """The identity, in the place of the backbone that computed the features."""
 
     input_kinds: ClassVar[tuple[str, ...]] = ("features",)
+    is_frozen: ClassVar[bool] = True
 
     of: Backbone
     inputs: InputSpec
 
     @property
-    def normalises(self) -> bool:
+    def normalises(self) -> bool:  # type: ignore[override]
         return self.of.normalises
-
-    @property
-    def is_frozen(self) -> bool:
-        return True
 
     def shape(self, inputs: InputSpec) -> tuple[int, ...]:
         return self.of.shape(self.inputs)

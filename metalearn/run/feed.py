@@ -15,14 +15,6 @@ class Feed:
     While the device computes a step, the host draws the tasks of the next one, and a stream of
     their own copies, augments and normalises their inputs. Before the next step, these are copied
     into `tasks`.
-
-    Attributes:
-        tasks: The tasks or batches of the next step.
-
-    Args:
-        source: Draws tasks on the host, with inputs on the device.
-        count: Number of tasks of a step.
-        device: The device of the inputs.
     """
 
     def __init__(self, source: BatchSource, count: int, device: torch.device) -> None:

@@ -15,9 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from metalearn.algorithms.params import select
-from metalearn.config.checking import check_config
 from metalearn.report import plots, tables
-from metalearn.report.console import print_line
+from metalearn.report.console import print_lines
 from metalearn.report.sheets import draw_sheet
 from metalearn.report.tracker import read_rows
 from metalearn.run import loop
@@ -28,7 +27,7 @@ from metalearn.run.loop import Tested
 from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
 from metalearn.system.atomic import make_writable
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, shortened
 from metalearn.tasks.types import State, Task
 
 #: Test episodes of all plots, if the run has more: intervals of a few percent, in seconds.
@@ -42,13 +41,8 @@ _TEXTS, _TEXT_LENGTH = 5, 90
 def confusion(tested: Tested, num_classes: int) -> tuple[Tensor, Tensor]:
     """Count confusions over episodes.
 
-    Args:
-        tested: The test episodes.
-        num_classes: C.
-
-    Returns:
-        Queries of class i that class j was predicted for, float64 [C, C]; and queries of class i
-        in episodes that have class j.
+    Return queries of class i that class j was predicted for, float64 [C, C]; and queries of class i
+    in episodes that have class j.
     """
     assert tested.classes is not None and tested.predicted is not None
     is_query = tested.classes >= 0
@@ -85,13 +79,15 @@ def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 
 class Figures:
-    """The plots of one run; each method writes a file, or raises UserError if it does not apply."""
+    """The plots of one run; each method writes a file, or raises UserError if it does not apply.
+
+    Arguments as in `metalearn.run.evaluate.evaluate`.
+    """
 
     def __init__(self, folder: Path, overrides: list[str], split: str) -> None:
-        """Open a finished run; arguments as in `metalearn.run.evaluate.evaluate`."""
         request = Request.of(folder, overrides, split)
         if not any(word.startswith("test.episodes=") for word in overrides):
-            most = min(_EPISODES, check_config(request.changed).test.episodes)
+            most = min(_EPISODES, request.after.test.episodes)
             request = Request.of(folder, [*overrides, f"test.episodes={most}"], split)
         self.request = request
         self.facts: dict[str, Any] = {}
@@ -107,11 +103,14 @@ class Figures:
         """The best state."""
         return trained_state(self.run, self.request.files.path)
 
+    def _check_classes(self) -> None:
+        if self.run.data.outputs is not None or not self.run.family.predicts:
+            raise UserError("the tasks of this run have no classes")
+
     @functools.cached_property
     def tested(self) -> Tested:
         """The test episodes."""
-        if self.run.data.outputs is not None or not self.run.family.predicts:
-            raise UserError("the tasks of this run have no classes")
+        self._check_classes()
         return loop.test(self.run, self.state, None)
 
     @functools.cached_property
@@ -121,9 +120,9 @@ class Figures:
         order: list[int] = (sign * self.tested.scores).argsort(stable=True).tolist()
         return order
 
-    def file(self, kind: str) -> Path:
-        """Return the PNG file of a plot."""
-        return self.request.files.plots / f"{kind}.png"
+    def _right(self, number: int) -> str:
+        """Return the score of an episode as text."""
+        return tables.format_value(self.run.metric.name, float(self.tested.scores[number]))
 
     @property
     def title(self) -> str:
@@ -136,11 +135,11 @@ class Figures:
 
     def learning(self, path: Path) -> None:
         """Draw the learning curve."""
-        metric = self.request.own.metric
         rows = list(read_rows(self.request.files.metrics))
         if not any(row["step"] for row in rows):
             raise UserError("the run was not trained")
-        plots.draw_learning_curve(rows, metric, path, self.request.own.name)
+        own = self.request.own
+        plots.draw_learning_curve(rows, own.metric, path, own.name)
 
     def steps(self, path: Path) -> None:
         """Draw the score over inner steps."""
@@ -148,8 +147,7 @@ class Figures:
 
     def shots(self, path: Path) -> None:
         """Draw the score over shots."""
-        if self.run.data.outputs is not None or not self.run.family.predicts:
-            raise UserError("the tasks of this run have no classes")
+        self._check_classes()
         measure_curve(self.request, "shot", []).draw(path)
 
     def confusion(self, path: Path) -> None:
@@ -161,8 +159,8 @@ class Figures:
             raise UserError("no query was classified wrongly")
         plots.draw_confusion(
             [names[one] for one in chosen],
-            counts[chosen][:, chosen].long().tolist(),
-            queries[chosen][:, chosen].long().tolist(),
+            counts[chosen][:, chosen].long().numpy(),
+            queries[chosen][:, chosen].long().numpy(),
             path,
             f"{self.title}\n{len(chosen)} most confused of {len(names)} classes, "
             f"{len(self.tested.scores):,} episodes",
@@ -175,9 +173,8 @@ class Figures:
         ]  # fmt: skip
         pairs.sort(key=lambda one: (-one["queries"], one["of"]))
         self.facts["confusions"] = pairs
-        for one in pairs[:3]:
-            text = "{true} taken for {predicted}: {queries} of {of} queries".format(**one)
-            self.lines.append(text)
+        text = "{true} taken for {predicted}: {queries} of {of} queries"
+        self.lines += [text.format(**one) for one in pairs[:3]]
 
     def _episode(self, number: int) -> tuple[Task, list[str], Tensor]:
         """Return an episode, the names of its labels, and the predicted labels [Q]."""
@@ -191,7 +188,6 @@ class Figures:
     def embedding(self, path: Path) -> None:
         """Draw the features of an episode with the median score."""
         number = self.ranking[len(self.ranking) // 2]
-        score = float(self.tested.scores[number])
         task, names, chosen = self._episode(number)
         normalisation, net = self.run.algorithm.normalisation, select(self.state.params, "net")
         with torch.no_grad():
@@ -201,17 +197,15 @@ class Figures:
             )
         points, explained = principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
-        states = ["right" if one else "wrong" for one in (y == chosen).tolist()]
         plots.draw_embedding(
-            [(one[0], one[1]) for one in points.tolist()],
-            [*task.support.y[0].tolist(), *y.tolist()],
-            ["support"] * len(support) + states,
+            points.numpy(),
+            torch.cat([task.support.y[0].cpu(), y]).numpy(),
+            ["support"] * len(support) + ["right" if one else "wrong" for one in y == chosen],
             names,
             explained,
             path,
-            f"{self.request.own.name}: features of the meta-trained network\n"
-            f"{self.request.split} episode {number}, "
-            f"{tables.format_value(self.run.metric.name, score)} right: the median",
+            f"{self.request.own.name}: features of the meta-trained network\n{self.request.split} "
+            f"episode {number}, {self._right(number)} right: the median",
         )
 
     def worst(self, path: Path) -> None:
@@ -224,53 +218,40 @@ class Figures:
         self.facts["worst_episodes"] = []
         for number in self.ranking[:most]:
             task, names, chosen = self._episode(number)
-            score = float(self.tested.scores[number])
-            shown = tables.format_value(self.run.metric.name, score)
-            heading = f"episode {number}: {shown} of {len(chosen)} queries"
+            heading = f"episode {number}: {self._right(number)} of {len(chosen)} queries"
             sheet.append((heading, []))
             verdicts.append([])
-            wrong: list[tuple[str, str, Any]] = []
-            y = task.query.y[0].cpu()
+            wrong: list[dict[str, str]] = []
             for label, row in enumerate(described.episode(number)):
-                own = [int(one) for one in chosen[y == label]]
-                order = sorted(range(len(own)), key=lambda place: own[place] == label)
-                queries = [row.parts["query"][place] for place in order]
-                sheet.append((f"{row.label}  {label + 1}", [row.parts["support"], queries]))
-                verdicts.append(
-                    ["" if own[place] == label else str(own[place] + 1) for place in order]
+                own = chosen[task.query.y[0].cpu() == label].tolist()
+                # The wrong ones first.
+                queries = sorted(
+                    zip(own, row["examples"]["query"], strict=True),
+                    key=lambda pair: pair[0] == label,
                 )
+                images = [query for _, query in queries]
+                sheet.append((f"{row['class']}  {label + 1}", [row["examples"]["support"], images]))
+                verdicts.append(["" if one == label else str(one + 1) for one, _ in queries])
                 wrong += [
-                    (row.label, names[own[place]], row.parts["query"][place])
-                    for place in order
-                    if own[place] != label
+                    {"true": row["class"], "predicted": names[one]}
+                    | ({"text": query} if isinstance(query, str) else {})
+                    for one, query in queries
+                    if one != label
                 ]
-            self._report(number, score, heading, wrong, bool(described.texts.texts))
+            pairs = Counter(f"{one['true']} taken for {one['predicted']}" for one in wrong)
+            taken = ", ".join(f"{pair} x{count}" for pair, count in pairs.most_common(3))
+            self.lines.append(f"{heading}; {taken}")
+            for one in (one for one in wrong[:_TEXTS] if "text" in one):
+                text = shortened(one["text"], _TEXT_LENGTH)
+                self.lines.append(f"  {text!r}: {one['predicted']}, is {one['true']}")
+            score = float(self.tested.scores[number])
+            fact = {"episode": number, self.run.metric.name: score, "wrong": wrong}
+            self.facts["worst_episodes"].append(fact)
         if self.run.data.inputs.kind != "images":
             raise UserError("their inputs are not images; they are printed")
         title = f"{self.title}: the worst of {len(self.ranking):,} episodes"
         headings = ["support", "queries; below: wrong predictions"]
         draw_sheet(path, title, sheet, headings, described.is_ink, verdicts)
-
-    def _report(
-        self, number: int, score: float, heading: str, wrong: list[Any], is_text: bool
-    ) -> None:
-        """Add an episode to the facts and the printed lines; `wrong` has class, label and query."""
-        pairs = Counter((true, label) for true, label, _ in wrong)
-        self.lines.append(
-            f"{heading}; "
-            + ", ".join(
-                f"{true} taken for {label} x{n}" for (true, label), n in pairs.most_common(3)
-            )
-        )
-        fact: dict[str, Any] = {"episode": number, self.run.metric.name: score}
-        fact["wrong"] = [
-            {"true": true, "predicted": label, **({"text": query} if is_text else {})}
-            for true, label, query in wrong
-        ]
-        self.facts["worst_episodes"].append(fact)
-        for true, label, query in wrong[:_TEXTS] if is_text else []:
-            text = query if len(query) <= _TEXT_LENGTH else query[: _TEXT_LENGTH - 1] + "…"
-            self.lines.append(f"  {text!r}: {label}, is {true}")
 
 
 #: Kinds of plots of a run, by the name of the file.
@@ -287,20 +268,10 @@ KINDS: dict[str, Callable[[Figures, Path], None]] = {
 def plot_run(
     folder: Path, kinds: list[str], overrides: list[str], split: str, console: Console
 ) -> dict[str, Any]:
-    """Draw a finished run into its folder `plots`.
+    """Draw a finished run into its folder `plots`; `overrides` as in `evaluate`.
 
-    Args:
-        folder: The run folder.
-        kinds: Names in `KINDS`; [] for all that apply.
-        overrides: Changes of the test, as in `evaluate`; `test.episodes` is at most 200 by default.
-        split: The split whose classes are tested.
-        console: Where to print.
-
-    Returns:
-        "files"; "left_out", kind -> reason; "confusions" and "worst_episodes", if drawn.
-
-    Raises:
-        UserError: If the run cannot be tested, or nothing can be drawn.
+    `kinds` are names in `KINDS`; [] for all that apply. Return "files"; "left_out", kind -> reason;
+    "confusions" and "worst_episodes", if drawn. Raise UserError if nothing can be drawn.
     """
     if other := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"kinds={other[0]}: should be among {', '.join(KINDS)}")
@@ -309,18 +280,15 @@ def plot_run(
     files: list[str] = []
     left_out: dict[str, str] = {}
     for kind in kinds or KINDS:
+        path = figures.request.files.plots / f"{kind}.png"
         try:
-            KINDS[kind](figures, figures.file(kind))
+            KINDS[kind](figures, path)
+            files.append(str(path))
         except UserError as error:
             left_out[kind] = str(error)
-        else:
-            files.append(str(figures.file(kind)))
-    for line in figures.lines:
-        print_line(console, line)
-    for kind, reason in left_out.items():
-        print_line(console, f"  left out: {kind} ({reason})")
     if not files and not figures.facts:
         raise UserError(next(iter(left_out.values())))
-    for file in files:
-        print_line(console, f"  {file}")
+    reasons = [f"left out: {kind} ({reason})" for kind, reason in left_out.items()]
+    print_lines(console, figures.lines)
+    print_lines(console, [*reasons, *files], "  ")
     return {"files": files, "left_out": left_out, **figures.facts}

@@ -3,30 +3,27 @@
 This requires the run folder, but not the run's data.
 """
 
-import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
 from torch import Tensor
 
 from metalearn.algorithms.params import select
 from metalearn.config import checking, components, composition, schema
 from metalearn.config import plugins as registry
-from metalearn.data.files import list_images, open_image
-from metalearn.data.images import with_channels
 from metalearn.report.folder import RunFolder
 from metalearn.run import checkpoint, features
+from metalearn.run.inputs import Reader
 from metalearn.run.pairings import check_population, inductive_statistics, is_transductive
 from metalearn.run.parts import algorithm_of, device_of, support_augmentation_of
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError
 from metalearn.system.reading import check_types
 from metalearn.tasks import prng
-from metalearn.tasks.types import Spec, Support, Tokenizer
+from metalearn.tasks.types import Params, Spec, Support
 
 #: Random stream of adaptation outside of episodes.
 _ADAPT_STREAM = 200
@@ -84,13 +81,17 @@ def load(
     return Model(composed, settings, content, folder)
 
 
-class Model:
+class Model(Reader):
     """A trained method that adapts to labelled examples; `metalearn.load` returns it.
 
     Attributes:
         config: The composed configuration.
         spec: Shape of the inputs, number of ways and kind of target of the run.
+        device: Where the model computes.
         classes: The labels of the last `adapt`, in the order of the columns of `probabilities`.
+        way: The number of classes that `adapt` requires; None for any.
+        embeds_alone: Whether the features of an input depend on no other input.
+        is_transductive: Whether a prediction depends on the other queries.
     """
 
     def __init__(
@@ -100,155 +101,30 @@ class Model:
         content: dict[str, Any],
         folder: Path,
     ) -> None:
-        self.config = composed
-        self.spec: Spec = content["spec"]
-        self.classes: list[Hashable] = []
+        spec: Spec = content["spec"]
         self._algorithm = algorithm_of(settings, is_restored=True)
         if not self._algorithm.family.predicts:
             raise UserError(
                 f"{folder}: its tasks have no labelled examples; metalearn.load requires a run "
                 "with some"
             )
-        self._dataset = components.make(settings.dataset, "dataset")
-        untrained = self._algorithm.init(self.spec, prng.key_of(0))
-        self._state = checkpoint.state(content, untrained, folder)
-        self._standardisation = content["standardisation"]
-        self._device = next(iter(self._state.params.values())).device
+        self._state = checkpoint.state(content, self._algorithm.init(spec, prng.key_of(0)), folder)
+        super().__init__(
+            spec,
+            components.make(settings.dataset, "dataset"),
+            self._algorithm.backbone,
+            content["standardisation"],
+            next(iter(self._state.params.values())).device,
+        )
+        self.config = composed
+        self.classes: list[Hashable] = []
+        self.way = spec.way if self._algorithm.fixed_way else None
+        self.embeds_alone = features.embeds_alone(self._algorithm)
+        self.is_transductive = is_transductive(self._algorithm)
+        self._key = prng.key_of(composed.seed, _ADAPT_STREAM, device=self.device)
         self._augment_support = support_augmentation_of(settings, self._algorithm)
         self._learner: Any = None
         self._support: Tensor | None = None
-
-    @property
-    def embeds_alone(self) -> bool:
-        """True if the features of an input depend on no other input."""
-        return features.embeds_alone(self._algorithm)
-
-    @property
-    def way(self) -> int | None:
-        """Return the number of classes that `adapt` requires; None for any."""
-        return self.spec.way if self._algorithm.fixed_way else None
-
-    @property
-    def pen(self) -> float | None:
-        """Return `ImageDataset.pen` of the run's dataset."""
-        return getattr(self._dataset, "pen", None)
-
-    @staticmethod
-    def files(folder: str | Path) -> list[Path]:
-        """Return the images in a folder and its subfolders, in the order of their predictions."""
-        folder = Path(folder).expanduser()
-        files = [folder / image.name for image in list_images(folder)] if folder.is_dir() else []
-        if not files:
-            raise UserError(f"{folder} is not a folder with images")
-        return files
-
-    def inputs(self, x: Any) -> Tensor:
-        """Convert inputs to the network's, [M, *X].
-
-        Args:
-            x: Image files, a folder (see `files`) or PIL images, which are read as the run's
-                dataset reads its own; or an array, tensor or nested list: images [M, C, H, W], grey
-                or in colour, uint8 or floats in [0, 1] (for handwriting, ink is 1); feature vectors
-                [M, D]; texts, or tokens [M, L].
-
-        Raises:
-            UserError: For inputs that the run does not accept, or a file that is not an image.
-        """
-        return self._standardised(self._raw(x))
-
-    def _raw(self, x: Any) -> Tensor:
-        """Convert inputs as `inputs` does, but do not normalise them."""
-        items = self._items(x)
-        kind, vocabulary = self.spec.inputs.kind, self.spec.vocabulary or 0
-        if len(items) == 0:
-            items = torch.zeros(0, *self.spec.input_shape)
-        elif kind == "tokens" and all(isinstance(item, str) for item in items):
-            items = self._tokens(items)
-        elif all(isinstance(item, str | Path | Image.Image) for item in items):
-            items = torch.stack([self.read_image(item) for item in items])
-        try:
-            inputs = torch.as_tensor(items)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"x is neither an array of numbers nor a list of images ({first_line(error)})"
-            ) from None
-        if kind == "images" and inputs.dtype == torch.uint8:
-            inputs = inputs / 255
-        if kind == "images" and inputs.ndim == 4:
-            inputs = with_channels(inputs, self.spec.input_shape[0])
-        if inputs.shape[1:] != self.spec.input_shape:
-            shape = ", ".join(map(str, self.spec.input_shape))
-            raise UserError(f"x has shape {tuple(inputs.shape)}; this run requires [M, {shape}]")
-        inputs = inputs.to(self._device, torch.int64 if kind == "tokens" else torch.float32)
-        if kind == "tokens" and len(inputs) and not 0 <= inputs.min() <= inputs.max() < vocabulary:
-            raise UserError(f"x has tokens outside 0 to {vocabulary - 1}, the run's vocabulary")
-        if not inputs.isfinite().all():
-            raise UserError("x has values that are not finite")
-        if kind == "images" and len(inputs) and not 0 <= inputs.min() <= inputs.max() <= 1:
-            raise UserError(
-                "x has values outside [0, 1]; give images as uint8, or as floats in [0, 1]"
-            )
-        return inputs
-
-    def _standardised(self, inputs: Tensor) -> Tensor:
-        if not self._standardisation:
-            return inputs
-        shift, scale = (
-            torch.tensor(self._standardisation[name], device=self._device).view(
-                -1, *[1] * (inputs.ndim - 2)
-            )
-            for name in ("shift", "scale")
-        )
-        return (inputs - shift) * scale
-
-    def _tokens(self, texts: Sequence[str]) -> Tensor:
-        """Return tokens [M, L] of texts, cut or padded to the run's length."""
-        if self._tokenizer is None:
-            raise UserError("x has texts, but this run's inputs are tokens of its own data")
-        length = self.spec.input_shape[0]
-        tokens = self._tokenizer(texts)[:, :length]
-        return torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
-
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer | None:
-        return self._algorithm.backbone.tokenizer()
-
-    def _items(self, x: Any) -> Any:
-        """Return inputs as something with a length that can be sliced."""
-        if self.spec.inputs.kind == "tokens" and isinstance(x, str):
-            return [x]
-        if isinstance(x, str | Path) and Path(x).expanduser().is_dir():
-            return self.files(x)
-        if isinstance(x, str | Path | Image.Image):
-            return [x]
-        return x if hasattr(x, "__len__") else list(x)  # a generator, e.g. of Path.glob
-
-    def read_image(self, image: str | Path | Image.Image) -> Tensor:
-        """Read an image as the run's dataset reads its own: uint8 [C, H, W].
-
-        Raises:
-            UserError: If it is not an image, or the run's dataset reads none.
-        """
-        try:
-            return self.read(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{image} is not a readable image ({first_line(error)})") from None
-
-    def read(self, item: str | Path | Image.Image) -> Tensor:
-        """Read an image as `read_image` does, or a text: its tokens, int64 [L].
-
-        Raises:
-            UserError: If the run's dataset reads none.
-            Exception: As Pillow does, for an image that cannot be read.
-        """
-        if isinstance(item, str) and self.spec.inputs.kind == "tokens":
-            return self._tokens([item])[0]
-        if not self._dataset.reads_image_files:
-            raise UserError(f"{item}: this run's dataset does not read images")
-        if isinstance(item, str | Path):
-            with open_image(Path(item).expanduser()) as opened:
-                return self.read(opened)
-        return torch.from_numpy(self._dataset.to_array(item).copy())
 
     @torch.no_grad()
     def adapt(self, x: Any, y: Any, steps: int | None = None, unlabelled: Any = None) -> "Model":
@@ -288,14 +164,14 @@ class Model:
                     "y should be one label for each example: numbers, strings, or an array [M]"
                 ) from None
             way = len(classes)
-            target = torch.tensor([classes.index(label) for label in labels], device=self._device)
-            if self._algorithm.fixed_way and way != self.spec.way:
+            target = torch.tensor([classes.index(label) for label in labels], device=self.device)
+            if self.way not in (None, way):
                 raise UserError(
-                    f"y has {way} classes; this run distinguishes {self.spec.way}, the number of "
-                    "ways is part of its weights"
+                    f"y has {way} classes; this run distinguishes {self.way}, the number of ways "
+                    "is part of its weights"
                 )
         else:
-            target = torch.as_tensor(y, dtype=torch.float32, device=self._device)
+            target = torch.as_tensor(y, dtype=torch.float32, device=self.device)
             if target.shape[1:] != (way,):
                 raise UserError(f"y has shape {tuple(target.shape)}; this run requires [M, {way}]")
         if len(target) != len(x) or not len(x):
@@ -303,30 +179,29 @@ class Model:
                 f"x has {len(x)} examples and y {len(target)}; the numbers should be equal and at "
                 "least 1"
             )
-        key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
         if self._augment_support is not None:
             copies = self._algorithm.support_copies
             x, target = x.repeat_interleave(copies, 0), target.repeat_interleave(copies, 0)
-            x = self._augment_support(x, prng.fold_in(key, torch.arange(len(x)).to(key)))
+            x = self._augment_support(x, prng.fold_in(self._key, torch.arange(len(x)).to(x.device)))
         x = self._standardised(x)
         support = Support(x, target, way, None if unlabelled is None else self.inputs(unlabelled))
-        self._learner = self._algorithm.adapt(self._state, support, key=key, steps=steps)
+        self._learner = self._algorithm.adapt(self._state, support, key=self._key, steps=steps)
         self.classes, self._support = classes, x
         return self
 
+    @torch.no_grad()
     def _in_chunks(self, function: Callable[[Tensor], Tensor], x: Any, size: int) -> Tensor:
         """Apply a function of inputs [Q, *X] that returns [Q, size]: to all at once if it must."""
         items = self._items(x)
         chunk = max(1, _CHUNK // math.prod(self.spec.input_shape))
-        if is_transductive(self._algorithm):
+        if self.is_transductive:
             chunk = max(1, len(items))
         parts = [
             function(self.inputs(items[start : start + chunk]))
             for start in range(0, len(items), chunk)
         ]
-        return torch.cat(parts) if parts else torch.zeros(0, size, device=self._device)
+        return torch.cat(parts) if parts else torch.zeros(0, size, device=self.device)
 
-    @torch.no_grad()
     def embed(self, x: Any) -> Tensor:
         """Compute the features [M, D] of inputs by the meta-trained backbone.
 
@@ -337,16 +212,20 @@ class Model:
             UserError: As in `inputs`; or if `adapt` is needed first.
         """
         normalisation, backbone = self._algorithm.normalisation, self._algorithm.backbone
-        net, reference = select(self._state.params, "net"), {}
+        reference: Params = {}
         is_alone = normalisation.is_transductive or normalisation.has_population
         if backbone.normalises and not is_alone:
             if self._support is None:
                 raise UserError(_NOT_ADAPTED)
-            reference = normalisation.reference(net, self._support)
+            with torch.no_grad():
+                net = select(self._state.params, "net")
+                reference = normalisation.reference(net, self._support)
         width = math.prod(backbone.shape(self.spec.inputs))
-        return self._in_chunks(
-            lambda x: normalisation.embed_queries(self._state, net, reference, x, None)[0], x, width
-        )
+        return self._in_chunks(lambda x: self._features(x, reference), x, width)
+
+    def _features(self, x: Tensor, reference: Params) -> Tensor:
+        net = select(self._state.params, "net")
+        return self._algorithm.normalisation.embed_queries(self._state, net, reference, x, None)[0]
 
     def task_probabilities(self, support_x: Tensor, labels: Tensor, query_x: Tensor) -> Tensor:
         """Compute probabilities [Q, N] of one task, as a function of tensors alone, for export.
@@ -356,12 +235,10 @@ class Model:
             labels: One-hot, float32 [M, N].
             query_x: Float32 [Q, *X].
         """
-        key = prng.key_of(self.config.seed, _ADAPT_STREAM, device=self._device)
         support = Support(self._standardised(support_x), labels.argmax(-1), labels.shape[-1])
-        learner = self._algorithm.adapt(self._state, support, key=key)
-        return self._algorithm.predict(self._state, learner, self._standardised(query_x)).softmax(
-            -1
-        )
+        learner = self._algorithm.adapt(self._state, support, key=self._key)
+        outputs = self._algorithm.predict(self._state, learner, self._standardised(query_x))
+        return outputs.softmax(-1)
 
     def tensor_outputs(self, x: Tensor, embed: bool = False) -> Tensor:
         """Compute logits [Q, N] after `adapt`, or features [Q, D], as a function of a tensor.
@@ -372,25 +249,9 @@ class Model:
                 each input alone.
         """
         x = self._standardised(x)
-        if not embed:
-            return self._algorithm.predict(self._state, self._learner, x)
-        net = select(self._state.params, "net")
-        return self._algorithm.normalisation.embed_queries(self._state, net, {}, x, None)[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._device
-
-    @property
-    def has_fixed_way(self) -> bool:
-        """True if the number of classes is part of the weights."""
-        return self._algorithm.fixed_way
-
-    @property
-    def is_transductive(self) -> bool:
-        """True if a prediction depends on the other queries."""
-        return is_transductive(self._algorithm)
+        if embed:
+            return self._features(x, {})
+        return self._algorithm.predict(self._state, self._learner, x)
 
     @property
     def why_not_alone(self) -> str | None:
@@ -405,7 +266,6 @@ class Model:
             return "it learns from augmented copies of the examples (algo.support_copies)"
         return None
 
-    @torch.no_grad()
     def _outputs(self, x: Any) -> Tensor:
         if self._learner is None:
             raise UserError(_NOT_ADAPTED)

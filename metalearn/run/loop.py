@@ -17,7 +17,7 @@ from metalearn.engine import Engine
 from metalearn.engine.capture import Captured
 from metalearn.engine.profile import Profile
 from metalearn.report.folder import RunFolder
-from metalearn.report.progress import SILENT, Listener
+from metalearn.report.progress import SILENT, Listener, Probe
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, features, nonfinite
 from metalearn.run.build import Run
@@ -28,29 +28,6 @@ from metalearn.system.errors import RunFailed
 from metalearn.tasks.ranges import Part, numbers_of, parts_of
 from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Estimate, State, Task
-
-
-class Probe:
-    """What a tracker may ask the loop between two steps; see the protocol in `progress`."""
-
-    def __init__(self, run: Run, training: Training) -> None:
-        self._run, self._training = run, training
-        self.metrics = training.meter.peek
-
-    def wait(self) -> None:
-        """Wait until the device has computed all steps."""
-        if self._run.device.type == "cuda":
-            torch.cuda.synchronize(self._run.device)
-
-    def seconds_per_episode(self) -> float:
-        """Evaluate a few episodes and return the seconds that each took."""
-        assert self._run.val is not None
-        for count in (1, 4):  # the first call is slower than the others
-            start = time.perf_counter()
-            self._run.test_engine.scores(
-                self._training.tested_state, self._run.val.draw(0, count)
-            ).cpu()
-        return (time.perf_counter() - start) / count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +44,7 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     """Meta-train, validate every `val.every` steps, and save checkpoints.
 
     With `train.steps=0` the initialisation is validated and saved. With several processes, only
-    the leading one writes.
-
-    Args:
-        run: The run.
-        tracker: Receives the progress.
-        folder: The run folder.
-        stored: A checkpoint to resume from, in the leading process.
-
-    Returns:
-        The best state by validation.
+    the leading one writes, and has the checkpoint `stored` to resume from.
 
     Raises:
         RunFailed: If a validation score is not finite, or a loss or gradient is not finite and
@@ -112,6 +80,16 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             f"{run.device}, {run.choices}"
         )
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
+
+    def wait() -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+
+    def seconds_per_episode() -> float:
+        for count in (1, 4):  # the first call is slower than the others
+            start = time.perf_counter()
+            run.test_engine.scores(training.tested_state, val.draw(0, count)).cpu()
+        return (time.perf_counter() - start) / count
 
     def save_last() -> None:
         if settings.nonfinite == "stop":
@@ -171,12 +149,12 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     if stored is not None and training.best is not None:
         save_best()  # the file may be of a later step, or corrupt
     with signals.deferred():
-        tracker.begin(Probe(run, training))
+        tracker.begin(Probe(training.meter.peek, wait, seconds_per_episode))
         if settings.steps == 0 and training.best is None:
             training.row = {"step": 0}
         if training.row is not None:
             log_row()
-        while training.step < settings.steps and not _patience_is_over(training, settings):
+        while training.step < settings.steps and not training.patience_is_over:
             if profile:
                 profile.before(training.step)
             training.load_tasks()
@@ -198,10 +176,6 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     assert training.best is not None
     best = training.best
     return Fitted(best.state, best.estimate, best.step, training.step)
-
-
-def _patience_is_over(training: Training, settings: Any) -> bool:
-    return bool(settings.patience and training.best and training.best.since >= settings.patience)
 
 
 def evaluate(
@@ -243,22 +217,15 @@ def _drawn(
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """Outcome of the test episodes, on the host.
+    """Outcome of the test episodes, on the host; of regression, only the scores."""
 
-    Attributes:
-        scores: Score of each episode, float32 [E].
-        classes: Index within the split of each query's class, int64 [E, Q]; None for regression.
-            An episode with fewer queries than others has -1 after its own.
-        predicted: Index within the split of the class that was predicted, as `classes`.
-        correct: Whether each query was classified correctly, bool [E, Q]; None for regression.
-        confidence: Probability of the predicted class, float32 [E, Q]; None for regression.
-    """
-
-    scores: Tensor
+    scores: Tensor  # of each episode, float32 [E]
+    #: Index within the split of each query's class, int64 [E, Q]. An episode with fewer queries
+    #: than others has -1 after its own.
     classes: Tensor | None = None
-    predicted: Tensor | None = None
-    correct: Tensor | None = None
-    confidence: Tensor | None = None
+    predicted: Tensor | None = None  # the same of the class that was predicted
+    correct: Tensor | None = None  # whether each query was classified correctly, bool [E, Q]
+    confidence: Tensor | None = None  # probability of the predicted class, float32 [E, Q]
 
 
 def test(
@@ -268,18 +235,10 @@ def test(
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
     others: Sequence[tuple[Run, State]] = (),  # noqa: PT028
 ) -> Tested:
-    """Test on the fixed test episodes.
+    """Test on the fixed test episodes; raise RunFailed if a prediction is not finite.
 
-    Args:
-        run: The run.
-        state: Its state.
-        steps: Number of adaptation steps; None for the method's own.
-        listener: Receives the number of episodes done.
-        others: More runs with the same test episodes: the predictions of all are averaged, of
-            classes their probabilities.
-
-    Raises:
-        RunFailed: If a prediction is not finite.
+    `steps` is the number of adaptation steps; None for the method's own. With `others`, runs with
+    the same test episodes, the predictions of all are averaged, of classes their probabilities.
     """
     episodes, own = run.config.test.episodes, run.config.episode
     columns: dict[str, list[Tensor]] = {}
@@ -337,13 +296,9 @@ def _averaged(outputs: list[Tensor], is_class: bool) -> Tensor:
 
 
 def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: int) -> Tensor:
-    """Return the values of all processes in the order of the episodes, [E, …], on the host.
+    """Return the values of all processes in the order of the E episodes, [E, …], on the host.
 
-    Args:
-        run: The run.
-        parts: Values of this process's episodes.
-        numbers: Numbers of these episodes, of each part int64 [T] on the CPU.
-        episodes: Number of episodes E of all processes.
+    `parts` and `numbers` are the values and, int64 [T] on the CPU, the numbers of this process's.
     """
     values = torch.cat(parts)[torch.cat(numbers).argsort()]
     if run.processes.size > 1:

@@ -37,17 +37,9 @@ def measure(
     listener: Listener = SILENT,
     others: Sequence[tuple[Run, State]] = (),
 ) -> tuple[Result, Tensor]:
-    """Test a state once; return the result, and the score of each episode, [E].
+    """Test a state as `loop.test` does; return the result, and the score of each episode, [E].
 
-    Args:
-        run: The run.
-        state: Its trained state.
-        name: Name of the run in tables.
-        environment: Commit, versions and hardware.
-        prefix: Write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
-        steps: Adaptation steps; None: as in the settings.
-        listener: Receives the number of episodes done.
-        others: Runs whose predictions are averaged with this run's; see `loop.test`.
+    With `prefix`, write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
     """
     start = time.perf_counter()
     tested = loop.test(run, state, steps, listener, others)
@@ -95,15 +87,9 @@ def _generalised(run: Run, correct: Tensor, classes: Tensor) -> dict[str, Any]:
     if not isinstance(view, MixedClasses):
         return {}
     parts = stats.base_and_novel(correct, classes, view.num_base)
-    return {
-        "generalised": {
-            **{
-                name: dataclasses.asdict(stats.estimate(part))
-                for name, part in zip(("base", "novel", "harmonic_mean"), parts, strict=True)
-            },
-            "base_images_were_trained_on": run.config.train.steps > 0,
-        }
-    }
+    scores = [dataclasses.asdict(stats.estimate(part)) for part in parts]
+    own: dict[str, Any] = dict(zip(("base", "novel", "harmonic_mean"), scores, strict=True))
+    return {"generalised": {**own, "base_images_were_trained_on": run.config.train.steps > 0}}
 
 
 def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any]) -> Result:

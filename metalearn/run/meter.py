@@ -8,6 +8,9 @@ from torch import Tensor
 
 from metalearn.tasks.types import Params
 
+#: Tensors that a checkpoint has, by their names without the underscore.
+_STORED = ("skipped", "first_skipped", "in_a_row")
+
 
 class Meter:
     """Mean metrics since the last `read`, tasks per second, and the first non-finite step.
@@ -29,13 +32,9 @@ class Meter:
         self.restart_clock()
 
     def add(self, logs: Params, finite: Tensor, step: Tensor, losses: Tensor) -> None:
-        """Add the metrics of a step, in place.
+        """Add the metrics of a step, each [], in place.
 
-        Args:
-            logs: Mean metrics of the step, each [].
-            finite: Whether loss and gradient are finite, bool [].
-            step: Number of the step from 0, int64 [].
-            losses: Losses of its tasks, [T].
+        `finite`, bool [], is for loss and gradient; `losses` are those of its tasks, [T].
         """
         for name, value in logs.items():
             counted = torch.where(finite, value, torch.zeros_like(value))
@@ -115,18 +114,12 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and counts for a checkpoint."""
-        return {
-            "sums": self._sums,
-            "steps": self.steps,
-            "skipped": self._skipped,
-            "first_skipped": self._first_skipped,
-            "in_a_row": self._in_a_row,
-        }
+        own = {name: getattr(self, f"_{name}") for name in _STORED}
+        return {"sums": self._sums, "steps": self.steps, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the sums and counts from a checkpoint, in place."""
         self._sums = {name: value.to(self._skipped.device) for name, value in state["sums"].items()}
         self.steps = state["steps"]
-        self._skipped.copy_(state["skipped"])
-        self._first_skipped.copy_(state["first_skipped"])
-        self._in_a_row.copy_(state["in_a_row"])
+        for name in _STORED:
+            getattr(self, f"_{name}").copy_(state[name])

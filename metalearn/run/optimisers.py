@@ -23,37 +23,23 @@ _RESERVED = {"self", "params", "lr", "foreach", "fused", "capturable", "differen
 
 
 def _class(settings: dict[str, Any]) -> type[torch.optim.Optimizer]:
-    target = str(settings.get("_target_"))
-    known = [
-        name
+    base, target = torch.optim.Optimizer, str(settings.get("_target_"))
+    known = {
+        f"torch.optim.{name}": cls
         for name, cls in vars(torch.optim).items()
-        if isinstance(cls, type)
-        and issubclass(cls, torch.optim.Optimizer)
-        and cls is not torch.optim.Optimizer
-    ]
-    name = target.removeprefix("torch.optim.")
-    if not target.startswith("torch.optim.") or name not in known:
-        raise no_such_optimiser(target, [f"torch.optim.{name}" for name in known])
-    if name in _UNSUPPORTED:
-        raise UserError(
-            f"optimiser._target_={target}: is not possible here, because {_UNSUPPORTED[name]}"
-        )
-    cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
-    return cls
+        if isinstance(cls, type) and issubclass(cls, base) and cls is not base
+    }
+    if target not in known:
+        raise no_such_optimiser(target, list(known))
+    if reason := _UNSUPPORTED.get(known[target].__name__):
+        raise UserError(f"optimiser._target_={target}: is not possible here, because {reason}")
+    return known[target]
 
 
 def make(settings: dict[str, Any], lr: float, leaves: list[Tensor]) -> torch.optim.Optimizer:
-    """Make the optimiser of the `optimiser` settings.
+    """Make the optimiser of the `optimiser` settings for tensors on one device, or raise UserError.
 
     On CUDA, the learning rate is a tensor if the optimiser can be captured in a graph.
-
-    Args:
-        settings: `_target_`, the exact name of a class in torch.optim, and its arguments.
-        lr: Learning rate of the first step.
-        leaves: Tensors to optimise, all on one device.
-
-    Raises:
-        UserError: For an unknown class or argument, or a value that torch refuses.
     """
     cls = _class(settings)
     own = {key: value for key, value in settings.items() if key != "_target_"}

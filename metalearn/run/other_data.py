@@ -79,25 +79,17 @@ def check_kind(before: RunConfig, after: RunConfig) -> None:
 
 
 def open_tested(settings: RunConfig, split: str, inputs: Inputs) -> OpenDataset:
-    """Open the data of a test in the form that the network was trained on.
+    """Open the data of a test in the form that the network was trained on, or raise UserError.
 
     Images have the channels of the network's (colours become grey by luma), and the run's
     normalisation: the same function of a pixel's value as in training.
-
-    Raises:
-        UserError: If the data cannot have this form, or have no such split.
     """
     algorithm = algorithm_of(settings, is_restored=True)
     shape, standardisation = inputs
-    is_image = shape is not None and len(shape) == 3
-    data = open_data(
-        settings,
-        algorithm,
-        device_of(settings.device),
-        channels=shape[0] if shape is not None and is_image else None,
-        # Statistics of these images would be replaced.
-        **({} if standardisation is None else {"raw": True}),
-    )
+    channels = shape[0] if shape and len(shape) == 3 else None
+    # Statistics of these images would be replaced.
+    raw = {} if standardisation is None else {"raw": True}
+    data = open_data(settings, algorithm, device_of(settings.device), channels=channels, **raw)
     if isinstance(data, ClassData) and standardisation is not None:
         data = data.standardised(standardisation)
     if split in ("all", "train+test"):
@@ -109,17 +101,11 @@ def open_tested(settings: RunConfig, split: str, inputs: Inputs) -> OpenDataset:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Tested examples that a run was trained or validated on.
-
-    Attributes:
-        trained: Number of such examples of each class, in training.
-        validated: The same, in validation.
-        sizes: Number of tested examples of each class.
-    """
+    """Number of tested examples of each class that a run was trained or validated on."""
 
     trained: dict[str, int]
     validated: dict[str, int]
-    sizes: dict[str, int]
+    sizes: dict[str, int]  # of all tested examples
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -150,16 +136,9 @@ def _named(names: list[str]) -> str:
 
 
 def overlap(own: OpenDataset, tested: OpenDataset, split: str, by_name: bool) -> Overlap | None:
-    """Find the tested examples that are in the training or validation data of a run.
+    """Find the tested examples that are in a run's own training or validation data; None for none.
 
-    Args:
-        own: The run's data.
-        tested: The data of the test.
-        split: The tested split.
-        by_name: Whether classes with the same name are the same class: both data have one source.
-
-    Returns:
-        The overlap, or None if there is none.
+    `by_name`: classes with the same name are the same class, because both data have one source.
     """
     if not (isinstance(own, ClassData) and isinstance(tested, ClassData)):
         return None
@@ -194,6 +173,11 @@ def check_overlap(
 def has_same_source(before: RunConfig, after: RunConfig) -> bool:
     """Return True if two datasets read the same files."""
     return all(before.dataset.get(key) == after.dataset.get(key) for key in ("_target_", "path"))
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Return True if a run's weights may come from its training classes."""
+    return config.train.steps > 0 or config.train.start is not None
 
 
 def open_own(before: RunConfig, after: RunConfig) -> OpenDataset:
@@ -249,7 +233,7 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
             check_kind(run.config, after)
             split = target.split or "test"
             data = open_tested(after, split, inputs)
-            if run.config.train.steps:
+            if is_trained(run.config):
                 check_overlap(run.config, after, run.data, data, split)
             fitting_way(after, data, split, is_given=False)
         except UserError as error:

@@ -23,7 +23,7 @@ from metalearn.tasks.types import InputSpec, Query
 
 def check(settings: RunConfig) -> None:
     """Check all that is known before any data is read; raise UserError for what does not fit."""
-    algorithm = algorithm_of(settings)
+    algorithm, episode, train = algorithm_of(settings), settings.episode, settings.train
     target = components.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
     if target not in algorithm.targets:
@@ -32,21 +32,51 @@ def check(settings: RunConfig) -> None:
             f"algo={name} learns {learned}, but this dataset has {target_name(target)}; choose "
             "another algo or dataset"
         )
-    episode = settings.episode
-    _check_episodes(settings, algorithm, target)
-    if (
-        algorithm.fixed_way
-        and settings.train.source == "episodes"
-        and episode.train.way != episode.way
-    ):
+    if algorithm.fixed_way and isinstance(episode.way, list):
+        raise UserError(
+            f"episode.way={episode.way}: the number of ways is part of {name}'s weights; use one "
+            "number"
+        )
+    if episode.sampler == "hard":
+        raise UserError(
+            "episode.sampler=hard: chooses classes by their errors in training, so not in tests; "
+            "use episode.train.sampler=hard"
+        )
+    if episode.train.sampler == "hard" and train.source != "episodes":
+        raise UserError(
+            f"episode.train.sampler=hard: train.source={train.source} trains on no episodes; leave "
+            "it out"
+        )
+    for where, shape in (("episode", episode), ("episode.train", episode.train)):
+        given = {
+            "unbalanced": shape.unbalanced, "sampler": shape.sampler != "uniform" and shape.sampler,
+            "unlabelled": shape.unlabelled, "dirichlet": shape.dirichlet,
+        }  # fmt: skip
+        for key, value in given.items() if target != "class" else ():
+            if value:
+                raise UserError(
+                    f"{where}.{key}={str(value).lower()}: this dataset has no classes; leave it out"
+                )
+        if shape.unbalanced and algorithm.needs_equal_shots:
+            raise UserError(
+                f"{where}.unbalanced=true: {name} requires as many support examples of each class; "
+                "leave it out"
+            )
+        if shape.distractors and not shape.unlabelled:
+            raise UserError(
+                f"{where}.distractors={shape.distractors}: distractors are classes with unlabelled "
+                f"examples only; set {where}.unlabelled"
+            )
+    is_trained_alike = train.source != "episodes" or episode.train.way == episode.way
+    if algorithm.fixed_way and not is_trained_alike:
         raise UserError(
             f"episode.train.way={episode.train.way} should equal episode.way={episode.way}: "
             f"the number of ways is part of {name}'s weights"
         )
-    if settings.train.source not in algorithm.sources:
+    if train.source not in algorithm.sources:
         raise UserError(
-            f"train.source={settings.train.source}: {name} trains on "
-            f"{' or '.join(algorithm.sources)}; use train.source={algorithm.sources[0]}"
+            f"train.source={train.source}: {name} trains on {' or '.join(algorithm.sources)}; use "
+            f"train.source={algorithm.sources[0]}"
         )
     if algorithm.backbone.is_external:
         backbone = type(algorithm.backbone).__name__
@@ -67,62 +97,16 @@ def check(settings: RunConfig) -> None:
         )
     if algorithm.uses_unlabelled and not max(episode.unlabelled, episode.train.unlabelled):
         raise UserError(f"algo={name} learns from unlabelled examples; set episode.unlabelled")
-    for where, shape in (("episode", episode), ("episode.train", episode.train)):
-        if shape.unlabelled and target != "class":
-            raise UserError(
-                f"{where}.unlabelled={shape.unlabelled}: this dataset has no classes and so no "
-                "unlabelled examples; leave it out"
-            )
-        if shape.dirichlet and target != "class":
-            raise UserError(
-                f"{where}.dirichlet={shape.dirichlet}: this dataset has no classes, whose queries "
-                "could be unbalanced; leave it out"
-            )
-        if shape.distractors and not shape.unlabelled:
-            raise UserError(
-                f"{where}.distractors={shape.distractors}: distractors are classes with unlabelled "
-                f"examples only; set {where}.unlabelled"
-            )
-    for key, value, is_used in (
-        ("loss.name", settings.loss.name, algorithm.uses_loss),
-        ("loss.inner", settings.loss.inner, algorithm.uses_inner_loss),
-    ):
-        if value is not None and not is_used:
-            raise UserError(f"{key}={value}: {name} does not use this loss; leave it out")
+    uses = {"name": algorithm.uses_loss, "inner": algorithm.uses_inner_loss}
+    for key, is_used in uses.items():
+        if (value := getattr(settings.loss, key)) is not None and not is_used:
+            raise UserError(f"loss.{key}={value}: {name} does not use this loss; leave it out")
     optimisers.check(settings.optimiser)
     clusters.check(settings)
-    if settings.train.schedule == "milestones" and not settings.train.milestones:
+    if train.schedule == "milestones" and not train.milestones:
         raise UserError("train.schedule=milestones: set train.milestones, like [0.6,0.8]")
     _check_augment(settings, algorithm, target)
     device_of(settings.device)
-
-
-def _check_episodes(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
-    episode, name = settings.episode, type(algorithm).__name__
-    if algorithm.fixed_way and isinstance(episode.way, list):
-        raise UserError(
-            f"episode.way={episode.way}: the number of ways is part of {name}'s weights; use one "
-            "number"
-        )
-    if episode.sampler == "hard":
-        raise UserError(
-            "episode.sampler=hard: chooses classes by their errors in training, so not in tests; "
-            "use episode.train.sampler=hard"
-        )
-    if episode.train.sampler == "hard" and settings.train.source != "episodes":
-        raise UserError(
-            f"episode.train.sampler=hard: train.source={settings.train.source} trains on no "
-            "episodes; leave it out"
-        )
-    for where, shape in (("episode", episode), ("episode.train", episode.train)):
-        if target != "class" and (shape.unbalanced or shape.sampler != "uniform"):
-            setting = "unbalanced=true" if shape.unbalanced else f"sampler={shape.sampler}"
-            raise UserError(f"{where}.{setting}: this dataset has no classes; leave it out")
-        if shape.unbalanced and algorithm.needs_equal_shots:
-            raise UserError(
-                f"{where}.unbalanced=true: {name} requires as many support examples of each class; "
-                "leave it out"
-            )
 
 
 def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:

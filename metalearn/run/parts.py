@@ -29,9 +29,7 @@ from metalearn.tasks.store import Augmentation
 def shapes_of(settings: EpisodeShape, where: str) -> tuple[Shape, Ranges | None]:
     """Return the largest shape of episodes, and the ranges of all shapes; None for a single one.
 
-    Args:
-        settings: The settings `episode` or `episode.train`.
-        where: Their name, for error messages.
+    `where` is the name of the settings in error messages.
     """
     (way, shot) = (
         (value[0], value[-1]) if isinstance(value, list) else (value, value)
@@ -65,14 +63,14 @@ def family_of(settings: RunConfig) -> TaskFamily:
     if arguments[1]:
         functions[1] = functools.partial(functions[1], **arguments[1])
     family: TaskFamily = dataset.family(*functions, arguments[0])
-    if settings.train.source == "episodes" and settings.episode.train.sampler == "hard":
-        if not isinstance(family, Supervised):
-            raise UserError(
-                "episode.train.sampler=hard: the tasks of this dataset have no errors of classes; "
-                "use episode.train.sampler=uniform"
-            )
-        return dataclasses.replace(family, counts_errors=True)
-    return family
+    if settings.train.source != "episodes" or settings.episode.train.sampler != "hard":
+        return family
+    if not isinstance(family, Supervised):
+        raise UserError(
+            "episode.train.sampler=hard: the tasks of this dataset have no errors of classes; use "
+            "episode.train.sampler=uniform"
+        )
+    return dataclasses.replace(family, counts_errors=True)
 
 
 def _arguments(
@@ -84,13 +82,9 @@ def _arguments(
 
 
 def augment_functions(settings: RunConfig, part: str) -> dict[str, Any]:
-    """Return the functions of "ops", "mix" or "support" of `augment`, with checked settings.
+    """Return (function, checked settings) by name of "ops", "mix" or "support" of `augment`.
 
-    Returns:
-        (function, settings) by name.
-
-    Raises:
-        UserError: For an unknown function or setting.
+    Raise UserError for an unknown function or setting.
     """
     ops: dict[str, Any] = {}
     known: Any = MIXINGS if part == "mix" else AUGMENTATIONS
@@ -99,11 +93,9 @@ def augment_functions(settings: RunConfig, part: str) -> dict[str, Any]:
         if own is not None and not isinstance(own, dict):
             raise UserError(f"{where}={own}: should hold settings, like {{}}")
         own = dict(own or {})
-        is_named = "_target_" in own
-        path = str(own.pop("_target_", name))
-        function: Any = plugins.find(
-            path, known, f"{where}._target_" if is_named else f"augment.{part}"
-        )
+        path = own.pop("_target_", None)
+        named_by = f"{where}._target_" if path else f"augment.{part}"
+        function: Any = plugins.find(str(path or name), known, named_by)
         ops[name] = function, _arguments(function, own, where, name, 3 if part == "mix" else 2)
     return ops
 
@@ -117,8 +109,7 @@ def augmentation_of(settings: RunConfig) -> Augmentation | None:
 def support_augmentation_of(settings: RunConfig, algorithm: Algorithm) -> Augmentation | None:
     """Return the augmentation of the method's copies of support examples; None if it uses none.
 
-    Raises:
-        UserError: If it uses some, but there is no augmentation of them.
+    Raise UserError if it uses some, but there is no augmentation of them.
     """
     ops = augment_functions(settings, "support")
     if not algorithm.support_copies:
@@ -154,29 +145,25 @@ def algorithm_of(settings: RunConfig, is_restored: bool = False) -> Algorithm:
 
 def device_of(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda"; raise UserError if there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    is_available = torch.cuda.is_available()
+    if name == "cuda" and not is_available:
         raise UserError(
             "device=cuda: torch finds no CUDA device here; use device=cpu or device=auto"
         )
-    return (
-        torch.device("cuda", processes.local_rank())
-        if available and name != "cpu"
-        else torch.device("cpu")
-    )
+    use_cuda = is_available and name != "cpu"
+    return torch.device("cuda", processes.local_rank()) if use_cuda else torch.device("cpu")
 
 
 def data_folder(settings: RunConfig) -> Path:
     """Return `data_dir`, by default the user's data folder."""
-    default = platformdirs.user_data_path("metalearn", appauthor=False)
-    return _absolute(settings.data_dir, default)
+    return _folder(settings.data_dir, platformdirs.user_data_path)
 
 
 def cache_folder(settings: RunConfig) -> Path:
     """Return `cache_dir`, by default the user's cache folder."""
-    default = platformdirs.user_cache_path("metalearn", appauthor=False)
-    return _absolute(settings.cache_dir, default)
+    return _folder(settings.cache_dir, platformdirs.user_cache_path)
 
 
-def _absolute(path: str | None, default: Path) -> Path:
-    return (Path(path).expanduser() if path else default).absolute()
+def _folder(path: str | None, default: Callable[..., Path]) -> Path:
+    given = Path(path).expanduser() if path else default("metalearn", appauthor=False)
+    return given.absolute()

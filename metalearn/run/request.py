@@ -31,27 +31,17 @@ from metalearn.tasks.types import State
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A finished run and the requested test.
-
-    Attributes:
-        files: The run folder.
-        own: The result of the run.
-        before: The run's configuration.
-        changed: The configuration of the test.
-        variant: Settings of the adaptation that differ from the run's own test.
-        overrides: The given changes.
-        split: The split whose classes are tested.
-        inputs: The inputs of the trained network, if the test's data may differ from the run's.
-    """
+    """A finished run and the requested test."""
 
     files: RunFolder
-    own: Result
-    before: RunConfig
-    changed: DictConfig
-    variant: list[str]
+    own: Result  # of the run itself
+    before: RunConfig  # of the run
+    changed: DictConfig  # the configuration of the test
+    after: RunConfig  # the same, checked
+    variant: list[str]  # settings of the adaptation that differ from the run's own test
     overrides: list[str]
-    split: str
-    inputs: other_data.Inputs
+    split: str  # the split whose classes are tested
+    inputs: other_data.Inputs  # of the trained network, if the test's data may differ from its own
 
     @staticmethod
     def of(folder: Path, overrides: list[str], split: str) -> "Request":
@@ -85,28 +75,25 @@ class Request:
                 f"episode.way={after.episode.way}: the run distinguishes {before.episode.way} "
                 "classes, the number of ways is part of its weights; train with that number"
             )
-        variant = [
-            f"{key}={value}"
-            for key, value in sorted(after.algo.items())
-            if before.algo[key] != value
-        ]
+        own_algo = sorted(after.algo.items())
+        variant = [f"{key}={value}" for key, value in own_algo if before.algo[key] != value]
         if after.engine.precision != before.engine.precision:
             variant.append(f"precision={after.engine.precision}")
-        return Request(files, own, before, changed, variant, overrides, split, inputs)
+        return Request(files, own, before, changed, after, variant, overrides, split, inputs)
 
     @property
     def statistics(self) -> list[str]:
         """The requested statistics, then their counterpart if the backbone normalises."""
-        after = check_config(self.changed)
-        backbone = algorithm_of(after, is_restored=True).backbone
+        own = self.after.statistics
+        backbone = algorithm_of(self.after, is_restored=True).backbone
         if not backbone.normalises or backbone.is_external:
-            return [after.statistics]
-        return [after.statistics, inductive_counterpart(self.before, after.statistics)]
+            return [own]
+        return [own, inductive_counterpart(self.before, own)]
 
     @functools.cached_property
     def data(self) -> OpenDataset:
         """The data of the test, in the form that the network was trained on."""
-        return other_data.open_tested(check_config(self.changed), self.split, self.inputs)
+        return other_data.open_tested(self.after, self.split, self.inputs)
 
     @functools.cached_property
     def overlap(self) -> other_data.Overlap | None:
@@ -114,10 +101,11 @@ class Request:
 
         Raise UserError if it is not.
         """
-        before, after = self.before, check_config(self.changed)
+        before, after = self.before, self.after
         has_own_content = self.data.content_hash == self.own.protocol.get("data")
         has_own_data = has_own_content or other_data.has_same_source(before, after)
-        if self.split == "all" and has_own_data:
+        is_trained = other_data.is_trained(before)
+        if self.split == "all" and has_own_data and is_trained:
             raise UserError(
                 "split=all: the run was trained on classes of this dataset; use split=test"
             )
@@ -134,9 +122,7 @@ class Request:
                 raise UserError("split=train+test: set episode.distractors=0")
         # Training classes of the run's own split are tested on purpose.
         is_own = has_own_test if self.split == "test" else has_own_splits
-        if is_own or before.dataset == after.dataset:
-            return None
-        if not before.train.steps:  # a network that is not trained has no training images here
+        if is_own or before.dataset == after.dataset or not is_trained:
             return None
         own = other_data.open_own(before, after)
         return other_data.check_overlap(before, after, own, self.data, self.split)
@@ -146,12 +132,11 @@ class Request:
 
         Raise UserError if tested examples were used for training or validation.
         """
-        after = check_config(self.changed)
         _ = self.overlap
         given = {word.partition("=")[0].lstrip("+") for word in self.overrides}
         if "dataset" in given and "way" not in episode:
             is_given = bool(given & {"episode", "episode.way"})
-            way = other_data.fitting_way(after, self.data, self.split, is_given)
+            way = other_data.fitting_way(self.after, self.data, self.split, is_given)
             episode = {**episode, "way": way}
         settings: Any = OmegaConf.merge(
             self.changed, {"statistics": statistics, "episode": episode}
@@ -164,7 +149,6 @@ class Request:
 
     def _engine_of_run(self) -> dict[str, Any]:
         """Return engine settings that repeat the run's own test bit for bit, if possible here."""
-        free = {**FREE_CHOICES, "choices": None}
         if not self.files.engine.exists():  # a run of an earlier version
             return {}
         choices = read_choices(self.files.engine)
@@ -172,7 +156,7 @@ class Request:
             choices["threads"] <= (os.cpu_count() or 1)
             and choices.get("device") == device_of(self.before.device).type
         )
-        return {**free, "choices": str(self.files.engine)} if is_possible else free
+        return {**FREE_CHOICES, "choices": str(self.files.engine) if is_possible else None}
 
     def file(self, protocol_id: str, ending: str) -> Path:
         """Return an output file; its name contains how the adaptation differs."""
@@ -188,9 +172,9 @@ class Request:
         others: Sequence[tuple[Run, State]] = (),
     ) -> tuple[Result, Tensor]:
         """Test the run. See `metalearn.run.measure.measure`."""
+        steps_done = run.config.train.steps
+        progress = Progress(run.config, run.metric.name, open_console(), [], steps_done)
         environment = describe_environment(str(run.device))
-        score, steps_done = run.metric.name, run.config.train.steps
-        progress = Progress(run.config, score, open_console(), [], steps_done)
         with progress.live():
             result, scores = measure(
                 run, state, self.own.name, environment, prefix, steps, progress, others
@@ -222,10 +206,9 @@ def _apply(stored: DictConfig, word: str) -> DictConfig:
         raise UserError(
             f"{word}: only training reads this; did you mean {key.rpartition('.')[0]}.{other}?"
         )
-    allowed = dict.fromkeys(
-        ["algo", "dataset", "episode", *roles.names_of(known, roles.may_evaluate_with)]
-    )
-    names = [name for name in allowed if not name.startswith(("algo.", "episode."))]
+    allowed = roles.names_of(known, roles.may_evaluate_with)
+    named = dict.fromkeys(["algo", "dataset", "episode", *allowed])
+    names = [name for name in named if not name.startswith(("algo.", "episode."))]
     raise UserError(
         f"{word}: a test cannot change how the run was trained; it may change {', '.join(names)}"
     )

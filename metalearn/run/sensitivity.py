@@ -20,16 +20,9 @@ from metalearn.system.reading import read_yaml
 def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str, Any]:
     """Draw validation scores of a multirun over two of its settings, as plots/sensitivity.png.
 
-    Args:
-        folder: The multirun folder.
-        settings: Names of two settings; [] for those that differ, if these are two.
-        console: Where to print.
-
-    Returns:
-        "files"; the "settings"; and "points": their values, the mean score, and number of runs.
-
-    Raises:
-        UserError: If there are no runs, or no two such settings.
+    `settings` are the names of two; [] for those that differ, if these are two. Return "files"; the
+    "settings"; and "points": their values, the mean score, and number of runs. Raise UserError if
+    there are no runs, or no two such settings.
     """
     finished, others = runs_in([folder])
     runs = [*finished, *(one for one in others if RunFolder(one).is_trained)]
@@ -42,26 +35,24 @@ def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str,
         for key in dict.fromkeys(key for one in own for key in one)
         if len({repr(one.get(key)) for one in own}) > 1
     ]
-    wrong = [key for key in settings if key not in swept]
-    if wrong or len(settings or swept) != 2:
+    if not set(settings) <= set(swept) or len(settings or swept) != 2:
         differing = ", ".join(swept) or "none"
         raise UserError(
             f"{folder}: a heat map takes two settings that differ between the runs "
             f"({differing} {'do' if len(swept) > 1 else 'does'}); choose them with settings=a,b"
         )
-    if len({one.metric for one in results}) > 1:
+    metric = results[0].metric
+    if any(one.metric != metric for one in results):
         raise UserError(f"{folder}: its runs have different metrics")
     first, second = settings or swept
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
-    values: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    values: dict[str, dict[str, Any]] = {first: {}, second: {}}  # by their text
     for one, result in zip(own, results, strict=True):
-        pair = tuple(json.dumps(one.get(key)).strip('"') for key in (first, second))
-        for texts, text, key in zip(values, pair, (first, second), strict=True):
-            texts[text] = one.get(key)
-        scores[pair[0], pair[1]].append(result.validation_score)
-    ticks = (_ordered(values[0]), _ordered(values[1]))
+        row, column = (json.dumps(one.get(key)).strip('"') for key in (first, second))
+        values[first][row], values[second][column] = one.get(first), one.get(second)
+        scores[row, column].append(result.validation_score)
+    ticks = (_ordered(values[first]), _ordered(values[second]))
     means = {pair: sum(some) / len(some) for pair, some in scores.items()}
-    metric = results[0].metric
     path = RunFolder(folder).plots / "sensitivity.png"
     make_writable(path.parent)
     draw_heat_map(
@@ -74,7 +65,7 @@ def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str,
         f"{results[0].name}, validation, {len(runs)} runs",
     )
     points = [
-        {first: values[0][row], second: values[1][column], metric: mean,
+        {first: values[first][row], second: values[second][column], metric: mean,
          "runs": len(scores[row, column])}
         for (row, column), mean in means.items()
     ]  # fmt: skip
@@ -85,6 +76,5 @@ def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str,
 
 def _ordered(values: dict[str, Any]) -> list[str]:
     """Return the texts of values, in the order of their numbers if all are numbers."""
-    if all(isinstance(one, int | float) for one in values.values()):
-        return sorted(values, key=values.__getitem__)
-    return sorted(values)
+    are_numbers = all(isinstance(one, int | float) for one in values.values())
+    return sorted(values, key=values.__getitem__ if are_numbers else None)

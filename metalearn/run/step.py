@@ -26,19 +26,12 @@ FORMAT = 2
 
 @dataclasses.dataclass
 class Best:
-    """The best state by validation.
-
-    Attributes:
-        estimate: Its validation score.
-        step: Its meta-step.
-        state: Its parameters and buffers.
-        since: Number of validations since then.
-    """
+    """The best state by validation."""
 
     estimate: Estimate
     step: int
     state: State
-    since: int = 0
+    since: int = 0  # number of validations since then
 
 
 class Training:
@@ -235,6 +228,12 @@ class Training:
         if engine != self.engine:
             self.engine, self._replays = engine, Replays(lambda text: self.note(text))
 
+    @property
+    def patience_is_over(self) -> bool:
+        """True after `train.patience` validations without a better one."""
+        most = self._settings.patience
+        return bool(most and self.best and self.best.since >= most)
+
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""
         if self.best is not None and not self._run.metric.better(
@@ -294,20 +293,15 @@ class Training:
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"
                 )
-            stored_parts = content["meta"], content["fixed"]
-            for part, stored in zip(self.state, stored_parts, strict=True):
-                shapes, stored_shapes = (
-                    {name: value.shape for name, value in tensors.items()}
-                    for tensors in (part, stored)
-                )
-                if shapes != stored_shapes:
-                    raise UserError("the checkpoint's weights do not fit this configuration")
-                for name, value in part.items():
-                    value.copy_(stored[name])
+            restored: list[tuple[Any, State]] = [(content, self.state)]
             if self.average is not None:
-                for key, own in _parts(self.average).items():
+                restored.append((content["average"], self.average))
+            for stored, state in restored:
+                for key, own in _parts(state).items():
+                    if _shapes(own) != _shapes(stored[key]):
+                        raise UserError("the checkpoint's weights do not fit this configuration")
                     for name, value in own.items():
-                        value.copy_(content["average"][key][name])
+                        value.copy_(stored[key][name])
             if self._run.hard_classes is not None:
                 self._run.hard_classes.errors.copy_(content["class_errors"])
             groups = self.optimiser.param_groups
@@ -319,13 +313,8 @@ class Training:
             self.meter.load_state_dict(content["meter"])
             best = content["best"]
             if best is not None:
-                state = State(
-                    *(
-                        {name: value.to(device) for name, value in best[part].items()}
-                        for part in ("meta", "fixed")
-                    )
-                )
-                self.best = Best(Estimate(**best["val"]), best["step"], state, best["since"])
+                own = pytree.tree_map(lambda x: x.to(device), (best["meta"], best["fixed"]))
+                self.best = Best(Estimate(**best["val"]), best["step"], State(*own), best["since"])
             self.step = content["step"]
             self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0
@@ -342,6 +331,10 @@ def _copied(state: State) -> State:
     """Return a copy of a state, without gradients."""
     parts = ({name: value.detach().clone() for name, value in part.items()} for part in state)
     return State(*parts)
+
+
+def _shapes(tensors: Params) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def _parts(state: State) -> dict[str, Params]:

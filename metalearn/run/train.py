@@ -18,7 +18,7 @@ from metalearn.config import checking, composition, roles
 from metalearn.config.checking import check_config
 from metalearn.config.schema import COMPONENTS, RunConfig
 from metalearn.report import tables
-from metalearn.report.console import print_line
+from metalearn.report.console import print_line, print_lines
 from metalearn.report.environment import describe_environment
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_learning_curve
@@ -47,26 +47,15 @@ def train(
     title: str = "",
     is_tested: bool = True,
 ) -> float:
-    """Train one run and write its results to a folder.
+    """Train one run, write its results to a folder, and return its best validation score.
 
     With `resume=auto`, an interrupted run in the folder is resumed and a finished one is shown
     again. With several processes (torchrun), the leading process calls this and the others
-    `follow`.
+    `follow`. A run that is not tested has validation.json, not result.json; resuming it tests it.
 
-    A run that is not tested has validation.json, not result.json; resuming it tests it.
-
-    Args:
-        config: The composed configuration.
-        folder: The run folder.
-        name: Name of the run in tables.
-        overrides: Command-line overrides, saved with the result.
-        console: Where to print.
-        recipe: A line about the recipe in use.
-        title: A line that introduces a run of a sweep, whose result is then shown in one line.
-        is_tested: Whether to test the trained run.
-
-    Returns:
-        The best validation score.
+    `name` is that of the run in tables; the `overrides` of the command are saved with the result;
+    `recipe` is a line about the recipe in use. A run of a sweep is introduced by a line, `title`,
+    and its result is shown in one line.
 
     Raises:
         UserError: Before anything is written.
@@ -95,11 +84,9 @@ def train(
             raise UserError(
                 f"{folder}: another process has started a run here; choose another hydra.run.dir"
             )
-        stored = None
+        command, stored = save_command(files, name, overrides), None
         if before is not None:
             stored = checkpoint.latest(files, lambda line: print_line(console, line))
-        command = save_command(files, name, overrides)
-        if before is not None:
             _check_choices(files, run.choices)
         if before is None or before.engine.task_chunk != chunk:
             write_json(files.engine, run.choices)
@@ -108,20 +95,18 @@ def train(
             with atomic_writer(files.config) as stream:  # last: it marks the run as started
                 stream.write(OmegaConf.to_yaml(kept).encode())
         step = stored["step"] if stored else -1
-        lines = _first_lines(run, name, recipe, stored, folder, is_tested)
+        lines = _first_lines(run, name, recipe, is_tested)
+        lines += [f"resuming from step {step} of {folder}"] if stored else []
         tracker = Tracker(settings, run.metric, files, console, command["id"], step, lines)
         has_failed = True
         try:
             with tracker.live():
                 fitted = loop.fit(run, tracker, folder, stored)
                 draw_learning_curve(tracker.rows, run.metric.name, files.curve, name)
+                result = result_of(run, fitted.best_val, name, environment)
                 if is_tested:
-                    prefix = folder / "test_"
-                    result, _ = measure(
-                        run, fitted.state, name, environment, prefix, listener=tracker
-                    )
-                else:
-                    result = result_of(run, fitted.best_val, name, environment)
+                    own = (run, fitted.state, name, environment, folder / "test_")
+                    result, _ = measure(*own, listener=tracker)
             result.seconds = time.perf_counter() - start + tracker.seconds_before
             result.training = {
                 "command": shlex.join(["metalearn", "train", *overrides]),
@@ -136,11 +121,10 @@ def train(
                 tracker.finish(result, tables.result_table([tables.result_row(name, result)]))
             if not files.is_started:  # the folder was removed, and perhaps made again
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files.config))
+            # Last: result.json marks the run as finished.
+            result.write(files.result if is_tested else files.validation)
             if is_tested:
-                result.write(files.result)  # last: it marks the run as finished
                 files.validation.unlink(missing_ok=True)
-            else:
-                result.write(files.validation)
             files.error.unlink(missing_ok=True)
             has_failed = False
         finally:
@@ -158,44 +142,32 @@ def _test_others(folder: Path, words: list[str], console: Console) -> None:
     """Test a finished run on other datasets; raise RunFailed if that fails for one."""
     try:
         failures = evaluate_several([folder], words, [], "test", console)["failures"]
-        reason = failures[0]["reason"] if failures else None
     except UserError as error:
-        reason = str(error)
-    if reason:
+        failures = [{"reason": str(error)}]
+    if failures:
         raise RunFailed(
-            f"{reason}; the run is finished, to test it again: metalearn evaluate {folder} "
-            f"dataset={','.join(words)}"
+            f"{failures[0]['reason']}; the run is finished, to test it again: metalearn evaluate "
+            f"{folder} dataset={','.join(words)}"
         )
 
 
-def _first_lines(
-    run: Run,
-    name: str,
-    recipe: str,
-    stored: dict[str, Any] | None,
-    folder: Path,
-    is_tested: bool,
-) -> list[str]:
+def _first_lines(run: Run, name: str, recipe: str, is_tested: bool) -> list[str]:
     """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
     steps, every = settings.train.steps, settings.val.every
     validations = max(1, -(-steps // every))
+    test = f"a test of {settings.test.episodes:,}" if is_tested else "no test"
     lines = [
         f"{name} on {run.device}: {_count(steps, 'step')} of "
         f"{_count(settings.train.meta_batch, 'task')}, {_count(validations, 'validation')} of "
-        f"{_count(settings.val.episodes, 'episode')}"
-        + (f", a test of {settings.test.episodes:,}" if is_tested else ", no test"),
-        f"engine {run.train_engine.strategy}, statistics {settings.statistics}",
+        f"{_count(settings.val.episodes, 'episode')}, {test}",
+        f"{recipe}{'; ' if recipe else ''}engine {run.train_engine.strategy}, statistics "
+        f"{settings.statistics}",
     ]
-    if recipe:
-        lines[1] = f"{recipe}; {lines[1]}"
     if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
         method = type(run.algorithm).__name__
         lines.append(f"{method} does not use the unlabelled examples of its episodes")
-    lines += run.notes
-    if stored:
-        lines.append(f"resuming from step {stored['step']} of {folder}")
-    return lines
+    return [*lines, *run.notes]
 
 
 def _count(number: int, noun: str) -> str:
@@ -203,10 +175,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _config_to_resume(files: RunFolder, settings: RunConfig) -> DictConfig | None:
-    """Return the stored configuration of the run in the folder, which is to be resumed, or None.
-
-    Raise UserError for a run that should not be resumed, or one of another configuration.
-    """
+    """Return the configuration of the run in the folder, if it should be resumed, or UserError."""
     if not files.is_started:
         return None
     folder = files.path
@@ -216,12 +185,10 @@ def _config_to_resume(files: RunFolder, settings: RunConfig) -> DictConfig | Non
             "hydra.run.dir"
         )
     if settings.resume != "auto":
-        state, effect = (
-            ("finished", "shows it again") if files.is_finished else ("stopped", "resumes it")
-        )
-        raise UserError(
-            f"{folder} holds a {state} run; resume=auto {effect}, another hydra.run.dir keeps it"
-        )
+        state = "finished run; resume=auto shows it again"
+        if not files.is_finished:
+            state = "stopped run; resume=auto resumes it"
+        raise UserError(f"{folder} holds a {state}, another hydra.run.dir keeps it")
     current = checking.plain(settings)
     stored = composition.load_config(folder)
     before, now = checking.leaves(stored), checking.leaves(current)
@@ -248,10 +215,7 @@ def _with_stored_choices(settings: RunConfig, files: RunFolder, before: DictConf
 
 
 def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
-    """Check that the device and the number of processes are those of the interrupted run.
-
-    Results round differently otherwise.
-    """
+    """Check the device and the number of processes: with others, results round differently."""
     before = read_choices(files.engine)
     for name in ("device", "processes"):
         if name in before and before[name] != choices[name]:
@@ -322,8 +286,7 @@ def _show_again(files: RunFolder, console: Console, title: str) -> float:
 def _show(files: RunFolder, result: Result, console: Console) -> None:
     console.print(tables.result_table([tables.result_row(result.name, result)]))
     tables.print_details(console, result)
-    for file in files.outputs():
-        print_line(console, f"  {file}")
+    print_lines(console, files.outputs(), "  ")
 
 
 def follow(config: DictConfig, folder: Path) -> None:

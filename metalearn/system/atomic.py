@@ -15,14 +15,9 @@ from metalearn.system.errors import UserError
 def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a stream whose content replaces `path` once it is complete and on disk.
 
-    On failure, `path` is unchanged and no temporary file remains. A link is replaced, not followed.
-
-    Args:
-        path: File to write.
-        previous: Where to move the old content of `path`; None to overwrite it.
-
-    Raises:
-        OSError: If the file cannot be written, also where torch.save raises a RuntimeError for it.
+    On failure, `path` is unchanged and no temporary file remains: OSError, also where torch.save
+    raises a RuntimeError for it. A link is replaced, not followed. The old content moves to
+    `previous`, if that is given.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)  # of a killed process of the same number

@@ -2,8 +2,14 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from typing import TextIO
+
+_NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|bad_alloc|could not create a primitive|out of memory|"
+    "ALLOC_FAILED|calculation overflowed"
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -28,19 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     torch has many messages for this, and most are a RuntimeError.
     """
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(
-            words in str(error)
-            for words in (
-                "can't allocate memory",
-                "not enough memory",
-                "bad_alloc",
-                "could not create a primitive",
-                "out of memory",
-                "ALLOC_FAILED",
-                "calculation overflowed",
-            )
-        )
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
     )
 
 
@@ -49,6 +43,11 @@ def visible(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return text of at most this many characters, which ends with … if more are left out."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def leave_unread(stream: TextIO) -> None:

@@ -13,8 +13,7 @@ from metalearn.system.errors import UserError
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; the system releases it when the process ends.
 
-    On a file system without locks, the existence of the file .lock is the lock. Raise UserError if
-    another process holds it, or .lock is a link, which would be written through.
+    Raise UserError if another process holds it, or .lock is a link, which would be written through.
     """
     lock = folder / ".lock"
     if lock.is_symlink():

@@ -90,17 +90,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_types(content: Any, types: Any, name: str = "") -> None:
-    """Check the types of parsed values.
+    """Check the types of parsed values; raise ValueError for the first difference.
 
-    Args:
-        content: The values.
-        types: A type; a list with the type of all items; a tuple of a type and a list, of which one
-            fits; or types by name. A name that ends with "?" may be absent; the name "*" stands for
-            all others.
-        name: Name of `content` in messages.
-
-    Raises:
-        ValueError: For the first difference.
+    Types are a type; a list with the type of all items; a tuple of a type and a list, of which one
+    fits; or types by name. A name that ends with "?" may be absent; the name "*" stands for all
+    others. `name` is that of the content in messages.
     """
     if isinstance(types, Mapping):
         if not isinstance(content, Mapping):

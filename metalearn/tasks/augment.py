@@ -135,23 +135,16 @@ def token_dropout(x: Tensor, key: Tensor, probability: Share = 0.1) -> Tensor:
 
 
 AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "random_crop": random_crop,
-    "horizontal_flip": horizontal_flip,
-    "colour_jitter": colour_jitter,
-    "affine": affine,
-    "cutout": cutout,
-    "random_erasing": random_erasing,
-    "gaussian_noise": gaussian_noise,
-    "token_dropout": token_dropout,
-}
+    function.__name__: function
+    for function in (
+        random_crop, horizontal_flip, colour_jitter, affine, cutout, random_erasing, gaussian_noise,
+        token_dropout,
+    )
+}  # fmt: skip
 
 
 def chain(ops: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, Any]]]) -> Augmentation:
-    """Compose augmentations in order, each with its own key.
-
-    Args:
-        ops: Maps each name to (function, settings).
-    """
+    """Compose augmentations in order, each with its own key: (function, settings) by name."""
 
     def augment(x: Tensor, key: Tensor) -> Tensor:
         for number, (function, settings) in enumerate(ops.values()):

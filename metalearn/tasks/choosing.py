@@ -20,17 +20,11 @@ _FLOOR = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Superclasses:
-    """All classes of an episode are of one superclass, uniform among those with enough classes.
+    """All classes of an episode are of one superclass, uniform among those with enough classes."""
 
-    Attributes:
-        number: Superclass of each class, int64 [C].
-        sizes: Number of classes of each superclass, int64 [G].
-        largest: Name of the largest superclass, and its number of classes.
-    """
-
-    number: Tensor
-    sizes: Tensor
-    largest: tuple[str, int]
+    number: Tensor  # superclass of each class, int64 [C]
+    sizes: Tensor  # number of classes of each superclass, int64 [G]
+    largest: tuple[str, int]  # name of the largest superclass, and its number of classes
 
     @staticmethod
     def of(names: Sequence[str], device: torch.device) -> "Superclasses":
@@ -51,8 +45,7 @@ class Superclasses:
 class HardClasses:
     """The classes of an episode are drawn one after the other in proportion to 0.1 + error.
 
-    Attributes:
-        errors: Recent error of each class, float32 [C]; `record` changes it in place.
+    `errors` has the recent error of each class, float32 [C]; `record` changes it in place.
     """
 
     errors: Tensor
@@ -60,10 +53,8 @@ class HardClasses:
     def record(self, wrong: Tensor, asked: Tensor, is_counted: Tensor) -> None:
         """Move the recent errors a tenth of the way towards the errors of a step.
 
-        Args:
-            wrong: Number of wrong predictions for queries of each class, float32 [C].
-            asked: Number of queries of each class, float32 [C]; without any, nothing changes.
-            is_counted: Whether the step counts, bool [].
+        Wrong predictions and queries of each class are float32 [C]; without queries, or unless the
+        step counts (bool []), nothing changes.
         """
         is_new = (asked > 0) & is_counted
         new = torch.where(is_new, wrong / asked.clamp_min(1), self.errors)
@@ -82,16 +73,10 @@ class Chooser:
         return size if self.superclasses is None else self.superclasses.largest[1]
 
     def choose(self, key: Tensor, size: int, copies: int, count: int) -> Tensor:
-        """Draw `count` different numbers below copies * size.
+        """Draw `count` different numbers below copies * size, for keys [T]: int64 [T, count].
 
-        Args:
-            key: int64 [T].
-            size: Number of classes C.
-            copies: Each class c has this many numbers: c, c + C, c + 2 C, and so on.
-            count: Number of classes per episode, at most `copies * max_way`.
-
-        Returns:
-            int64 [T, count].
+        Each class c of `size` has the numbers c, c + size, c + 2 size, and so on. `count` is at
+        most `copies * max_way`.
         """
         own, total = prng.fold_in(key, 0), copies * size
         if self.superclasses is None and self.hard is None:
@@ -108,16 +93,10 @@ class Chooser:
 def chooser(
     sampler: str, superclasses: Sequence[str], parts: Sequence[str], rows: Tensor
 ) -> Chooser:
-    """Return the chooser of a sampler.
+    """Return the chooser of a sampler: "uniform", "hierarchical" or "hard".
 
-    Args:
-        sampler: "uniform", "hierarchical" or "hard".
-        superclasses: Name of the superclass of each class; () if there are none.
-        parts: Name of the part of the data of each class, which no episode leaves; () for one part.
-        rows: `ClassIndex.rows`, [C, M].
-
-    Raises:
-        UserError: For a hierarchical sampler without superclasses.
+    Superclasses and parts (which no episode leaves) have a name for each class; () for none. Raise
+    UserError for a hierarchical sampler without superclasses.
     """
     if sampler == "hierarchical" and not superclasses:
         raise UserError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metalearn.tasks import prng
-from metalearn.tasks.family import Net
+from metalearn.tasks.family import Net, TaskFamily
 from metalearn.tasks.metrics import RETURN, Metric
 from metalearn.tasks.types import Batch, Loss, Params, Query, Spec, Support
 
@@ -27,26 +27,16 @@ class Environment(Protocol):
         """Return the largest number of steps of a trajectory."""
 
     def step(self, state: Tensor, action: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take one step.
+        """Take one step: states [M, S], actions [M, A], and what distinguishes the task, y [M, …].
 
-        Args:
-            state: float [M, S].
-            action: float [M, A].
-            y: What distinguishes the task, float [M, …].
-
-        Returns:
-            Next state [M, S], reward [M], and whether the trajectory ends here, bool [M].
+        Return next state [M, S], reward [M], and whether the trajectory ends here, bool [M].
         """
 
 
 class Rollouts(NamedTuple):
-    """Trajectories, without gradients.
+    """Trajectories, without gradients: states [H, M, S], actions [H, M, A] and rewards [H, M].
 
-    Attributes:
-        states: [H, M, S].
-        actions: [H, M, A].
-        rewards: [H, M]; 0 after the end of a trajectory.
-        alive: 1 until the end of a trajectory, then 0, [H, M].
+    `alive` [H, M] is 1 until the end of a trajectory, then 0, as its rewards are.
     """
 
     states: Tensor
@@ -56,28 +46,22 @@ class Rollouts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyGradient:
+class PolicyGradient(TaskFamily):
     """Tasks of control, with a Gaussian policy: `net` computes its mean from a state.
 
     `x` of a support or query set holds the initial states, one for each trajectory, and `y` the
     task. Every loss samples its own trajectories, so each inner step has new ones.
 
     The loss is that of `surrogate`, with the advantages of a linear baseline (Duan et al. 2016).
-
-    Attributes:
-        environment: The environment.
-        discount: Factor of the rewards of each later step.
-        dice_lambda: See `surrogate`.
-        standardise: If true, advantages have mean 0 and variance 1 in each set of trajectories.
-            The scale is a constant in the meta-gradient.
-        initial_log_std: Initial logarithm of the standard deviation of actions.
     """
 
-    environment: Environment
-    discount: float
-    dice_lambda: float
+    environment: Environment  # the environment
+    discount: float  # factor of the rewards of each later step
+    dice_lambda: float  # see `surrogate`
+    #: If true, advantages have mean 0 and variance 1 in each set of trajectories. The scale is a
+    #: constant in the meta-gradient.
     standardise: bool
-    initial_log_std: float
+    initial_log_std: float  # initial logarithm of the standard deviation of actions
 
     target: str = "control"
     metric: Metric = RETURN
@@ -88,12 +72,10 @@ class PolicyGradient:
         return {"log_std": torch.full((spec.way,), self.initial_log_std, device=key.device)}
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Sample trajectories and compute their surrogate loss."""
         rollouts = self.rollouts(net, params, support, prng.fold_in(key, 0))
         return self._loss(net, params, rollouts)[0]
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
-        """Sample trajectories and compute their surrogate loss."""
         rollouts = self.rollouts(net, params, query, prng.fold_in(key, 1))
         value, statistics = self._loss(net, params, rollouts)
         score = self.metric.of(rollouts.rewards, query.y)
@@ -101,7 +83,6 @@ class PolicyGradient:
         return Loss(value, {"loss": value.detach() - score, self.metric.name: score}, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
-        """Compute the mean return of new trajectories."""
         rollouts = self.rollouts(net, params, query, prng.fold_in(key, 2))
         return self.metric.of(rollouts.rewards, query.y)
 
@@ -166,12 +147,8 @@ def surrogate(log_p: Tensor, advantages: Tensor, dice_lambda: float = 1.0) -> Te
     v_t = w_t - log p_t and |.| without gradient: Loaded DiCE (Farquhar et al. 2019). With
     lambda = 1 it is DiCE (Foerster et al. 2018) with advantages, and derivatives of every order are
     right in expectation. Less gives second derivatives less variance and a bias; 0 is LVC (Rothfuss
-    et al. 2019). First derivatives do not depend on it.
-
-    Args:
-        log_p: Log-probabilities of the actions, [H, M]; 0 after the end of a trajectory.
-        advantages: [H, M], without gradient; 0 after the end of a trajectory.
-        dice_lambda: lambda, in [0, 1].
+    et al. 2019). First derivatives do not depend on it. Log-probabilities and advantages (without
+    gradient) are [H, M], 0 after the end of a trajectory.
     """
     past = _powers(dice_lambda, log_p) @ log_p
     before = past - log_p

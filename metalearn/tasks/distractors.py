@@ -13,16 +13,11 @@ from metalearn.tasks.types import Task
 
 @dataclasses.dataclass(frozen=True)
 class DistractedSampler(EpisodeSampler):
-    """Draw distractors from a pool of inputs, in the place of classes.
+    """Draw distractors from a pool of inputs, rows int64 [R], in the place of classes.
 
     A task has `shape.distractors` times `shape.unlabelled` of them, as many as if they were of
     classes. Its classes, support and query sets are those of the same task without distractors.
-
-    Attributes:
-        pool: Rows of the store, int64 [R].
-
-    Raises:
-        UserError: As `EpisodeSampler`; or if the pool is too small.
+    Raise UserError as `EpisodeSampler` does; or if the pool is too small.
     """
 
     pool: Tensor = dataclasses.field(kw_only=True)
@@ -47,7 +42,6 @@ class DistractedSampler(EpisodeSampler):
         return self.shape.distractors * self.shape.unlabelled
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw episodes first .. first + count - 1."""
         task = self._plain.draw(first, count)
         key_T = prng.fold_in(numbered_keys(self.key, first, count), 7)
         rows = self.pool[prng.choice(prng.fold_in(key_T, 0), len(self.pool), self._count)]
@@ -60,5 +54,4 @@ class DistractedSampler(EpisodeSampler):
         return dataclasses.replace(task, support=support)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         return self._plain.classes(first, count)

@@ -7,7 +7,7 @@ regression and control.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -20,55 +20,38 @@ from metalearn.tasks.types import CLASS_ERRORS, Batch, Loss, Params, Query, Spec
 Net = Callable[[Any, Tensor], tuple[Tensor, Params]]
 
 
-class TaskFamily(Protocol):
+class TaskFamily:
     """Define what all tasks of a dataset share.
 
     Every function is pure. Random numbers come from `key`.
     """
 
-    @property
-    def target(self) -> str:
-        """Return the kind of the tasks, one of `Algorithm.targets`."""
-
-    @property
-    def metric(self) -> Metric:
-        """Return the metric that scores a task."""
-
-    @property
-    def predicts(self) -> bool:
-        """Return True if outputs are predictions of `query.y`, one per query."""
+    target: str  # the kind of the tasks, one of `Algorithm.targets`
+    metric: Metric  # scores a task
+    predicts: bool  # whether outputs are predictions of `query.y`, one per query
 
     def init(self, spec: Spec, key: Tensor) -> Params:
         """Return the family's parameters ("head.…"), which adapt with the head; {} if none."""
+        return {}
 
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Compute the loss [] that an inner loop minimises.
-
-        Args:
-            net: The network.
-            params: Parameters of `net`.
-            support: Support set of one task.
-            key: int64 [], a new one for each inner step.
-        """
+        """Compute the loss [] that an inner loop minimises; each step has a new key."""
+        raise NotImplementedError
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
         """Compute the loss that meta-training minimises, its logs and normalisation statistics."""
+        raise NotImplementedError
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
         """Compute the score [] of a task with `metric`."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class Supervised:
-    """Tasks with targets: outputs are compared with `y`.
+class Supervised(TaskFamily):
+    """Tasks with targets: outputs are compared with `y`, by `inner_loss` in inner loops.
 
-    Attributes:
-        target: "class" or "value".
-        metric: Score of a task.
-        loss: Loss on queries and batches.
-        inner_loss: Loss on the support set, for inner loops.
-        predicts: True: outputs are predictions of `y`.
-        counts_errors: Whether logs have `CLASS_ERRORS`, for classes.
+    `counts_errors`: logs have `CLASS_ERRORS`, for classes.
     """
 
     target: str
@@ -78,16 +61,10 @@ class Supervised:
     predicts: bool = True
     counts_errors: bool = False
 
-    def init(self, spec: Spec, key: Tensor) -> Params:
-        """Return {}: supervised tasks need no parameters of the family."""
-        return {}
-
     def support_loss(self, net: Net, params: Any, support: Support, key: Tensor) -> Tensor:
-        """Compute `inner_loss` on the support set."""
         return self.inner_loss(net(params, support.x)[0], support.y)
 
     def query_loss(self, net: Net, params: Any, query: Query | Batch, key: Tensor) -> Loss:
-        """Compute `loss` on the queries or on a batch."""
         prediction, statistics = net(params, query.x)
         return self.make_loss(self.loss(prediction, query.y), prediction, query.y, statistics)
 
@@ -99,7 +76,6 @@ class Supervised:
         return Loss(value, logs, statistics)
 
     def score(self, net: Net, params: Any, query: Query, key: Tensor) -> Tensor:
-        """Compute `metric` on the queries."""
         return self.metric.of(net(params, query.x)[0], query.y)
 
 
@@ -114,11 +90,8 @@ def supervised(
 ) -> Supervised:
     """Return the family of classification ("class") or regression ("value").
 
-    Args:
-        target: "class" or "value".
-        loss: Loss on queries and batches, a name in `LOSSES` or a function; None for the default.
-        inner_loss: Loss of inner loops, likewise.
-        settings: Further arguments of `loss`.
+    Losses are names in `LOSSES` or functions; None for the default. `settings` are further
+    arguments of `loss`, the loss of queries and batches.
     """
     losses = LOSSES[target]
     default = next(iter(losses.values()))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.config.fields import at_least, between
+from metalearn.tasks.metrics import one_hot
 
 #: (prediction [Q, N], y) -> [], the mean over the examples.
 LossFunction = Callable[..., Tensor]
@@ -27,10 +28,7 @@ def label_smoothing(
 ) -> Tensor:
     """Compute cross-entropy with smoothed labels (Szegedy et al. 2016, section 7).
 
-    Args:
-        prediction: Logits [Q, N].
-        y: Labels [Q] or probabilities [Q, N].
-        smoothing: Probability mass of each target that is spread over all classes.
+    `smoothing` is the probability mass of each target that is spread over all classes.
     """
     return F.cross_entropy(prediction, y, label_smoothing=smoothing)
 
@@ -38,10 +36,7 @@ def label_smoothing(
 def focal(prediction: Tensor, y: Tensor, power: Annotated[float, at_least(0)] = 2.0) -> Tensor:
     """Compute the mean of -sum_n y_n (1 - p_n)^power log p_n (Lin et al. 2017, eq. 4).
 
-    Args:
-        prediction: Logits [Q, N] of p.
-        y: Labels [Q] or probabilities [Q, N].
-        power: 0 for cross-entropy; more for less weight on well classified examples.
+    A power of 0 is cross-entropy; more gives less weight to well classified examples.
     """
     log_p = F.log_softmax(prediction, -1)
     # 1 - p, without its loss of digits at p = 1, where its power has no finite derivative.
@@ -54,10 +49,7 @@ def class_weighted(
 ) -> Tensor:
     """Compute the weighted mean cross-entropy, with weight count^-power for each class.
 
-    Args:
-        prediction: Logits [Q, N].
-        y: Labels [Q] or probabilities [Q, N]; they also give the counts.
-        power: 1: each class that occurs has the same total weight; 0: each example has.
+    With power 1, each class that occurs has the same total weight; with 0, each example has.
     """
     mass = probabilities(y, prediction)
     mass = mass * mass.sum(0).clamp_min(torch.finfo(mass.dtype).tiny).pow(-power)
@@ -66,10 +58,7 @@ def class_weighted(
 
 def probabilities(y: Tensor, prediction: Tensor) -> Tensor:
     """Return labels [Q] as probabilities [Q, N], as large as the prediction; others unchanged."""
-    if y.is_floating_point():
-        return y
-    classes = torch.arange(prediction.shape[-1], device=y.device)
-    return (y.unsqueeze(-1) == classes).to(prediction.dtype)  # unlike F.one_hot, exports any N
+    return y if y.is_floating_point() else one_hot(y, prediction.shape[-1]).to(prediction.dtype)
 
 
 def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
@@ -80,10 +69,8 @@ def squared_error(prediction: Tensor, y: Tensor) -> Tensor:
 #: Losses by kind of target; the first of each kind is its default.
 LOSSES: dict[str, dict[str, LossFunction]] = {
     "class": {
-        "cross_entropy": cross_entropy,
-        "label_smoothing": label_smoothing,
-        "focal": focal,
+        "cross_entropy": cross_entropy, "label_smoothing": label_smoothing, "focal": focal,
         "class_weighted": class_weighted,
     },
     "value": {"squared_error": squared_error},
-}
+}  # fmt: skip

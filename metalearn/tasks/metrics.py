@@ -11,11 +11,8 @@ from torch import Tensor
 class Metric:
     """A score of predictions.
 
-    Attributes:
-        name: Name in logs and results.
-        higher_is_better: Which direction is better.
-        of: Maps (prediction [..., Q, N], y) to scores [...]. Of control: (rewards [..., H, M], y)
-            for M trajectories of H steps.
+    `of` maps (prediction [..., Q, N], y) to scores [...]. Of control: (rewards [..., H, M], y) for
+    M trajectories of H steps.
     """
 
     name: str
@@ -27,43 +24,29 @@ class Metric:
         return new > old if self.higher_is_better else new < old
 
 
-def _accuracy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Compute the fraction of correct labels [...]: logits [..., Q, N], labels [..., Q].
+def one_hot(y: Tensor, way: int) -> Tensor:
+    """Compute one-hot labels: int64 [M] -> bool [M, N]. Unlike torch's, it exports any N."""
+    return y.unsqueeze(-1) == torch.arange(way, device=y.device)
 
-    Labels may be probabilities [..., Q, N]; the most probable one counts.
-    """
-    if y.is_floating_point():
-        y = y.argmax(-1)
-    return (prediction.argmax(-1) == y).to(torch.float32).mean(-1)
+
+def _classes(y: Tensor) -> Tensor:
+    """Return labels [..., Q], also of probabilities [..., Q, N]: the most probable one counts."""
+    return y.argmax(-1) if y.is_floating_point() else y
 
 
 def class_errors(prediction: Tensor, y: Tensor) -> Tensor:
-    """Count the wrong predictions and the queries of each class.
-
-    Args:
-        prediction: Logits [Q, N].
-        y: Labels [Q], or probabilities [Q, N], of which the most probable one counts.
-
-    Returns:
-        float32 [2, N].
-    """
-    if y.is_floating_point():
-        y = y.argmax(-1)
-    asked = (y[:, None] == torch.arange(prediction.shape[-1], device=y.device)).float()
+    """Count the wrong predictions and the queries of each class: -> float32 [2, N]."""
+    y = _classes(y)
+    asked = one_hot(y, prediction.shape[-1]).float()
     wrong = asked * (prediction.argmax(-1) != y)[:, None]
     return torch.stack([wrong.sum(0), asked.sum(0)])
 
 
-def _squared_error(prediction: Tensor, y: Tensor) -> Tensor:
-    """Compute the mean squared error: [..., Q, D], [..., Q, D] -> [...]."""
-    return (prediction - y).square().mean((-2, -1))
-
-
-def _mean_return(rewards: Tensor, y: Tensor) -> Tensor:
-    """Compute the mean undiscounted return of trajectories: [..., H, M] -> [...]."""
-    return rewards.sum(-2).mean(-1)
-
-
-ACCURACY = Metric("accuracy", True, _accuracy)
-MEAN_SQUARED_ERROR = Metric("mse", False, _squared_error)
-RETURN = Metric("return", True, _mean_return)
+ACCURACY = Metric(
+    "accuracy", True, lambda prediction, y: (prediction.argmax(-1) == _classes(y)).float().mean(-1)
+)
+MEAN_SQUARED_ERROR = Metric(
+    "mse", False, lambda prediction, y: (prediction - y).square().mean((-2, -1))
+)
+#: The mean undiscounted return of trajectories.
+RETURN = Metric("return", True, lambda rewards, y: rewards.sum(-2).mean(-1))

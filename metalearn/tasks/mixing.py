@@ -17,6 +17,7 @@ from torch.func import vmap
 from metalearn.config.fields import between
 from metalearn.tasks import prng
 from metalearn.tasks.augment import inside, takes
+from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Batch, Query, Task
 
 #: (x [B, *X], y [B, N], key []) -> (x, y).
@@ -52,9 +53,8 @@ def mixup(
     """
     other = prng.permutation(prng.fold_in(key, 0), len(x))
     share = beta(prng.fold_in(key, 1), len(x), alpha)
-    return torch.lerp(x[other], x, share.view(-1, *[1] * (x.dim() - 1))), mixed_labels(
-        y, other, share
-    )
+    own = share.view(-1, *[1] * (x.dim() - 1))
+    return torch.lerp(x[other], x, own), mixed_labels(y, other, share)
 
 
 def cutmix(
@@ -78,11 +78,7 @@ MIXINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"mixup": mixup, "cut
 
 
 def one_of(ops: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> Mixing:
-    """Return a mixing that draws one of several for each batch or query set.
-
-    Args:
-        ops: Maps each name to (function, settings).
-    """
+    """Return a mixing that draws one of (function, settings) for each batch or query set."""
 
     def mix(x: Tensor, y: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         chosen = prng.integers(prng.fold_in(key, len(ops)), (), len(ops))
@@ -97,13 +93,10 @@ def one_of(ops: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]]) -> M
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixed:
+class Mixed(TaskSource):
     """Training tasks or batches with mixed examples and with probabilities as their labels.
 
-    Attributes:
-        source: The tasks or batches.
-        mix: How a batch or the query set of a task is mixed.
-        num_classes: Number of classes N of all training, for batches.
+    `num_classes` is the number of classes N of all training, for batches.
     """
 
     source: Any
@@ -111,12 +104,10 @@ class Mixed:
     num_classes: int
 
     def classes(self, first: int | Tensor, count: int) -> Tensor | None:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         classes: Tensor | None = self.source.classes(first, count)
         return classes
 
-    def draw(self, first: int | Tensor, count: int) -> Task | Batch:
-        """Draw tasks or batches; arguments as in `BatchSource`."""
+    def draw(self, first: int | Tensor, count: int) -> Task | Batch:  # type: ignore[override]
         drawn: Task | Batch = self.source.draw(first, count)
         examples = drawn if isinstance(drawn, Batch) else drawn.query
         way = self.num_classes if isinstance(drawn, Batch) else drawn.support.way

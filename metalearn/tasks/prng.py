@@ -87,34 +87,16 @@ def choice(key: Tensor, size: int, count: int) -> Tensor:
 
 
 def smallest(key: Tensor, excluded: Tensor, count: int) -> Tensor:
-    """Draw `count` different positions that are not excluded.
-
-    Args:
-        key: int64 [...].
-        excluded: bool [..., M].
-        count: Number of positions.
-
-    Returns:
-        Positions in 0..M-1, int64 [..., count].
-    """
-    order = _bits(key, excluded.shape[-1:])
-    return (
-        order.masked_fill(excluded, torch.iinfo(torch.int64).max).topk(count, largest=False).indices
-    )
+    """Draw `count` different positions not excluded: bool [..., M] -> int64 [..., count]."""
+    order = _bits(key, excluded.shape[-1:]).masked_fill(excluded, torch.iinfo(torch.int64).max)
+    return order.topk(count, largest=False).indices
 
 
 def weighted(key: Tensor, weights: Tensor, count: int) -> Tensor:
     """Draw `count` different positions one after the other, in proportion to their weights.
 
-    The smallest of exponential numbers divided by the weights (Efraimidis and Spirakis 2006).
-
-    Args:
-        key: int64 [...].
-        weights: float64 [..., M], not negative, at least `count` of them positive.
-        count: Number of positions.
-
-    Returns:
-        Positions in 0..M-1, int64 [..., count].
+    The smallest of exponential numbers divided by the weights (Efraimidis and Spirakis 2006), which
+    are float64 [..., M], not negative, `count` of them positive: -> int64 [..., count].
     """
     uniform = (_shift_right(_bits(key, weights.shape[-1:]), 11).double() + 0.5) * 2.0**-53
     return (-uniform.log() / weights).topk(count, largest=False).indices

@@ -24,10 +24,7 @@ _MAX_SUPPORT = 500
 class Ranges:
     """Ranges from which the shape of an episode is drawn, uniformly and including both ends.
 
-    Attributes:
-        way: Lowest and highest number of classes.
-        shot: Lowest and highest number of support examples per class.
-        unbalanced: If True, the classes of an episode share way * shot support examples unequally.
+    `unbalanced`: the classes of an episode share way * shot support examples unequally.
     """
 
     way: tuple[int, int]
@@ -35,32 +32,22 @@ class Ranges:
     unbalanced: bool = False
 
     def draw(self, largest: Shape, most: int, key: Tensor) -> list[Shape]:
-        """Draw a shape for each key.
+        """Draw a shape for each key, int64 [E], on the CPU; `largest` has what does not vary.
 
-        Args:
-            largest: The numbers that do not vary.
-            most: Largest possible number of support examples of a class, for unbalanced shots.
-            key: int64 [E], on the CPU.
+        `most` is the largest number of support examples of a class, for unbalanced shots.
         """
         ways, shots = (
             (low + prng.integers(prng.fold_in(key, number), (), high - low + 1)).tolist()
             for number, (low, high) in enumerate((self.way, self.shot))
         )
-        shapes = [
-            dataclasses.replace(largest, way=way, shot=shot)
-            for way, shot in zip(ways, shots, strict=True)
-        ]
-        if not self.unbalanced:
-            return shapes
-        uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
-        own = [
-            unbalanced_shots(shape.way, shape.shot, most, row)
-            for shape, row in zip(shapes, uniform, strict=True)
-        ]
-        return [
-            dataclasses.replace(shape, shot=max(shots), shots=shots)
-            for shape, shots in zip(shapes, own, strict=True)
-        ]
+        sizes = zip(ways, shots, strict=True)
+        shapes = [dataclasses.replace(largest, way=way, shot=shot) for way, shot in sizes]
+        if self.unbalanced:
+            uniform = prng.uniform(prng.fold_in(key, 2), (self.way[1],)).double()
+            for number, shape in enumerate(shapes):
+                own = unbalanced_shots(shape.way, shape.shot, most, uniform[number])
+                shapes[number] = dataclasses.replace(shape, shot=max(own), shots=own)
+        return shapes
 
 
 def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[int, ...]:
@@ -69,13 +56,8 @@ def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[i
     shot_n = min(floor(R_n (|S| - N)) + 1, most), R_n = exp(a_n) / sum_m exp(a_m), a_n uniform in
     [log 1/2, log 2), |S| = min(500, N shot). With classes of one size, `shot` uniform in 1 to 100
     is theirs. Departure: their R_n also grows with the number of examples of class n. Here, shapes
-    are drawn before classes, so that tasks of a meta-batch can share them.
-
-    Args:
-        way: N.
-        shot: Mean number of support examples per class.
-        most: Largest number of support examples of a class.
-        uniform: Uniform numbers in [0, 1), float64, at least N.
+    are drawn before classes, so that tasks of a meta-batch can share them. a_n comes from uniform
+    numbers in [0, 1), float64, at least N.
     """
     size = max(way, min(_MAX_SUPPORT, way * shot))
     weights = 2 ** (2 * uniform[:way] - 1)
@@ -84,22 +66,14 @@ def unbalanced_shots(way: int, shot: int, most: int, uniform: Tensor) -> tuple[i
 
 
 @dataclasses.dataclass(frozen=True)
-class Varied:
-    """Tasks whose shape is a function of the seed and of their number.
+class Varied(TaskSource):
+    """Tasks whose shape is a function of the seed and of their number."""
 
-    Attributes:
-        source: Tasks of the largest shape: a dataclass with the fields `shape` and `key`.
-        ranges: Ranges of the shapes.
-        key: Key of the shapes, int64 [] on the CPU.
-        most: See `unbalanced_shots`.
-        each: Number of consecutive tasks that share a shape.
-    """
-
-    source: Any
+    source: Any  # tasks of the largest shape: a dataclass with the fields `shape` and `key`
     ranges: Ranges
-    key: Tensor
-    most: int
-    each: int = 1
+    key: Tensor  # key of the shapes, int64 [] on the CPU
+    most: int  # see `unbalanced_shots`
+    each: int = 1  # number of consecutive tasks that share a shape
 
     def shapes(self, numbers: Tensor) -> list[Shape]:
         """Return the shapes of tasks, int64 [E] on the CPU."""
@@ -117,15 +91,13 @@ class Varied:
         return self.at(first).draw(first, count)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor | None:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         return self.at(first).classes(first, count)
 
 
 def varied(source: Any, ranges: Ranges | None, split: str, seed: int, each: int = 1) -> TaskSource:
     """Return the tasks of a split in these ranges, or without ranges the source.
 
-    Raises:
-        UserError: If the smallest shape is impossible.
+    Raise UserError if the smallest shape is impossible.
     """
     if ranges is None:
         own: TaskSource = source

@@ -28,31 +28,22 @@ STREAMS = {"train": 0, "val": 1, "test": 2, "all": 3, "train+test": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of an episode.
-
-    Attributes:
-        way: Number of classes.
-        shot: Support examples per class.
-        query: Query examples per class.
-        unlabelled: Unlabelled examples per class.
-        distractors: Number of additional classes with unlabelled examples only.
-        where: The settings that give the shape, for error messages.
-        copies: Number of augmented copies that replace each support example; 0 for the example.
-        sampler: How classes are chosen: "uniform", "hierarchical" or "hard".
-        shots: Support examples of each class, if they differ; `shot` is then the largest.
-        dirichlet: Parameter of the distribution of the way * query queries over the classes; 0:
-            each class has the same number.
-    """
+    """The shape of an episode: `shot`, `query` and `unlabelled` are examples per class."""
 
     way: int
     shot: int
     query: int
     unlabelled: int = 0
-    distractors: int = 0
+    distractors: int = 0  # number of additional classes with unlabelled examples only
+    #: The settings that give the shape, for error messages.
     where: str = dataclasses.field(default="episode", compare=False)
+    #: Number of augmented copies that replace each support example; 0 for the example.
     copies: int = 0
-    sampler: str = "uniform"
+    sampler: str = "uniform"  # how classes are chosen: "uniform", "hierarchical" or "hard"
+    #: Support examples of each class, if they differ; `shot` is then the largest.
     shots: tuple[int, ...] = ()
+    #: Parameter of the distribution of the way * query queries over the classes; 0: each class has
+    #: the same number.
     dirichlet: int = 0
 
     @property
@@ -90,6 +81,7 @@ class TaskSource(BatchSource, Protocol):
 
         Arguments as in `draw`.
         """
+        return None
 
 
 def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
@@ -100,27 +92,18 @@ def numbered_keys(key: Tensor, first: int | Tensor, count: int) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class EpisodeSampler:
+class EpisodeSampler(TaskSource):
     """Sample N-way K-shot episodes of a split.
 
-    Support, query and unlabelled examples share no input.
-
-    Attributes:
-        store: Inputs.
-        view: Classes.
-        shape: Shape of the episodes.
-        key: int64 [].
-        support_store: Inputs of support sets; None for those of `store`.
-
-    Raises:
-        UserError: The shape is impossible, or the split has too few classes or examples for it.
+    Support, query and unlabelled examples share no input. Raise UserError if the shape is
+    impossible, or the split has too few classes or examples for it.
     """
 
     store: Store
     view: ClassView
     shape: Shape
-    key: Tensor
-    support_store: Store | None = None
+    key: Tensor  # int64 []
+    support_store: Store | None = None  # inputs of support sets; None for those of `store`
 
     def __post_init__(self) -> None:
         shape, index = self.shape, self.view.index
@@ -167,34 +150,30 @@ class EpisodeSampler:
             )
 
     def draw(self, first: int | Tensor, count: int) -> Task:
-        """Draw episodes first .. first + count - 1."""
         shape, index = self.shape, self.view.index
         key_T = numbered_keys(self.key, first, count)
         classes_TN, rotations_TN = self.view.choose(key_T, shape.way + shape.distractors)
         rows_TNM, counts_TN = index.rows[classes_TN], index.counts[classes_TN]
 
         # The inputs with the smallest random numbers are drawn; padding never is.
-        key_TN = prng.fold_in(
-            prng.fold_in(key_T, 2).unsqueeze(-1), self.view.image_ids(classes_TN, rotations_TN)
-        )
+        ids_TN = self.view.image_ids(classes_TN, rotations_TN)
+        key_TN = prng.fold_in(prng.fold_in(key_T, 2).unsqueeze(-1), ids_TN)
         padding = torch.arange(rows_TNM.shape[-1], device=key_T.device) >= counts_TN[..., None]
         picks = prng.smallest(key_TN, padding, shape.examples)
         rows = rows_TNM.gather(-1, picks)
         if rotations_TN is not None:
             rows = rows + len(self.store) * rotations_TN.unsqueeze(-1)
 
-        support, query, unlabelled = rows.split(
-            [shape.shot, shape.most_queries, shape.unlabelled], -1
-        )
+        sizes = [shape.shot, shape.most_queries, shape.unlabelled]
+        support, query, unlabelled = rows.split(sizes, -1)
         place = torch.arange(shape.way * shape.shot, device=key_T.device)
         if shape.shots:
             kept = [n * shape.shot + k for n, own in enumerate(shape.shots) for k in range(own)]
             place = torch.tensor(kept, device=key_T.device)
         if shape.copies:
             place = place.repeat_interleave(shape.copies)
-        x, order = self._shuffled(
-            support.flatten(1)[:, place], prng.fold_in(key_T, 3), self.support_store
-        )
+        own = support.flatten(1)[:, place]
+        x, order = self._shuffled(own, prng.fold_in(key_T, 3), self.support_store)
         y = transferred(place[order] // shape.shot, x.device)
         query_x, query_y = self._queries(query[:, : shape.way], prng.fold_in(key_T, 4))
         more = None
@@ -204,11 +183,9 @@ class EpisodeSampler:
         return Task(Support(x, y, shape.way, more), Query(query_x, query_y), key)
 
     def classes(self, first: int | Tensor, count: int) -> Tensor:
-        """Return the index in the split of each label's class, int64 [T, N]."""
         needed = self.shape.way + self.shape.distractors
-        return self.view.choose(numbered_keys(self.key, first, count), needed)[0][
-            :, : self.shape.way
-        ]
+        key_T = numbered_keys(self.key, first, count)
+        return self.view.choose(key_T, needed)[0][:, : self.shape.way]
 
     def _queries(self, rows_TNK: Tensor, key_T: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of the query set in random order."""
@@ -233,7 +210,7 @@ class EpisodeSampler:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchSampler:
+class BatchSampler(BatchSource):
     """Sample ordinary batches, with labels 0..C-1 over all classes of the view.
 
     Each example is there `num_views` times, in adjacent rows: an augmented store changes each row.
@@ -250,7 +227,6 @@ class BatchSampler:
         _ = self.view.index.num_inputs
 
     def draw(self, first: int | Tensor, count: int) -> Batch:
-        """Draw batches first .. first + count - 1."""
         index = self.view.index
         key_T = numbered_keys(self.key, first, count)
         # Uniform over inputs, not over classes. The cumulative counts map an input to its class.

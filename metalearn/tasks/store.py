@@ -46,23 +46,13 @@ class Store:
         return x
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Return normalised inputs [T, B, *X].
-
-        Args:
-            rows: Row numbers, int64 [T, B].
-            key: int64 [T], for stores that apply random augmentations.
-        """
+        """Return normalised inputs [T, B, *X] of rows [T, B]; key [T], for augmentations."""
         return self.normalise(self.load(rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrayStore(Store):
-    """Feature vectors or token sequences.
-
-    Attributes:
-        values: float32 [I, *X], or with a vocabulary int64 [I, L], 0 for padding.
-        vocabulary: Number of tokens; None for feature vectors.
-    """
+    """Feature vectors, float32 [I, *X], or tokens, int64 [I, L], 0 for padding."""
 
     values: Tensor
     vocabulary: int | None = None
@@ -80,14 +70,10 @@ class ArrayStore(Store):
 
 @dataclasses.dataclass(frozen=True)
 class ImageStore(Store):
-    """Images and their normalisation, (x / 255 - shift) * scale.
+    """Images uint8 [I, C, H, W] and their normalisation, (x / 255 - shift) * scale.
 
-    Attributes:
-        images: uint8 [I, C, H, W], on the device or on the host.
-        shift: float32 [C, 1, 1], on the device.
-        scale: float32 [C, 1, 1], on the device.
-        has_rotations: If True, rows I r to I r + I - 1 are the images rotated by 90 r degrees,
-            r = 1, 2, 3.
+    Shift and scale, float32 [C, 1, 1], are on the device; images are there or on the host. With
+    `has_rotations`, rows I r to I r + I - 1 are the images rotated by 90 r degrees, r = 1, 2, 3.
     """
 
     images: Tensor
@@ -142,7 +128,6 @@ class Augmented(Store):
         return self.store.normalise(x)
 
     def gather(self, rows: Tensor, key: Tensor) -> Tensor:
-        """Load inputs, augment each with its own key, and normalise them."""
         key_TB = prng.fold_in(key[:, None], torch.arange(rows.shape[1], device=rows.device))
         x = self.load(rows).flatten(0, 1)
         x = self.augment(x, transferred(key_TB.flatten(), x.device))
@@ -151,20 +136,13 @@ class Augmented(Store):
 
 @dataclasses.dataclass(frozen=True)
 class ClassIndex:
-    """The classes of one split.
+    """The classes of one split."""
 
-    Attributes:
-        rows: Row numbers of each class's inputs, int64 [C, M], padded.
-        counts: Number of inputs of each class, int64 [C].
-        names: Name of each class.
-        superclasses: Name of each class's superclass; () if there are none.
-        parts: Name of the part of the data that no episode with this class leaves; () for one.
-    """
-
-    rows: Tensor
-    counts: Tensor
-    names: tuple[str, ...]
-    superclasses: tuple[str, ...] = ()
+    rows: Tensor  # row numbers of each class's inputs, int64 [C, M], padded
+    counts: Tensor  # number of inputs of each class, int64 [C]
+    names: tuple[str, ...]  # name of each class
+    superclasses: tuple[str, ...] = ()  # name of each class's superclass; () if there are none
+    #: Name of the part of the data that no episode with this class leaves; () for one.
     parts: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -183,10 +161,7 @@ class ClassIndex:
 class ClassView:
     """Use the classes of an index in tasks without rotation.
 
-    Attributes:
-        rotations: What is rotated, for the protocol.
-        index: The classes.
-        chooser: How the classes of an episode are chosen.
+    `rotations` says what is rotated, for the protocol; `chooser` chooses the classes of episodes.
     """
 
     rotations: ClassVar[str] = "none"
@@ -213,11 +188,8 @@ class ClassView:
     @property
     def protocol(self) -> dict[str, object]:
         """Return the settings that affect a measurement, apart from the classes, as plain data."""
-        return {
-            "rotations": self.rotations,
-            "rotations_may_meet": None,
-            "rotations_share_drawings": None,
-        }
+        others = {"rotations_may_meet": None, "rotations_share_drawings": None}
+        return {"rotations": self.rotations, **others}
 
     @property
     def max_way(self) -> int:
@@ -225,15 +197,9 @@ class ClassView:
         return self.chooser.max_way(len(self.index.rows))
 
     def choose(self, key: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """Draw the classes of episodes.
+        """Draw the classes of episodes with keys int64 [T]: int64 [T, count].
 
-        Args:
-            key: int64 [T].
-            count: Number of classes per episode.
-
-        Returns:
-            Class indices, int64 [T, count], and rotations in units of 90 degrees, int64 [T, count]
-            or None.
+        Also return rotations in units of 90 degrees, int64 [T, count] or None.
         """
         return self.chooser.choose(key, len(self.index.rows), 1, count), None
 
@@ -242,15 +208,9 @@ class ClassView:
         return classes
 
     def rotate(self, key: Tensor, classes: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
-        """Draw random rotations of single inputs.
+        """Draw random rotations of single inputs of these classes, both int64 [T, count], or None.
 
-        Args:
-            key: int64 [T].
-            classes: Class index of each input, int64 [T, count].
-            count: Number of inputs per batch.
-
-        Returns:
-            Rotations in units of 90 degrees, int64 [T, count] or None, and labels of that shape.
+        Also return the labels, of the same shape.
         """
         return None, classes
 
@@ -259,8 +219,7 @@ class ClassView:
 class MixedClasses(ClassView):
     """Draw half of the classes of an episode, rounded down, from the first ones of the index.
 
-    Attributes:
-        num_base: Number of these base classes; the others are novel.
+    `num_base` is the number of these base classes; the others are novel.
     """
 
     num_base: int
@@ -300,10 +259,9 @@ class RotatedEpisodes(ClassView):
 class RotatedClasses(RotatedEpisodes):
     """Split each class into four, one per rotation by 0, 90, 180 and 270 degrees.
 
-    Attributes:
-        may_meet: If True, two rotations of one class may occur in the same episode.
-        share_drawings: If True, such rotations use the same images, so that no image is in the
-            support set of one and in the query set of the other.
+    Two rotations of one class may be in the same episode if they `may_meet`, and then use the same
+    images if they `share_drawings`, so that no image is in the support set of one and in the query
+    set of the other.
     """
 
     rotations: ClassVar[str] = "classes"

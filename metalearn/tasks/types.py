@@ -40,19 +40,13 @@ def _pytree_dataclass(cls: type) -> type:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """The support set of a task.
+    """The support set of a task."""
 
-    Attributes:
-        x: Inputs [M, *X]; images and features float32, tokens int64.
-        y: Class within the task, int64 [M], or targets, float32 [M, D].
-        way: Number of classes, or D for regression. Static, so that it is known under `vmap`.
-        unlabelled: Inputs without labels [U, *X], or None.
-    """
-
-    x: Tensor
-    y: Tensor
+    x: Tensor  # inputs [M, *X]; images and features float32, tokens int64
+    y: Tensor  # class within the task, int64 [M], or targets, float32 [M, D]
+    #: Number of classes, or D for regression. Static, so that it is known under `vmap`.
     way: int = dataclasses.field(metadata={"static": True})
-    unlabelled: Tensor | None = None
+    unlabelled: Tensor | None = None  # inputs without labels [U, *X], or None
 
 
 @_pytree_dataclass
@@ -77,25 +71,17 @@ class Task:
 @_pytree_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """An ordinary batch.
+    """An ordinary batch: labels are over all training classes."""
 
-    Attributes:
-        x: Inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent.
-        y: Labels over all training classes, int64 [B], or targets, float32 [B, D].
-        key: int64 [].
-    """
-
-    x: Tensor
-    y: Tensor
-    key: Tensor
+    x: Tensor  # inputs [B, *X]; with V views of each example [B V, *X], those of one are adjacent
+    y: Tensor  # labels int64 [B], or targets, float32 [B, D]
+    key: Tensor  # int64 []
 
 
 class State(NamedTuple):
     """All tensors of a method. Checkpoint files call the two fields `meta` and `fixed`.
 
-    Attributes:
-        params: Tensors with meta-gradients.
-        buffers: Tensors without, such as population statistics and optimiser moments.
+    Parameters have meta-gradients; buffers, such as population statistics, have none.
     """
 
     params: Params
@@ -103,12 +89,7 @@ class State(NamedTuple):
 
 
 class InputSpec(NamedTuple):
-    """The inputs of a dataset.
-
-    Attributes:
-        shape: Shape of one input, without the batch axis.
-        vocabulary: Number of different tokens; None for other inputs.
-    """
+    """Shape of an input of a dataset, and the number of different tokens; None for other inputs."""
 
     shape: tuple[int, ...]
     vocabulary: int | None = None
@@ -136,12 +117,8 @@ class Tokenizer(Protocol):
 class Spec:
     """What the initialisation of a method depends on.
 
-    Attributes:
-        input_shape: Shape of one input.
-        way: Number of classes per task, or of target dimensions.
-        train_classes: Number of training classes, 0 for regression.
-        target: "class", "value" or another target of a family.
-        vocabulary: See `InputSpec`.
+    `way` is the number of classes per task, or of target dimensions; `train_classes` is 0 for
+    regression.
     """
 
     input_shape: tuple[int, ...]
@@ -162,56 +139,28 @@ CLASS_ERRORS = "class_errors"
 
 
 class Loss(NamedTuple):
-    """The result of `Algorithm.loss`.
+    """The result of `Algorithm.loss`."""
 
-    Attributes:
-        value: The loss []; its gradient is the meta-gradient.
-        logs: Scalars to log, including "loss"; and perhaps `CLASS_ERRORS`.
-        statistics: Normalisation statistics of this pass, by name in `State.buffers`. Those buffers
-            follow them as a moving average.
-        buffers: New values of other buffers, by name; they replace the old ones.
-    """
-
-    value: Tensor
-    logs: Params
+    value: Tensor  # the loss []; its gradient is the meta-gradient
+    logs: Params  # scalars to log, including "loss"; and perhaps `CLASS_ERRORS`
+    #: Normalisation statistics of this pass, by name in `State.buffers`. Those buffers follow them
+    #: as a moving average.
     statistics: Params
+    #: New values of other buffers, by name; they replace the old ones.
     buffers: Params = {}  # noqa: RUF012
 
 
-class OwnLayers(Protocol):
-    """Layers on images [B, C, H, W] that are fast under `vmap` with weights per task."""
-
-    def convolution(self, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        """Convolve x with weight [O, C, K, K], K odd, padding K // 2."""
-
-    def block(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        stride: int,
-        eps: float,
-        slope: float,
-    ) -> Tensor:
-        """Convolve, normalise by the statistics of the batch, and activate (leaky ReLU)."""
-
-
 class Kernels(NamedTuple):
-    """Implementations of the same mathematics; the engine chooses the faster ones.
+    """Implementations of the same mathematics; the engine chooses the faster ones."""
 
-    Attributes:
-        convolution: "plain", which becomes a grouped convolution under `vmap` with per-task
-            weights; "unfold", patches times weights, which becomes a batched matrix product; or
-            "direct", the engine's own operators.
-        fused_norm: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second
-            derivative under `vmap` with per-task weights.
-        own: The engine's operators, for "direct".
-    """
-
+    #: "plain", which becomes a grouped convolution under `vmap` with per-task weights; "unfold",
+    #: patches times weights, which becomes a batched matrix product; or "direct", the engine's own
+    #: operators.
     convolution: str = "plain"
+    #: Scale and shift inside `F.batch_norm`. Faster, but with a wrong second derivative under
+    #: `vmap` with per-task weights.
     fused_norm: bool = False
-    own: OwnLayers | None = None
+    own: Any = None  # the engine's operators (the module `metalearn.engine.kernels`), for "direct"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,16 +66,13 @@ def embeds_in_its_shape(case: BackboneCase) -> None:
 
 def given_statistics_are_used(case: BackboneCase) -> None:
     """With the statistics of a batch, each input is embedded as within that batch."""
-    if case.given is not None:
-        own = case.backbone.embed(case.params, case.x, case.given)[0]
-        torch.testing.assert_close(
-            case.backbone.embed(case.params, case.x[:2], case.given)[0], own[:2]
-        )
-        return
-    own, seen = case.backbone.embed(case.params, case.x, collect=True)
-    assert bool(seen) == case.backbone.normalises
-    assert seen.keys() == case.backbone.init(case.inputs, prng.key_of(0))[1].keys()
-    torch.testing.assert_close(case.backbone.embed(case.params, case.x[:2], given=seen)[0], own[:2])
+    given = case.given
+    own, seen = case.backbone.embed(case.params, case.x, given, collect=given is None)
+    if given is None:
+        assert bool(seen) == case.backbone.normalises
+        assert seen.keys() == case.backbone.init(case.inputs, prng.key_of(0))[1].keys()
+        given = seen
+    torch.testing.assert_close(case.backbone.embed(case.params, case.x[:2], given)[0], own[:2])
 
 
 def film_scales_and_shifts(case: BackboneCase) -> None:

@@ -16,14 +16,7 @@ from metalearn.tasks.types import Task
 
 @dataclasses.dataclass(frozen=True)
 class DatasetCase:
-    """A dataset under test.
-
-    Attributes:
-        dataset: Its settings.
-        data_dir: Folder of its files.
-        cache_dir: Folder for decoded data.
-        shape: Shape of an episode that it can fill.
-    """
+    """A dataset under test, as `check_dataset` takes it."""
 
     dataset: Dataset
     data_dir: Path

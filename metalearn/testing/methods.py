@@ -145,39 +145,36 @@ def strategies_agree(method: Method, *words: str) -> None:
         ]
         for other in steps[1:]:
             for name in ("gradients", "statistics", "buffers", "losses"):
-                ours, theirs = getattr(steps[0], name), getattr(other, name)
-                torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
+                own = getattr(steps[0], name)
+                torch.testing.assert_close(getattr(other, name), own, rtol=1e-7, atol=1e-9)
         tested = as_double(run.test.draw(0, 4))
-        predictions = [
+        ours, *others = (
             Engine(run.algorithm, one, 2).predictions(state, tested)
             for one in ("vmap", "loop", "mixed")
-        ]
-        for other_prediction in predictions[1:]:
-            torch.testing.assert_close(other_prediction, predictions[0], rtol=1e-7, atol=1e-9)
+        )
+        for theirs in others:
+            torch.testing.assert_close(theirs, ours, rtol=1e-7, atol=1e-9)
 
 
 def gradients_reach_every_parameter(method: Method) -> None:
     """Meta-gradients are finite, and none is zero for all tasks."""
     run = method.run()
-    gradients = (
-        run.train_engine.at(0.5).step(run.state, run.train.draw(0, 4), _HALF.float()).gradients
-    )
+    gradients = _gradients(run, 4)
     assert gradients.keys() == run.state.params.keys()
     for name, value in gradients.items():
         assert value.isfinite().all(), f"the gradient of {name} is not finite"
         assert value.abs().max() > 1e-9, f"{name} gets no gradient"
 
 
+def _gradients(run: Run, count: int) -> Params:
+    """Return the meta-gradients of the first tasks."""
+    engine = run.train_engine.at(0.5)
+    return engine.step(run.state, run.train.draw(0, count), _HALF.float()).gradients
+
+
 def seed_decides(method: Method) -> None:
     """The same seed gives the same first step bit for bit; a different seed does not."""
-
-    def first_step(seed: int) -> Params:
-        run = method.run(seed=seed)
-        return (
-            run.train_engine.at(0.5).step(run.state, run.train.draw(0, 2), _HALF.float()).gradients
-        )
-
-    first, again, other = first_step(3), first_step(3), first_step(4)
+    first, again, other = (_gradients(method.run(seed=seed), 2) for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -214,15 +211,15 @@ def symmetries_are_declared(method: Method) -> None:
         support=dataclasses.replace(task.support, y=order[task.support.y]),
         query=dataclasses.replace(task.query, y=order[task.query.y]),
     )
-    after = engine.predictions(state, relabelled)[..., order]
-    same = torch.allclose(after, before, rtol=1e-6, atol=1e-8)
-    assert same == run.algorithm.class_equivariant, "class_equivariant is not what the method does"
     support = dataclasses.replace(task.support, x=task.support.x.flip(1), y=task.support.y.flip(1))
-    after = engine.predictions(state, dataclasses.replace(task, support=support))
-    same = torch.allclose(after, before, rtol=1e-6, atol=1e-8)
-    assert same != run.algorithm.support_order_matters, (
-        "support_order_matters is not what the method does"
-    )
+    reordered = dataclasses.replace(task, support=support)
+    for name, after, is_expected in (
+        ("class_equivariant", engine.predictions(state, relabelled)[..., order], True),
+        ("support_order_matters", engine.predictions(state, reordered), False),
+    ):
+        is_same = torch.allclose(after, before, rtol=1e-6, atol=1e-8)
+        is_declared = getattr(run.algorithm, name) == is_expected
+        assert is_same == is_declared, f"{name} is not what the method does"
 
 
 def training_improves(method: Method) -> None:
@@ -279,9 +276,7 @@ def runs_on_any_device(method: Method) -> None:
     """
 
     def to_meta(tree: Any) -> Any:
-        return pytree.tree_map(
-            lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree
-        )
+        return pytree.tree_map_only(Tensor, lambda leaf: leaf.to("meta"), tree)
 
     run, device = method.run("optimiser=sgd", "train.clip_norm=1"), torch.device("meta")
     state, tasks = to_meta(run.state), to_meta(run.train.draw(0, 4))
@@ -291,10 +286,8 @@ def runs_on_any_device(method: Method) -> None:
             step = engine.step(state, tasks, torch.zeros((), device=device))
             leaves = [leaf for leaf in pytree.tree_leaves(step) if leaf is not None]
             assert {leaf.device for leaf in leaves} == {device}
-    assert (
-        Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4))).device
-        == device
-    )
+    tested = Engine(run.algorithm, "vmap", 4).predictions(state, to_meta(run.test.draw(0, 4)))
+    assert tested.device == device
     fixed = dataclasses.replace(run, state=state, device=device, train=_Fixed(tasks))
     for momentum in (0.0, 0.9):
         run.config.optimiser["momentum"] = momentum
