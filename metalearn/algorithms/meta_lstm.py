@@ -57,6 +57,7 @@ class MetaLSTM(LinearHeadAlgorithm):
 
     @property
     def training_steps(self) -> int:  # type: ignore[override]
+        """Return the number of steps in meta-training."""
         return self.inner_steps
 
     def init(self, spec: Spec, key: Tensor) -> State:
