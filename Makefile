@@ -33,9 +33,8 @@ $(VENV)/.ready: pyproject.toml
 demo: setup  ## train and test MAML on built-in data, in under 3 minutes
 	metalearn train experiment=demo $(DEMO)
 
-DEMO_RUN ?= outputs/demo-draw
-demo-draw: setup  ## draw characters in the browser; trains the model of `make demo` the first time
-	test -f $(DEMO_RUN)/result.json || metalearn train experiment=demo hydra.run.dir=$(DEMO_RUN) resume=auto
+DEMO_RUN ?= models/maml-glyphs
+demo-draw: setup  ## draw characters in the browser; the model of `make demo`, already trained
 	metalearn serve run=$(DEMO_RUN) $(DEMO)
 
 demo-label: setup  ## label 45 images of blood cells from five examples of each class
@@ -58,11 +57,11 @@ format: setup  ## format, and apply the automatic fixes of lint
 test: setup  ## run all tests; TEST="-m slow": only those that `make check` skips
 	pytest -n 2 $(TEST)
 
-BUDGET ?= quick
-benchmark: setup  ## run all recipes of published results, BUDGET=smoke|quick|paper
+BUDGET ?= day
+benchmark: setup  ## run the gates of published results, one at a time: BUDGET=smoke|quick|day|paper
 	python scripts/benchmark.py budget=$(BUDGET) $(BENCHMARK)
 
-benchmark-omniglot: setup  ## run only the recipes on Omniglot
+benchmark-omniglot: setup  ## run only the gates on Omniglot
 	python scripts/benchmark.py budget=$(BUDGET) only=omniglot $(BENCHMARK)
 
 METHODS ?= jobs=1

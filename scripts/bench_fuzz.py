@@ -63,9 +63,7 @@ class Lines:
     def __init__(self, seed: int) -> None:
         self._draw = random.Random(seed)
         composed = composition.compose_config([])
-        self._keys = [
-            key for key in checking.leaves(composed) if not key.startswith("reproduction")
-        ]
+        self._keys = list(checking.leaves(composed))
         self._defaults = {key: str(_select(composed, key)) for key in self._keys}
         self._groups = {
             group: list(composition.options(group))

@@ -1,12 +1,16 @@
-"""Run the recipes of published results one after the other and print one table.
+"""Run the gates of published results one after the other and print one table.
 
-python scripts/benchmark.py budget=quick [only=omniglot] [key=value …]
+python scripts/benchmark.py [budget=day] [seeds=0,1,2] [only=protonet,omniglot] [key=value …]
 
-Each run is in outputs/benchmark/<budget>/<experiment>-seed<seed>/. A finished run with the same
-settings is skipped, an interrupted one resumed. Result files are written to benchmarks/results/ and
-from there into the tables of docs/results.md.
+The order is that of conf/gates.yaml, by value, all gates with the first seed first; `only` takes
+the gates whose name has all the given parts. Each run is in
+outputs/benchmark/<budget>/<experiment>-seed<seed>/. A finished run with the same settings is
+skipped, an interrupted one resumed: repeat the command. After each run its result is written to
+benchmarks/results/, its tests are logged in benchmarks/results/tests.jsonl, and the tables of
+docs/results.md are written.
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -19,9 +23,10 @@ from omegaconf import OmegaConf
 
 from metalearn.cli._arguments import take_plugins
 from metalearn.cli.reproduce import Recipe
-from metalearn.config import checking, composition, roles
+from metalearn.config import checking, composition, gates, roles
 from metalearn.report.folder import RunFolder
 from metalearn.system.errors import UserError
+from metalearn.system.lock import alone_in
 
 
 def make_room(folder: Path, overrides: list[str]) -> None:
@@ -51,46 +56,54 @@ def make_room(folder: Path, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    """Run the recipes of a budget, write the tables, and exit with an error if any failed."""
+    """Run the gates of a budget, one run at a time, and write the tables after each."""
     options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
-    budget, only = options.pop("budget", "quick"), options.pop("only", "")
-    names = (
-        [name for name in composition.reproductions() if only in name.split("_")]
-        if only
-        else list(composition.reproductions())
-    )
+    budget, only = options.pop("budget", "day"), options.pop("only", "")
+    seeds = options.pop("seeds", options.pop("seed", "0")).split(",")
+    names = [name for name in gates.gates() if all(part in name for part in only.split(","))]
     if not names:
-        sys.exit(
-            f"only={only}: no such recipe; choose from {', '.join(composition.reproductions())}"
-        )
-    failed = []
-    for number, name in enumerate(names, 1):
-        folder = Path("outputs/benchmark") / budget / f"{name}-seed{options.get('seed', '0')}"
-        print(f"\n[{number}/{len(names)}] {name}", flush=True)
-        overrides = [f"{key}={value}" for key, value in {"logger": "none", **options}.items()]
-        make_room(folder, Recipe(name, budget).overrides(overrides))
-        if RunFolder(folder).reproduction.exists():
-            print(f"already finished: {folder}")
-        else:
-            command = [
-                sys.executable,
-                "-m",
-                "metalearn",
-                "reproduce",
-                name,
-                f"budget={budget}",
-                "resume=auto",
-            ]
-            done = subprocess.run([*command, f"hydra.run.dir={folder}", *overrides])
-            if not RunFolder(folder).reproduction.exists():
-                sys.exit(f"{name} ended with exit code {done.returncode}; run this again to resume")
-        if json.loads(RunFolder(folder).reproduction.read_text())["outcome"] == "FAIL":
-            failed.append(name)
-        results.collect(folder, measured=False)
-    print("\n" + "\n".join(results.write_tables()))
+        sys.exit(f"only={only}: no such gate; choose from {', '.join(gates.gates())}")
+    root = Path("outputs/benchmark")
+    root.mkdir(parents=True, exist_ok=True)
+    failed, table = [], list[str]()
+    with alone_in(root):
+        for number, (seed, name) in enumerate(itertools.product(seeds, names), 1):
+            print(f"\n[{number}/{len(seeds) * len(names)}] {name}, seed {seed}", flush=True)
+            folder = root / budget / f"{name}-seed{seed}"
+            try:
+                if not run(name, budget, folder, {"logger": "none", **options, "seed": seed}):
+                    failed.append(f"{name} seed {seed}")
+            except UserError as error:  # a gate without this budget
+                print(f"left out: {error}")
+                continue
+            results.collect(folder, measured=False)
+            table = results.write_tables()
+    print("\n" + "\n".join(table))
     if failed:
         sys.exit(f"FAIL: {', '.join(failed)}")
 
 
+def run(name: str, budget: str, folder: Path, settings: dict[str, str]) -> bool:
+    """Run one gate, or resume it, unless it is finished; return False for FAIL.
+
+    Raise UserError if it has no such budget.
+    """
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    make_room(folder, Recipe(name, budget).overrides(overrides))
+    verdict = RunFolder(folder).reproduction
+    if verdict.exists():
+        print(f"already finished: {folder}")
+    else:
+        command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}"]
+        more = ["resume=auto", f"hydra.run.dir={folder}", *overrides]
+        done = subprocess.run([*command, *more])
+        if not verdict.exists():
+            sys.exit(f"{name} ended with exit code {done.returncode}; run this again to resume")
+    return bool(json.loads(verdict.read_text())["outcome"] != "FAIL")
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:  # such as another process that runs the gates
+        sys.exit(str(error))

@@ -1,13 +1,21 @@
-"""Hooks of mkdocs: pages from outside docs/, a page of all commands, and links between them."""
+"""Hooks of mkdocs: pages from outside docs/, of every command and dataset, and links between them.
 
+Pages of commands come from their help, those of datasets from conf/dataset and docs/datasets.md, so
+they are never out of date.
+"""
+
+import html
+import importlib
 import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mkdocs.structure.files import File
 
 from metalearn.cli.main import commands, help_of
+from metalearn.config import composition
 
 _ROOT = Path(__file__).parent.parent
 
@@ -17,17 +25,107 @@ _PAGES = {
     **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")},
     **{path: path for path in (f"benchmarks/{one.name}" for one in _ROOT.glob("benchmarks/*.md"))},
 }
+#: Commands that show a dataset which needs more than its name.
+_OWN = {
+    "folder": "dataset.path=photos",
+    "text": "dataset.path=texts.csv",
+    "features": "dataset.path=table.csv",
+    "user_classes": "dataset.path=ratings.csv",
+    "user_values": "dataset.path=ratings.csv",
+    "mix": "'dataset.parts=[omniglot,glyphs]'",
+}
+
+
+def on_config(config: Any) -> Any:
+    """List every command, dataset and method in the navigation, where `nav` names their folder."""
+    methods = [name for family in composition.families().values() for name in family]
+    pages = {"commands/": commands(), "datasets/": _datasets(), "algorithms/": methods}
+    indexes = {"commands/": "commands.md", "datasets/": "datasets.md"}
+
+    def expanded(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [expanded(one) for one in entry]
+        if isinstance(entry, dict):
+            return {title: expanded(one) for title, one in entry.items()}
+        if entry not in pages:
+            return entry
+        first = indexes.get(entry, f"{entry}README.md")
+        return [first, *(f"{entry}{name}.md" for name in pages[entry])]
+
+    config.nav = expanded(config.nav)
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages outside docs/ and the help of every command."""
-    for address, path in _PAGES.items():
-        files.append(File.generated(config, address, content=(_ROOT / path).read_text()))
-    text = "# Commands\n\nEach is printed by `metalearn <command> --help`.\n"
+    """Add the pages outside docs/, and one for every command and every dataset."""
+    pages = {address: (_ROOT / path).read_text() for address, path in _PAGES.items()}
+    rows = []
     for name in commands():
-        text += f"\n## {name}\n\n```text\n{help_of(name).strip()}\n```\n"
-    files.append(File.generated(config, "commands.md", content=text))
+        module = importlib.import_module(f"metalearn.cli.{name}")
+        summary = (module.__doc__ or "").partition("\n")[0]
+        rows.append(f"| [`metalearn {name}`](commands/{name}.md) | {summary} |")
+        pages[f"commands/{name}.md"] = (
+            f"# {name}\n\n{summary} This is `metalearn {name} --help`:\n\n"
+            f"```text\n{help_of(name).strip()}\n```\n"
+        )
+    table = "\n".join(["| command | |", "|---|---|", *rows])
+    pages["commands.md"] = f"# Commands\n\n{table}\n\n`metalearn --help` lists them.\n"
+    pages |= {f"datasets/{name}.md": _dataset(name) for name in _datasets()}
+    for address, content in pages.items():
+        files.append(File.generated(config, address, content=content))
     return files
+
+
+def _datasets() -> list[str]:
+    """Return the names of all datasets, in the order of the table in docs/datasets.md."""
+    return [row.split("`")[1] for row in _table()[2:]]
+
+
+def _table() -> list[str]:
+    """Return the lines of the table of datasets."""
+    lines = (_ROOT / "docs/datasets.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| dataset |"))
+    return [line for line in lines[first:] if line.startswith("|")][: len(_names()) + 2]
+
+
+def _names() -> list[str]:
+    return list(composition.options("dataset"))
+
+
+def _dataset(name: str) -> str:
+    """Return the page of a dataset: its row of the table, its source, its settings, samples."""
+    head, _, *rows = ([cell.strip() for cell in row[1:-1].split("|")] for row in _table())
+    row = next(own for own in rows if own[0] == f"`{name}`")
+    dataset = composition.compose_config([f"dataset={name}"]).dataset
+    facts = dict(zip(head, row, strict=True)) | {
+        "source": str(dataset.source or "your own"), "by hand": str(dataset.by_hand)
+    }  # fmt: skip
+    lines = [f"| {key} | {value} |" for key, value in list(facts.items())[1:] if value]
+    # Links of the table are relative to docs/.
+    table = re.sub(r"\]\((?!https?:|#)", "](../", "\n".join(lines)).replace(
+        "](#", "](../datasets.md#"
+    )
+    text = (_ROOT / f"conf/dataset/{name}.yaml").read_text().strip()
+    comments = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+    about = " ".join(line for line in comments if not line.startswith("@package"))
+    parents = [one for one in yaml.safe_load(text).get("defaults", []) if isinstance(one, str)]
+    links = [f"[{one}]({one}.md)" for one in parents if one != "_self_"]
+    others = f" It has those of {', '.join(links)} too." if links else ""
+    own = f" {_OWN[name]}" if name in _OWN else ""
+    image = f"\n![Samples of {name}](../images/{name}.png)\n"
+    return (
+        f"# {name}\n\n{html.escape(about)}\n\n| | |\n|---|---|\n{table}\n"
+        f"\n```\nmetalearn data {name}{own}\nmetalearn train algo={_method(name)} "
+        f"dataset={name}{own}\n```\n"
+        + (image if (_ROOT / f"docs/images/{name}.png").exists() else "")
+        + f"\n## Settings\n\n`conf/dataset/{name}.yaml`; set any with "
+        f"`dataset.<name>=…`.{others}\n\n```yaml\n{text}\n```\n"
+    )
+
+
+def _method(name: str) -> str:
+    """Return a method that learns from the tasks of a dataset."""
+    return "maml" if name in ("sinusoid", "navigation", "user_values") else "protonet"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -35,6 +133,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = page.file.src_uri
     folder = posixpath.dirname(_PAGES.get(here, f"docs/{here}"))
     addresses = {path: address for address, path in _PAGES.items()}
+    if here == "datasets.md":
+        markdown = re.sub(r"^\| `(\w+)` \|", r"| [`\1`](datasets/\1.md) |", markdown, flags=re.M)
 
     def link(match: re.Match[str]) -> str:
         path, hash, anchor = match[2].partition("#")

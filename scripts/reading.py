@@ -15,6 +15,7 @@ import subprocess
 from pages import ROOT, fill, wrap
 
 _PAGE = ROOT / "docs/extending.md"
+_DATASET = ROOT / "docs/add-dataset.md"
 #: Section of the page, and files to read, for each kind of extension.
 _TO_READ = {
     "a metric method": (
@@ -59,7 +60,8 @@ _ADDED = [
 
 def _section(title: str) -> int:
     """Return the number of non-blank lines in a section of the page."""
-    match = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", _PAGE.read_text(), re.S | re.M)
+    text = (_DATASET if title == "A dataset" else _PAGE).read_text()
+    match = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
     assert match, title
     return sum(bool(line.strip()) for line in match[1].splitlines())
 

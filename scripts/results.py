@@ -1,4 +1,4 @@
-"""Collect finished runs in benchmarks/results/ and write the tables of docs/results.md from there.
+"""Collect finished runs in benchmarks/results/; write the tables of docs/results.md and README.
 
 python scripts/results.py outputs/maml-omniglot/<time> …    collect these runs, write the tables
 python scripts/results.py --measured outputs/benchmark/quick/* …    also store the accuracies as the
@@ -8,19 +8,41 @@ python scripts/results.py                                   only write the table
 
 import hashlib
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from pages import ROOT, fill, wrap
 
-from metalearn.config import checking, composition
+from metalearn.config import composition, gates
+from metalearn.config.schema import BUDGETS
 from metalearn.report import tables
-from metalearn.report.stats import Difference
-from metalearn.report.tables import format_interval
+from metalearn.report.stats import Difference, estimate
+from metalearn.report.tables import format_interval, format_value
 
 _RESULTS = ROOT / "benchmarks/results"
-_BUDGETS = ("smoke", "quick", "paper")
+_METHODS = ROOT / "benchmarks/methods"
+#: Rows of the table in README: names of benchmarks/methods.yaml. The gate `<method>_<table>`
+#: replaces a row if its runs took longer.
+_HEADLINES = [
+    *(("omniglot_5w1s", method) for method in ("maml", "protonet")),
+    *(
+        (table, method)
+        for table in ("cifar_fs_5w1s", "cifar_fs_5w5s")
+        for method in ("maml", "protonet", "r2d2", "rfs")
+    ),
+]
+#: Settings that change no number, left out of the commands in README.
+_SILENT = ("logger=", "resume=", "engine.threads=", "checkpoint.every=", "data_dir=")
+_ABOUT = """Gates: published results under the published test protocol, in order of value. A gate is
+PASS if the mean over its seeds is at least the published mean minus its interval, minus 0.5 points
+for accuracies, after training with `budget=day` or `budget=paper`; the interval of our own mean
+plays no part. Results of smaller budgets have no verdict. `here`: mean over seeds, with the mean
+interval over test episodes; `over seeds`: the interval over seeds, if there are several. Hours are
+of all seeds. `benchmarks/results/tests.jsonl` has a line for every test."""
 
 
 def collect(folder: Path, measured: bool) -> None:
@@ -28,9 +50,10 @@ def collect(folder: Path, measured: bool) -> None:
 
     Args:
         folder: Run folder.
-        measured: Also store the accuracy in the experiment's file, as the reference at this budget.
+        measured: Also store the result in conf/measured.json, as the reference at this budget.
     """
     result = json.loads((folder / "result.json").read_text())
+    _RESULTS.mkdir(parents=True, exist_ok=True)
     evaluations = [
         json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
     ]
@@ -40,49 +63,54 @@ def collect(folder: Path, measured: bool) -> None:
     if (folder / "reproduction.json").exists():
         recipe = json.loads((folder / "reproduction.json").read_text())
         content["reproduction"] = recipe
+        log_tests(recipe["experiment"], recipe["budget"], [result, *evaluations])
         name = f"reproduce-{recipe['experiment']}-{recipe['budget']}-seed{result['seed']}"
         if measured:
             _store_reference(recipe["experiment"], recipe["budget"], result)
-    _RESULTS.mkdir(parents=True, exist_ok=True)
     (_RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def log_tests(experiment: str, budget: str, tests: list[dict[str, Any]]) -> None:
+    """Append a line to tests.jsonl for each test of a gate that it does not have yet."""
+    file = _RESULTS / "tests.jsonl"
+    known = file.read_text().splitlines() if file.exists() else []
+    with file.open("a") as stream:
+        for test in tests:
+            if test.get("split", "test") != "test":
+                continue
+            line = json.dumps(
+                {
+                    "experiment": experiment, "budget": budget, "seed": test["seed"],
+                    "test": test["test"], "protocol_id": test["protocol_id"],
+                    "changes": test.get("overrides", []), "seconds": test["seconds"],
+                    "commit": test["environment"]["commit"],
+                }
+            )  # fmt: skip
+            if line not in known:
+                stream.write(line + "\n")
+
+
 def _store_reference(experiment: str, budget: str, result: dict[str, Any]) -> None:
-    """Write a measured accuracy to `reproduction.measured` in the experiment's file."""
-    path = composition.conf_dir() / "experiment" / f"{experiment}.yaml"
-    before, mark, _ = path.read_text().partition("  measured:")
-    settings = checking.check_config(
-        composition.compose_config([f"experiment={experiment}"])
-    ).reproduction
-    assert mark and settings is not None
-    estimate = result["test"]["accuracy"]
-    lines = {name: _line(name, vars(one)) for name, one in settings.measured.items()}
-    lines[budget] = _line(
-        budget,
-        {
-            "mean": round(estimate["mean"], 4),
-            "ci95": round(estimate["ci95"], 4),
-            "minutes": round(result["seconds"] / 60, 1),
-            "hardware": result["environment"]["hardware"],
-            "commit": result["environment"]["commit"],
-            "seed": result["seed"],
-            "protocol_id": result["protocol_id"],
-            "sampler": result["protocol"]["sampler"],
-        },
-    )
-    path.write_text(
-        "\n".join([f"{before}{mark}", *(lines[name] for name in _BUDGETS if name in lines), ""])
-    )
-
-
-def _line(budget: str, values: dict[str, Any]) -> str:
-    content = ", ".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
-    return f"    {budget}: {{{content}}}"
+    """Write a measured result to conf/measured.json."""
+    path = composition.conf_dir() / "measured.json"
+    content = json.loads(path.read_text())
+    ((_, score),) = result["test"].items()
+    content.setdefault(experiment, {})[budget] = {
+        "mean": round(score["mean"], 4),
+        "ci95": round(score["ci95"], 4),
+        "minutes": round(result["seconds"] / 60, 1),
+        "hardware": result["environment"]["hardware"],
+        "commit": result["environment"]["commit"],
+        "seed": result["seed"],
+        "protocol_id": result["protocol_id"],
+        "sampler": result["protocol"]["sampler"],
+    }
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _score(test: dict[str, Any]) -> str:
-    score, estimate = next(iter(test["test"].items()))
-    return format_interval(score, estimate["mean"], estimate["ci95"])
+    metric, score = next(iter(test["test"].items()))
+    return format_interval(metric, score["mean"], score["ci95"])
 
 
 def _shape(protocol: dict[str, Any]) -> str:
@@ -153,58 +181,116 @@ def _order(test: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def recipes(runs: list[dict[str, Any]]) -> list[str]:
-    """Return a table of published results and the recipe's own at the largest budget it was run."""
-    best: dict[str, dict[str, Any]] = {}
-    for run in sorted(runs, key=lambda run: _BUDGETS.index(run["reproduction"]["budget"])):
-        best[run["reproduction"]["experiment"]] = run
-    rows, hardware = [], set()
-    for name, run in sorted(best.items()):
-        result = run["result"]
-        settings = checking.check_config(
-            composition.compose_config([f"experiment={name}"])
-        ).reproduction
-        assert settings is not None
-        published = settings.published
-        interval = f" ± {100 * published.ci95:.2f}" if published.ci95 else ""
-        environment = result["environment"]
-        hardware.add(f"{environment['hardware']}, torch {environment['versions']['torch']}")
+def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a row per gate: its runs at the largest budget, all seeds, and the verdict.
+
+    Args:
+        runs: Content of the result files that have a `reproduction`.
+    """
+    rows = []
+    for name, gate in gates.gates().items():
+        own = [run for run in runs if run["reproduction"]["experiment"] == name]
+        budget = max((run["reproduction"]["budget"] for run in own), key=BUDGETS.index, default="")
+        results = [run["result"] for run in own if run["reproduction"]["budget"] == budget]
+        estimates = [result["test"][gate.metric] for result in results]
+        is_full = budget in ("day", "paper")
+        mean, verdict = None, "not run"
+        if estimates:
+            mean = statistics.fmean(one["mean"] for one in estimates)
+        if mean is not None and is_full:
+            verdict = "PASS" if gate.is_passed(mean) else "FAIL"
+        width = statistics.fmean(one["ci95"] for one in estimates) if estimates else 0.0
+        seeds = torch.tensor([one["mean"] for one in estimates], dtype=torch.float64)
         rows.append(
-            [
-                f"`{name}`",
-                f"{100 * published.mean:.2f}{interval}%",
-                _score(result),
-                run["reproduction"]["budget"],
-                _shape(result["protocol"]),
-                result["protocol"]["statistics"],
-                result["protocol_id"],
-                result["protocol"].get("sampler", 1),
-                result["seed"],
-                f"{result['seconds'] / 60:.0f}",
-                environment["commit"],
-            ]
+            {
+                "gate": f"`{name}`",
+                "published": _interval(gate.metric, gate.mean, gate.ci95),
+                "here": "" if mean is None else _interval(gate.metric, mean, width),
+                "over seeds": f"± {format_value(gate.metric, estimate(seeds).ci95)}"
+                if len(seeds) > 1
+                else "",
+                "verdict": verdict,
+                "budget": budget,
+                "seeds": ", ".join(str(result["seed"]) for result in results),
+                "test episodes": ", ".join(sorted({f"{one['episodes']:,}" for one in estimates})),
+                "hours": f"{sum(one['seconds'] for one in results) / 3600:.2f}" if results else "",
+                "protocol": ", ".join(sorted({result["protocol_id"] for result in results})),
+                "sampler": ", ".join(
+                    sorted({str(result["protocol"].get("sampler", 1)) for result in results})
+                ),
+                "commit": ", ".join(
+                    sorted({str(result["environment"]["commit"]) for result in results})
+                ),
+                "command": f"`metalearn reproduce {name} budget={budget or 'day'}`",
+            }
         )
-    head = ["experiment", "published", "measured", "budget", "way/shot/query", "statistics",
-            "protocol", "sampler", "seed", "minutes", "commit"]  # fmt: skip
-    return (
-        [
-            *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
-            "",
-            f"On {'; '.join(sorted(hardware))}.",
+    return rows
+
+
+def _interval(metric: str, mean: float, ci95: float) -> str:
+    return format_interval(metric, mean, ci95) if ci95 else format_value(metric, mean)
+
+
+def headlines(runs: list[dict[str, Any]]) -> list[str]:
+    """Return the table of README: for each headline, the runs that trained longest.
+
+    Args:
+        runs: Runs of recipes, as `collect` stored them.
+    """
+    definition = yaml.safe_load(_METHODS.with_suffix(".yaml").read_text())
+    rows = []
+    for table, method in _HEADLINES:
+        stored = json.loads((_METHODS / table / f"{method}.json").read_text())
+        own = definition[table]["methods"][method]["published"]
+        test = (stored["as_published"] or stored["result"])["test"]["accuracy"]
+        # Runs of one source: command, accuracies, results of all seeds, published result.
+        sources: list[tuple[str | None, list[Any], list[Any], str]] = [
+            (None, [test], [stored["result"]], f"{100 * own['mean']:.1f}, {own['source']}")
         ]
-        if rows
-        else []
-    )
+        by_budget: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            if run["reproduction"]["experiment"] == f"{method}_{table}":
+                by_budget.setdefault(run["reproduction"]["budget"], []).append(run["result"])
+        for budget, results in by_budget.items():
+            gate = gates.gates()[f"{method}_{table}"]
+            sources.append(
+                (
+                    f"metalearn reproduce {method}_{table} budget={budget}",
+                    [one["test"]["accuracy"] for one in results],
+                    results,
+                    f"{100 * gate.mean:.1f}, {gate.source}",
+                )
+            )
+        command, tests, results, published = max(
+            sources, key=lambda source: max(one["seconds"] for one in source[2])
+        )
+        mean = torch.tensor([one["mean"] for one in tests], dtype=torch.float64)
+        interval = estimate(mean).ci95 if len(mean) > 1 else tests[0]["ci95"]
+        minutes = sum(one["seconds"] for one in results) / len(results) / 60
+        words = results[0]["command"].split()
+        shown = command or " ".join(word for word in words if not word.startswith(_SILENT))
+        rows.append(
+            {
+                "method": f"`{method}`",
+                "test": definition[table]["title"].rpartition(",")[0],
+                "here": f"{100 * float(mean.mean()):.1f} ± {100 * interval:.1f}",
+                "published": published,
+                "seeds": len(mean),
+                "minutes": f"{minutes:.0f}",
+                "command": f"`{shown}`",
+            }
+        )
+    return tables.markdown_table(rows)
 
 
 def write_tables() -> list[str]:
-    """Write both tables to docs/results.md and return the one of the recipes."""
+    """Write the tables of docs/results.md and README; return the one of the recipes."""
     runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
-    reproduced = recipes([run for run in runs if "reproduction" in run])
+    rows = gate_rows([run for run in runs if "reproduction" in run])
+    reproduced = tables.markdown_table(rows)
     own = plain([run for run in runs if "reproduction" not in run])
     lines = [
-        "Recipes of published results (`metalearn reproduce <experiment> budget=…`), with the",
-        "published protocol, at the largest budget that was run:",
+        *wrap([_ABOUT.replace("\n", " ")]),
         "",
         *reproduced,
         "",
@@ -213,6 +299,8 @@ def write_tables() -> list[str]:
         *own,
     ]
     fill(ROOT / "docs/results.md", "results: written by scripts/results.py", lines)
+    rows = headlines([run for run in runs if "reproduction" in run])
+    fill(ROOT / "README.md", "headlines: written by scripts/results.py", rows)
     return reproduced
 
 

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from metalearn.cli import _launch
 from tests.fixtures import SMALL
@@ -129,7 +131,23 @@ def test_wandb_without_a_key_is_offline_and_never_prompts(metalearn, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert sum("W&B" in line for line in done.stdout.splitlines()) == 1
-    assert list((tmp_path / "out/wandb").glob("offline-run-*/*.wandb")), done.stdout
+    (log,) = (tmp_path / "out/wandb").glob("offline-run-*/*.wandb")
+    files = log.parent / "files"
+    (path,) = files.glob("media/table/episode*.table.json")
+    table = json.loads(path.read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [row["part"] for row in rows].count("support") == 5 and len(rows) == 5 * (1 + 3)
+    queries = [row for row in rows if row["part"] == "query"]
+    right = sum(row["class"] == row["predicted"] for row in queries) / len(queries)
+    first_score = (tmp_path / "out/test_scores.csv").read_text().splitlines()[1]
+    assert right == pytest.approx(float(first_score.split(",")[1]), abs=1e-5)
+    assert all(row["predicted"] == "" for row in rows if row["part"] == "support")
+    staged = (tmp_path / ".local/share/wandb/artifacts/staging").glob("tmp*")  # for wandb sync
+    images = [Image.open(file) for file in staged if file.read_bytes()[1:4] == b"PNG"]
+    assert len(images) == 20 and {image.size for image in images} == {(16, 16)}
+    # Dark ink on light paper.
+    assert all(np.asarray(image.convert("L")).mean() > 128 for image in images)
+    assert list(files.glob("media/table/result*")) and list(files.glob("media/images/learning*"))
 
 
 def test_multirun_names_the_failed_run_and_finishes_the_others(metalearn, tmp_path):

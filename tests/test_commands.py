@@ -12,7 +12,7 @@ from rich.console import Console
 
 from metalearn.cli import reproduce
 from metalearn.cli.compare import compare
-from metalearn.config import checking, components, composition, schema
+from metalearn.config import checking, components, composition, gates, schema
 from metalearn.report.result import Result
 from metalearn.report.scores import read_scores
 from metalearn.report.stats import estimate, paired_difference
@@ -135,7 +135,7 @@ def test_evaluate_reads_a_run_older_than_a_setting(run, console):
     folder = run("a", "algo=maml")
     lines = (folder / "config.yaml").read_text().splitlines()
     newer = (
-        "reproduction:",
+        "budget:",
         "  pull:",
         "  halvings:",
         "  cuda_graph:",
@@ -454,34 +454,64 @@ def test_equal_methods_do_not_differ_significantly(run, console, tmp_path):
     assert "train.lr=0.001" in text
 
 
+#: Gates whose recipe has no budget=paper.
+_UNKNOWN_TRAINING = ("protonet_cifar", "protonet_fc100", "r2d2_cifar", "maml_navigation")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", composition.reproductions())
-def test_recipes_compose_at_every_budget(name):
-    from metalearn.config import composition
+@pytest.mark.parametrize("name", gates.gates())
+def test_gates_compose_at_every_budget_with_the_same_protocol(name):
     from metalearn.run import pairings
 
-    recipe = reproduce.Recipe(name, "paper")
-    for budget in ("smoke", "quick", "paper"):
-        recipe.budget = budget
+    steps, protocols = [], []
+    for budget in schema.BUDGETS:
+        if budget == "paper" and name.startswith(_UNKNOWN_TRAINING):
+            with pytest.raises(UserError, match="has smoke, quick, day only"):
+                reproduce.Recipe(name, budget)
+            continue
+        recipe = reproduce.Recipe(name, budget)
         settings = checking.check_config(composition.compose_config(recipe.overrides([])[:-1]))
         pairings.check(settings)
-        assert settings.reproduction is not None
-        assert 0.5 < settings.reproduction.published.mean < 1
-    header = (composition.conf_dir() / "experiment" / f"{name}.yaml").read_text()
-    for part in (
-        "# Paper: ",
-        f"# Command: metalearn reproduce {name} budget=paper",
-        "# Departures from the authors: ",
-    ):
-        assert part in header
+        steps.append(settings.train.steps)
+        rest = {key: value for key, value in vars(settings.episode).items() if key != "train"}
+        protocols.append((settings.dataset, rest, settings.statistics, settings.augment.support))
+    assert steps == sorted(steps) and steps[0] <= 100
+    assert all(one == protocols[0] for one in protocols)
+
+
+def test_gates_of_earlier_versions_are_still_there():
+    methods = ("maml", "protonet")
+    shapes = ("5w1s", "5w5s", "20w1s", "20w5s")
+    names = [f"{method}_omniglot_{shape}" for method in methods for shape in shapes]
+    others = ["anil_omniglot_20w1s", "fomaml_omniglot_5w1s", "reptile_omniglot_5w1s"]
+    assert {*names, *others} <= gates.gates().keys() <= composition.options("experiment").keys()
+    one = gates.gates()["maml_omniglot_5w1s"]
+    assert (one.mean, one.ci95, one.source) == (0.987, 0.004, "Finn et al. (2017), table 1")
+
+
+@pytest.mark.parametrize(
+    ("metric", "mean", "passes"),
+    [
+        ("accuracy", 0.8 - 0.01 - 0.005, True),
+        ("accuracy", 0.8 - 0.01 - 0.0051, False),
+        ("return", 0.79, True),  # half a point means nothing for a return or an error
+        ("return", 0.789, False),
+        ("mse", 0.81, True),
+        ("mse", 0.811, False),
+    ],
+)
+def test_gate_passes_down_to_its_interval_and_half_a_point(metric, mean, passes):
+    gate = gates.gates()["maml_omniglot_5w1s"]
+    assert dataclasses.replace(gate, metric=metric, mean=0.8, ci95=0.01).is_passed(mean) is passes
 
 
 @pytest.mark.parametrize(
     ("budget", "mean", "ci95", "sampler", "code"),
     [
-        # The published result is 98.7 ± 0.4, so the target is 98.3.
-        ("paper", 0.9829, 0.0001, SAMPLER_VERSION, 0),
-        ("paper", 0.9828, 0.0001, SAMPLER_VERSION, 1),
+        # The published result is 98.7 ± 0.4, so the target is 97.8; the interval plays no part.
+        ("paper", 0.978, 0.0001, SAMPLER_VERSION, 0),
+        ("day", 0.978, 0.0001, SAMPLER_VERSION, 0),
+        ("day", 0.9779, 0.01, SAMPLER_VERSION, 1),
         # The measured result is 90 ± 0; the upper end of the interval reaches it.
         ("quick", 0.899, 0.001, SAMPLER_VERSION, 0),
         ("quick", 0.898, 0.001, SAMPLER_VERSION, 1),
@@ -489,22 +519,16 @@ def test_recipes_compose_at_every_budget(name):
         ("smoke", 0.99, 0.01, None, 3),  # no target
     ],
 )
-def test_verdict_compares_the_upper_end_with_the_target(
+def test_verdict_compares_with_the_target_of_the_budget(
     budget, mean, ci95, sampler, code, tmp_path, console
 ):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", budget)
     recipe.measured = None
     if budget == "quick":
-        recipe.measured = schema.MeasuredConfig(
-            mean=0.9,
-            ci95=0.0,
-            minutes=1.0,
-            hardware="",
-            commit=None,
-            seed=0,
-            protocol_id="p",
-            sampler=sampler,
-        )
+        recipe.measured = {
+            "mean": 0.9, "ci95": 0.0, "minutes": 1.0, "hardware": "", "seed": 0,
+            "protocol_id": "p", "sampler": sampler,
+        }  # fmt: skip
     result = Result(
         metric="accuracy",
         higher_is_better=True,
@@ -556,7 +580,9 @@ def test_reproduce_refuses_settings_that_change_the_experiment(capsys):
             recipe.overrides([override])
     with pytest.raises(UserError, match="did you mean maml_omniglot_5w1s"):
         reproduce.Recipe("maml_omniglot_5w1", "smoke")
-    with pytest.raises(UserError, match="should be one of smoke, quick, paper"):
+    with pytest.raises(
+        UserError, match=r"budget=big: this method's recipe .* has smoke, quick, day, paper only"
+    ):
         reproduce.Recipe("maml_omniglot_5w1s", "big")
     with pytest.raises(UserError, match="no such experiment"):
         reproduce.Recipe("demo", "smoke")

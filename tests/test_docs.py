@@ -35,6 +35,10 @@ def test_every_method_has_a_complete_page(name):
     assert f"({name}.md)" in (_ROOT / "docs/algorithms/README.md").read_text()
 
 
+def test_the_front_page_is_short():
+    assert len((_ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_every_dataset_is_in_the_table_with_its_licence():
     page = (_ROOT / "docs/datasets.md").read_text()
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
@@ -91,7 +95,11 @@ def test_every_recipe_is_used_by_some_method():
         for kind in ("data", "net")
         for path in (_ROOT / "conf/recipe" / kind).glob("*.yaml")
     }
-    bases = {"gradient-sinusoid", "gradient-omniglot"}  # other recipes include them
+    bases = {
+        "gradient-sinusoid",
+        "gradient-omniglot",
+        "maml_loop-cifar_fs",
+    }  # other recipes include them
     assert stored - bases <= used <= stored
 
 
@@ -104,3 +112,8 @@ def test_recipe_line_names_the_recipes_of_a_run():
         OmegaConf.create({"algo": "metanet", "dataset": "cifar_fs", "backbone": "mlp"})
     )
     assert line == "recipe: none for metanet on cifar_fs; general settings apply"
+    gate = {"experiment": "maml_omniglot_5w1s", "algo": "maml", "dataset": "omniglot"}
+    line = composition.recipe_line(OmegaConf.create({**gate, "backbone": "conv4"}))
+    assert line == "recipe: maml-omniglot, gradient-omniglot-conv4"
+    demo = {"experiment": "demo", "algo": "maml", "dataset": "glyphs", "backbone": "conv4"}
+    assert composition.recipe_line(OmegaConf.create(demo)) == "recipe: experiment demo"

@@ -252,5 +252,5 @@ def test_missing_package_is_named(run_folder, export, tmp_path, monkeypatch):
 
 def test_completion():
     takes = {name: _command(name).TAKES for name in commands()}
-    assert candidates("metalearn export format=", takes) == ["format=onnx "]
+    assert candidates("metalearn export format=", takes) == ["format=onnx ", "format=safetensors "]
     assert "classifier=" in candidates("metalearn export ", takes)

@@ -15,7 +15,8 @@ from metalearn.cli._arguments import take_plugins
 from metalearn.config import components, plugins
 from metalearn.system.errors import UserError
 
-_PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+_DOCS = Path(__file__).parent.parent / "docs"
+_PAGE = "".join((_DOCS / name).read_text() for name in ("extending.md", "add-dataset.md"))
 #: Appended to the page's commands so that they end soon.
 _SMALL = (
     "train.steps=2", "val.every=2", "val.episodes=4", "test.episodes=4", "logger=none",

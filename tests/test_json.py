@@ -66,6 +66,7 @@ def test_list_prints_every_choice(command):
     code, out, err = command("list", "--json")
     content = json.loads(out)
     assert (code, err) == (0, "")
+    assert all("models" in Path(name).parts for name in content.pop("run"))
     for group, choices in content.items():
         lines = composition.options(group)
         assert {name: one["description"] for name, one in choices.items()} == lines

@@ -1,5 +1,6 @@
 """Plots of a run and of a sweep, corrupted queries, and ensembles."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ import torch
 import yaml
 from PIL import Image
 from rich.console import Console
+from sklearn.metrics import roc_auc_score
 
+from metalearn.algorithms.params import select
 from metalearn.cli import evaluate as command
 from metalearn.cli import plot
 from metalearn.config import checking, composition
+from metalearn.report.folder import RunFolder
 from metalearn.report.scores import read_scores
 from metalearn.report.sheets import draw_sheet
 from metalearn.run import loop
@@ -31,6 +35,7 @@ from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
 from metalearn.run.sensitivity import plot_sweep
 from metalearn.run.train import train
+from metalearn.run.verification import roc
 from metalearn.system.errors import UserError
 
 
@@ -113,6 +118,52 @@ def test_a_run_is_drawn_with_its_confusions_and_its_worst_episodes(make, console
         plot_run(folder, ["steps"], [], "test", console)
     with pytest.raises(UserError, match="kinds=all: should be among learning"):
         plot_run(folder, ["all"], [], "test", console)
+
+
+def test_roc_of_normal_scores_has_the_known_area_and_equal_error_rate():
+    generator = torch.Generator().manual_seed(0)
+    distance, normal = 2.0, torch.distributions.Normal(0.0, 1.0)
+    same = torch.rand(40_000, generator=generator) < 0.2
+    score = torch.randn(40_000, generator=generator) + distance * same
+    episode = torch.arange(40_000) // 100
+    _, *numbers = roc(score, same, episode)
+    # Areas under normal densities: P(x > y) and P(x > distance / 2).
+    expected = {
+        "auc": float(normal.cdf(torch.tensor(distance / 2**0.5))),
+        "eer": float(normal.cdf(torch.tensor(-distance / 2))),
+    }
+    for value, (estimate, low, high) in zip(expected.values(), numbers, strict=True):
+        assert estimate == pytest.approx(value, abs=0.006)
+        assert low < estimate < high and high - low < 0.02
+    rounded = (2 * score).round()  # ties
+    area = roc_auc_score(same.numpy(), rounded.numpy())
+    assert roc(rounded, same, episode)[1][0] == pytest.approx(area)
+
+
+@pytest.mark.parametrize("method", ["siamese", "protonet"])
+def test_verification_compares_each_query_with_each_support_example(make, console, method):
+    folder = make("run", f"algo={method}", "episode.shot=2", "dataset.jitter=0.1")
+    content = plot_run(folder, ["verification"], ["test.episodes=5"], "test", console)
+    facts = content["verification"]
+    with open(facts["scores"]) as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == facts["pairs"] == 5 * (3 * 3) * (3 * 2)  # episodes, queries, support
+    assert all((row["query"] == row["support"]) == (row["same"] == "1") for row in rows)
+    assert sum(row["same"] == "1" for row in rows) == len(rows) // 3
+    low, high = facts["equal_error_rate_ci95"]
+    assert 0 <= low <= facts["equal_error_rate"] <= high < 0.5  # 0.5: chance
+    assert size_of(content["files"][0])[0] > 200
+    request = Request.of(folder, [], "test")
+    run = request.run(request.statistics[0])
+    state, task = trained_state(run, folder), run.test.draw(0, 1)
+    net, population = select(state.params, "net"), select(state.buffers, "net")
+    x = torch.cat([task.query.x[0][:1], task.support.x[0][:1]])
+    z = run.algorithm.backbone.embed(net, x, given=population)[0]
+    expected = torch.nn.functional.cosine_similarity(z[:1], z[1:])
+    if method == "siamese":
+        pair = {name: state.params[f"pair.{name}"] for name in ("alpha", "bias")}
+        expected = (z[0] - z[1]).abs() @ pair["alpha"] + pair["bias"]
+    assert float(rows[0]["score"]) == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_regression_has_curves_only(compose, console, tmp_path):
@@ -230,18 +281,35 @@ def test_a_severity_curve_starts_at_the_result_of_the_run(make, console):
         evaluate(folder, [], "test", "shot", console, None, "noise")
 
 
-def test_an_ensemble_predicts_by_the_mean_probability(make, console):
-    folders = [make(f"run{seed}", "algo=protonet", f"seed={seed}") for seed in (1, 2)]
-    content = evaluate_ensemble(folders, [], "test", console)
-    probabilities = []
-    for folder in folders:
+def mean_prediction(members):
+    """Return the accuracy of the mean probabilities of (run folder, checkpoint or None)."""
+    total: torch.Tensor | None = None
+    for folder, file in members:
         request = Request.of(folder, [], "test")
         run = request.run(request.statistics[0])
         tasks = run.test.draw(0, 6)
-        state = trained_state(run, folder)
-        probabilities.append(run.test_engine.predictions(state, tasks).softmax(-1))
-    chosen = (probabilities[0] + probabilities[1]).argmax(-1)
-    expected = (chosen == tasks.query.y).float().mean()
+        state = trained_state(run, folder, file)
+        probabilities = run.test_engine.predictions(state, tasks).softmax(-1)
+        total = probabilities if total is None else total + probabilities
+    assert total is not None
+    return (total.argmax(-1) == tasks.query.y).float().mean()
+
+
+def test_an_ensemble_of_one_run_has_the_checkpoints_that_it_kept(make, console):
+    words = ["algo=protonet", "train.steps=5", "train.lr=0.01", "val.every=1"]
+    folder = make("kept", *words, "checkpoint.keep=3")
+    kept = RunFolder(folder).all_kept()
+    assert len(kept) == 3
+    (result,) = evaluate_ensemble([folder], [], "test", console)["results"]
+    expected = mean_prediction([(folder, file) for file in kept])
+    assert result["test"]["accuracy"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+    assert result["ensemble"] == [str(file) for file in kept]
+
+
+def test_an_ensemble_predicts_by_the_mean_probability(make, console):
+    folders = [make(f"run{seed}", "algo=protonet", f"seed={seed}") for seed in (1, 2)]
+    content = evaluate_ensemble(folders, [], "test", console)
+    expected = mean_prediction([(folder, None) for folder in folders])
     (result,) = content["results"]
     assert result["test"]["accuracy"]["mean"] == pytest.approx(float(expected), abs=1e-6)
     assert result["ensemble"] == [str(folder) for folder in folders]
@@ -253,7 +321,7 @@ def test_an_ensemble_predicts_by_the_mean_probability(make, console):
     other = make("other", "algo=protonet", "episode.shot=2")
     with pytest.raises(UserError, match=r"different protocol than .*run1 \(shot\)"):
         evaluate_ensemble([folders[0], other], [], "test", console)
-    with pytest.raises(UserError, match="ensemble=true: takes several runs"):
+    with pytest.raises(UserError, match=r"ensemble=true: .* has one checkpoint; name several"):
         command.main([str(folders[0]), "ensemble=true"])
     with pytest.raises(UserError, match="corrupt: takes one run and one dataset"):
         command.main([*map(str, folders), "corrupt=noise"])

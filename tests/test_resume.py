@@ -102,6 +102,26 @@ def test_resumed_run_equals_uninterrupted_run(overrides, how, run, interrupt, tm
     assert difference(left(tmp_path / "stopped"), left(tmp_path / "uninterrupted")) is None
 
 
+def test_the_best_checkpoints_are_kept_also_after_kills(run, interrupt, tmp_path):
+    words = ["algo=protonet", "val.every=1", "checkpoint.keep=3", "checkpoint.every=3"]
+    run("uninterrupted", *words)
+    for steps in (5, 4):  # killed after validations that last.pt does not know
+        interrupt(steps, "killed", "stopped", *words, "resume=auto")
+    run("stopped", *words, "resume=auto")
+    rows = [json.loads(line) for line in (tmp_path / "stopped/metrics.jsonl").open()]
+    best = sorted(rows, key=lambda row: (-row["val.accuracy"], row["step"]))[:3]
+    kept = RunFolder(tmp_path / "stopped").all_kept()
+    assert [file.stem for file in kept] == sorted(f"best-{row['step']}" for row in best)
+    other = RunFolder(tmp_path / "uninterrupted").all_kept()
+    for one, same in zip(kept, other, strict=True):
+        assert one.name == same.name
+        one_state, same_state = (checkpoint.load(file, torch.device("cpu")) for file in (one, same))
+        assert one_state["val"] == same_state["val"]
+        torch.testing.assert_close(one_state["meta"], same_state["meta"], rtol=0, atol=0)
+    run("plain", "algo=protonet")
+    assert RunFolder(tmp_path / "plain").all_kept() == []
+
+
 @pytest.mark.slow
 def test_finished_run_is_shown_again_and_left_unchanged(run, tmp_path):
     first = run("x", "algo=protonet", "resume=auto")
@@ -291,7 +311,7 @@ def test_wandb_failure_during_a_run_continues_offline(run, tmp_path, monkeypatch
     assert "W&B: failed (the service has died); continuing offline" in output
     assert [mode for mode, _ in runs] == ["online", "offline"]
     # Rows at steps 3, 4, 6, 8, 9, and the result.
-    assert sum(len(one.rows) for _, one in runs) == 5 + 1
+    assert sum(len(one.rows) for _, one in runs) == 5 + 2  # the result and an episode
     assert (tmp_path / "x/result.json").exists()
 
 

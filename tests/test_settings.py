@@ -90,6 +90,7 @@ def test_every_setting_has_a_role_and_a_value_in_yaml():
         ("episode.train.shot", False, False, False, True),
         ("episode_seed", False, True, False, True),
         ("seed", False, False, True, False),
+        ("budget", False, False, False, True),
         ("statistics", False, True, False, True),
         ("test.episodes", False, True, False, False),
         ("val.every", False, False, False, True),
@@ -138,6 +139,33 @@ def test_recipe_chooses_groups_and_the_command_line_replaces_them():
     assert config.optimiser._target_ == "torch.optim.AdamW" and not config.augment.ops
     config = composition.compose_config(["algo=baseline", "dataset=cifar_fs"])
     assert config.optimiser._target_ == "torch.optim.Adam" and not config.augment.ops
+
+
+def test_value_by_budget_or_way_and_the_command_line_replaces_it():
+    words = ["algo=maml", "dataset=omniglot"]
+    assert plain(*words)["train"]["steps"] == plain(*words, "budget=day")["train"]["steps"] == 30000
+    steps = [plain(*words, f"budget={one}")["train"]["steps"] for one in ("smoke", "quick")]
+    assert steps == [60, 1500]
+    twenty = plain(*words, "episode=20w1s", "train.steps=7")
+    assert (twenty["algo"]["inner_lr"], twenty["algo"]["inner_loss"]) == (0.1, "sum")
+    assert twenty["train"]["steps"] == 7
+    authors = plain(*words, "episode=5w5s", "budget=paper")
+    assert (authors["episode"]["train"]["query"], authors["train"]["meta_batch"]) == (5, 32)
+    for word, message in {
+        "budget=paper": "budget=paper: this method's recipe for this dataset has smoke, quick, day",
+        "budget=huge": "budget=huge: this method's recipe for this dataset has smoke, quick, day",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            checking.check_config(composition.compose_config(["algo=maml", "dataset=glyphs", word]))
+
+
+def test_recipe_chooses_a_backbone_and_its_settings():
+    words = ["algo=r2d2", "dataset=cifar_fs"]
+    assert plain(*words)["backbone"]["filters"] == [64, 64, 64, 64]
+    assert plain(*words, "backbone=mlp")["backbone"]["_target_"].endswith("MLP")
+    assert plain(*words, "backbone=conv4")["backbone"]["filters"] == 64
+    assert plain("algo=r2d2", "dataset=omniglot")["backbone"]["_target_"].endswith("Conv4")
+    assert plain("algo=maml", "dataset=sinusoid")["backbone"]["hidden"] == [40, 40]
 
 
 def test_target_must_be_in_the_package_or_in_a_plugin():

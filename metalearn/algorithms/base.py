@@ -6,6 +6,7 @@ Legend of shapes: M support examples, Q queries, N ways.
 import dataclasses
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.algorithms.normalisation import STATISTICS, Normalisation
@@ -123,6 +124,13 @@ class Algorithm:
         """
         learner = self.adapt(state, task.support, key=task.key, steps=self.training_steps)
         return self.query_loss(state, learner, task.query, task.key)
+
+    def similarity(self, weights: Params, z: Tensor, others: Tensor) -> Tensor:
+        """Compute how similar embeddings [Q, D] and [M, D] are, [Q, M]: by default their cosine.
+
+        `weights` holds the parameters and buffers of the state.
+        """
+        return F.normalize(z, dim=-1) @ F.normalize(others, dim=-1).T
 
     def batch_loss(self, state: State, batch: Batch, progress: Tensor) -> Loss:
         """Compute the loss of a batch, if `sources` has "batches"; arguments as in `loss`."""

@@ -36,7 +36,11 @@ class Siamese(EmbeddingAlgorithm):
 
     def pairs(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:
         """Compute the logits [Q, M] that a query and a support example have the same class."""
-        distance = (z[:, None] - learned.z).abs()
+        return self.similarity(weights, z, learned.z)
+
+    def similarity(self, weights: Params, z: Tensor, others: Tensor) -> Tensor:
+        """Compute the logit of each pair of embeddings [Q, D] and [M, D]: [Q, M]."""
+        distance = (z[:, None] - others).abs()
         return distance @ weights["pair.alpha"] + weights["pair.bias"]
 
     def compare(self, weights: Params, learned: Examples, z: Tensor) -> Tensor:

@@ -113,8 +113,13 @@ def _is_basic(plugin: Any) -> bool:
 
 def print_config(arguments: Arguments) -> None:
     """Let Hydra print a configuration."""
-    _check_hydra(composition.compose_config(arguments.settings, with_hydra=True).hydra)
-    hydra_main(lambda config: None, [*arguments.options, *arguments.settings])
+    config = composition.compose_config(arguments.settings, with_hydra=True)
+    _check_hydra(config.hydra)
+    options = list(arguments.options)
+    if "job" in options and "--resolve" not in options:
+        check_config(composition.without_hydra(config))  # its errors are one line
+        options.append("--resolve")
+    hydra_main(lambda config: None, [*options, *arguments.settings])
 
 
 def _check_hydra(hydra: Any) -> None:
@@ -178,7 +183,7 @@ class _Job:
         choices: Any = settings.runtime.choices
         name = f"{choices.algo} {choices.dataset}"
         console = open_console()
-        recipe = composition.recipe_line(choices)
+        recipe = f"budget={config.budget}, {composition.recipe_line(choices)}"
         named = [f"plugins=[{','.join(self.plugins)}]"] if self.plugins else []
         overrides = [*named, *settings.overrides.task]
         own = [word for word in overrides if sweeps.key_of(word) in self.axes] or overrides

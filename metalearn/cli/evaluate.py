@@ -23,14 +23,16 @@ their paired difference. Writes evaluations/<protocol_id>.json into the run fold
   metalearn evaluate … split=train                       accuracy on the training classes
   metalearn evaluate … split=train+test                  trained and new classes in each episode
   metalearn evaluate … curve=shot                        accuracy over shots: table, CSV, PNG
-  metalearn evaluate … curve=way at=5,10,20              accuracy over numbers of classes
+  metalearn evaluate outputs/protonet-omniglot/<time> curve=way at=5,10,20    over ways
   metalearn evaluate … curve=steps                       accuracy over inner steps 0 to 10
   metalearn evaluate … corrupt=noise at=0,10,30          accuracy on noisy queries, in percent
   metalearn evaluate run0 run1 ensemble=true             the mean of the runs' predictions
+  metalearn evaluate run0 ensemble=true                  of the checkpoints of checkpoint.keep=5
 
 corrupt= changes the queries (and unlabelled images), not the support set: normal noise on the
 pixels, or a grey box that covers a share of the image. ensemble=true averages probabilities of runs
-that are tested by the same protocol, and writes into the first folder.
+that are tested by the same protocol, and writes into the first folder; of one run, it averages
+those of the checkpoints that training with checkpoint.keep=… kept.
 
 Images of a different dataset get the size, the channels and the normalisation of the run's own, and
 if they have fewer classes than an episode, the episode has all of them. In dataset=a,b each is a
@@ -52,6 +54,7 @@ TAKES: tuple[str, ...] = (
     "run={folder}",
     "split=train|val|test|all|train+test",
     "curve=shot|way|steps",
+    "at=",
     "corrupt=noise|occlusion",
     "ensemble=true",
     "{settings}",
@@ -83,8 +86,8 @@ def _evaluate(words: list[str], console: Any) -> dict[str, Any]:
     from metalearn.run.other_data import Target
 
     is_ensemble = ensemble == "true"
-    if is_ensemble and (len(paths) < 2 or len(datasets) > 1):
-        raise UserError("ensemble=true: takes several runs, and at most one dataset")
+    if is_ensemble and len(datasets) > 1:
+        raise UserError("ensemble=true: takes at most one dataset")
     is_single = len(paths) == 1 and len(datasets) < 2
     has_curve = any(word is not None for word in (curve, points, corrupt))
     if has_curve and (is_ensemble or not is_single):

@@ -1,4 +1,4 @@
-"""Export a classifier or a trained run to ONNX."""
+"""Export a classifier or a trained run to ONNX, or a run as a small model to share."""
 
 from pathlib import Path
 
@@ -6,9 +6,15 @@ from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, nearest
 
 HELP = """metalearn export classifier=<folder>|run=<folder> [format=onnx] [out=<file.onnx>]
+                 run=<folder> format=safetensors [out=models/<name>]
 
-Writes an ONNX file, and compares its probabilities in onnxruntime with this package's: a difference
-above 0.0001 is a failure (exit code 1). Requires pip install 'metalearn-lab[export]'.
+format=safetensors writes a folder with the best weights, settings, result and a card (README.md)
+that commands take like the run's: predict, evaluate and serve run=models/<name>. The first line of
+the card is shown by metalearn list. A folder that exists is not replaced.
+
+format=onnx (the default) writes an ONNX file, and compares its probabilities in onnxruntime with
+this package's: a difference above 0.0001 is a failure (exit code 1). Requires
+pip install 'metalearn-lab[export]'.
 
   metalearn export classifier=outputs/predict/<time>/classifier out=cells.onnx
       images [B, 3, H, W] -> probabilities [B, N], as `predict` computes them. Images are RGB,
@@ -21,10 +27,10 @@ above 0.0001 is a failure (exit code 1). Requires pip install 'metalearn-lab[exp
       this (exit code 2); a classifier made with it can:
       metalearn predict run=<folder> support=<examples> query=<images>
 
-A file that exists is replaced. out=<name of the folder>.onnx by default.
+An ONNX file that exists is replaced. out=<name of the folder>.onnx by default.
 """
 #: What shell completion offers.
-TAKES: tuple[str, ...] = ("classifier={folder}", "run={folder}", "format=onnx", "out=")
+TAKES: tuple[str, ...] = ("classifier={folder}", "run={folder}", "format=onnx|safetensors", "out=")
 
 
 def main(args: list[str]) -> int:
@@ -39,10 +45,20 @@ def main(args: list[str]) -> int:
         raise UserError(
             "export: takes classifier=<folder> or run=<folder>; see metalearn export --help"
         )
-    if form not in (None, "onnx"):
-        raise UserError(f"format={form}: should be onnx")
-    from metalearn.predict.export import export_classifier, export_run
+    if form not in (None, "onnx", "safetensors"):
+        raise UserError(f"format={form}: should be onnx or safetensors")
     from metalearn.report.console import open_console, print_line, print_lines
+
+    if form == "safetensors":
+        from metalearn.run.model import export_model
+
+        if run is None:
+            raise UserError("format=safetensors: takes run=<folder>")
+        model = export_model(Path(run).expanduser(), Path(out).expanduser() if out else None)
+        for path in sorted(model.iterdir()):
+            print_line(open_console(), f"  {path}  {path.stat().st_size:,} bytes")
+        return 0
+    from metalearn.predict.export import export_classifier, export_run
 
     folder = Path(classifier or run or "").expanduser()
     file = Path(out or folder.name + ".onnx").expanduser()

@@ -16,6 +16,8 @@ Draws a finished run into <folder>/plots, each kind that applies to it:
   shots      test score over the number of support examples per class
   confusion  the most confused classes, over the test episodes
   embedding  features of the support set and the queries of a test episode, in two dimensions (PCA)
+  verification  whether a query and a support example have one class: ROC, equal error rate, and
+             the similarity of each pair as CSV
   worst      the episodes with the lowest scores: support, queries, predictions; texts are printed
 
 or, of a multirun folder:
@@ -25,18 +27,21 @@ or, of a multirun folder:
   metalearn plot outputs/maml-omniglot/<time>
   metalearn plot … kinds=confusion,worst test.episodes=1000
   metalearn plot … episode.shot=5 split=val
+  metalearn plot … kinds=verification test.episodes=1000
   metalearn plot outputs/multirun/<time> settings=algo.inner_lr,train.lr
 
 The tests use the first 200 test episodes, or as many as test.episodes= says; other settings are as
 in metalearn evaluate. settings= is needed if more than two settings were swept; scores are then
-means over the others. Files that exist are replaced. The folder can also be given as run=<folder>.
+means over the others. A similarity is the cosine of two embeddings, of a Siamese network its logit;
+the intervals of the area under the curve and the equal error rate are by bootstrap over episodes.
+Files that exist are replaced. The folder can also be given as run=<folder>.
 --json prints one JSON document: files, what was left out and why, confusions, worst episodes.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
     "{folder}",
     "run={folder}",
-    "kinds=learning|steps|shots|confusion|embedding|worst",
+    "kinds=learning|steps|shots|confusion|embedding|verification|worst",
     "settings=",
     "split=train|val|test",
     "{settings}",

@@ -30,6 +30,9 @@ choices (metalearn list explains them)
   experiment= {experiment}
 
 settings that are often changed
+  budget=smoke|quick|day|paper                    amount of training: seconds; at most 5 minutes; up
+                                                  to hours on two cores (the default, and that of
+                                                  the tables); the authors', where it is known
   episode.way=5 episode.shot=1 episode.query=15   validation and test, and training unless
   episode.train.way=20                            episode.train.* or the recipe sets its own
   statistics=query|support|support_plus_one|population    normalisation at prediction;
@@ -86,7 +89,8 @@ def _explain(overrides: list[str]) -> int:
     settings = checking.check_config(composition.without_hydra(config))
     print(
         f"Name a method and a dataset. Without them this would train {choices.algo} on "
-        f"{choices.dataset}: {settings.train.steps:,} steps of {settings.train.meta_batch} tasks.\n"
+        f"{choices.dataset}: {settings.train.steps:,} steps of {settings.train.meta_batch} tasks "
+        f"(budget={settings.budget}).\n"
         "\n"
         "  metalearn train experiment=demo                 about 2 minutes, built-in data\n"
         f"  metalearn train algo={choices.algo} dataset={choices.dataset}      the full run\n"

@@ -59,6 +59,7 @@ def complete(plain: dict[str, Any], is_strict: bool = True) -> dict[str, Any]:
             "train": {**plain["train"], "optimiser": None},
         }
     plain = {"optimiser": _optimiser("adam"), "loss": {}, "augment": {}, **plain}
+    plain.pop("reproduction", None)  # of an earlier version
     logger = plain.get("logger")
     if isinstance(logger, Mapping) and "name" in logger:
         own = {key: value for key, value in logger.items() if key != "name"}

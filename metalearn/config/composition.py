@@ -1,6 +1,7 @@
 """Compose `conf/` and a command line with Hydra, and report its errors in one line."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config import plugins
+from metalearn.config import gates, plugins
 from metalearn.config.checking import check_config, leaves, plain
 from metalearn.config.components import conf_dir
 from metalearn.system.errors import UserError, first_line, nearest
@@ -38,8 +39,10 @@ def _recipe(kind: str, algo: str, *others: str) -> str:
     """Return the name of the recipe of a method for a dataset and a backbone, or "none".
 
     A method without a recipe uses the first that exists of the methods that a comment
-    `# recipes: …` in its file names.
+    `# recipes: …` in its file names. Backbone "": the recipe's choice.
     """
+    if others[1:] == ("",):
+        others = (others[0], _recipe_choice("backbone", "conv4", algo, others[0]))
     names = [algo, *re.findall(r"[^\s,]+", _tag(algo, "recipes"))]
     known = ["-".join([name, *others]) for name in names]
     return next((name for name in known if _file(f"recipe/{kind}", name) is not None), "none")
@@ -76,6 +79,20 @@ def _dataset_settings(names: Sequence[str], changes: Mapping[str, Any]) -> dict[
     return settings
 
 
+def _by(key: str, table: Mapping[Any, Any], *, _root_: Any) -> Any:
+    """Return the value in a table for another setting's value, or for `else`."""
+    value = OmegaConf.select(_root_, key)
+    values = {str(one): own for one, own in table.items()}
+    if str(value) not in values and "else" not in values:
+        known = ", ".join(values)
+        raise UserError(
+            f"{key}={value}: this method's recipe for this dataset has {known} only; choose one, "
+            "and change single settings as you like"
+        )
+    return values.get(str(value), values.get("else"))
+
+
+OmegaConf.register_new_resolver("by", _by, replace=True)
 OmegaConf.register_new_resolver("dataset_settings", _dataset_settings, replace=True)
 OmegaConf.register_new_resolver("recipe", _recipe, replace=True)
 OmegaConf.register_new_resolver("recipe_choice", _recipe_choice, replace=True)
@@ -89,7 +106,7 @@ def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:
 
 def recipe_line(choices: Any) -> str:
     """Return a line that names the recipe for Hydra's choices of groups."""
-    if choices.get("experiment"):
+    if choices.get("experiment") not in (None, *reproductions()):
         return f"recipe: experiment {choices.experiment}"
     if names := recipe_names(choices.algo, choices.dataset, choices.backbone):
         return f"recipe: {', '.join(names)}"
@@ -181,6 +198,7 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
             added, so that the optimiser's settings exist.
         folders: Configuration folders to read, in addition to those of plugins.
     """
+    _register_gates()
     overrides = [_renamed(word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
@@ -191,6 +209,15 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         paths = ",".join(quoted(f"file://{folder}") for folder in folders)
         more.append(f"hydra.searchpath=[{paths}]")
     return [*overrides, *more]
+
+
+@functools.cache
+def _register_gates() -> None:
+    """Make each gate a choice of Hydra's group experiment."""
+    from hydra.core.config_store import ConfigStore
+
+    for name, gate in gates.gates().items():
+        ConfigStore.instance().store(name, gate.node(), group="experiment", package="_global_")
 
 
 def _renamed(override: str) -> str:
@@ -267,13 +294,13 @@ def groups() -> list[str]:
 
 
 def options(group: str) -> dict[str, str]:
-    """Return the choices of a group, each with the first comment line of its file."""
+    """Return the choices of a group, each with the first comment line of its file; and gates."""
     choices = {}
     for path in sorted(path for folder in conf_dirs() for path in (folder / group).glob("*.yaml")):
         choices[path.stem] = next(
             (line for line in _comments(path) if not line.startswith("@package")), ""
         )
-    return choices
+    return {**choices, **reproductions()} if group == "experiment" else choices
 
 
 def stored_values(group: str, name: str) -> dict[str, Any]:
@@ -296,9 +323,8 @@ def stored_values(group: str, name: str) -> dict[str, Any]:
 def reproductions() -> dict[str, str]:
     """Return the experiments that reproduce a published result, with one line each."""
     return {
-        name: line
-        for name, line in options("experiment").items()
-        if (path := _file("experiment", name)) and "\nreproduction:" in path.read_text()
+        name: f"{' '.join(gate.choices().values())}; {gate.source}"
+        for name, gate in gates.gates().items()
     }
 
 

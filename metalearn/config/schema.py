@@ -8,6 +8,9 @@ from typing import Any
 
 from metalearn.config.fields import above, at_least, between, choice, count_or_range, setting
 
+#: Amounts of training; each recipe says what they mean.
+BUDGETS = ("smoke", "quick", "day", "paper")
+
 
 @dataclasses.dataclass(kw_only=True)
 class EpisodeShape:
@@ -79,6 +82,7 @@ class CheckpointConfig:
     """Checkpoints."""
 
     every: int = at_least(1)
+    keep: int = at_least(1, default=1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -124,38 +128,6 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
-class PublishedConfig:
-    """A published result; `source`: publication, with table or section."""
-
-    mean: float = setting()
-    ci95: float | None = setting()
-    source: str = setting()
-
-
-@dataclasses.dataclass(kw_only=True)
-class MeasuredConfig:
-    """A measured result of a recipe at one budget; `sampler`: version of the episode sampler."""
-
-    mean: float = setting()
-    ci95: float = setting()
-    minutes: float = setting()
-    hardware: str = setting()
-    commit: str | None = setting()
-    seed: int = setting()
-    protocol_id: str = setting()
-    sampler: int = setting(default=1)
-
-
-@dataclasses.dataclass(kw_only=True)
-class ReproductionConfig:
-    """Settings of `metalearn reproduce`: overrides of each budget, measured results by budget."""
-
-    published: PublishedConfig = setting()
-    budgets: dict[str, list[str]] = setting()
-    measured: dict[str, MeasuredConfig] = setting()
-
-
-@dataclasses.dataclass(kw_only=True)
 class RunConfig:
     """Settings of a run; algo, dataset and backbone are checked against their `_target_`."""
 
@@ -173,6 +145,7 @@ class RunConfig:
     test_dataset: list[str] = setting(default=[], role="presentation")
     checkpoint: CheckpointConfig = setting(role="machine")
     engine: EngineConfig = setting(role="machine")
+    budget: str = choice(*BUDGETS, default="day", role="identity")
     seed: int = setting(role="seed")
     episode_seed: int = setting(role="identity protocol")
     statistics: str = choice(
@@ -182,7 +155,6 @@ class RunConfig:
     data_dir: str | None = setting(role="machine")
     cache_dir: str | None = setting(role="machine")
     resume: str = choice("never", "auto", role="presentation")
-    reproduction: ReproductionConfig | None = setting(default=None, role="presentation")
 
 
 COMPONENTS = ("algo", "dataset", "backbone")

@@ -27,7 +27,10 @@ class RunFolder:
         self.scores = path / "test_scores.csv"
         self.classes = path / "test_classes.csv"
         self.curve = path / "learning_curve.png"
-        self.best = path / "checkpoints" / "best.pt"
+        #: The weights of a model that `metalearn export format=safetensors` made, and its card.
+        self.model = path / "model.safetensors"
+        self.card = path / "README.md"
+        self.best = self.model if self.model.is_file() else path / "checkpoints" / "best.pt"
         self.last = path / "checkpoints" / "last.pt"
         self.previous = path / "checkpoints" / "previous.pt"
         #: Results of `metalearn evaluate`.
@@ -57,6 +60,17 @@ class RunFolder:
     def is_trained(self) -> bool:
         """True if the folder holds a run whose training is finished, tested or not."""
         return self.is_finished or self.validation.is_file()
+
+    def kept(self, step: int) -> Path:
+        """Return the checkpoint of a validated step, with `checkpoint.keep`."""
+        return self.best.with_name(f"best-{step}.pt")
+
+    def all_kept(self) -> list[Path]:
+        """Return the checkpoints that `checkpoint.keep` kept, by step."""
+        return sorted(
+            (file for file in self.best.parent.glob("best-*.pt") if file.stem[5:].isdecimal()),
+            key=lambda file: int(file.stem[5:]),
+        )
 
     def outputs(self) -> Iterator[Path]:
         """Yield the files that a finished run shows to its user."""

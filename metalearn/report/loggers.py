@@ -2,8 +2,9 @@
 
 import csv
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -11,6 +12,22 @@ from metalearn.config.fields import given_by_run
 from metalearn.report.result import Result
 from metalearn.system.atomic import make_folder
 from metalearn.system.errors import UserError
+
+
+class Example(NamedTuple):
+    """An example of an episode and its prediction.
+
+    Attributes:
+        part: "support" or "query".
+        label: Name of its class.
+        predicted: Name of the predicted class; "" for a support example.
+        content: An image as it is shown, float [C, H, W] in [0, 1], a text, or a vector.
+    """
+
+    part: str
+    label: str
+    predicted: str
+    content: Any
 
 
 class Logger:
@@ -26,6 +43,9 @@ class Logger:
 
     def log_result(self, result: Result, table: Table, curve: Path) -> None:
         """Receive the final result, its table, and the learning curve as PNG."""
+
+    def log_episode(self, examples: Callable[[], list[Example]]) -> None:
+        """Receive the first test episode; `examples` computes it, [] for tasks without classes."""
 
     def close(self, failed: bool) -> None:
         """End the run."""

@@ -50,6 +50,7 @@ def _curves(path: Path, score: str, xlabel: str, ylabel: str, title: str = "") -
 
         yield draw
         axes.set(xlabel=xlabel, ylabel=ylabel, title=_shown(title))
+        axes.locator_params(axis="x", integer=True)  # x counts something
         axes.legend(fontsize=None if title else 8)
 
 
@@ -187,6 +188,22 @@ def _cells(axes: Any, values: np.ndarray, texts: Any, colours: str) -> Any:
             color="white" if is_dark else "black",
         )  # fmt: skip
     return image
+
+
+def draw_roc(curve: np.ndarray, equal: float, path: Path, title: str) -> None:
+    """Plot shares of accepted pairs of two and of one class [2, P]; mark the equal error rate."""
+    with new_figure(path, 5.2, 5.2) as figure:
+        axes = figure.add_subplot()
+        axes.grid(alpha=0.3)
+        axes.plot(*(100 * curve))
+        axes.plot([0, 100], [100, 0], color="0.7", linewidth=0.8, linestyle="--")
+        axes.plot([100 * equal], [100 - 100 * equal], "o", color="C3", label="equal error rate")
+        axes.set(xlim=(-1, 101), ylim=(-1, 101), aspect="equal")
+        axes.set(
+            xlabel="accepted pairs of two classes (%)", ylabel="accepted pairs of one class (%)"
+        )
+        axes.set_title(_shown(title), fontsize=9)
+        axes.legend(loc="lower center")
 
 
 def draw_embedding(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from metalearn.config import components
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import print_line
 from metalearn.report.folder import RunFolder
-from metalearn.report.loggers import Logger
+from metalearn.report.loggers import Example, Logger
 from metalearn.report.progress import Progress
 from metalearn.report.result import Result
 from metalearn.system.atomic import atomic_writer
@@ -79,10 +79,11 @@ class Tracker(Progress):
     def note(self, line: str) -> None:
         print_line(self._console, line)
 
-    def finish(self, result: Result, table: Table) -> None:
-        """Send the final result, its table and the learning curve to the loggers."""
+    def finish(self, result: Result, table: Table, examples: Callable[[], list[Example]]) -> None:
+        """Send the result, its table, the learning curve and an episode to the loggers."""
         for logger in self._loggers:
             logger.log_result(result, table, self._files.curve)
+            logger.log_episode(examples)
 
     def close(self, failed: bool = False) -> None:
         """Close the file and the loggers."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
 from metalearn.config.fields import given_by_run, setting
 from metalearn.config.schema import RunConfig
-from metalearn.report.loggers import Logger
+from metalearn.report.loggers import Example, Logger
 from metalearn.report.result import Result
 from metalearn.system.atomic import make_folder
 from metalearn.system.download import connection_error
@@ -69,6 +70,28 @@ class WandbRun(Logger):
             )
 
         self._send(send)
+
+    def log_episode(self, examples: Callable[[], list[Example]]) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        def cell(content: Any) -> Any:
+            if not isinstance(content, Tensor):
+                return content
+            if content.ndim != 3:
+                return str(content.tolist())
+            array = (content.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            return wandb.Image(array)
+
+        try:
+            data = [[one.part, one.label, cell(one.content), one.predicted] for one in examples()]
+        except Exception as error:  # a table must not end a run that is trained and tested
+            self.note(f"W&B: no table of an episode ({first_line(error)})")
+            return
+        if data:
+            table = wandb.Table(columns=["part", "class", "input", "predicted"], data=data)
+            self._send(lambda run: run.log({"episode": table}))
 
     def close(self, failed: bool) -> None:
         if self._run is not None:

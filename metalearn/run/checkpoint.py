@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import warnings
 import zipfile
@@ -15,11 +16,13 @@ from torch import Tensor
 from metalearn.report.folder import RunFolder
 from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import UserError, is_out_of_memory
-from metalearn.system.reading import check_limits, check_types, read_bytes
+from metalearn.system.reading import check_limits, check_types, parse_json, read_bytes
 from metalearn.tasks.types import State
 
 #: Largest checkpoint that is read, in bytes.
 _MAX_BYTES = 16 << 30
+#: Parts of the state.
+_PARTS = ("meta", "fixed")
 #: Shift and scale of each channel, as `check_types` takes it.
 STANDARDISATION = {"shift?": [float], "scale?": [float]}
 
@@ -35,19 +38,40 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
         torch.save(content | {"checksum": _checksum(content)}, stream)
 
 
+def save_model(path: Path, content: dict[str, Any]) -> None:
+    """Write the content of a checkpoint as safetensors: tensors, and the rest as JSON."""
+    from safetensors.torch import save as serialised
+
+    # In an order that depends on names only: the checksum depends on it.
+    parts = {part: dict(sorted(content[part].items())) for part in _PARTS}
+    rest = {key: value for key, value in sorted(content.items()) if key not in _PARTS}
+    rest["checksum"] = _checksum(rest | parts)
+    tensors = {
+        f"{part} {name}": x.contiguous() for part in _PARTS for name, x in parts[part].items()
+    }
+    with atomic_writer(path) as stream:
+        stream.write(serialised(tensors, {"metalearn": json.dumps(rest)}))
+
+
+def _read_model(data: bytes, device: torch.device) -> dict[str, Any]:
+    from safetensors.torch import load as tensors_of
+
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
+    content = parse_json(header["__metadata__"]["metalearn"]) | {part: {} for part in _PARTS}
+    for key, value in sorted(tensors_of(data).items()):
+        part, _, name = key.partition(" ")
+        content[part][name] = value.to(device)
+    return dict(content)
+
+
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint without executing code from it.
+    """Read a checkpoint, or a model as safetensors, without executing code from it.
 
     Raise UserError if the file is missing, corrupt or foreign, or does not match its checksum.
     """
     data = read_bytes(path, _MAX_BYTES)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(one.file_size for one in archive.infolist()) > len(data):
-                raise ValueError("it is compressed")  # it may expand to any size
-        with warnings.catch_warnings():  # about what no checkpoint holds
-            warnings.simplefilter("ignore")
-            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        content = _read_model(data, device) if data[8:9] == b"{" else _read_archive(data, device)
         _check_content(content, 8 * len(data))
     except Exception as error:  # a corrupt file can raise anything
         if is_out_of_memory(error):
@@ -58,13 +82,22 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(
         isinstance(content.get(part), dict)
         and all(isinstance(value, Tensor) for value in content[part].values())
-        for part in ("meta", "fixed")
+        for part in _PARTS
     ):
         raise CorruptCheckpoint(f"{path} is not a checkpoint of metalearn")
     checksum = content.pop("checksum", None)  # runs of early versions have none
     if checksum is not None and checksum != _checksum(content):
         raise CorruptCheckpoint(f"{path} is corrupt: its content does not match its checksum")
     return content
+
+
+def _read_archive(data: bytes, device: torch.device) -> Any:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(one.file_size for one in archive.infolist()) > len(data):
+            raise ValueError("it is compressed")  # it may expand to any size
+    with warnings.catch_warnings():  # about what no checkpoint holds
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
 
 
 def inputs(path: Path) -> tuple[tuple[int, ...] | None, dict[str, list[float]] | None]:

@@ -1,4 +1,4 @@
-"""Test the mean of the predictions of several runs."""
+"""Test the mean of the predictions of several runs, or of several checkpoints of one."""
 
 import dataclasses
 import time
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from metalearn.report import tables
 from metalearn.report.console import print_line
+from metalearn.report.folder import RunFolder
 from metalearn.report.result import hash_of
 from metalearn.run.evaluate import open_request
 from metalearn.run.measure import trained_state
@@ -19,12 +20,22 @@ from metalearn.system.errors import UserError
 def evaluate_ensemble(
     folders: Sequence[Path], overrides: list[str], split: str, console: Console
 ) -> dict[str, Any]:
-    """Test the mean of the predictions of several runs (of classes: of their probabilities).
+    """Test the mean of several predictions (of classes: of their probabilities).
 
-    The result is written into the evaluations of the first run. Arguments, returned value and
-    errors are those of `evaluate`.
+    Of one run, the checkpoints that `checkpoint.keep` kept are averaged. The result is written into
+    the evaluations of the first run. Arguments, returned value and errors are those of `evaluate`.
     """
     start = time.perf_counter()
+    names = [str(folder) for folder in folders]
+    files = [RunFolder(folder).best for folder in folders]
+    if len(folders) == 1:
+        files = RunFolder(folders[0]).all_kept()
+        names = [str(file) for file in files]
+        if len(files) < 2:
+            raise UserError(
+                f"ensemble=true: {folders[0]} has one checkpoint; name several runs, or train with "
+                "checkpoint.keep=5 and validate several times"
+            )
     requests = [open_request(folder, overrides, split) for folder in folders]
     runs = [request.run(request.statistics[0]) for request in requests]
     if not runs[0].family.predicts:
@@ -37,8 +48,9 @@ def evaluate_ensemble(
                 f"ensemble=true: {folder} is tested under a different protocol than {folders[0]} "
                 f"({', '.join(other)}); set these settings for all of them"
             )
-    states = [trained_state(run, folder) for run, folder in zip(runs, folders, strict=True)]
-    names = [str(folder) for folder in folders]
+    if len(folders) == 1:
+        runs, folders = runs * len(files), list(folders) * len(files)
+    states = [trained_state(*member) for member in zip(runs, folders, files, strict=True)]
     label = f"ensemble={len(names)}-{hash_of({'runs': names})[:4]}"
     request = dataclasses.replace(requests[0], variant=[*requests[0].variant, label])
     others = list(zip(runs, states, strict=True))[1:]

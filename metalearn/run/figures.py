@@ -14,9 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from metalearn.algorithms.params import select
 from metalearn.report import plots, tables
 from metalearn.report.console import print_lines
+from metalearn.report.loggers import Example
+from metalearn.report.scores import write_csv
 from metalearn.report.sheets import draw_sheet
 from metalearn.report.tracker import read_rows
 from metalearn.run import loop
@@ -26,6 +27,7 @@ from metalearn.run.evaluate import measure_curve
 from metalearn.run.loop import Tested
 from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
+from metalearn.run.verification import draw_pairs, embedded, roc
 from metalearn.system.atomic import make_writable
 from metalearn.system.errors import UserError, shortened
 from metalearn.tasks.types import State, Task
@@ -76,6 +78,33 @@ def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
     shares = [*(s**2 / (s**2).sum().clamp_min(1e-30)).tolist(), 0.0]
     points = u[:, :2] * s[:2]
     return torch.nn.functional.pad(points, (0, 2 - points.shape[1])), (shares[0], shares[1])
+
+
+def predicted_episode(run: Run, state: State, number: int) -> tuple[Task, list[str], Tensor]:
+    """Return a test episode, the names of its labels, and the predicted labels [Q]."""
+    at = torch.tensor([number])
+    task, classes = run.test.draw(at, 1), run.test.classes(at, 1)
+    names = run.class_names[run.test_split]
+    assert classes is not None
+    chosen = run.test_engine.predictions(state, task).argmax(-1)[0].cpu()
+    return task, [names[one] for one in classes[0].tolist()], chosen
+
+
+def examples(run: Run, state: State, number: int = 0) -> list[Example]:
+    """Return the examples of a test episode and their predictions; [] for tasks without classes."""
+    if run.test.classes(torch.tensor([number]), 1) is None:
+        return []
+    described = Described(run.config, run.test_split)
+    task, names, chosen = predicted_episode(run, state, number)
+    result = []
+    for label, row in enumerate(described.episode(number)):
+        predicted = chosen[task.query.y[0].cpu() == label].tolist()
+        for part, own in row["examples"].items():
+            shown = [names[one] for one in predicted] if part == "query" else [""] * len(own)
+            for content, name in zip(own, shown, strict=True):
+                content = 1 - content if described.is_ink else content
+                result.append(Example(part, row["class"], name, content))
+    return result
 
 
 class Figures:
@@ -176,25 +205,11 @@ class Figures:
         text = "{true} taken for {predicted}: {queries} of {of} queries"
         self.lines += [text.format(**one) for one in pairs[:3]]
 
-    def _episode(self, number: int) -> tuple[Task, list[str], Tensor]:
-        """Return an episode, the names of its labels, and the predicted labels [Q]."""
-        at = torch.tensor([number])
-        task = self.run.test.draw(at, 1)
-        classes, names = self.run.test.classes(at, 1), self.run.class_names[self.run.test_split]
-        assert classes is not None
-        chosen = self.run.test_engine.predictions(self.state, task).argmax(-1)[0].cpu()
-        return task, [names[one] for one in classes[0].tolist()], chosen
-
     def embedding(self, path: Path) -> None:
         """Draw the features of an episode with the median score."""
         number = self.ranking[len(self.ranking) // 2]
-        task, names, chosen = self._episode(number)
-        normalisation, net = self.run.algorithm.normalisation, select(self.state.params, "net")
-        with torch.no_grad():
-            support, reference = normalisation.embed_support(self.state, task.support.x[0])
-            query, _ = normalisation.embed_queries(
-                self.state, net, reference, task.query.x[0], None
-            )
+        task, names, chosen = predicted_episode(self.run, self.state, number)
+        support, query = embedded(self.run, self.state, task)
         points, explained = principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
         plots.draw_embedding(
@@ -208,6 +223,33 @@ class Figures:
             f"episode {number}, {self._right(number)} right: the median",
         )
 
+    def verification(self, path: Path) -> None:
+        """Draw the receiver operating characteristic of pairs, and write their scores as CSV."""
+        self._check_classes()
+        pairs = draw_pairs(self.run, self.state)
+        curve, auc, eer = roc(pairs.score, pairs.same, pairs.episode)
+        scores = path.with_suffix(".csv")
+        write_csv(
+            scores,
+            ("episode", "query", "support", "same", "score"),
+            pairs.rows(self.run.class_names[self.run.test_split]),
+        )
+        area, error = (
+            f"{100 * value:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f})"
+            for value, low, high in (auc, eer)
+        )
+        count = f"{len(pairs.score):,} pairs of {self.run.config.test.episodes:,} episodes"
+        title = f"{self.request.own.name}, {self.request.split} classes: {count}\n"
+        title += f"area under the curve {area}\nequal error rate {error}"
+        plots.draw_roc(curve, eer[0], path, title)
+        self.facts["verification"] = {
+            "auc": auc[0], "auc_ci95": auc[1:], "equal_error_rate": eer[0],
+            "equal_error_rate_ci95": eer[1:], "pairs": len(pairs.score), "scores": str(scores),
+        }  # fmt: skip
+        self.lines.append(
+            f"verification: equal error rate {error}, area under the curve {area}; {scores}"
+        )
+
     def worst(self, path: Path) -> None:
         """Print the worst episodes, and draw their images."""
         described = Described(self.run.config, self.request.split)
@@ -217,7 +259,7 @@ class Figures:
         verdicts: list[list[str]] = []
         self.facts["worst_episodes"] = []
         for number in self.ranking[:most]:
-            task, names, chosen = self._episode(number)
+            task, names, chosen = predicted_episode(self.run, self.state, number)
             heading = f"episode {number}: {self._right(number)} of {len(chosen)} queries"
             sheet.append((heading, []))
             verdicts.append([])
@@ -261,6 +303,7 @@ KINDS: dict[str, Callable[[Figures, Path], None]] = {
     "shots": Figures.shots,
     "confusion": Figures.confusion,
     "embedding": Figures.embedding,
+    "verification": Figures.verification,
     "worst": Figures.worst,
 }
 

@@ -96,6 +96,13 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             nonfinite.check_steps(run, training.meter, folder, tracker.note)
         if run.processes.is_leader:
             checkpoint.save(files.last, training.state_dict(), files.previous)
+            remove_surpassed()
+
+    def remove_surpassed() -> None:
+        # Not before last.pt is saved: a run that is resumed from it needs them again.
+        for file in files.all_kept():
+            if file not in map(files.kept, training.kept):
+                file.unlink()
 
     def save_best() -> None:
         if run.processes.is_leader:
@@ -116,6 +123,11 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         estimate_now = estimate(scores)
         if training.record_validation(estimate_now):
             save_best()
+        if training.step in training.kept and run.processes.is_leader:
+            checkpoint.save(
+                files.kept(training.step),
+                training.tested_state_dict(training.step, training.tested_state, estimate_now),
+            )
         return {
             f"val.{run.metric.name}": estimate_now.mean,
             f"val.{run.metric.name}_ci95": estimate_now.ci95,
@@ -148,6 +160,8 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
 
     if stored is not None and training.best is not None:
         save_best()  # the file may be of a later step, or corrupt
+        if run.processes.is_leader:
+            remove_surpassed()
     with signals.deferred():
         tracker.begin(Probe(training.meter.peek, wait, seconds_per_episode))
         if settings.steps == 0 and training.best is None:

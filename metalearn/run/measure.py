@@ -102,9 +102,9 @@ def result_of(run: Run, score: Estimate, name: str, environment: dict[str, Any])
     )  # fmt: skip
 
 
-def trained_state(run: Run, folder: Path) -> State:
-    """Load the best state of the run in a folder; raise UserError if it does not fit."""
-    content = checkpoint.load(RunFolder(folder).best, run.device)
+def trained_state(run: Run, folder: Path, file: Path | None = None) -> State:
+    """Load the best state of the run in a folder, or that of a file; UserError if it is another."""
+    content = checkpoint.load(file or RunFolder(folder).best, run.device)
     spec = {**dataclasses.asdict(run.spec), **content.get("spec", {})}
     known = dataclasses.replace(run.spec, train_classes=spec["train_classes"])
     expected = run.state if known == run.spec else run.algorithm.init(known, prng.key_of(0))

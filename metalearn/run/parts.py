@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,15 @@ def device_of(name: str) -> torch.device:
 
 
 def data_folder(settings: RunConfig) -> Path:
-    """Return `data_dir`, by default the user's data folder."""
-    return _folder(settings.data_dir, platformdirs.user_data_path)
+    """Return `data_dir`, by default $METALEARN_DATA, which models need, or the user's."""
+    given = settings.data_dir or os.environ.get("METALEARN_DATA")
+    return _folder(given, platformdirs.user_data_path)
 
 
 def cache_folder(settings: RunConfig) -> Path:
-    """Return `cache_dir`, by default the user's cache folder."""
-    return _folder(settings.cache_dir, platformdirs.user_cache_path)
+    """Return `cache_dir`, by default $METALEARN_CACHE, or the user's cache folder."""
+    given = settings.cache_dir or os.environ.get("METALEARN_CACHE")
+    return _folder(given, platformdirs.user_cache_path)
 
 
 def _folder(path: str | None, default: Callable[..., Path]) -> Path:

@@ -46,6 +46,7 @@ class Training:
         engine: The engine of the next step; a different object when the method enters a new stage.
         average: The moving average of the state with `train.ema`; else None.
         best: The best state by validation so far.
+        kept: Step and score of the best `checkpoint.keep` validations; {} if only one is kept.
         meter: Metrics since the last row.
         row: The row of this step while its validation is under way; None otherwise.
         reads_host: Whether values may be read on the host, which is free on a CPU.
@@ -74,6 +75,7 @@ class Training:
         self.engine, self._replays = run.train_engine, Replays(lambda text: self.note(text))
         self._enter_stage()
         self.best: Best | None = None
+        self.kept: dict[int, float] = {}
         self.meter = Meter(run.device)
         self.row: dict[str, Any] | None = None
 
@@ -236,6 +238,11 @@ class Training:
 
     def record_validation(self, estimate: Estimate) -> bool:
         """Record a validation score. Return True if it is the best so far."""
+        if (most := self._run.config.checkpoint.keep) > 1:
+            scores = {**self.kept, self.step: estimate.mean}
+            sign = -1 if self._run.metric.higher_is_better else 1
+            order = sorted(scores, key=lambda step: (sign * scores[step], step))
+            self.kept = {step: scores[step] for step in order[:most]}
         if self.best is not None and not self._run.metric.better(
             estimate.mean, self.best.estimate.mean
         ):
@@ -255,6 +262,7 @@ class Training:
             "row": self.row,
             "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
+            **({"kept": self.kept} if self.kept else {}),
             **({"average": _parts(self.average)} if self.average else {}),
             **({"class_errors": hard.errors} if hard else {}),
         }
@@ -262,9 +270,11 @@ class Training:
     def best_state_dict(self) -> dict[str, Any]:
         """Return the best state, as tensors and plain data."""
         assert self.best is not None
-        return self._weights(self.best.step, self.best.state) | {
-            "val": dataclasses.asdict(self.best.estimate)
-        }
+        return self.tested_state_dict(self.best.step, self.best.state, self.best.estimate)
+
+    def tested_state_dict(self, step: int, state: State, score: Estimate) -> dict[str, Any]:
+        """Return a validated state, as tensors and plain data."""
+        return self._weights(step, state) | {"val": dataclasses.asdict(score)}
 
     def _weights(self, step: int, state: State) -> dict[str, Any]:
         return {
@@ -315,6 +325,7 @@ class Training:
             if best is not None:
                 own = pytree.tree_map(lambda x: x.to(device), (best["meta"], best["fixed"]))
                 self.best = Best(Estimate(**best["val"]), best["step"], State(*own), best["since"])
+            self.kept = dict(content.get("kept", {}))
             self.step = content["step"]
             self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0

@@ -29,6 +29,7 @@ from metalearn.run import checkpoint, loop
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.evaluate import evaluate_several
+from metalearn.run.figures import examples
 from metalearn.run.measure import measure, result_of
 from metalearn.run.other_data import check_targets
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
@@ -118,7 +119,8 @@ def train(
                 **({"notes": list(run.notes)} if run.notes else {}),
             }
             if is_tested:
-                tracker.finish(result, tables.result_table([tables.result_row(name, result)]))
+                table = tables.result_table([tables.result_row(name, result)])
+                tracker.finish(result, table, lambda: examples(run, fitted.state))
             if not files.is_started:  # the folder was removed, and perhaps made again
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files.config))
             # Last: result.json marks the run as finished.

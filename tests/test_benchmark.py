@@ -1,0 +1,59 @@
+"""scripts/benchmark.py and scripts/results.py: the table of gates and the log of tests."""
+
+import json
+
+import pytest
+import results
+
+
+def run(experiment, budget, seed, mean):
+    """Return the content of a result file."""
+    result = {
+        "name": "maml omniglot", "seed": seed, "seconds": 1800.0, "protocol_id": "p",
+        "test": {"accuracy": {"mean": mean, "ci95": 0.002, "episodes": 10_000}},
+        "protocol": {"sampler": 2}, "environment": {"commit": "c", "hardware": "a CPU"},
+    }  # fmt: skip
+    return {"result": result, "reproduction": {"experiment": experiment, "budget": budget}}
+
+
+def row(*runs):
+    rows = {one["gate"]: one for one in results.gate_rows(list(runs))}
+    return rows["`maml_omniglot_5w1s`"]
+
+
+def test_gate_is_judged_by_the_mean_over_seeds():
+    # Published: 98.7 ± 0.4, so the mean must reach 97.8.
+    one = run("maml_omniglot_5w1s", "day", 0, 0.9770)
+    assert row(one)["verdict"] == "FAIL" and row(one)["over seeds"] == ""
+    both = row(one, run("maml_omniglot_5w1s", "day", 1, 0.9792))
+    assert (both["verdict"], both["seeds"], both["hours"]) == ("PASS", "0, 1", "1.00")
+    assert both["here"] == "97.81% ± 0.20%"
+    assert both["over seeds"] == "± 1.40%"  # t with one degree of freedom: 12.71 * 0.11
+
+
+def test_smaller_budgets_have_no_verdict_and_do_not_count():
+    quick = run("maml_omniglot_5w1s", "quick", 0, 0.99)
+    assert row(quick)["verdict"] == row()["verdict"] == "not run"
+    shown = row(quick, run("maml_omniglot_5w1s", "day", 0, 0.9))
+    assert (shown["verdict"], shown["here"], shown["budget"]) == ("FAIL", "90.00% ± 0.20%", "day")
+    assert row()["command"] == "`metalearn reproduce maml_omniglot_5w1s budget=day`"
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_every_test_of_a_gate_is_logged_once(split, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_RESULTS", tmp_path / "results")
+    folder = tmp_path / "run"
+    (folder / "evaluations").mkdir(parents=True)
+    content = run("maml_omniglot_5w1s", "day", 0, 0.98)
+    again = {**content["result"], "overrides": ["episode.shot=5"], "split": split}
+    (folder / "result.json").write_text(json.dumps({**content["result"], "command": "c"}))
+    (folder / "evaluations/p.json").write_text(json.dumps(again))
+    (folder / "reproduction.json").write_text(json.dumps(content["reproduction"]))
+    for _ in range(2):
+        results.collect(folder, measured=False)
+    content["result"]["seconds"] = 900.0  # trained and tested again
+    (folder / "result.json").write_text(json.dumps({**content["result"], "command": "c"}))
+    results.collect(folder, measured=False)
+    lines = [json.loads(line) for line in (tmp_path / "results/tests.jsonl").open()]
+    assert [line["seconds"] for line in lines] == [1800.0, *[1800.0] * (split == "test"), 900.0]
+    assert {line["experiment"] for line in lines} == {"maml_omniglot_5w1s"}
