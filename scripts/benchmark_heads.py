@@ -1,21 +1,26 @@
 """Compare heads on the same features: seconds, and accuracy with balanced and unbalanced queries.
 
 python scripts/benchmark_heads.py [threads=1]
-python scripts/benchmark_heads.py cifar100=<folder> [threads=1] [key=value …]
+python scripts/benchmark_heads.py cifar100=<folder> [threads=1 meta=500 frozen=100] [key=value …]
 
 The first command measures CPU seconds: predictions of 1,000 tasks on features of 640 numbers,
 batched over tasks as in a test, and how well they agree with a loop over tasks. The second measures
-accuracy on CIFAR-FS: SimpleShot trains a backbone and keeps the mean of its training features;
-every head is tested on these features and on those of frozen EfficientNet-Lite0, on the same
+accuracy on CIFAR-FS: SimpleShot trains a backbone and keeps the mean of its training features; the
+heads without weights are tested on these features, and on those of frozen EfficientNet-Lite0. The
+heads with weights are meta-trained with the backbone from there, for `meta` steps of one 20-way
+1-shot episode. With the frozen backbone, every training has `frozen` steps. All tests use the same
 episodes, with balanced and with unbalanced queries. `key=value` are overrides of the runs, such as
-train.steps=500 test.episodes=200 backbone=resnet12. Runs are in outputs/benchmark/heads/; finished
-ones are not repeated. Each command writes its part of benchmarks/heads.json, and heads.md.
+train.steps=500 test.episodes=200 backbone=resnet12; those of the backbone are not for the frozen
+one. Runs and scores are in outputs/benchmark/heads/; finished ones are not repeated. Each command
+writes its part of benchmarks/heads.json, and heads.md.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ from metalearn.report.environment import describe_environment
 from metalearn.report.progress import SILENT
 from metalearn.report.stats import Difference, estimate, paired_difference
 from metalearn.report.tables import format_difference, format_interval
-from metalearn.run import features
+from metalearn.run import features, loop
 from metalearn.run.build import build
 from metalearn.run.measure import trained_state
 from metalearn.run.parts import algorithm_of
@@ -42,7 +47,7 @@ from metalearn.tasks.ranges import parts_of
 from metalearn.tasks.types import State, Task
 
 _RUNS = Path("outputs/benchmark/heads")
-#: Overrides of each head; the first two are inductive.
+#: Heads without weights of their own, and their overrides; the first two are inductive.
 _HEADS: dict[str, list[str]] = {
     "simple_shot": [],
     "rfs": [],
@@ -52,17 +57,15 @@ _HEADS: dict[str, list[str]] = {
     "tim": [],
     "pt_map": [],
 }
+#: Heads that are meta-trained from the backbone of SimpleShot.
+_META = ("meta_baseline", "feat", "frn", "metaopt_svm")
 #: Heads that assume classes of equal frequency among the queries.
 _BALANCED = ("tim", "pt_map")
-_BACKBONES = {
-    "trained": [],
-    "frozen EfficientNet-Lite0": [
-        "backbone=efficientnet_lite0", "train.steps=100", "train.lr=0.001", "val.every=100",
-        "val.episodes=10",
-    ],
-}  # fmt: skip
+_TRAINED, _FROZEN = "trained", "frozen EfficientNet-Lite0"
 #: Parameter of the Dirichlet distribution of unbalanced queries (Veilleux et al. 2021).
 _DIRICHLET = 2
+#: Training steps of the heads with weights, and of every head on frozen features.
+_STEPS = {"meta": "500", "frozen": "100"}
 _TASKS = 1000
 _BATCH = 32
 _NO_NET = ["dataset=gaussians", "backbone.hidden=[]", "backbone.normalisation=none", "device=cpu"]
@@ -116,18 +119,55 @@ def speed(name: str, shot: int) -> dict[str, Any]:
     }
 
 
-def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
-    """Train SimpleShot's backbone, then test every head on its features of the same episodes."""
-    words = ["algo=simple_shot", "dataset=cifar_fs", f"dataset.path={cifar100}", "episode=5w1s"]
-    words += [*more, *_BACKBONES[backbone]]
-    folder = _RUNS / backbone.replace(" ", "_").lower()
-    trained = run_in(folder, words, [])
-    content: dict[str, Any] = {
-        "run": {"overrides": words, "test": trained["test"]},
-        "tests": {},
-    }
+def stored(file: Path, key: list[str], compute: Callable[[], Tensor]) -> Tensor:
+    """Return the scores in a file, [E]; compute and write them first if its key is different."""
+    own = json.loads(file.read_text()) if file.exists() else {}
+    if own.get("key") != key:
+        own = {"key": key, "scores": compute().tolist()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, own)
+    return torch.tensor(own["scores"])
+
+
+def shared_scores(name: str, words: list[str], folder: Path) -> Tensor:
+    """Test a head without weights on the features of SimpleShot's run."""
+    run = build(settings(words), "test")
+    state = trained_state(run, folder)
+    parts = parts_of(run.test, 0, run.config.test.episodes, _BATCH)
+    base, source = features.with_features(run, run.test_engine, run.test, state, parts, SILENT)
+    algorithm = dataclasses.replace(head(name), backbone=base.algorithm.backbone)
+    engine = Engine(algorithm, "auto", _BATCH).resolve(source.draw(0, 1), _BATCH, False)
+    return torch.cat([engine.scores(state, source.draw(*part)) for part in parts])
+
+
+def meta_scores(words: list[str], folder: Path) -> Tensor:
+    """Test a meta-trained head."""
+    run = build(settings(words), "test")
+    return loop.test(run, trained_state(run, folder), None).scores
+
+
+def accuracy(cifar100: Path, backbone: str, more: list[str], meta: int, frozen: int) -> Any:
+    """Train SimpleShot's backbone, then test every head on the same episodes."""
+    # The overrides of `more` are later than the script's own, except the number of steps.
+    own, steps = [], []
+    if backbone == _FROZEN:
+        own = ["backbone=efficientnet_lite0", "train.lr=0.001", "val.episodes=10"]
+        more = [word for word in more if not word.startswith(("backbone", "train.steps="))]
+        steps = [f"train.steps={frozen}", f"val.every={frozen}"]
+    shared = ["dataset=cifar_fs", f"dataset.path={cifar100}", "episode=5w1s", *own, *more]
+    top = _RUNS / backbone.replace(" ", "_").lower()
+    first = top / "simple_shot"
+    words = {"simple_shot": ["algo=simple_shot", *shared, *steps]}
+    trained = {"simple_shot": run_in(first, words["simple_shot"], [])}
+    from_there = [f"train.start={first}", "train.lr=0.0002"] if backbone == _TRAINED else []
+    from_there += steps or [f"train.steps={meta}", f"val.every={meta}"]
+    for name in _META:
+        words[name] = [f"algo={name}", *shared, *from_there]
+        trained[name] = run_in(top / name, words[name], [])
+    tests: dict[str, Any] = {}
     for shot in (1, 5):
         for dirichlet in (0, _DIRICHLET):
+<<<<<<< HEAD
             shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
             run = build(settings([*words, *shape]), "test")
             state, episodes = trained_state(run, folder), run.config.test.episodes
@@ -142,18 +182,40 @@ def accuracy(cifar100: Path, backbone: str, more: list[str]) -> dict[str, Any]:
                 scores[name] = torch.cat(
                     [engine.scores(state, source.draw(*part)) for part in parts]
                 )
+=======
+>>>>>>> methods20
             title = f"5w{shot}s, {'unbalanced' if dirichlet else 'balanced'}"
-            content["tests"][title] = {
+            shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
+            scores = {}
+            for name in (*_HEADS, *_META):
+                key = [*words.get(name, words["simple_shot"]), *shape]
+                folder = top / (name if name in words else "simple_shot")
+                test = functools.partial(meta_scores, key, folder)
+                if name in _HEADS:
+                    test = functools.partial(shared_scores, name, key, folder)
+                key = [
+                    *key,
+                    *_HEADS.get(name, []),
+                    *(str(run["steps"]) for run in trained.values()),
+                ]
+                scores[name] = stored(top / "scores" / f"{title}, {name}.json", key, test)
+            tests[title] = {
                 name: {
-                    **dataclasses.asdict(estimate(own)),
+                    **dataclasses.asdict(estimate(values)),
                     "minus simple_shot": dataclasses.asdict(
-                        paired_difference(own, scores["simple_shot"])
+                        paired_difference(values, scores["simple_shot"])
                     ),
                 }
-                for name, own in scores.items()
+                for name, values in scores.items()
             }
-            print(backbone, title, {n: round(float(s.mean()), 4) for n, s in scores.items()})
-    return content
+            print(
+                backbone,
+                title,
+                {n: round(float(s.mean()), 4) for n, s in scores.items()},
+                flush=True,
+            )
+    runs = {n: {"overrides": words[n], "test": trained[n]["test"]} for n in words}
+    return {"runs": runs, "tests": tests}
 
 
 def write(part: str, values: dict[str, Any]) -> None:
@@ -187,8 +249,14 @@ def write(part: str, values: dict[str, Any]) -> None:
             "probability.", "", *tables.markdown_table(rows), "", _about(speeds), "",
         ]  # fmt: skip
     for backbone, own in content.get("accuracy", {}).get("backbones", {}).items():
-        words = [one for one in own["run"]["overrides"] if not one.startswith("dataset.path=")]
-        lines += [f"## CIFAR-FS, {backbone}", "", f"`metalearn train {' '.join(words)}`", ""]
+        lines += [f"## CIFAR-FS, {backbone}", ""]
+        if backbone == _FROZEN:
+            lines += ["Classes of CIFAR overlap those of ImageNet, which this network knows.", ""]
+        lines += ["```sh"]
+        for one in own["runs"].values():
+            words = [word for word in one["overrides"] if not word.startswith("dataset.path=")]
+            lines += [f"metalearn train {' '.join(words)}"]
+        lines += ["```", ""]
         for title, heads in own["tests"].items():
             table = [
                 {
@@ -220,8 +288,9 @@ def main() -> None:
     options = dict(arg.partition("=")[::2] for arg in sys.argv[1:])
     shown = [f"{k}=<folder>" if k == "cifar100" else f"{k}={v}" for k, v in options.items()]
     cifar100, threads = options.pop("cifar100", None), int(options.pop("threads", "1"))
+    meta, frozen = (int(options.pop(key, default)) for key, default in _STEPS.items())
     torch.set_num_threads(threads)
-    more = [f"{key}={value}" for key, value in options.items()]
+    more = [f"engine.threads={threads}", *(f"{key}={value}" for key, value in options.items())]
     values: dict[str, Any] = {
         "command": " ".join(["python scripts/benchmark_heads.py", *shown]),
         "environment": describe_environment("cpu"),
@@ -234,8 +303,9 @@ def main() -> None:
         write("seconds", values)
         return
     values["backbones"] = {}
-    for backbone in _BACKBONES:
-        values["backbones"][backbone] = accuracy(Path(cifar100).resolve(), backbone, more)
+    for backbone in (_TRAINED, _FROZEN):
+        folder = Path(cifar100).resolve()
+        values["backbones"][backbone] = accuracy(folder, backbone, more, meta, frozen)
         write("accuracy", values)
 
 

@@ -34,16 +34,20 @@ _POINTS = (1, 2, 3, 5, 7, 10, 15, 20)
 
 def points_curve(folder: Path, more: list[str]) -> list[tuple[float, float, float]]:
     """Evaluate a run with each number of points; return (points, mean, ci95) of the error."""
-    at = f"at={','.join(map(str, _POINTS))}"
     devices = [word for word in more if word.startswith(("device=", "test.episodes="))]
-    command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=shot", at]
-    subprocess.run([*command, *devices], check=True, stdout=subprocess.DEVNULL)
-    with next((folder / "evaluations").glob("*_shot_curve.csv")).open() as file:
-        return [
-            (float(row["shot"]), float(row["mean"]), float(row["ci95"]))
-            for row in csv.DictReader(file)
-            if float(row["mean"]) < _DIVERGED  # false also for NaN
-        ]
+    command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=shot"]
+    rows = []
+    for points in _POINTS:
+        for old in (folder / "evaluations").glob("*_shot_curve.csv"):
+            old.unlink()
+        done = subprocess.run([*command, f"at={points}", *devices], stdout=subprocess.DEVNULL)
+        if done.returncode == 1:  # predictions are not finite: diverged
+            continue
+        done.check_returncode()
+        with next((folder / "evaluations").glob("*_shot_curve.csv")).open() as file:
+            rows += csv.DictReader(file)
+    every = [(float(row["shot"]), float(row["mean"]), float(row["ci95"])) for row in rows]
+    return [one for one in every if one[1] < _DIVERGED]  # false also for NaN
 
 
 def main() -> None:

@@ -1,13 +1,18 @@
-"""Count the lines to read before extending metalearn and write the table of docs/extending.md.
+"""Count the lines to read before extending metalearn, and those of methods added to it.
 
 python scripts/reading.py
 
-Counts the relevant sections of docs/extending.md and every line of the files that it builds on.
+Writes the tables of docs/extending.md. The first counts the relevant sections of the page and every
+line of the files that it builds on. The second counts lines of code, without docstrings, comments
+and blank lines, and lists the files that the commits of these methods changed.
 """
 
+import ast
 import re
+import statistics
+import subprocess
 
-from pages import ROOT, fill
+from pages import ROOT, fill, wrap
 
 _PAGE = ROOT / "docs/extending.md"
 _DATASET = ROOT / "docs/add-dataset.md"
@@ -45,6 +50,12 @@ LIMITS = {
     "a method with unlabelled examples": 350,
     "a dataset": 200,
 }
+#: Methods that were added to a complete metalearn, each in a file of its own.
+_ADDED = [
+    "bd_cspn", "calibration", "cavia", "feat", "frn", "hallucinate", "in_context",
+    "laplacian_shot", "lora", "meta_baseline", "meta_curvature", "meta_lstm", "metaopt_svm",
+    "pt_map", "simclr", "simple_shot", "snail", "soft_kmeans", "tim", "transductive_finetune",
+]  # fmt: skip
 
 
 def _section(title: str) -> int:
@@ -69,8 +80,64 @@ def lines(kind: str) -> int:
     return sum(parts(kind).values())
 
 
+def code_lines(method: str) -> int:
+    """Return the number of lines of code of a method's file."""
+    text = (ROOT / f"metalearn/algorithms/{method}.py").read_text()
+    other = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            own = node.body[0]
+            other |= set(range(own.lineno, (own.end_lineno or own.lineno) + 1))
+    rows = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(row) and row[0] != "#" and number not in other for number, row in rows)
+
+
+def _git(*words: str) -> list[str]:
+    """Return the lines that a git command prints."""
+    return subprocess.check_output(["git", *words], cwd=ROOT, text=True).splitlines()
+
+
+def naming() -> list[str]:
+    """Return the files of metalearn outside algorithms/ that name an added method's class."""
+    texts = (ROOT / f"conf/algo/{method}.yaml" for method in _ADDED)
+    classes = [re.findall(r"_target_: .*\.(\w+)", path.read_text())[0] for path in texts]
+    pattern = re.compile(rf"\b({'|'.join(classes)})\b")
+    files = sorted((ROOT / "metalearn").rglob("*.py"))
+    own = ROOT / "metalearn/algorithms"
+    return [
+        file.name for file in files if own not in file.parents and pattern.search(file.read_text())
+    ]
+
+
+def methods() -> list[str]:
+    """Return the table of the methods that were added, one row for each commit that added some."""
+    together: dict[str, list[str]] = {}
+    for method in _ADDED:
+        file = f"conf/algo/{method}.yaml"
+        commits = _git("log", "--diff-filter=A", "--format=%h", "--", file)
+        together.setdefault(commits[-1], []).append(method)
+    count = {method: code_lines(method) for method in _ADDED}
+    text = (
+        f"{len(count)} methods were added to metalearn, with {min(count.values())} to "
+        f"{max(count.values())} lines of code each, median {statistics.median(count.values()):g}. "
+        f"Files outside algorithms/ that name one of them: {', '.join(naming()) or 'none'}. The "
+        "commits that added them also changed these files of metalearn, for what their methods "
+        "share or for something else:"
+    )
+    head = "| methods (lines of code) | commit | other files that it changed |"
+    lines = [*wrap([text]), "", head, "| --- | --- | --- |"]
+    for commit, own in together.items():
+        changed = _git("show", "--diff-filter=M", "--name-only", "--format=", commit, "metalearn")
+        files = [name.removeprefix("metalearn/") for name in changed if name.endswith(".py")]
+        names = ", ".join(f"{method} {count[method]}" for method in own)
+        lines.append(f"| {names} | {commit} | {', '.join(files) or 'none'} |")
+    return lines
+
+
 def main() -> None:
-    """Write the table of docs/extending.md."""
+    """Write the tables of docs/extending.md."""
     head = [
         "to add",
         "lines to read",
@@ -92,6 +159,7 @@ def main() -> None:
         "| its section below | | none |"
     )
     fill(_PAGE, "reading: written by scripts/reading.py", table)
+    fill(_PAGE, "methods: written by scripts/reading.py", methods())
 
 
 if __name__ == "__main__":

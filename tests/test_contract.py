@@ -39,6 +39,7 @@ FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
     "pt_map": (("steps", 5), ("iterations", 20)),
     "tim": (("steps", 20),),
     "snail": (("filters", 16), ("keys", [16, 16, 16]), ("values", [16, 16, 16])),
+    "meta_lstm": (("hidden", 5), ("input_bias", -1.0)),
     "imaml": (("inner_steps", 5), ("test_inner_steps", 5), ("cg_steps", 2)),
 }
 

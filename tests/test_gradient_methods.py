@@ -1,6 +1,7 @@
 """Check gradient-based methods against closed forms or independent computations, in float64."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.func import grad, hessian
 from metalearn.algorithms.imaml import IMAML, conjugate_gradients
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.maml_pp import MAMLPlusPlus
+from metalearn.algorithms.meta_lstm import MetaLSTM
 from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.params import select
 from metalearn.algorithms.proto_maml import ProtoMAML
@@ -312,3 +314,62 @@ def test_adaptation_uses_the_stored_statistics_of_a_frozen_backbone(method, sett
         expected = gradients(bare, head_state, embedded)
         actual = gradients(frozen, state, task)
         torch.testing.assert_close({name: actual[name] for name in expected}, expected)
+
+
+def test_meta_lstm_updates_each_weight_with_its_own_gates():
+    steps, hidden = 3, 4
+    algorithm = MetaLSTM(
+        **COMMON, hidden=hidden, inner_steps=steps, test_inner_steps=steps, input_bias=-1.0,
+        forget_bias=2.0,
+    )  # fmt: skip
+    task, state = make_task(), init_state(algorithm)
+    params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
+    meta = select(params, "meta")
+
+    def preprocessed(x):
+        if abs(x) >= math.exp(-10):
+            return [math.log(abs(x)) / 10, math.copysign(1, x)]
+        return [-1.0, math.exp(10) * x]
+
+    def lstm(x, h, c):
+        gates = meta["lstm.input"] @ x + meta["lstm.recurrent"] @ h + meta["lstm.bias"]
+        i, f, g, o = gates.chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def gate(name, h, theta, before):
+        inputs = torch.cat([h, theta[None], before[None]])
+        return (meta[f"{name}.weight"] @ inputs + meta[f"{name}.bias"]).sigmoid()
+
+    theta = {name: value for name, value in params.items() if not name.startswith("meta.")}
+    zero = torch.zeros((), dtype=torch.float64)
+    memory = {
+        (name, place): (zero.expand(hidden), zero.expand(hidden), zero, zero)
+        for name, value in theta.items()
+        for place in range(value.numel())
+    }
+    for _ in range(steps):
+        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        loss = F.cross_entropy(network(leaves, task.support.x), task.support.y)
+        support = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        updated = {}
+        for name, value in theta.items():
+            places = []
+            for place, (one, g) in enumerate(
+                zip(value.flatten(), support[name].flatten(), strict=True)
+            ):
+                h, c, i, f = memory[name, place]
+                x = torch.tensor(preprocessed(loss.item()) + preprocessed(g.item())).double()
+                h, c = lstm(x, h, c)
+                i, f = gate("input", h, one, i), gate("forget", h, one, f)
+                memory[name, place] = (h, c, i, f)
+                places.append(f * one - i * g)
+            updated[name] = torch.stack(places).view(value.shape)
+        theta = updated
+    prediction = network(theta, task.query.x)
+    torch.testing.assert_close(
+        predictions(algorithm, state, task), prediction.detach(), rtol=1e-6, atol=1e-7
+    )
+    F.cross_entropy(prediction, task.query.y).backward()
+    for name, value in gradients(algorithm, state, task).items():
+        torch.testing.assert_close(value, params[name].grad, rtol=1e-5, atol=1e-8)

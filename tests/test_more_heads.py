@@ -81,12 +81,15 @@ def test_feat_adapts_class_means_and_contrasts_classes():
     assert all(x.abs().max() > 0 for x in gradients(algorithm, state, task).values())
 
 
-def test_frn_reconstructs_feature_maps_by_ridge_regression():
+@pytest.mark.parametrize(
+    ("channels", "most"), [(3, None), (3, 2), (30, 64)]
+)  # 30: more channels than the 24 positions of the support set
+def test_frn_reconstructs_feature_maps_by_ridge_regression(channels, most):
     conv4 = Conv4(
-        filters=3, blocks=1, halvings=0, downsample="pool", output="flatten",
+        filters=channels, blocks=1, halvings=0, downsample="pool", output="flatten",
         normalisation="none", activation="tanh", eps=1e-5,
     )  # fmt: skip
-    algorithm = FRN(**COMMON | {"backbone": conv4}, scale=2.0, auxiliary=0.5)
+    algorithm = FRN(**COMMON | {"backbone": conv4}, scale=2.0, auxiliary=0.5, most_channels=most)
     task = make_task(features=8)
     parts: Any = [
         dataclasses.replace(part, x=part.x.view(-1, 2, 2, 2)) for part in (task.support, task.query)
@@ -94,8 +97,9 @@ def test_frn_reconstructs_feature_maps_by_ridge_regression():
     task = Task(parts[0], parts[1], KEY)
     state = changed(to_float64(algorithm.init(Spec((2, 2, 2), 3, 0, "class"), prng.key_of(0))))
     net = {n.removeprefix("net."): x for n, x in state.params.items() if n.startswith("net.")}
-    s, q = (conv4.embed(net, part.x)[0].view(-1, 3, 4) for part in parts)
-    penalty = 2 * 4 / 3 * float(state.params["head.alpha"].exp()) + 1e-6
+    divisor = channels**0.5 if most == 2 else 1
+    s, q = (conv4.embed(net, part.x)[0].view(-1, channels, 4) / divisor for part in parts)
+    penalty = 2 * 4 / channels * float(state.params["head.alpha"].exp()) + 1e-6
     rho, scale = (float(state.params[f"head.{name}"].exp()) for name in ("beta", "log_scale"))
     expected = torch.empty(12, 3).double()
     pools = [torch.cat([x.T for x in s[task.support.y == n]]) for n in range(3)]

@@ -89,8 +89,9 @@ class InContext(EmbeddingAlgorithm):
 
     def compare(self, weights: Params, learned: Context, z: Tensor) -> Tensor:
         head = select(weights, "head")
-        queries = torch.cat([z, head["unknown"].expand(len(z), -1)], -1) @ head["token"].T
-        examples = (learned.examples @ head["token"].T).expand(len(z), -1, -1)
+        count = z.shape[0]  # len(z) would be a constant of an exported graph
+        queries = torch.cat([z, head["unknown"].expand(count, -1)], -1) @ head["token"].T
+        examples = (learned.examples @ head["token"].T).expand(count, -1, -1)
         tokens = torch.cat([queries[:, None], examples], 1)
         seen = transformer(head, tokens, self.layers, self.heads, self.backbone.eps)[:, 0]
         return seen @ head["output"][learned.outputs].T

@@ -7,10 +7,11 @@ from metalearn.tasks import prng
 from metalearn.tasks.types import Params
 
 
-def init_lstm(key: Tensor, size: int, hidden: int) -> Params:
+def init_lstm(key: Tensor, size: int, hidden: int, inputs: int | None = None) -> Params:
     """Create the weights of an LSTM cell of `size` features, uniform in +-1 / sqrt(size).
 
-    The recurrent input is [B, hidden]. Forget gates start open (bias 1; Jozefowicz et al. 2015).
+    The input is [B, inputs], or [B, size]; the recurrent input is [B, hidden]. Forget gates start
+    open (bias 1; Jozefowicz et al. 2015).
     """
     bound = size**-0.5
 
@@ -19,7 +20,7 @@ def init_lstm(key: Tensor, size: int, hidden: int) -> Params:
 
     bias = torch.zeros(4 * size, device=key.device)
     bias[size : 2 * size] = 1
-    return {"input": uniform(0, size), "recurrent": uniform(1, hidden), "bias": bias}
+    return {"input": uniform(0, inputs or size), "recurrent": uniform(1, hidden), "bias": bias}
 
 
 def lstm_cell(weights: Params, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.func import grad, vmap
 from metalearn.algorithms.embedding import EmbeddingAlgorithm
 from metalearn.algorithms.geometry import cosine
 from metalearn.algorithms.params import select
+from metalearn.algorithms.preprocessing import size_and_sign
 from metalearn.backbones.layers import init_weight
 from metalearn.config.fields import at_least
 from metalearn.tasks import prng
@@ -90,12 +91,8 @@ class MetaNet(EmbeddingAlgorithm):
         """Compute fast weights from a gradient of the same shape, coordinate by coordinate."""
         if not self.second_order:
             gradient = gradient.detach()
-        # log |g| / p and the sign of g where |g| >= exp(-p); else -1 and exp(p) g
-        # (Andrychowicz et al. 2016, A).
-        large = gradient.abs() >= torch.e**-_P
-        size = torch.where(large, gradient.abs().clamp_min(torch.e**-_P).log() / _P, -1.0)
-        sign = torch.where(large, gradient.sign(), gradient * torch.e**_P)
-        hidden = F.linear(torch.stack([size, sign], -1), weights["in"], weights["in_bias"]).relu()
+        inputs = size_and_sign(gradient, _P)
+        hidden = F.linear(inputs, weights["in"], weights["in_bias"]).relu()
         return F.linear(hidden, weights["out"]).squeeze(-1)
 
     def learn(self, weights: Params, z: Tensor, support: Support, key: Tensor) -> Memory:
