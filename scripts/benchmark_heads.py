@@ -134,7 +134,9 @@ def shared_scores(name: str, words: list[str], folder: Path) -> Tensor:
     run = build(settings(words), "test")
     state = trained_state(run, folder)
     parts = parts_of(run.test, 0, run.config.test.episodes, _BATCH)
-    base, source = features.with_features(run, run.test_engine, run.test, state, parts, SILENT)
+    base, source = features.with_features(
+        run, run.test_engine, run.test, state, parts, SILENT, _BATCH
+    )
     algorithm = dataclasses.replace(head(name), backbone=base.algorithm.backbone)
     engine = Engine(algorithm, "auto", _BATCH).resolve(source.draw(0, 1), _BATCH, False)
     return torch.cat([engine.scores(state, source.draw(*part)) for part in parts])
@@ -167,23 +169,6 @@ def accuracy(cifar100: Path, backbone: str, more: list[str], meta: int, frozen: 
     tests: dict[str, Any] = {}
     for shot in (1, 5):
         for dirichlet in (0, _DIRICHLET):
-<<<<<<< HEAD
-            shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
-            run = build(settings([*words, *shape]), "test")
-            state, episodes = trained_state(run, folder), run.config.test.episodes
-            parts = parts_of(run.test, 0, episodes, _BATCH)
-            base, source = features.with_features(
-                run, run.test_engine, run.test, state, parts, SILENT, _BATCH
-            )
-            scores = {}
-            for name in _HEADS:
-                algorithm = dataclasses.replace(head(name), backbone=base.algorithm.backbone)
-                engine = Engine(algorithm, "auto", _BATCH).resolve(source.draw(0, 1), _BATCH, False)
-                scores[name] = torch.cat(
-                    [engine.scores(state, source.draw(*part)) for part in parts]
-                )
-=======
->>>>>>> methods20
             title = f"5w{shot}s, {'unbalanced' if dirichlet else 'balanced'}"
             shape = [f"episode.shot={shot}", f"episode.dirichlet={dirichlet}"]
             scores = {}

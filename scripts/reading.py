@@ -10,7 +10,6 @@ and blank lines, and lists the files that the commits of these methods changed.
 import ast
 import re
 import statistics
-import subprocess
 
 from pages import ROOT, fill, wrap
 
@@ -94,11 +93,6 @@ def code_lines(method: str) -> int:
     return sum(bool(row) and row[0] != "#" and number not in other for number, row in rows)
 
 
-def _git(*words: str) -> list[str]:
-    """Return the lines that a git command prints."""
-    return subprocess.check_output(["git", *words], cwd=ROOT, text=True).splitlines()
-
-
 def naming() -> list[str]:
     """Return the files of metalearn outside algorithms/ that name an added method's class."""
     texts = (ROOT / f"conf/algo/{method}.yaml" for method in _ADDED)
@@ -112,28 +106,16 @@ def naming() -> list[str]:
 
 
 def methods() -> list[str]:
-    """Return the table of the methods that were added, one row for each commit that added some."""
-    together: dict[str, list[str]] = {}
-    for method in _ADDED:
-        file = f"conf/algo/{method}.yaml"
-        commits = _git("log", "--diff-filter=A", "--format=%h", "--", file)
-        together.setdefault(commits[-1], []).append(method)
+    """Return a paragraph on the lines of code of the methods that were added."""
     count = {method: code_lines(method) for method in _ADDED}
+    each = ", ".join(f"{method} {number}" for method, number in count.items())
     text = (
         f"{len(count)} methods were added to metalearn, with {min(count.values())} to "
-        f"{max(count.values())} lines of code each, median {statistics.median(count.values()):g}. "
-        f"Files outside algorithms/ that name one of them: {', '.join(naming()) or 'none'}. The "
-        "commits that added them also changed these files of metalearn, for what their methods "
-        "share or for something else:"
+        f"{max(count.values())} lines of code each, median {statistics.median(count.values()):g} "
+        f"({each}). Files outside algorithms/ that name one of them: "
+        f"{', '.join(naming()) or 'none'}."
     )
-    head = "| methods (lines of code) | commit | other files that it changed |"
-    lines = [*wrap([text]), "", head, "| --- | --- | --- |"]
-    for commit, own in together.items():
-        changed = _git("show", "--diff-filter=M", "--name-only", "--format=", commit, "metalearn")
-        files = [name.removeprefix("metalearn/") for name in changed if name.endswith(".py")]
-        names = ", ".join(f"{method} {count[method]}" for method in own)
-        lines.append(f"| {names} | {commit} | {', '.join(files) or 'none'} |")
-    return lines
+    return wrap([text])
 
 
 def main() -> None:
