@@ -7,6 +7,7 @@ on Omniglot, and takes EfficientNet-Lite0 as it is. Further words are settings o
 Writes benchmarks/cross_domain.json and benchmarks/cross_domain.md.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def main() -> None:
         "hardware": environment["hardware"],
         "command": " ".join(["python scripts/benchmark_cross_domain.py data=<folder>", *settings]),
     }  # fmt: skip
-    write_json(_OUT, content)
+    write_json(_OUT, json.loads(json.dumps(content).replace(str(data), "<folder>")))
     _OUT.with_suffix(".md").write_text(_page(content))
 
 
