@@ -83,7 +83,7 @@ def main() -> None:
         *markdown_table(rows),
         "",
         f"`python scripts/benchmark_ingredients.py data=<folder>`, {environment['hardware']}, "
-        f"one thread, torch {environment['versions']['torch']}.",
+        f"torch {environment['versions']['torch']}.",
     ]
     _OUT.write_text("\n".join(text) + "\n")
 
