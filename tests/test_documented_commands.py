@@ -23,6 +23,8 @@ _LONG = "takes too long"
 _NOT_RUN = {
     "make ": "starts what other tests run, or takes too long; CI runs setup, demo, docs, check",
     "python scripts/bench": _LONG,
+    "python scripts/time_to_accuracy.py": _LONG,
+    "python scripts/same_": "compares commits of a checkout",
     "python scripts/settings_index.py": "writes into the repository; CI runs it",
     "metalearn serve": "serves until it is stopped; tests/test_serve.py starts it",
     "metalearn reproduce": _LONG,

@@ -75,12 +75,19 @@ class MetaLSTM(LinearHeadAlgorithm):
         self, state: State, support: Support, *, key: Tensor, steps: int | None = None
     ) -> Adapted:
         given, meta = self.given(state), select(state.params, "meta")
-        theta_0 = {name: v for name, v in state.params.items() if not name.startswith("meta.")}
+        # The forget gate would change the weights of a frozen network, which have no gradient.
+        net = select(state.params, "net") if self.backbone.is_frozen else {}
+        fixed = prefixed(net, "net")
+        theta_0 = {
+            name: value
+            for name, value in state.params.items()
+            if not name.startswith("meta.") and name not in fixed
+        }
         sizes = [value.numel() for value in theta_0.values()]
 
         def named(theta_P: Tensor) -> Params:
             parts = zip(theta_0.items(), theta_P.split(sizes), strict=True)
-            return {name: part.view_as(value) for (name, value), part in parts}
+            return fixed | {name: part.view_as(value) for (name, value), part in parts}
 
         def support_loss(theta_P: Tensor, key: Tensor) -> Tensor:
             return self.support_loss(named(theta_P), support, given, key)
