@@ -36,7 +36,7 @@ def points_curve(folder: Path, more: list[str]) -> list[tuple[float, float, floa
     """Evaluate a run with each number of points; return (points, mean, ci95) of the error."""
     devices = [word for word in more if word.startswith(("device=", "test.episodes="))]
     command = [sys.executable, "-m", "metalearn", "evaluate", f"run={folder}", "curve=shot"]
-    rows: list[tuple[float, float, float]] = []
+    rows: list[dict[str, str]] = []
     for points in _POINTS:
         for old in (folder / "evaluations").glob("*_shot_curve.csv"):
             old.unlink()
