@@ -184,21 +184,33 @@ _NO_THIRD = (
     "third derivatives of a normalisation are not implemented for engine.convolution=direct; "
     "use engine.convolution=plain"
 )
+_NO_SECOND = (
+    "second derivatives of blocks with pooling are not implemented for engine.convolution=direct; "
+    "declare `takes_gradients` in the method, or use engine.convolution=plain"
+)
 
 
-class _NormSecond(_Function):
-    """`ops.norm_second`, which has no derivative."""
+class _Last(_Function):
+    """An operator without a derivative; `refusal` says which one is missing."""
 
-    operator, ranks = ops.norm_second, (4, 1, 1, 4, 1, 4, 4, 1, None, None)
-    shared, has_keep, outputs = (1, 2, 4), True, 4
+    refusal: ClassVar[str]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(_NO_THIRD)
+    @classmethod
+    def backward(cls, ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        raise NotImplementedError(cls.refusal)
+
+
+class _NormSecond(_Last):
+    """`ops.norm_second`, which has no derivative."""
+
+    operator, ranks = ops.norm_second, (4, 1, 1, 4, 1, 4, 4, 1, None, None)
+    shared, has_keep, outputs = (1, 2, 4), True, 4
+
+    refusal = _NO_THIRD
 
 
 class _Affine(_Function):
@@ -300,25 +312,13 @@ class _NormPool(_Function):
         return gy, _shared(gg, g), _shared(gb, b), None, None
 
 
-class _NormPoolVjp(_Function):
+class _NormPoolVjp(_Last):
     """`pooling.norm_pool_vjp`, which has no derivative."""
 
     operator, shared, has_keep, outputs = pooling.norm_pool_vjp, (3,), True, 3
     ranks = (4, 1, 1, 1, 4, 4, 4, 4, 1, 1, None, None, None)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(_NO_SECOND)
-
-
-_NO_SECOND = (
-    "second derivatives of blocks with pooling are not implemented for engine.convolution=direct; "
-    "declare `takes_gradients` in the method, or use engine.convolution=plain"
-)
+    refusal = _NO_SECOND
 
 
 class _AffinePool(_Function):
@@ -346,19 +346,13 @@ class _AffinePool(_Function):
         return gx, gw, None, None, None
 
 
-class _AffinePoolWeight(_Function):
+class _AffinePoolWeight(_Last):
     """`pooling.affine_pool_weight`, which has no derivative."""
 
     operator, has_keep = pooling.affine_pool_weight, True
     ranks = (2, 4, 4, 4, None, None, None, None)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-        raise NotImplementedError(_NO_SECOND)
+    refusal = _NO_SECOND
 
 
 #: The operators of the same names in `ops` and `pooling`, differentiable and batched by `vmap`.
