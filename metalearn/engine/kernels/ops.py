@@ -90,10 +90,16 @@ def _patches(x: Tensor, size: int, stride: int) -> Tensor:
 @define("patches(Tensor x, int size, int stride) -> Tensor", _patches)
 def patches(x: Tensor, size: int, stride: int) -> Tensor:
     """Return the surroundings of each output, and a 1: [.., B, H, W, C] -> [.., M, K K C + 1]."""
+    columns = _columns(x, size, stride)
+    return torch.cat([columns, columns.new_ones(*columns.shape[:-1], 1)], -1)
+
+
+def _columns(x: Tensor, size: int, stride: int) -> Tensor:
+    """Return the surroundings of each output: [.., B, H, W, C] -> [.., M, K K C]."""
     pad = size // 2
     x = F.pad(x, (0, 0, pad, pad, pad, pad))
     x = x.unfold(-3, size, stride).unfold(-3, size, stride).movedim(-3, -1)
-    return F.pad(x.flatten(-3).flatten(-4, -2), (0, 1), value=1.0)
+    return x.flatten(-3).flatten(-4, -2)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +151,45 @@ def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
 @define("conv(Tensor x, Tensor w, int stride) -> Tensor", _conv)
 def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     """Convolve x [.., B, H, W, C] with w [.., K, K, C, O], K odd, padding K // 2."""
-    height, width = (-(-size // stride) for size in x.shape[-3:-1])
-    y = patches(x, w.shape[-4], stride)[..., :-1] @ w.flatten(-4, -2)
+    size, (height, width) = w.shape[-4], (-(-extent // stride) for extent in x.shape[-3:-1])
+    if w.dim() == 4:
+        y = F.conv2d(_images(x), _filters(w), None, stride, size // 2).permute(0, 2, 3, 1)
+        return y.contiguous().unflatten(0, x.shape[:-3])
+    if _is_large(x, stride):
+        return _each(lambda x, w: conv(x, w, stride), x, w)
+    y = _columns(x, size, stride) @ w.flatten(-4, -2)
     return y.unflatten(-2, (x.shape[-4], height, width))
+
+
+def _images(x: Tensor) -> Tensor:
+    """Return maps [.., H, W, C] as [B, C, H, W]."""
+    return x.flatten(0, -4).permute(0, 3, 1, 2)
+
+
+def _filters(w: Tensor) -> Tensor:
+    """Return weights [K, K, C, O] as [O, C, K, K]."""
+    return w.permute(3, 2, 0, 1)
+
+
+def _is_large(x: Tensor, stride: int = 1) -> bool:
+    """Return True if tasks have so many pixels that each is faster on its own."""
+    return x.shape[-4:-1].numel() > 512 * stride**2
+
+
+def _each(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return `function` of each task's part of tensors with the same leading axes."""
+    lead = tensors[0].shape[: tensors[0].dim() - 4]
+    parts = zip(*(one.flatten(0, -5).unbind() for one in tensors), strict=True)
+    return torch.stack([function(*part) for part in parts]).unflatten(0, lead)
+
+
+def _backward(gy: Tensor, x: Tensor, w: Tensor, stride: int, by_input: bool) -> Tensor:
+    """Return a gradient of F.conv2d of x [B, C, H, W] with w [O, C, K, K]."""
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        gy, x, w, None, (stride,) * 2, (w.shape[-1] // 2,) * 2, (1, 1), False, (0, 0), 1,
+        (by_input, not by_input, False),
+    )  # fmt: skip
+    return gradients[0] if by_input else gradients[1]
 
 
 def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -167,15 +209,24 @@ def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> 
 def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Return the gradient of `conv` by x [.., B, height, width, C]."""
     size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
-    pad = size // 2
-    padded = gy.new_zeros(*gy.shape[:-3], height + 2 * pad, width + 2 * pad, w.shape[-2])
-    flat = gy.flatten(-4, -2)
-    for i in range(size):
-        for j in range(size):
-            part = (flat @ w[..., i, j, :, :].mT).unflatten(-2, gy.shape[-4:-1])
-            padded[..., i : i + stride * rows : stride, j : j + stride * columns : stride, :] += (
-                part
-            )
+    if w.dim() == 4:
+        x = _images(gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2]))
+        gx = _backward(_images(gy), x, _filters(w), stride, True).permute(0, 2, 3, 1)
+        return gx.contiguous().unflatten(0, gy.shape[:-3])
+    if _is_large(gy):
+        return _each(lambda gy, w: conv_input(gy, w, height, width, stride), gy, w)
+    parts = (gy.flatten(-4, -2) @ w.flatten(-4, -2).mT).unflatten(-1, (size, size, -1))
+    parts = parts.unflatten(-4, gy.shape[-4:-1])
+    pad, tiles = size // 2, -(-size // stride)
+    padded = gy.new_zeros(
+        *gy.shape[:-3], (rows + tiles) * stride, (columns + tiles) * stride, w.shape[-2]
+    )
+    for i in range(0, size, stride):
+        for j in range(0, size, stride):  # parts that do not overlap
+            part = parts[..., i : i + stride, j : j + stride, :].transpose(-4, -3)
+            to = padded[..., i : i + rows * stride, j : j + columns * stride, :]
+            to = to.unflatten(-2, (columns, stride)).unflatten(-4, (rows, stride))
+            to[..., : part.shape[-4], :, : part.shape[-2], :].add_(part)
     return padded[..., pad : pad + height, pad : pad + width, :].contiguous()
 
 
@@ -198,13 +249,27 @@ def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Te
 @define("conv_weight(Tensor x, Tensor gy, int size, int stride, int keep) -> Tensor", _conv_weight)
 def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
-    gw = patches(x, size, stride)[..., :-1].mT @ gy.flatten(-4, -2)
-    return summed(gw.unflatten(-2, (size, size, -1)), x.dim() - 4, keep)
+    x, gy = x.flatten(keep, -4), gy.flatten(keep, -4)  # sums over images
+    if not keep:
+        w = _filters(x.new_empty(size, size, x.shape[-1], gy.shape[-1]))
+        gw = _backward(_images(gy), _images(x), w, stride, False)
+        return gw.permute(2, 3, 1, 0).contiguous()
+    if _is_large(gy):
+        return _each(lambda x, gy: conv_weight(x, gy, size, stride, 0), x, gy)
+    gw = _columns(x, size, stride).mT @ gy.flatten(-4, -2)
+    return gw.unflatten(-2, (size, size, -1))
 
 
 def masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
     """Multiply g by the derivative of the activation whose output is a."""
-    return torch.where(a <= 0, g * slope, g)  # NaN passes
+    if slope == 0:
+        return torch.ops.aten.threshold_backward(g, a, 0)  # NaN passes
+    return g if slope == 1 else torch.where(a <= 0, g * slope, g)
+
+
+def activate(z: Tensor, slope: float) -> Tensor:
+    """Apply the activation in place."""
+    return z.relu_() if slope == 0 else F.leaky_relu_(z, slope)
 
 
 def expanded(g: Tensor, like: Tensor) -> Tensor:
@@ -244,11 +309,12 @@ def norm(
         a = act(xh g + b), where act(z) = z if z > 0 else slope z; xh = (y - mean) r [like y];
         r = 1 / sqrt(var + eps) [.., C].
     """
-    var, mean = torch.var_mean(y, PIXELS, correction=0, keepdim=True)
-    r = torch.rsqrt(var + eps)
-    xh = (y - mean) * r
-    z = xh * expanded(g, y) + expanded(b, y)
-    return masked(z, z, slope), xh, r[..., 0, 0, 0, :].contiguous()
+    xh = y - y.mean(PIXELS, keepdim=True)
+    a = xh * xh
+    r = torch.rsqrt(a.mean(PIXELS, keepdim=True) + eps)
+    xh.mul_(r)
+    torch.addcmul(expanded(b, y), xh, expanded(g, y), out=a)
+    return activate(a, slope), xh, r[..., 0, 0, 0, :].contiguous()
 
 
 def _norm_vjp(
@@ -275,17 +341,18 @@ def norm_vjp(
     slope: float, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of `norm` by y, g and b, given those by a, xh and r (None for zero)."""
-    m = masked(ga, a, slope)
-    gb, gg = m.sum(PIXELS), (m * xh).sum(PIXELS)
-    h = m * expanded(g, xh)
+    m, lead = masked(ga, a, slope), r.dim() - 1
+    product = m * xh
+    gb, gg, count = m.sum(PIXELS), product.sum(PIXELS), xh.shape[-4:-1].numel()
+    rate, along, centre = g * r, gg * g, gb * g
     if gxh is not None:
-        h = h + gxh
-    along = (h * xh).mean(PIXELS)
+        m = torch.addcmul(gxh, m, expanded(g, xh))
+        torch.mul(m, xh, out=product)
+        rate, along, centre = r, product.sum(PIXELS), m.sum(PIXELS)
     if gr is not None:
-        along = along + r * gr / xh.shape[-4:-1].numel()
-    along = expanded(along, xh)
-    gy = expanded(r, xh) * (h - h.mean(PIXELS, keepdim=True) - xh * along)
-    lead = r.dim() - 1
+        along = along + r * gr
+    centre, along = (expanded(one * r / -count, xh) for one in (centre, along))
+    gy = torch.addcmul(centre, xh, along, out=product).addcmul_(m, expanded(rate, xh))
     return gy, summed(gg, lead, keep), summed(gb, lead, keep)
 
 
@@ -314,13 +381,14 @@ def norm_second(
     u, ug and ub are the gradients by its outputs gy, gg and gb; the other arguments are its own.
     """
     m, count = masked(ga, a, slope), xh.shape[-4:-1].numel()
-    p, q = m.sum(PIXELS), (m * xh).sum(PIXELS)
-    sum_u, along_u = u.sum(PIXELS), (u * xh).sum(PIXELS)
-    ds = (u * m).sum(PIXELS) - (sum_u * p + along_u * q) / count
+    product = m * xh
+    p, q = m.sum(PIXELS), product.sum(PIXELS)
+    sum_u, along_u = u.sum(PIXELS), torch.mul(u, xh, out=product).sum(PIXELS)
+    ds = torch.mul(u, m, out=product).sum(PIXELS) - (sum_u * p + along_u * q) / count
     s = g * r
-    shift, along = ub - s * sum_u / count, ug - s * along_u / count
-    gn = expanded(s, xh) * u + expanded(shift, xh) + expanded(along, xh) * xh
-    dxh = expanded(along, xh) * m - expanded(s * q / count, xh) * u
+    shift, along = ub - s * sum_u / count, expanded(ug - s * along_u / count, xh)
+    gn = torch.addcmul(expanded(shift, xh), u, expanded(s, xh), out=product).addcmul_(xh, along)
+    dxh = (m * along).addcmul_(u, expanded(s * q / -count, xh))
     return masked(gn, a, slope), dxh, g * ds, summed(r * ds, r.dim() - 1, keep)
 
 
@@ -337,7 +405,7 @@ def _affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
 def affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
     """Return x [.., M, K] @ w [.., K, O], then the activation, or its derivative where `by` is."""
     y = x @ w
-    return masked(y, y if by is None else by, slope)
+    return activate(y, slope) if by is None else masked(y, by, slope)
 
 
 def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
