@@ -26,6 +26,8 @@ from metalearn.engine.kernels import build
 _LIBRARY = torch.library.Library("metalearn", "DEF")
 #: The function behind each operator on a CPU, which a replay calls without the dispatcher.
 ON_CPU: dict[str, Callable[..., Any]] = {}
+#: Pixels of outputs with the same weights, from which a plain convolution is faster than a product.
+_LARGE = 200
 
 
 def define(schema: str, in_c: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -151,17 +153,23 @@ def _conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
 @define("conv(Tensor x, Tensor w, int stride) -> Tensor", _conv)
 def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     """Convolve x [.., B, H, W, C] with w [.., K, K, C, O], K odd, padding K // 2."""
-    size, (height, width) = w.shape[-4], (-(-extent // stride) for extent in x.shape[-3:-1])
-    if w.dim() == 4:
-        y = F.conv2d(_images(x), _filters(w), None, stride, size // 2).permute(0, 2, 3, 1)
+    size = w.shape[-4]
+    height, width = (-(-extent // stride) for extent in x.shape[-3:-1])
+    if _sharing(x, w) * height * width > _LARGE:
+        if w.dim() > 4:
+            return _each(lambda x, w: conv(x, w, stride), x, w)
+        y = F.conv2d(images(x), _filters(w), None, stride, size // 2).permute(0, 2, 3, 1)
         return y.contiguous().unflatten(0, x.shape[:-3])
-    if _is_large(x, stride):
-        return _each(lambda x, w: conv(x, w, stride), x, w)
     y = _columns(x, size, stride) @ w.flatten(-4, -2)
     return y.unflatten(-2, (x.shape[-4], height, width))
 
 
-def _images(x: Tensor) -> Tensor:
+def _sharing(x: Tensor, w: Tensor) -> int:
+    """Return the number of images x that share the weights w."""
+    return x.shape[:-3].numel() if w.dim() == 4 else x.shape[-4]
+
+
+def images(x: Tensor) -> Tensor:
     """Return maps [.., H, W, C] as [B, C, H, W]."""
     return x.flatten(0, -4).permute(0, 3, 1, 2)
 
@@ -171,16 +179,17 @@ def _filters(w: Tensor) -> Tensor:
     return w.permute(3, 2, 0, 1)
 
 
-def _is_large(x: Tensor, stride: int = 1) -> bool:
-    """Return True if tasks have so many pixels that each is faster on its own."""
-    return x.shape[-4:-1].numel() > 512 * stride**2
-
-
 def _each(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return `function` of each task's part of tensors with the same leading axes."""
     lead = tensors[0].shape[: tensors[0].dim() - 4]
+    result = None
     parts = zip(*(one.flatten(0, -5).unbind() for one in tensors), strict=True)
-    return torch.stack([function(*part) for part in parts]).unflatten(0, lead)
+    for index, part in enumerate(parts):
+        own = function(*part)  # copied while it is in the cache
+        result = own.new_empty(lead.numel(), *own.shape) if result is None else result
+        result[index] = own
+    assert result is not None
+    return result.unflatten(0, lead)
 
 
 def _backward(gy: Tensor, x: Tensor, w: Tensor, stride: int, by_input: bool) -> Tensor:
@@ -209,12 +218,12 @@ def _conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> 
 def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> Tensor:
     """Return the gradient of `conv` by x [.., B, height, width, C]."""
     size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
-    if w.dim() == 4:
-        x = _images(gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2]))
-        gx = _backward(_images(gy), x, _filters(w), stride, True).permute(0, 2, 3, 1)
+    if _sharing(gy, w) * rows * columns > _LARGE:
+        if w.dim() > 4:
+            return _each(lambda gy, w: conv_input(gy, w, height, width, stride), gy, w)
+        x = images(gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2]))
+        gx = _backward(images(gy), x, _filters(w), stride, True).permute(0, 2, 3, 1)
         return gx.contiguous().unflatten(0, gy.shape[:-3])
-    if _is_large(gy):
-        return _each(lambda gy, w: conv_input(gy, w, height, width, stride), gy, w)
     parts = (gy.flatten(-4, -2) @ w.flatten(-4, -2).mT).unflatten(-1, (size, size, -1))
     parts = parts.unflatten(-4, gy.shape[-4:-1])
     pad, tiles = size // 2, -(-size // stride)
@@ -250,12 +259,13 @@ def _conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Te
 def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Tensor:
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
     x, gy = x.flatten(keep, -4), gy.flatten(keep, -4)  # sums over images
-    if not keep:
-        w = _filters(x.new_empty(size, size, x.shape[-1], gy.shape[-1]))
-        gw = _backward(_images(gy), _images(x), w, stride, False)
-        return gw.permute(2, 3, 1, 0).contiguous()
-    if _is_large(gy):
+    count = gy.shape[-4:-1].numel()
+    if keep and count > _LARGE:
         return _each(lambda x, gy: conv_weight(x, gy, size, stride, 0), x, gy)
+    if count > 4 * _LARGE:
+        w = _filters(x.new_empty(size, size, x.shape[-1], gy.shape[-1]))
+        gw = _backward(images(gy), images(x), w, stride, False)
+        return gw.permute(2, 3, 1, 0).contiguous()
     gw = _columns(x, size, stride).mT @ gy.flatten(-4, -2)
     return gw.unflatten(-2, (size, size, -1))
 

@@ -11,22 +11,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.engine.kernels import build
-from metalearn.engine.kernels.ops import PIXELS, call_c, define, expanded, in_parts, masked, summed
+from metalearn.engine.kernels.ops import (
+    PIXELS,
+    activate,
+    call_c,
+    define,
+    expanded,
+    images,
+    in_parts,
+    masked,
+    summed,
+)
 
 
-def _windows(x: Tensor) -> Tensor:
-    """Return the 2 x 2 windows of maps [.., B, H, W, C] as [.., B, H // 2, W // 2, 4, C]."""
-    height, width = (extent // 2 for extent in x.shape[-3:-1])
-    x = x[..., : 2 * height, : 2 * width, :].unflatten(-2, (width, 2)).unflatten(-4, (height, 2))
-    return x.movedim(-4, -3).flatten(-3, -2)
+def _pooled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool maps [.., B, H, W, C]; return the largest values and their places, uint8 in 0 .. 3."""
+    best, index = (
+        one.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:-3])
+        for one in F.max_pool2d(images(x), 2, return_indices=True)
+    )
+    place = index - _corners(best, x.shape[-2])
+    return best, place.sub_((place > 1) * (x.shape[-2] - 2)).to(torch.uint8)
+
+
+def _corners(y: Tensor, width: int) -> Tensor:
+    """Return the index, in maps of a width, of the first value of each window [H, W, 1] of y."""
+    rows, columns = (torch.arange(size, device=y.device) * 2 for size in y.shape[-3:-1])
+    return (rows[:, None] * width + columns)[..., None]
 
 
 def unpooled(g: Tensor, index: Tensor, height: int, width: int) -> Tensor:
     """Return maps [.., B, height, width, C] with values g where a pooling took its own, else 0."""
-    places = torch.arange(4, device=g.device)[:, None]
-    x = torch.where(index.unsqueeze(-2) == places, g.unsqueeze(-2), 0)
-    x = x.unflatten(-2, (2, 2)).movedim(-3, -4).flatten(-3, -2).flatten(-4, -3)
-    return F.pad(x, (0, 0, 0, width - x.shape[-2], 0, height - x.shape[-3]))
+    flat = index.long().add_((index > 1) * (width - 2)).add_(_corners(g, width))
+    like = images(g.new_empty(*g.shape[:-3], height, width, g.shape[-1]))
+    x = torch.ops.aten.max_pool2d_with_indices_backward(
+        images(g), like, (2, 2), (2, 2), (0, 0), (1, 1), False, images(flat)
+    )
+    return x.permute(0, 2, 3, 1).contiguous().unflatten(0, g.shape[:-3])
 
 
 def _pool_shape(y: Tensor, out: int = 0) -> build.Shape:
@@ -69,15 +90,13 @@ def norm_pool(
         a = act(xh g + b) of the values that are taken, p; both [.., B, H // 2, W // 2, C]; the
         place of each in its window, uint8, like a; mean and variance [.., C].
     """
-    var, mean = torch.var_mean(y, PIXELS, correction=0)
-    windows = _windows(y)
-    sign = torch.where(g >= 0, 1.0, -1.0).to(y.dtype)
-    sign = expanded(sign, y)
-    index = (windows * sign.unsqueeze(-2)).argmax(-2, keepdim=True)
-    p = windows.gather(-2, index).squeeze(-2)
-    z = (p - expanded(mean, y)) * expanded(torch.rsqrt(var + eps), y)
-    z = z * expanded(g, y) + expanded(b, y)
-    return masked(z, z, slope), p, index.squeeze(-2).to(torch.uint8), mean, var
+    sign = expanded(torch.where(g >= 0, 1.0, -1.0).to(y.dtype), y)
+    best, index = _pooled(y * sign)
+    p, mean = best * sign, y.mean(PIXELS)
+    centred = y - expanded(mean, y)
+    var = centred.mul_(centred).mean(PIXELS)
+    z = (p - expanded(mean, y)) * expanded(torch.rsqrt(var + eps) * g, y) + expanded(b, y)
+    return activate(z, slope), p, index, mean, var
 
 
 def _norm_pool_vjp(
@@ -112,8 +131,8 @@ def norm_pool_vjp(
     gb, along = m.sum(PIXELS), (m * (p - expanded(mean, y))).sum(PIXELS)
     scale = g * rate
     shift, slant = (gm - scale * gb) / count, (2 * gv - scale * along * rate * rate) / count
-    gy = expanded(shift, y) + expanded(slant, y) * (y - expanded(mean, y))
-    gy = gy + unpooled(m * expanded(scale, y), index, *y.shape[-3:-1])
+    gy = unpooled(m * expanded(scale, y), index, *y.shape[-3:-1])
+    gy.addcmul_(y, expanded(slant, y)).add_(expanded(shift - slant * mean, y))
     lead = mean.dim() - 1
     return gy, summed(along * rate, lead, keep), summed(gb, lead, keep)
 
@@ -152,8 +171,8 @@ def affine_pool(
     Returns:
         [.., B, H // 2, W // 2, O], and the place of each value in its window, uint8.
     """
-    best, index = _windows(_maps(x @ w, height, width)).max(-2)
-    return masked(best, best, slope), index.to(torch.uint8)
+    best, index = _pooled(_maps(x @ w, height, width))
+    return activate(best, slope), index
 
 
 def _affine_pool_weight(
