@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 from metalearn.algorithms.base import Algorithm
-from metalearn.engine import kernels, process
+from metalearn.engine import process
 from metalearn.tasks.types import Batch, Task
 
 # On CPU, batching is not faster from this number of queries per task on, or beyond this number of
@@ -60,7 +60,7 @@ class Plan:
         iterates = self.algorithm.is_iterative and not self.algorithm.backbone.is_external
         convolution = self.convolution
         if convolution == "auto":
-            is_fast = cpu and self.precision == "fp32" and kernels.build.library() is not None
+            is_fast = cpu and self.precision == "fp32"
             may_vmap = self.strategy in ("auto", "vmap") and iterates and count > 1
             suits = query.dim() == 5 and (may_vmap or self._may_pool)
             convolution = "direct" if is_fast and suits else "plain"

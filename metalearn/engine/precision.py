@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metalearn.engine.kernels import ops
+from metalearn.engine.kernels import convolutions, ops
 
 _PRODUCTS = {
     *(getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")),
     *(getattr(torch.ops.aten, name).default for name in ("convolution", "convolution_backward")),
-    *(ops.conv, ops.conv_input, ops.conv_weight, ops.affine, ops.affine_weight),
+    *(convolutions.conv, convolutions.conv_input, convolutions.conv_weight),
+    *(ops.affine, ops.affine_weight),
 }
 
 

@@ -1,12 +1,13 @@
 """Convolution, normalisation and activation of many tasks at once, with derivatives of them.
 
-`ops` has the operators, `functions` their derivatives, `build` compiles their C implementation.
+`ops`, `convolutions` and `pooling` have the operators, `functions` and `pooled` their derivatives,
+`build` compiles their C implementation.
 """
 
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels import functions
+from metalearn.engine.kernels import functions, pooled
 
 
 def weight_layout(weight: Tensor) -> Tensor:
@@ -66,10 +67,10 @@ def pooled_block(
     w = weight.permute(2, 3, 1, 0)
     if _is_first(w):
         patches, folded, mean, var = _folded(x, w, scale, shift, 1, eps)
-        y = functions.affine_pool(patches, folded, *x.shape[-2:], slope)[0]
+        y = pooled.affine_pool(patches, folded, *x.shape[-2:], slope)[0]
     else:
         y = functions.conv(x.permute(0, 2, 3, 1), w, 1)
-        y, _, _, mean, var = functions.norm_pool(y, scale, shift, eps, slope)
+        y, _, _, mean, var = pooled.norm_pool(y, scale, shift, eps, slope)
     return y.permute(0, 3, 1, 2), mean, var
 
 

@@ -1,14 +1,14 @@
-"""Derivatives and batching of the operators in `ops`."""
+"""Derivatives and batching of the operators in `ops` and `convolutions`."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels import ops, pooling
+from metalearn.engine.kernels import convolutions, ops
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """An operator with a rule for `vmap`: another leading axis.
 
     Attributes:
@@ -57,14 +57,15 @@ class _Function(torch.autograd.Function):
         return cls.apply(*batched), 0 if cls.outputs == 1 else (0,) * cls.outputs
 
 
-def _lead(value: Tensor, rank: int) -> int:
+def lead_axes(value: Tensor, rank: int) -> int:
+    """Return the number of leading axes of a tensor that has `rank` others."""
     return value.dim() - rank
 
 
-class _Conv(_Function):
-    """`ops.conv`, whose gradients are the other two operators of its set."""
+class _Conv(Function):
+    """`convolutions.conv`, whose gradients are the other two operators of its set."""
 
-    operator, ranks, shared = ops.conv, (4, 4, None), (1,)
+    operator, ranks, shared = convolutions.conv, (4, 4, None), (1,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -78,14 +79,14 @@ class _Conv(_Function):
         if ctx.needs_input_grad[0]:
             gx = _ConvInput.apply(gy, w, *x.shape[-3:-1], ctx.stride)
         if ctx.needs_input_grad[1]:
-            gw = _ConvWeight.apply(x, gy, w.shape[-4], ctx.stride, _lead(w, 4))
+            gw = _ConvWeight.apply(x, gy, w.shape[-4], ctx.stride, lead_axes(w, 4))
         return gx, gw, None
 
 
-class _ConvInput(_Function):
-    """`ops.conv_input`, linear in both arguments."""
+class _ConvInput(Function):
+    """`convolutions.conv_input`, linear in both arguments."""
 
-    operator, ranks, shared = ops.conv_input, (4, 4, None, None, None), (1,)
+    operator, ranks, shared = convolutions.conv_input, (4, 4, None, None, None), (1,)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -99,14 +100,14 @@ class _ConvInput(_Function):
         if ctx.needs_input_grad[0]:
             dgy = _Conv.apply(u, w, ctx.stride)
         if ctx.needs_input_grad[1]:
-            dw = _ConvWeight.apply(u, gy, w.shape[-4], ctx.stride, _lead(w, 4))
+            dw = _ConvWeight.apply(u, gy, w.shape[-4], ctx.stride, lead_axes(w, 4))
         return dgy, dw, None, None, None
 
 
-class _ConvWeight(_Function):
-    """`ops.conv_weight`, linear in both arguments."""
+class _ConvWeight(Function):
+    """`convolutions.conv_weight`, linear in both arguments."""
 
-    operator, ranks, has_keep = ops.conv_weight, (4, 4, None, None, None), True
+    operator, ranks, has_keep = convolutions.conv_weight, (4, 4, None, None, None), True
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -134,7 +135,7 @@ def _spread(u: Tensor, rank: int, x: Tensor) -> Tensor:
     return u.expand(*x.shape[:lead], *u.shape[lead:])
 
 
-class _Norm(_Function):
+class _Norm(Function):
     """`ops.norm`; also gradients by xh and r, which second derivatives need."""
 
     operator, ranks, shared, outputs = ops.norm, (4, 1, 1, None, None), (1, 2), 3
@@ -149,16 +150,17 @@ class _Norm(_Function):
     def backward(ctx: Any, ga: Any, gxh: Any, gr: Any) -> tuple[Any, ...]:
         g, b, a, xh, r = ctx.saved_tensors
         ga = torch.zeros_like(a) if ga is None else ga
-        keep = max(_lead(g, 1), _lead(b, 1))
+        keep = max(lead_axes(g, 1), lead_axes(b, 1))
         gy, gg, gb = _NormVjp.apply(ga, gxh, gr, g, a, xh, r, ctx.slope, keep)
-        return gy, _shared(gg, g), _shared(gb, b), None, None
+        return gy, sum_of_shared(gg, g), sum_of_shared(gb, b), None, None
 
 
-def _shared(gradient: Tensor, like: Tensor) -> Tensor:
+def sum_of_shared(gradient: Tensor, like: Tensor) -> Tensor:
+    """Sum the gradient of weights over the tasks that share them."""
     return gradient.sum_to_size(like.shape) if gradient.dim() > like.dim() else gradient
 
 
-class _NormVjp(_Function):
+class _NormVjp(Function):
     """`ops.norm_vjp`, differentiable where gradients by xh and r are zero."""
 
     operator, ranks = ops.norm_vjp, (4, 4, 1, 1, 4, 4, 1, None, None)
@@ -176,7 +178,7 @@ class _NormVjp(_Function):
             raise NotImplementedError(_NO_THIRD)
         ga, g, a, xh, r = ctx.saved_tensors
         ug, ub = (_spread(value, 1, u) for value in (ug, ub))
-        dga, dxh, dr, dg = _NormSecond.apply(u, ug, ub, ga, g, a, xh, r, ctx.slope, _lead(g, 1))
+        dga, dxh, dr, dg = _NormSecond.apply(u, ug, ub, ga, g, a, xh, r, ctx.slope, lead_axes(g, 1))
         return dga, None, None, dg, None, dxh, dr, None, None
 
 
@@ -184,13 +186,9 @@ _NO_THIRD = (
     "third derivatives of a normalisation are not implemented for engine.convolution=direct; "
     "use engine.convolution=plain"
 )
-_NO_SECOND = (
-    "second derivatives of blocks with pooling are not implemented for engine.convolution=direct; "
-    "declare `takes_gradients` in the method, or use engine.convolution=plain"
-)
 
 
-class _Last(_Function):
+class Last(Function):
     """An operator without a derivative; `refusal` says which one is missing."""
 
     refusal: ClassVar[str]
@@ -204,7 +202,7 @@ class _Last(_Function):
         raise NotImplementedError(cls.refusal)
 
 
-class _NormSecond(_Last):
+class _NormSecond(Last):
     """`ops.norm_second`, which has no derivative."""
 
     operator, ranks = ops.norm_second, (4, 1, 1, 4, 1, 4, 4, 1, None, None)
@@ -213,7 +211,7 @@ class _NormSecond(_Last):
     refusal = _NO_THIRD
 
 
-class _Affine(_Function):
+class _Affine(Function):
     """`ops.affine`."""
 
     operator, ranks, shared = ops.affine, (2, 2, 2, None), (1,)
@@ -230,11 +228,11 @@ class _Affine(_Function):
         if ctx.needs_input_grad[0]:
             gx = torch.where(by <= 0, gy * ctx.slope, gy) @ w.mT
         if ctx.needs_input_grad[1]:
-            gw = _AffineWeight.apply(x, gy, by, ctx.slope, _lead(w, 2))
+            gw = _AffineWeight.apply(x, gy, by, ctx.slope, lead_axes(w, 2))
         return gx, gw, None, None
 
 
-class _AffineWeight(_Function):
+class _AffineWeight(Function):
     """`ops.affine_weight`, linear in g."""
 
     operator, ranks, has_keep = ops.affine_weight, (2, 2, 2, None, None), True
@@ -256,10 +254,10 @@ class _AffineWeight(_Function):
         return dx, dg, None, None, None
 
 
-class _Patches(_Function):
-    """`ops.patches`."""
+class _Patches(Function):
+    """`convolutions.patches`."""
 
-    operator, ranks = ops.patches, (4, None, None)
+    operator, ranks = convolutions.patches, (4, None, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -277,7 +275,7 @@ class _Patches(_Function):
         return _ConvInput.apply(gy, one, height, width, ctx.stride), None, None
 
 
-class _Moments(_Function):
+class _Moments(Function):
     """`ops.moments`."""
 
     operator, ranks, outputs = ops.moments, (2,), 2
@@ -293,70 +291,7 @@ class _Moments(_Function):
         return ((gm.unsqueeze(-2) + centred @ (gc + gc.mT)) / x.shape[-2]).to(x.dtype)
 
 
-class _NormPool(_Function):
-    """`pooling.norm_pool`, which has first derivatives only."""
-
-    operator, ranks, shared, outputs = pooling.norm_pool, (4, 1, 1, None, None), (1, 2), 5
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        y, g, b, ctx.eps, ctx.slope = inputs
-        ctx.save_for_backward(y, g, b, *output)
-        ctx.mark_non_differentiable(*output[1:3])
-
-    @staticmethod
-    def backward(ctx: Any, ga: Tensor, _p: Any, _index: Any, gm: Tensor, gv: Tensor) -> Any:
-        y, g, b, *output = ctx.saved_tensors
-        keep = max(_lead(g, 1), _lead(b, 1))
-        gy, gg, gb = _NormPoolVjp.apply(ga, gm, gv, g, y, *output, ctx.eps, ctx.slope, keep)
-        return gy, _shared(gg, g), _shared(gb, b), None, None
-
-
-class _NormPoolVjp(_Last):
-    """`pooling.norm_pool_vjp`, which has no derivative."""
-
-    operator, shared, has_keep, outputs = pooling.norm_pool_vjp, (3,), True, 3
-    ranks = (4, 1, 1, 1, 4, 4, 4, 4, 1, 1, None, None, None)
-
-    refusal = _NO_SECOND
-
-
-class _AffinePool(_Function):
-    """`pooling.affine_pool`, which has first derivatives only."""
-
-    operator, ranks = pooling.affine_pool, (2, 2, None, None, None)
-    shared, outputs = (1,), 2
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, w, *ctx.settings = inputs
-        ctx.save_for_backward(x, w, *output)
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, _index: Any) -> tuple[Any, ...]:
-        x, w, a, index = ctx.saved_tensors
-        height, width, slope = ctx.settings
-        gx = gw = None
-        if ctx.needs_input_grad[0]:
-            masked = torch.where(a <= 0, g * slope, g)
-            gx = pooling.unpooled(masked, index, height, width).flatten(-4, -2) @ w.mT
-        if ctx.needs_input_grad[1]:
-            gw = _AffinePoolWeight.apply(x, g, a, index, height, width, slope, _lead(w, 2))
-        return gx, gw, None, None, None
-
-
-class _AffinePoolWeight(_Last):
-    """`pooling.affine_pool_weight`, which has no derivative."""
-
-    operator, has_keep = pooling.affine_pool_weight, True
-    ranks = (2, 4, 4, 4, None, None, None, None)
-
-    refusal = _NO_SECOND
-
-
-#: The operators of the same names in `ops` and `pooling`, differentiable and batched by `vmap`.
-conv, norm, affine, patches, moments, norm_pool, affine_pool = (
-    function.apply
-    for function in (_Conv, _Norm, _Affine, _Patches, _Moments, _NormPool, _AffinePool)
+#: The operators of the same names, differentiable and batched by `vmap`.
+conv, norm, affine, patches, moments = (
+    function.apply for function in (_Conv, _Norm, _Affine, _Patches, _Moments)
 )
