@@ -18,7 +18,15 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     # torch may report more threads in a worker, which must not wait for other workers.
     if count == 1 or getattr(_local, "is_worker", False):
         return [function(item) for item in items]
-    return list(_pool(count).map(function, items))
+
+    def on_one_core(item: Any) -> Any:
+        torch.set_num_threads(1)  # also MKL's, which all threads of a process share
+        return function(item)
+
+    try:
+        return list(_pool(count).map(on_one_core, items))
+    finally:
+        torch.set_num_threads(count)
 
 
 def alone(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -31,7 +39,6 @@ _local = threading.local()
 
 def _start() -> None:
     _local.is_worker = True
-    torch.set_num_threads(1)
 
 
 @functools.cache
