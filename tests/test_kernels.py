@@ -157,7 +157,7 @@ def compare(name, *args):
     return mine
 
 
-def test_nan_stays_nan(library):
+def test_nan_stays_nan(either):
     x, weight = torch.rand(3, 16, 5, 5), torch.rand(16, 16, 3, 3)
     one, zero = torch.ones(16), torch.zeros(16)
     x[0, 0, 0, 0] = torch.nan

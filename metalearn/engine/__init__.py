@@ -6,8 +6,8 @@ Every speed optimisation is in this package. The strategies return the same resu
   mixed  batches adaptation and loops over tasks for the queries. With per-task weights, a batched
          convolution becomes a grouped one, which is slow on CPU with many queries. Requires the
          default `loss`.
-On CPU, `vmap` uses the operators of `kernels` if their C implementation is available: chunks run in
-threads, and training replays a trace of the step (`replay`).
+On CPU, `vmap` uses the operators of `kernels`: chunks run in threads, and training replays a trace
+of the step (`replay`).
 """
 
 import contextlib
