@@ -363,7 +363,7 @@ def test_pickles_of_data_are_read(protocol):
         "bytes": b"\xff\x00",
         "set": {1},
         "number": np.float32(2.5),
-        "more": (None, [1.5, "é"], bytearray(b"1")),
+        "more": (None, [1.5, "é"], bytearray(b"1"), bytearray()),
     }
     back = pickles.load(io.BytesIO(pickle.dumps(content, protocol)))
     for one, other in zip(arrays, back.pop("arrays"), strict=True):
@@ -387,6 +387,11 @@ def test_pickled_arrays_with_fields_are_refused():
     """A forged dtype with fields could make NumPy follow pointers that the file contains."""
     with pytest.raises(pickle.UnpicklingError, match="an array of V8"):
         pickles.load(io.BytesIO(pickle.dumps(np.zeros(2, [("a", "f8")]))))
+
+
+def test_pickled_numbers_allocate_nothing():
+    with pytest.raises(TypeError, match="not subscriptable"):
+        pickles.load(io.BytesIO(b"cbuiltins\nbytearray\n(I100000000000\ntR."))
 
 
 def test_published_splits_have_the_published_sizes():
