@@ -84,7 +84,7 @@ benchmark-scales: setup  ## train ProtoNet and ProtoMAML with different scales o
 benchmark-cross-domain: setup  ## test networks on datasets they were not trained on; writes benchmarks/
 	python scripts/benchmark_cross_domain.py data=$(DATA) $(BENCHMARK)
 
-benchmark-speed: setup  ## compare speed with a plain loop and other libraries, 22 min; writes benchmarks/
+benchmark-speed: setup  ## compare speed with a plain loop and other libraries, 40 min; writes benchmarks/
 	python scripts/benchmark_speed.py $(BENCHMARK)
 
 benchmark-precision: setup  ## compare gradients and accuracy in lower precision; writes benchmarks/

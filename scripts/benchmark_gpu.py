@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from benchmark_speed import build_run, cases
-from plain_loop import plain_step
+from benchmark_speed import cases
+from plain_loop import build_run, plain_step
 from speed_rivals import jax_gradient
 from torch import Tensor
 

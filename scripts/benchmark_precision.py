@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 import torch
-from benchmark_speed import build_run
 from pages import ROOT
+from plain_loop import build_run
 
 from metalearn.engine import Engine
 from metalearn.report.environment import describe_environment

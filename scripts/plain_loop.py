@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalearn.algorithms.protonet import distance_scale
-from metalearn.run.build import Run
+from metalearn.config import checking, composition
+from metalearn.run.build import Run, build
 
 Gradients = dict[str, Tensor]
 #: Also the losses of the tasks [T], and mean statistics of normalisation for running averages.
@@ -25,24 +26,29 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PlainConv4(nn.Module):
-    """Conv4 as an ordinary module, downsampled by stride or else by max-pooling."""
+    """Conv4 as an ordinary module, with the shapes of a run's parameters.
 
-    def __init__(self, filters: int, stride: bool, mean: bool, way: int | None) -> None:
+    Args:
+        backbone: Settings of the run's backbone.
+        params: Its parameters; without a head, images are embedded.
+    """
+
+    def __init__(self, backbone: dict[str, Any], params: dict[str, Tensor]) -> None:
         super().__init__()
-        self.stride, self.mean, self.size = stride, mean, 0
+        self.stride, self.mean = backbone["downsample"] == "stride", backbone["output"] == "mean"
+        self.size = 0
+        shapes = [params[f"net.conv{block}.weight"].shape[:2] for block in range(4)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(
-                filters if block else 1, filters, 3, 2 if stride else 1, padding=1, bias=False
-            )
-            for block in range(4)
+            nn.Conv2d(channels, filters, 3, 2 if self.stride else 1, padding=1, bias=False)
+            for filters, channels in shapes
         )
+        head = params.get("head.weight")
         self.norms = nn.ModuleList(
             # With momentum 1, the statistics of the last batch.
-            nn.BatchNorm2d(filters, momentum=1.0, track_running_stats=not stride)
-            for _ in range(4)
+            nn.BatchNorm2d(filters, momentum=1.0, track_running_stats=head is None)
+            for filters, _ in shapes
         )
-        features = filters * (1 if mean or not stride else 4)
-        self.head = nn.Linear(features, way) if way else nn.Identity()
+        self.head = nn.Identity() if head is None else nn.Linear(head.shape[1], head.shape[0])
 
     def load(self, params: dict[str, Tensor]) -> dict[str, str]:
         """Copy the parameters of a run; return the names of ours by those of the run."""
@@ -74,12 +80,26 @@ class PlainConv4(nn.Module):
         return values
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed images [B, 1, H, W], or classify them if `way` was given."""
+        """Embed images [B, C, H, W], or classify them if there is a head."""
         self.size = x.shape[-1]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
             x = x if self.stride else F.max_pool2d(x, 2)
         return self.head(x.mean((-2, -1)) if self.mean else x.flatten(1))
+
+
+def build_run(overrides: list[str], device: str) -> Run:
+    """Build a run: on glyphs with the network of Omniglot's recipe, on CIFAR-FS with its own."""
+    pools = "algo=protonet" in overrides or "dataset=cifar_fs" in overrides
+    words = [
+        "dataset=glyphs",
+        "logger=none",
+        f"device={device}",
+        "episode.train.way=${episode.way}",
+        *([] if pools else ["backbone.downsample=stride", "backbone.output=mean"]),
+        *overrides,
+    ]
+    return build(checking.check_config(composition.compose_config(words)))
 
 
 def plain_step(run: Run) -> Step:
@@ -111,9 +131,8 @@ def plain_step(run: Run) -> Step:
 
 
 def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
-    settings, way = run.config.algo, run.config.episode.train.way
-    assert isinstance(way, int)
-    model = PlainConv4(run.config.backbone["filters"], True, True, way)
+    settings = run.config.algo
+    model = PlainConv4(run.config.backbone, run.state.params)
     first_order, head_only = settings["first_order"], settings["adapted_part"] == "head"
     adapted = [
         name
@@ -139,7 +158,7 @@ def _gradient_loss(run: Run) -> tuple[Loss, PlainConv4]:
 
 def _metric_loss(run: Run) -> tuple[Loss, PlainConv4]:
     way = run.config.episode.train.way
-    model = PlainConv4(run.config.backbone["filters"], False, False, None)
+    model = PlainConv4(run.config.backbone, run.state.params)
     temperature = run.config.algo["temperature"]
 
     def loss(support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
