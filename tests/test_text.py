@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -292,10 +293,31 @@ def test_text_encoder_ignores_padding_and_averages_its_own_states(encoder):
     params, _ = backbone.init(inputs, prng.key_of(0))
     z, _ = backbone.embed(params, tokens)
     with torch.no_grad():
-        states = AutoModel.from_pretrained(encoder).eval()(tokens[:1, :2])[0]
+        states = AutoModel.from_pretrained(encoder).eval()(tokens[:1, :2] - 1)[0]
     torch.testing.assert_close(z[0], states[0].mean(0), atol=1e-5, rtol=1e-5)
     longer = torch.nn.functional.pad(tokens, (0, 5))
     torch.testing.assert_close(backbone.embed(params, longer)[0], z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_token_0_of_an_encoder_is_a_token(encoder, tmp_path):
+    """MPNet and RoBERTa begin each text with it, and pad with 1."""
+    from transformers import AutoModel
+
+    other = shutil.copytree(encoder, tmp_path / "other")
+    content = json.loads((encoder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {"card": 0, "[PAD]": vocabulary["card"]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    backbone = TextEncoder(model=str(other), length=16, frozen=True)
+    tokens = backbone.tokenizer()(["card lost", "weather today music"])
+    params, _ = backbone.init(InputSpec((3,), backbone.tokenizer().vocabulary), prng.key_of(0))
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(encoder).eval()(torch.tensor([[0, vocabulary["lost"]]]))[
+            0
+        ]
+    z, _ = backbone.embed(params, tokens)
+    torch.testing.assert_close(z[0], states[0].mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
