@@ -266,6 +266,22 @@ def test_a_tar_next_to_images_in_a_zip_is_ignored(tmp_path):
     assert sum(data.num_classes(split) for split in _SPLITS) == 5
 
 
+def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for name in ("a/1.png", "b/1.png", "c/1.png", "d/1.png", "../../e/1.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(image := encoded(pixels(1, 8)[0]))
+            archive.addfile(info, io.BytesIO(image))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("a/link.png")
+            link.type, link.linkname = kind, "/etc/passwd"
+            archive.addfile(link)
+    before = sorted(tmp_path.rglob("*.png"))
+    data = open_dataset("folder", tmp_path, tmp_path / "c", path="all.tar", image_size=8)
+    assert sum(data.views[split].index.num_inputs for split in _SPLITS) == 4
+    assert sorted(tmp_path.rglob("*.png")) == before == []
+
+
 def test_truncated_archives_are_refused_in_one_line(tmp_path):
     path = tar(tmp_path / "cub/CUB_200_2011.tgz", {"a/b/1.jpg": os.urandom(9000)})
     path.write_bytes(path.read_bytes()[:5000])
