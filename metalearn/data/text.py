@@ -14,7 +14,8 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, random_split, split_file
+from metalearn.data.class_splits import random_split, split_file
+from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
 from metalearn.system.errors import UserError, first_line

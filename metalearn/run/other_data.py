@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from metalearn.config import components, composition, paths
+from metalearn.config import choices, components, composition, paths
 from metalearn.config.checking import check_config
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
@@ -41,7 +41,7 @@ class Target(NamedTuple):
         if split not in SPLITS:
             name, split = word, ""
         path = os.path.expanduser(name)
-        is_known = name in composition.options("dataset")
+        is_known = name in choices.options("dataset")
         if is_known or not ("/" in name or os.path.exists(path)):
             return Target(name, [f"dataset={name}"], split or None)
         overrides = ["dataset=folder", f"dataset.path={composition.quoted(path)}"]
