@@ -25,16 +25,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.engine import capture, kernels, memory, precision, replay, threads
 from metalearn.engine.plan import Plan
 from metalearn.engine.trees import channels_last, split, stack, unbind
-from metalearn.tasks.types import (
-    CLASS_ERRORS,
-    Batch,
-    Kernels,
-    Loss,
-    Params,
-    Query,
-    State,
-    Task,
-)
+from metalearn.tasks.types import CLASS_ERRORS, Batch, Kernels, Loss, Params, Query, State, Task
 
 
 class Step(NamedTuple):

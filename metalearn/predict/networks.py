@@ -135,10 +135,7 @@ def _show(done: int, count: int) -> None:
 
 
 def open_network(
-    backbone: str | Embedding | None,
-    run: str | Path | None,
-    has_head: bool,
-    is_cached: bool = True,
+    backbone: str | Embedding | None, run: str | Path | None, has_head: bool, is_cached: bool = True
 ) -> Network | None:
     """Open a pretrained backbone by name, a function that embeds items, or a run.
 
