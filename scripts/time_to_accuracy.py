@@ -4,9 +4,10 @@ python scripts/time_to_accuracy.py data_dir=<folder with omniglot> [minutes=60] 
     [out=outputs/time-to-accuracy] [page=benchmarks] [small=true]
 
 Both train the same network on the same tasks with the same optimiser, in turns, until each has
-reached 95% and 97% on Omniglot (5-way 1-shot), or the minutes are over. The clock counts training
-alone, not validation. State is saved after each turn: the same command continues, also after an
-interruption (Ctrl-C ends with the turn). Writes time-to-accuracy.json and .md to `page` after each.
+reached 95% and 97% on Omniglot (5-way 1-shot), or the minutes are over. Each has one thread, so
+that the plain loop does not depend on how threads wait. The clock counts training alone, not
+validation. State is saved after each turn: the same command continues, also after an interruption
+(Ctrl-C ends with the turn). Writes time-to-accuracy.json and .md to `page` after each.
 """
 
 import dataclasses
@@ -77,7 +78,7 @@ class Contestant:
             out / f"{method}-{side}.json",
         )
         self._every, recipe = _RECIPES[method]
-        words = [*recipe, "logger=none", "val.episodes=400", *words]
+        words = [*recipe, "logger=none", "engine.threads=1", "val.episodes=400", *words]
         if small:
             self._every, words = 2, [*words, *_SMALL, "val.episodes=10"]
         self._run: Run = build(checking.check_config(composition.compose_config(words)))
@@ -135,7 +136,7 @@ def page(contestants: list[Contestant], environment: dict[str, Any]) -> list[str
         f"`scripts/time_to_accuracy.py` at commit {environment['commit']}, "
         f"{environment['hardware']}, torch {environment['versions']['torch']}, seed 0.",
         "Minutes of training, without validation, until 400 validation episodes of Omniglot (5-way "
-        "1-shot) reach an accuracy; in brackets minutes of CPU time. In turns on one machine.",
+        "1-shot) reach an accuracy; in brackets minutes of CPU time. In turns on one thread.",
         "",
         f"| training | {' | '.join(f'{goal:.0%}' for goal in _GOALS)} | steps so far | best |",
         "|---" * (len(_GOALS) + 3) + "|",

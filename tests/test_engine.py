@@ -73,6 +73,18 @@ def test_auto_strategy_follows_its_rule(overrides, expected, make_run):
     assert make_run(*overrides, "device=cpu").train_engine.strategy == expected
 
 
+def test_a_token_counts_as_a_vector_of_numbers_in_the_size_of_a_chunk(make_run):
+    # 349 tasks of 25 texts at once needed 20 GB of a small transformer.
+    run = make_run("algo=maml")
+    tasks = run.test.draw(0, 1)
+    tokens = pytree.tree_map(lambda leaf: leaf.long(), tasks)
+    numbers, texts = (
+        Engine(run.algorithm, "vmap", 0).resolve(some, 10**6, False).chunk
+        for some in (tasks, tokens)
+    )
+    assert 1 <= texts <= numbers // 50
+
+
 def test_chunk_is_at_most_the_meta_batch(make_run):
     assert (
         make_run("algo=maml", "train.meta_batch=4", "engine.task_chunk=3").train_engine.chunk == 3

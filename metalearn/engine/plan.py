@@ -11,6 +11,8 @@ from metalearn.tasks.types import Batch, Task
 # input elements per chunk; measured in benchmarks/speed-cpu.md.
 _FEW_QUERIES = 16
 _CPU_CHUNK_ELEMENTS = 1 << 18
+# Elements that a token counts as: its embedding is a vector.
+_TOKEN_ELEMENTS = 64
 # With convolution "direct", larger chunks have less overhead, and smaller ones stay in the caches.
 _DIRECT_CHUNK_ELEMENTS, _DIRECT_CHUNK = 1 << 20, (2, 16)
 
@@ -81,6 +83,7 @@ class Plan:
             strategy = "vmap"
         batched = 0 if support is None else support[0].numel()
         batched += 0 if strategy == "mixed" else query[0].numel()
+        batched *= 1 if query.is_floating_point() else _TOKEN_ELEMENTS
         chunk = self.chunk
         if not chunk and cpu and convolution == "direct":
             # As many chunks as the machine has cores; the number of threads changes no result.
