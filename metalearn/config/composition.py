@@ -168,7 +168,10 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         folders: Configuration folders to read, in addition to those of plugins.
     """
     _register_gates()
-    overrides = [_renamed(word) for word in overrides]
+    # Settings that have moved.
+    overrides = [re.sub(r"^logger\.name=", "logger=", word) for word in overrides]
+    moved = r"^logger\.(project|entity)="
+    overrides = [re.sub(moved, r"logger.wandb.\1=", word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
     if name in ("adam", "sgd") and "optimiser" not in given:
@@ -187,12 +190,6 @@ def _register_gates() -> None:
 
     for name, gate in gates.gates().items():
         ConfigStore.instance().store(name, gate.node(), group="experiment", package="_global_")
-
-
-def _renamed(override: str) -> str:
-    """Return an override of a setting that has moved by its new name."""
-    override = re.sub(r"^logger\.name=", "logger=", override)
-    return re.sub(r"^logger\.(project|entity)=", r"logger.wandb.\1=", override)
 
 
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:

@@ -14,7 +14,7 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.class_splits import random_split, split_file
+from metalearn.data.class_splits import random_split, split_classes
 from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
@@ -172,8 +172,6 @@ class Text(Dataset):
 
     def _splits(self, names: list[str], domain_of: dict[str, str]) -> dict[str, list[str]]:
         published, _, fold = self.split.partition("/")
-        if self.split == "random":
-            return random_split(names, self.fractions, self.split_seed)
         if self.split == "domains":
             chosen = {
                 split: [name.strip() for name in given.split(",")]
@@ -192,7 +190,7 @@ class Text(Dataset):
                 raise UserError(f"dataset.split={self.split}: should be {published}/1 to 5")
             splits = folds[fold]
         else:
-            splits = split_file(Path(self.split).expanduser())
+            return split_classes(self.split, names, self.fractions, self.split_seed, self.path)
         if unknown := [one for some in splits.values() for one in some if one not in names]:
             raise UserError(
                 f"dataset.split={self.split} names class '{unknown[0]}', which {self.path} does "

@@ -104,8 +104,10 @@ class Engine(Plan):
             for part, _ in parts[1:]:
                 total = pytree.tree_map(torch.add, total, part)
             gradients = {name: value.contiguous() for name, value in total[0].items()}
-            each = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
-            return Step(gradients, *total[1:], **each)
+            values: dict[str, Any] = {
+                name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]
+            }
+            return Step(gradients, *total[1:], **values)
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)

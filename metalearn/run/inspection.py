@@ -64,14 +64,14 @@ def predicted_episode(run: Run, state: State, number: int) -> tuple[Task, list[s
     return task, [names[one] for one in classes[0].tolist()], chosen
 
 
-def examples(run: Run, state: State, number: int = 0) -> list[Example]:
-    """Return the examples of a test episode and their predictions; [] for tasks without classes."""
-    if run.test.classes(torch.tensor([number]), 1) is None:
+def examples(run: Run, state: State) -> list[Example]:
+    """Return the examples of the first test episode and their predictions; [] without classes."""
+    if run.test.classes(torch.tensor([0]), 1) is None:
         return []
     described = Described(run.config, run.test_split)
-    task, names, chosen = predicted_episode(run, state, number)
+    task, names, chosen = predicted_episode(run, state, 0)
     result = []
-    for label, row in enumerate(described.episode(number)):
+    for label, row in enumerate(described.episode()):
         predicted = chosen[task.query.y[0].cpu() == label].tolist()
         for part, own in row["examples"].items():
             shown = [names[one] for one in predicted] if part == "query" else [""] * len(own)

@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from metalearn.engine.capture import Captured
+from metalearn.engine.capture import Captured, synchronise
 from metalearn.engine.profile import Profile
 from metalearn.engine.replay import Replays
 from metalearn.report.folder import RunFolder
@@ -75,10 +73,6 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             f"{run.device}, {run.choices}"
         )
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
-
-    def wait() -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
 
     def seconds_per_episode() -> float:
         for count in (1, 4):  # the first call is slower than the others
@@ -160,7 +154,9 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         if run.processes.is_leader:
             remove_surpassed()
     with signals.deferred():
-        tracker.begin(Probe(training.meter.peek, wait, seconds_per_episode))
+        tracker.begin(
+            Probe(training.meter.peek, lambda: synchronise(run.device), seconds_per_episode)
+        )
         if settings.steps == 0 and training.best is None:
             training.row = {"step": 0}
         if training.row is not None:
