@@ -171,8 +171,7 @@ def _order(test: dict[str, Any]) -> tuple[Any, ...]:
 def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return a row per gate: its runs at the largest budget, all seeds, and the verdict.
 
-    Args:
-        runs: Content of the result files that have a `reproduction`.
+    `runs` are the contents of the result files that have a `reproduction`.
     """
     rows = []
     for name, gate in gates.gates().items():
@@ -219,11 +218,7 @@ def _interval(metric: str, mean: float, ci95: float) -> str:
 
 
 def headlines(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the table of README: for each headline, the runs that trained longest.
-
-    Args:
-        runs: Runs of recipes, as `collect` stored them.
-    """
+    """Return the table of README: for each headline, the runs of recipes that trained longest."""
     definition = yaml.safe_load(_METHODS.with_suffix(".yaml").read_text())
     rows = []
     for table, method in _HEADLINES:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from metalearn.config import choices, gates, plugins
 from metalearn.config.checking import check_config, leaves, plain
 from metalearn.config.components import conf_dir
-from metalearn.system.errors import UserError, first_line, nearest
+from metalearn.system.errors import UserError, first_line, nearest, prefixed
 from metalearn.system.reading import read_yaml
 
 
@@ -213,10 +213,8 @@ def load_config(folder: Path) -> DictConfig:
     """
     path = folder / "config.yaml"
     stored = OmegaConf.create(read_yaml(path))
-    try:
+    with prefixed(path):
         return OmegaConf.create(plain(check_config(stored)))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:

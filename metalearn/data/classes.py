@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metalearn.data.base import OpenDataset
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, prefixed
 from metalearn.tasks import prng
 from metalearn.tasks.sampling import STREAMS, BatchSampler, EpisodeSampler, Shape
 from metalearn.tasks.store import (
@@ -140,13 +140,11 @@ class ClassData(OpenDataset):
     def episodes(
         self, split: str, shape: Shape, seed: int, augment: Augmentation | None = None
     ) -> EpisodeSampler:
-        try:
+        with prefixed(f"{split} episodes"):
             changed = self._store(split, augment)
             store, support = (self.stores[split], changed) if shape.copies else (changed, None)
             view = self.views[split].sampled(shape.sampler)
             return EpisodeSampler(store, view, shape, self._key(split, seed), support)
-        except UserError as error:
-            raise UserError(f"{split} episodes: {error}") from None
 
     def batches(
         self, split: str, size: int, seed: int, augment: Augmentation | None = None

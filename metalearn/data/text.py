@@ -18,7 +18,7 @@ from metalearn.data.class_splits import random_split, split_classes
 from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, prefixed
 from metalearn.tasks.distractors import DistractedSampler
 from metalearn.tasks.sampling import EpisodeSampler, Shape
 from metalearn.tasks.store import ArrayStore, Augmentation, ClassView
@@ -220,7 +220,5 @@ class _DistractedData(ClassData):
         plain = super().episodes(split, dataclasses.replace(shape, distractors=0), seed, augment)
         if not shape.distractors:
             return plain
-        try:
+        with prefixed(f"{split} episodes"):
             return DistractedSampler(**vars(plain) | {"shape": shape}, pool=self.pools[split])
-        except UserError as error:
-            raise UserError(f"{split} episodes: {error}") from None

@@ -16,19 +16,9 @@ from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
-from metalearn.run import checkpoint, clusters, optimisers
+from metalearn.run import checkpoint, clusters, optimisers, parts
 from metalearn.run.engines import make_engines, stored_choices
 from metalearn.run.pairings import check, check_inputs
-from metalearn.run.parts import (
-    algorithm_of,
-    augmentation_of,
-    cache_folder,
-    data_folder,
-    device_of,
-    mixing_of,
-    shapes_of,
-    support_augmentation_of,
-)
 from metalearn.run.protocol import protocol_of
 from metalearn.system import processes
 from metalearn.system.errors import UserError
@@ -123,7 +113,9 @@ def open_data(
     backbone = algorithm.backbone
     given = {"raw": backbone.is_external, "tokenizer": backbone.tokenizer(), **runtime}
     dataset = components.make(settings.dataset, "dataset", **given)
-    data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
+    data: OpenDataset = dataset.open(
+        parts.data_folder(settings), parts.cache_folder(settings), device
+    )
     return data
 
 
@@ -139,27 +131,27 @@ def build(
     settings do not fit together or do not fit the data.
     """
     check(settings, is_restored)
-    device = device_of(settings.device)
+    device = parts.device_of(settings.device)
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
     process.prepare(device, threads, settings.engine.precision)
     if device.type == "cpu" and settings.engine.convolution in ("auto", "direct"):
-        kernels.load(cache_folder(settings))
+        kernels.load(parts.cache_folder(settings))
     group = processes.join_processes(device)
     for name in ("train.meta_batch", "val.episodes", "test.episodes"):
         if (count := operator.attrgetter(name)(settings)) < group.size:
             raise UserError(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
-    algorithm = algorithm_of(settings, is_restored)
+    algorithm = parts.algorithm_of(settings, is_restored)
     if data is None:
         with group.leader_first():
             data = open_data(settings, algorithm, device)
     check_inputs(settings, algorithm, data.inputs)
-    augmentation, mixing = augmentation_of(settings), mixing_of(settings)
-    of_support = support_augmentation_of(settings, algorithm)
-    test_shape, test_ranges = shapes_of(settings.episode, "episode")
-    train_shape, train_ranges = shapes_of(settings.episode.train, "episode.train")
+    augmentation, mixing = parts.augmentation_of(settings), parts.mixing_of(settings)
+    of_support = parts.support_augmentation_of(settings, algorithm)
+    test_shape, test_ranges = parts.shapes_of(settings.episode, "episode")
+    train_shape, train_ranges = parts.shapes_of(settings.episode.train, "episode.train")
     if train_shape == test_shape:  # it usually follows the test's, so errors name that one
         train_shape = test_shape
     test_shape = dataclasses.replace(test_shape, copies=algorithm.support_copies)

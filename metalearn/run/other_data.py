@@ -17,7 +17,7 @@ from metalearn.data.classes import ClassData
 from metalearn.run.build import Run, open_data
 from metalearn.run.pairings import target_name
 from metalearn.run.parts import algorithm_of, data_folder, device_of
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, prefixed
 
 SPLITS = ("train", "val", "test", "all", "train+test")
 #: Number of names of classes in a message.
@@ -225,7 +225,7 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
     inputs = Inputs(run.spec.input_shape, run.standardisation)
     for word in words:
         target = Target.of(word)
-        try:
+        with prefixed(f"test_dataset={word}"):
             overrides = apply_target(config, target.overrides, inputs)
             changed: Any = composition.apply_overrides(config, overrides)
             paths.make_absolute(changed, overrides, data_folder(run.config))
@@ -236,5 +236,3 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
             if is_trained(run.config):
                 check_overlap(run.config, after, run.data, data, split)
             fitting_way(after, data, split, is_given=False)
-        except UserError as error:
-            raise UserError(f"test_dataset={word}: {error}") from None

@@ -154,11 +154,10 @@ def _test_others(folder: Path, words: list[str], console: Console) -> None:
 def _first_lines(run: Run, name: str, recipe: str, is_tested: bool) -> list[str]:
     """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
-    steps, every = settings.train.steps, settings.val.every
-    validations = max(1, -(-steps // every))
+    validations = max(1, -(-settings.train.steps // settings.val.every))
     test = f"a test of {settings.test.episodes:,}" if is_tested else "no test"
     lines = [
-        f"{name} on {run.device}: {_count(steps, 'step')} of "
+        f"{name} on {run.device}: {_count(settings.train.steps, 'step')} of "
         f"{_count(settings.train.meta_batch, 'task')}, {_count(validations, 'validation')} of "
         f"{_count(settings.val.episodes, 'episode')}, {test}",
         f"{recipe}{'; ' if recipe else ''}engine {run.train_engine.strategy}, statistics "
