@@ -3,7 +3,7 @@
 python scripts/benchmark.py [budget=day] [seeds=0,1,2] [only=protonet,omniglot] [key=value …]
 
 The order is that of conf/gates.yaml, by value, all gates with the first seed first; `only` takes
-the gates whose name has all the given parts. Each run is in
+the gate with that name, or those whose name has all the given parts. Each run is in
 outputs/benchmark/<budget>/<experiment>-seed<seed>/. A finished run with the same settings is
 skipped, an interrupted one resumed: repeat the command. After each run its result is written to
 benchmarks/results/, its tests are logged in benchmarks/results/tests.jsonl, and the tables of
@@ -32,6 +32,7 @@ def main() -> None:
     budget, only = options.pop("budget", "day"), options.pop("only", "")
     seeds = options.pop("seeds", options.pop("seed", "0")).split(",")
     names = [name for name in gates.gates() if all(part in name for part in only.split(","))]
+    names = [only] if only in names else names
     if not names:
         sys.exit(f"only={only}: no such gate; choose from {', '.join(gates.gates())}")
     root = Path("outputs/benchmark")
