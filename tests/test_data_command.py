@@ -40,6 +40,7 @@ def test_all_datasets_are_listed_with_how_to_get_them(run, tmp_path):
     assert list(known) == sorted(choices.options("dataset"))
     for name, one in known.items():
         assert name in text and one["state"] in text
+        assert one["description"].endswith("."), name  # one whole sentence, from one line
         has_origin = bool(one["source"] and one["licence"])
         own = ("folder", "text", "features", "user_values", "user_classes")
         assert has_origin or name in own, name

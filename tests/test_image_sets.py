@@ -266,6 +266,22 @@ def test_a_tar_next_to_images_in_a_zip_is_ignored(tmp_path):
     assert sum(data.num_classes(split) for split in _SPLITS) == 5
 
 
+def test_links_and_paths_in_a_tar_lead_nowhere(tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for name in ("a/1.png", "b/1.png", "c/1.png", "d/1.png", "../../e/1.png"):
+            info = tarfile.TarInfo(name)
+            info.size = len(image := encoded(pixels(1, 8)[0]))
+            archive.addfile(info, io.BytesIO(image))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("a/link.png")
+            link.type, link.linkname = kind, "/etc/passwd"
+            archive.addfile(link)
+    before = sorted(tmp_path.rglob("*.png"))
+    data = open_dataset("folder", tmp_path, tmp_path / "c", path="all.tar", image_size=8)
+    assert sum(data.views[split].index.num_inputs for split in _SPLITS) == 4
+    assert sorted(tmp_path.rglob("*.png")) == before == []
+
+
 def test_truncated_archives_are_refused_in_one_line(tmp_path):
     path = tar(tmp_path / "cub/CUB_200_2011.tgz", {"a/b/1.jpg": os.urandom(9000)})
     path.write_bytes(path.read_bytes()[:5000])
@@ -363,7 +379,7 @@ def test_pickles_of_data_are_read(protocol):
         "bytes": b"\xff\x00",
         "set": {1},
         "number": np.float32(2.5),
-        "more": (None, [1.5, "é"], bytearray(b"1")),
+        "more": (None, [1.5, "é"], bytearray(b"1"), bytearray()),
     }
     back = pickles.load(io.BytesIO(pickle.dumps(content, protocol)))
     for one, other in zip(arrays, back.pop("arrays"), strict=True):
@@ -387,6 +403,11 @@ def test_pickled_arrays_with_fields_are_refused():
     """A forged dtype with fields could make NumPy follow pointers that the file contains."""
     with pytest.raises(pickle.UnpicklingError, match="an array of V8"):
         pickles.load(io.BytesIO(pickle.dumps(np.zeros(2, [("a", "f8")]))))
+
+
+def test_pickled_numbers_allocate_nothing():
+    with pytest.raises(TypeError, match="not subscriptable"):
+        pickles.load(io.BytesIO(b"cbuiltins\nbytearray\n(I100000000000\ntR."))
 
 
 def test_published_splits_have_the_published_sizes():

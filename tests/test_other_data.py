@@ -129,6 +129,24 @@ def test_overlap_is_found_by_content_refused_and_with_permission_recorded(run, c
     evaluate(folder, [f"dataset.path={tmp_path}/moved"], "test", None, console)
 
 
+@pytest.mark.slow
+def test_examples_of_the_run_that_weights_started_from_count_as_trained(run, console, tmp_path):
+    start = f"train.start={run()}"
+    with pytest.raises(UserError, match=r"train\.start: .* were trained or validated on"):
+        run(start, "dataset.split=random", name="shuffled")
+    words = [f"dataset.path={write_images(tmp_path / 'new', _NAMES, seed=1)}"]
+    second = run(start, *words, name="second")
+    for split, count in (("test", 0), ("all", 48)):
+        asked = [
+            "dataset=folder",
+            f"dataset.path={tmp_path}/own",
+            f"dataset.split={tmp_path}/split.json",
+        ]
+        request = Request.of(second, [*asked, "test.overlap=allow"], split)
+        counts = request.overlap.counts.values() if request.overlap else []
+        assert sum(sum(each.values()) for each in counts) == count
+
+
 def test_images_get_size_channels_and_normalisation_of_the_run(run, console, tmp_path):
     folder = run("dataset.colour=grey")
     other = write_images(tmp_path / "other", _NAMES[:4], seed=1)  # in colour, 20x23

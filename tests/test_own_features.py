@@ -32,6 +32,17 @@ def test_csv_and_npz_give_the_same_data(tmp_path):
     assert again.content_hash == data.content_hash
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_tables_of_other_programs_are_read(encoding, tmp_path):
+    plain = write_csv(tmp_path / "a.csv", header="größe,label,b,c")
+    other = tmp_path / "b.csv"
+    other.write_bytes(
+        plain.read_text().replace("label", "Label").replace(",", ";").encode(encoding)
+    )
+    first, second = (open_dataset("features", tmp_path, tmp_path, path=p) for p in (plain, other))
+    assert first.content_hash == second.content_hash
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [

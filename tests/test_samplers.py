@@ -296,14 +296,15 @@ class Numbered(ImageDataset):
         splits = {split: [name for name in names if name.startswith(split)]
                   for split in ("train", "val", "test")}  # fmt: skip
         groups = {name: f"group{place % 2}" for place, name in enumerate(names)}
-        own = ClassImages(images, [7] * 18, names)
+        hashes = [10 * (self.first + c) + i for c in range(18) for i in range(7)]
+        own = ClassImages(images, [7] * 18, names, hashes=torch.tensor(hashes))
         return self.class_data(own, splits, device, self.standardise, groups)
 
 
-def mixed(tmp_path, rotations="none", standardise=(False, False)):
+def mixed(tmp_path, rotations="none", standardise=(False, False), firsts=(0, 100)):
     sets = {
         name: Numbered(first=first, standardise=own, rotations=rotations, rotations_may_meet=True)
-        for name, first, own in zip("ab", (0, 100), standardise, strict=True)
+        for name, first, own in zip("ab", firsts, standardise, strict=True)
     }
     mix = Mix(parts=["a", "b"], settings={}, sets=sets)
     return mix.open(tmp_path, tmp_path, _CPU)
@@ -339,6 +340,15 @@ def test_classes_of_a_mix_are_named_by_their_part_and_batches_have_all(tmp_path)
     everything = data.with_split("all").episodes("all", Shape(5, 1, 1), 0).draw(0, 50)
     parts = class_and_image(everything.query.x)[..., 0] // 100
     assert (parts == parts[:, :1]).all() and parts.unique().numel() == 2
+
+
+def test_images_that_one_part_trains_on_and_another_tests_on_are_refused(tmp_path):
+    assert len(mixed(tmp_path, firsts=(0, 0)).class_names("train")) == 12  # the same splits
+    for firsts, first, later in (((0, 12), "b", "a"), ((17, 0), "a", "b")):
+        with pytest.raises(UserError) as caught:
+            mixed(tmp_path, firsts=firsts)
+        text = f"dataset.parts: images of the train split of {first} are in the test split of"
+        assert f"{text} {later} (" in str(caught.value)
 
 
 def test_a_mix_is_standardised_by_all_training_images(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from metalearn.backbones.text import BagOfNGrams, HashedTokens, character_ngrams
 from metalearn.backbones.text_encoder import TextEncoder
 from metalearn.cli import train
 from metalearn.config import checking, components, composition
+from metalearn.data.tables import read_csv
 from metalearn.data.text import Text, read_rows
 from metalearn.run.build import build
 from metalearn.system.errors import UserError
@@ -49,12 +51,33 @@ def test_csv_of_any_encoding_with_and_without_header(tmp_path, encoding, header)
         ("text,label\nhello,a\n,b\n", "row 3 has no text"),
         ("hello,a\nbye,\n", "row 2 has no label"),
         ('text,label\n"open,a\n', "cannot be read"),
+        ("text,topic\nhello,a\n", "names no column label"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, content, message):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match=message):
         read_rows(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("header", ["text{}label\n", ""])
+def test_cells_may_be_separated_otherwise(tmp_path, delimiter, header):
+    rows = f"hello, you{delimiter}a\nbye{delimiter}b\n" + f'"x{delimiter} y"{delimiter}b\n'
+    (tmp_path / "a.csv").write_text(header.format(delimiter) + rows)
+    texts = [("hello, you", "a", ""), ("bye", "b", ""), (f"x{delimiter} y", "b", "")]
+    assert read_rows(tmp_path / "a.csv") == texts
+
+
+def test_one_column_is_not_taken_apart(tmp_path):
+    (tmp_path / "a.csv").write_text("well; yes\nno\n")
+    assert read_csv(tmp_path / "a.csv") == [["well; yes"], ["no"]]
+
+
+def test_an_encoding_with_zero_bytes_is_refused(tmp_path):
+    for encoding in ("utf-32", "utf-16-le"):
+        with pytest.raises(UserError, match="save it as UTF-8"):
+            read_rows(write_csv(tmp_path / "a.csv", encoding))
 
 
 def test_a_text_may_have_several_lines_and_files_may_be_corrupt(tmp_path):
@@ -89,6 +112,24 @@ def test_domains_are_kept_apart_and_shared_labels_are_split(tmp_path):
     assert data.class_names("test") == ("films/0", "films/1")
     assert data.views["val"].index.counts.tolist() == [4, 4]  # the repeated text is left out
     assert opened(path, split="domains", domains={}).class_names("test")[0].endswith("/0")
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        ({"train": "a", "val": "a", "test": "b"}, "has domain 'a' in both train and val"),
+        ({"train": "a", "val": "b,e", "test": "c"}, "names domain 'e', which .* does not have"),
+        ({"train": "a", "test": "b"}, "should name domains for train, val and test"),
+    ],
+)
+def test_wrong_splits_of_domains_are_refused(domains, message, tmp_path):
+    lines = [f"{domain},{domain}{number},text {number}" for domain in "abcd" for number in range(5)]
+    path = tmp_path / "a.csv"
+    path.write_text("domain,label,text\n" + "\n".join(lines))
+    with pytest.raises(UserError, match=rf"dataset\.domains.* {message}"):
+        opened(path, split="domains", domains=domains)
+    with pytest.raises(UserError, match=r"dataset\.split=domains: .* has no column domain"):
+        opened(write_csv(tmp_path / "b.csv"), split="domains")
 
 
 def test_texts_of_no_class_are_distractors(tmp_path):
@@ -128,7 +169,10 @@ def test_published_folds_name_classes_that_may_be_missing(tmp_path):
         opened(path, split="clinc150/1")
     with pytest.raises(UserError, match="should be clinc150/1 to 5"):
         opened(path, split="clinc150/6")
-    with pytest.raises(UserError, match="bring it there by hand"):
+    with pytest.raises(UserError, match=r"there is no .*b\.csv; bring it there: a CSV file"):
+        opened(tmp_path / "b.csv", by_hand="a CSV file")
+    (tmp_path / "b.csv").write_text("text,label\n")
+    with pytest.raises(UserError, match=r"b\.csv has no texts"):
         opened(tmp_path / "b.csv")
     with pytest.raises(UserError, match="use backbone=text_transformer"):
         opened(path, tokenizer=None)
@@ -249,10 +293,31 @@ def test_text_encoder_ignores_padding_and_averages_its_own_states(encoder):
     params, _ = backbone.init(inputs, prng.key_of(0))
     z, _ = backbone.embed(params, tokens)
     with torch.no_grad():
-        states = AutoModel.from_pretrained(encoder).eval()(tokens[:1, :2])[0]
+        states = AutoModel.from_pretrained(encoder).eval()(tokens[:1, :2] - 1)[0]
     torch.testing.assert_close(z[0], states[0].mean(0), atol=1e-5, rtol=1e-5)
     longer = torch.nn.functional.pad(tokens, (0, 5))
     torch.testing.assert_close(backbone.embed(params, longer)[0], z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_token_0_of_an_encoder_is_a_token(encoder, tmp_path):
+    """MPNet and RoBERTa begin each text with it, and pad with 1."""
+    from transformers import AutoModel
+
+    other = shutil.copytree(encoder, tmp_path / "other")
+    content = json.loads((encoder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {"card": 0, "[PAD]": vocabulary["card"]}
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    backbone = TextEncoder(model=str(other), length=16, frozen=True)
+    tokens = backbone.tokenizer()(["card lost", "weather today music"])
+    params, _ = backbone.init(InputSpec((3,), backbone.tokenizer().vocabulary), prng.key_of(0))
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(encoder).eval()(torch.tensor([[0, vocabulary["lost"]]]))[
+            0
+        ]
+    z, _ = backbone.embed(params, tokens)
+    torch.testing.assert_close(z[0], states[0].mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

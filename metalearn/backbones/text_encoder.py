@@ -27,7 +27,7 @@ _EXTRA = "is not installed; pip install 'metalearn-lab[text]'"
 
 
 class _Tokens:
-    """The tokenizer of an encoder; token 0 is its padding."""
+    """The tokenizer of an encoder, with its tokens from 1 on; 0 is padding."""
 
     def __init__(self, file: Path, length: int) -> None:
         try:
@@ -40,12 +40,16 @@ class _Tokens:
             raise UserError(f"{file} is not a tokenizer ({first_line(error)})") from None
         self._tokenizer.enable_truncation(length)
         self._tokenizer.enable_padding(pad_id=0)
-        self.vocabulary = self._tokenizer.get_vocab_size()
+        self.vocabulary = self._tokenizer.get_vocab_size() + 1
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return tokens, int64 [I, L]."""
-        rows = [one.ids for one in self._tokenizer.encode_batch(list(texts))]
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), -1 if rows else 1)
+        encoded = self._tokenizer.encode_batch(list(texts))
+        ids, mask = (
+            torch.tensor([getattr(one, name) for one in encoded], dtype=torch.int64)
+            for name in ("ids", "attention_mask")
+        )
+        return ((ids + 1) * mask).reshape(len(encoded), -1 if encoded else 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,8 @@ class TextEncoder(FreezableBackbone):
         """Compute the mean hidden state over the tokens x [B, L] that are no padding."""
         mask = (x != 0).to(torch.float32)
         module = _module(self.model).to(x.device)
-        states = functional_call(module, params, (x, mask), {"return_dict": False})[0]
+        ids = (x - 1).clamp_min(0)  # see `_Tokens`: 0 may be a token of the encoder
+        states = functional_call(module, params, (ids, mask), {"return_dict": False})[0]
         return masked_mean(states, mask)
 
 

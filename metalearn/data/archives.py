@@ -63,7 +63,7 @@ def _copy_tar(stream: IO[bytes], copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(fileobj=stream, mode="r|*") as tar, zipfile.ZipFile(copy, "a") as target:
         for member in tar:
-            content = tar.extractfile(member)
-            if member.isfile() and content is not None:
+            # A stream cannot follow links.
+            if member.isfile() and (content := tar.extractfile(member)) is not None:
                 with target.open(member.name, "w") as to:
                     shutil.copyfileobj(content, to)

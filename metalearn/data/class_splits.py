@@ -49,10 +49,7 @@ def split_classes(
     if split == "random":
         return random_split(names, fractions, seed)
     splits = split_file(published_split(split) or Path(split).expanduser())
-    if unknown := [name for some in splits.values() for name in some if name not in names]:
-        raise UserError(
-            f"dataset.split={split} names class '{unknown[0]}', which {owner} does not have"
-        )
+    check_known(splits, names, f"dataset.split={split}", owner)
     return splits
 
 
@@ -79,7 +76,7 @@ def split_file(path: Path) -> dict[str, list[str]]:
     """
     expected = 'JSON with {"train": [class, ...], "val": [...], "test": [...]}'
     try:
-        splits = json.loads(path.read_text())
+        splits = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
             f"dataset.split={path} should be the name of a split, or a file of {expected} ({error})"
@@ -95,12 +92,20 @@ def split_file(path: Path) -> dict[str, list[str]]:
     return splits
 
 
-def check_splits(splits: dict[str, list[str]], owner: str) -> None:
-    """Raise UserError if a class is twice in a split, or in two splits."""
+def check_splits(splits: dict[str, list[str]], owner: str, what: str = "class") -> None:
+    """Raise UserError if a class, or something else, is twice in a split, or in two splits."""
     for split, names in splits.items():
         if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{owner} has class '{repeated[0]}' twice in {split}")
+            raise UserError(f"{owner} has {what} '{repeated[0]}' twice in {split}")
     for first, second in itertools.combinations(splits, 2):
         others = set(splits[second])
         if shared := [name for name in splits[first] if name in others]:
-            raise UserError(f"{owner} has class '{shared[0]}' in both {first} and {second}")
+            raise UserError(f"{owner} has {what} '{shared[0]}' in both {first} and {second}")
+
+
+def check_known(
+    splits: dict[str, list[str]], names: list[str], setting: str, owner: str, what: str = "class"
+) -> None:
+    """Raise UserError if the splits of a setting name a class, or something else, not in names."""
+    if unknown := [name for some in splits.values() for name in some if name not in names]:
+        raise UserError(f"{setting} names {what} '{unknown[0]}', which {owner} does not have")

@@ -1,9 +1,7 @@
 """Feature vectors with labels, in an npz or CSV file."""
 
-import csv
 import dataclasses
 import hashlib
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
 from metalearn.data.class_splits import split_classes
 from metalearn.data.classes import ClassData, class_indices
+from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.store import ArrayStore, ClassView
 
@@ -41,6 +40,8 @@ class Features(Dataset):
                 raise ValueError(f"features are {list(x.shape)}, labels {list(labels.shape)}")
             if not (is_finite := np.isfinite(x).all(1)).all():
                 raise ValueError(f"row {int(is_finite.argmin()) + 1} of the features is not finite")
+        except UserError:
+            raise
         except Exception as error:  # NumPy raises errors of many kinds for a corrupt file
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         names, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -62,8 +63,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    rows = list(csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
-    header = rows.pop(0) if rows else []
+    rows = read_csv(path)
+    header = [cell.strip().lower() for cell in rows.pop(0)] if rows else []
     if "label" not in header:
         raise ValueError("the first row should name the columns, one of them label")
     place = header.index("label")

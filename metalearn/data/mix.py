@@ -69,6 +69,7 @@ class Mix(Dataset):
                 )
         opened = {name: one.open(data_dir, cache_dir, device) for name, one in self.sets.items()}
         _check(opened)
+        _check_overlap(opened)
         first = opened[self.parts[0]]
         is_on_host = any(data.is_on_host for data in opened.values())
         where = torch.device("cpu") if is_on_host else device
@@ -112,6 +113,21 @@ def _check(opened: Mapping[str, Any]) -> None:
         for (own, use), (other, _) in zip(one, properties, strict=False):
             if own != other:
                 raise UserError(f"dataset.parts: {first} has {own}, {name} has {other}; {use}")
+
+
+def _check_overlap(opened: Mapping[str, ClassData]) -> None:
+    """Raise UserError if a part has images for training or validation that another tests on."""
+    for (first, one), (later, two) in itertools.permutations(opened.items(), 2):
+        for before, after in itertools.combinations(("train", "val", "test"), 2):
+            none, tested = torch.zeros(0, dtype=torch.int64), two.class_hashes(after)
+            used = torch.cat([none, *one.class_hashes(before).values()])
+            if torch.isin(torch.cat([none, *tested.values()]), used).any():
+                shared = [name for name, own in tested.items() if torch.isin(own, used).any()]
+                raise UserError(
+                    f"dataset.parts: images of the {before} split of {first} are in the {after} "
+                    f"split of {later} ({', '.join(shared[:30])}); leave one of the parts out, or "
+                    "give both the same split by +dataset.settings"
+                )
 
 
 def _properties(data: ClassData) -> list[tuple[str, str]]:

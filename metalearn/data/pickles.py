@@ -44,7 +44,8 @@ _NUMPY: dict[str, Any] = {
 }
 #: How Python 2 and 3 name containers, and bytes in old protocols.
 _OTHERS: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict, "builtins.set": set, "builtins.bytearray": bytearray,
+    "collections.OrderedDict": OrderedDict, "builtins.set": set,
+    "builtins.bytearray": lambda content=b"", *_: bytearray(_latin1(content)[:]),  # no count
     "builtins.bytes": lambda *_: b"",  # the empty ones
     "_codecs.encode": _latin1,
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.class_splits import random_split, split_classes
+from metalearn.data.class_splits import check_known, check_splits, random_split, split_file
 from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
@@ -60,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
             return [
                 Row(str(text), str(label), "") for part in sets.values() for text, label in part
             ]
-    rows, first = table(path, read_csv(path), COLUMNS)
+    rows, first = table(path, read_csv(path), COLUMNS, required=2)
     for number, row in enumerate(rows, first):
         if not row["text"] or not row["label"]:
             missing = "label" if row["text"] else "text"
@@ -148,14 +148,15 @@ class Text(Dataset):
                 fetch(self.urls[path.name], path.parent, self.md5[path.name])
             if not path.exists():
                 raise UserError(
-                    f"dataset.path={self.path}: there is no {path}; bring it there by hand (the "
-                    "first lines of the dataset's file in conf/dataset say what it is)"
+                    f"dataset.path={self.path}: there is no {path}; bring it there: {self.by_hand}"
                 )
             if path.name == "domains.json":
                 with _reading(path) as content:
                     known = {label: domain for domain, some in content.items() for label in some}
             else:
                 rows += read_rows(path)
+        if not rows:
+            raise UserError(f"dataset.path={self.path} has no texts")
         domains: dict[str, set[str]] = defaultdict(set)
         for row in rows:
             domains[row.label].add(row.domain)
@@ -172,13 +173,21 @@ class Text(Dataset):
 
     def _splits(self, names: list[str], domain_of: dict[str, str]) -> dict[str, list[str]]:
         published, _, fold = self.split.partition("/")
+        if self.split == "random":
+            return random_split(names, self.fractions, self.split_seed)
         if self.split == "domains":
             chosen = {
                 split: [name.strip() for name in given.split(",")]
                 for split, given in self.domains.items()
             }
             domains = sorted(set(domain_of.values()))
+            if domains == [""]:
+                raise UserError(f"dataset.split=domains: {self.path} has no column domain")
             chosen = chosen or random_split(domains, self.fractions, self.split_seed)
+            if chosen.keys() != {"train", "val", "test"}:
+                raise UserError("dataset.domains should name domains for train, val and test")
+            check_splits(chosen, f"dataset.domains={self.domains}", "domain")
+            check_known(chosen, domains, f"dataset.domains={self.domains}", self.path, "domain")
             splits = {
                 split: [name for name in names if domain_of[name] in some]
                 for split, some in chosen.items()
@@ -190,12 +199,8 @@ class Text(Dataset):
                 raise UserError(f"dataset.split={self.split}: should be {published}/1 to 5")
             splits = folds[fold]
         else:
-            return split_classes(self.split, names, self.fractions, self.split_seed, self.path)
-        if unknown := [one for some in splits.values() for one in some if one not in names]:
-            raise UserError(
-                f"dataset.split={self.split} names class '{unknown[0]}', which {self.path} does "
-                "not have"
-            )
+            splits = split_file(Path(self.split).expanduser())
+        check_known(splits, names, f"dataset.split={self.split}", self.path)
         return splits
 
 

@@ -180,6 +180,22 @@ def is_trained(config: RunConfig) -> bool:
     return config.train.steps > 0 or config.train.start is not None
 
 
+def lineage(config: RunConfig) -> list[RunConfig]:
+    """Return the configurations of a run, of the run that it started from, and so on."""
+    start = config.train.start
+    return [config, *(lineage(check_config(composition.load_config(Path(start)))) if start else [])]
+
+
+def check_start(run: Run) -> None:
+    """Raise UserError if a run tests what the runs that it started from were trained on."""
+    for before in lineage(run.config)[1:]:
+        if is_trained(before) and before.dataset != run.config.dataset:
+            try:
+                check_overlap(before, run.config, open_own(before, run.config), run.data, "test")
+            except UserError as error:
+                raise UserError(f"train.start: {error}") from None
+
+
 def open_own(before: RunConfig, after: RunConfig) -> OpenDataset:
     """Open the data that a run was trained on; raise UserError if they cannot be read."""
     own = dataclasses.replace(

@@ -124,8 +124,11 @@ class Request:
         is_own = has_own_test if self.split == "test" else has_own_splits
         if is_own or before.dataset == after.dataset or not is_trained:
             return None
-        own = other_data.open_own(before, after)
-        return other_data.check_overlap(before, after, own, self.data, self.split)
+        for one in other_data.lineage(before):
+            own = other_data.open_own(one, after)
+            if shared := other_data.check_overlap(one, after, own, self.data, self.split):
+                return shared
+        return None
 
     def run(self, statistics: str, **episode: Any) -> Run:
         """Build the run under the requested protocol.

@@ -30,7 +30,7 @@ from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.evaluate import evaluate_several
 from metalearn.run.inspection import examples
 from metalearn.run.measure import measure, result_of
-from metalearn.run.other_data import check_targets
+from metalearn.run.other_data import check_start, check_targets
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
 from metalearn.system.lock import alone_in, is_in_use
@@ -74,6 +74,7 @@ def train(
     start = time.perf_counter()
     run = build(settings, is_restored=before is not None and files.last.exists())
     if is_tested:
+        check_start(run)
         check_targets(run, config, settings.test_dataset)
     # Now, because the checkout may change during the run.
     environment = describe_environment(str(run.device))
