@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from pages import ROOT, fill, wrap
 
 from metalearn.cli import _arguments, _launch
-from metalearn.config import checking, composition
+from metalearn.config import checking, choices, composition
 from metalearn.report.environment import describe_environment
 from metalearn.system.errors import RunFailed, UserError
 
@@ -66,9 +66,7 @@ class Lines:
         self._keys = list(checking.leaves(composed))
         self._defaults = {key: str(_select(composed, key)) for key in self._keys}
         self._groups = {
-            group: list(composition.options(group))
-            for group in composition.groups()
-            if group != "recipe"
+            group: list(choices.options(group)) for group in choices.groups() if group != "recipe"
         }
 
     def line(self, all_commands: bool) -> list[str]:

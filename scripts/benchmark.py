@@ -12,47 +12,18 @@ docs/results.md are written.
 
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import results
-from omegaconf import OmegaConf
+from runs import make_room
 
-from metalearn.cli._arguments import take_plugins
 from metalearn.cli.reproduce import Recipe
-from metalearn.config import checking, composition, gates, roles
+from metalearn.config import gates
 from metalearn.report.folder import RunFolder
 from metalearn.system.errors import UserError
 from metalearn.system.lock import alone_in
-
-
-def make_room(folder: Path, overrides: list[str]) -> None:
-    """Delete a run whose training or test settings differ from these overrides.
-
-    A run that this version cannot read is deleted too. A matching run, finished or interrupted,
-    remains, so that `resume=auto` continues it.
-    """
-    if not RunFolder(folder).is_started:
-        return
-    config = checking.check_config(composition.compose_config(take_plugins(overrides)))
-    expected: Any = OmegaConf.create(checking.plain(config))
-    content: Any = OmegaConf.to_container(expected)
-    all_roles = roles.roles(content)
-    try:
-        stored: Any = composition.load_config(folder)
-    except UserError:
-        shutil.rmtree(folder)
-        return
-    for key in {*checking.leaves(expected), *checking.leaves(stored)}:
-        key_roles = roles.role_of(key, all_roles)[0]
-        if key_roles & {"identity", "protocol", "seed"} and OmegaConf.select(
-            expected, key
-        ) != OmegaConf.select(stored, key):
-            shutil.rmtree(folder)
-            return
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark_methods import run
 from pages import ROOT, fill
+from runs import run
 
 from metalearn.report.folder import RunFolder
 from metalearn.report.scores import read_scores

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark_methods import run
+from runs import run
 
 from metalearn.report.console import open_console
 from metalearn.report.environment import describe_environment

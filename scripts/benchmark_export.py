@@ -18,7 +18,7 @@ import torch
 from pages import ROOT
 from rich.console import Console
 
-from metalearn.config import composition
+from metalearn.config import choices, composition
 from metalearn.predict import heads, inputs
 from metalearn.predict.classifier import FewShotClassifier
 from metalearn.predict.export import TOLERANCE, export_classifier, export_run
@@ -53,7 +53,7 @@ def main() -> None:
     rows, classifiers = [], []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        for algo in composition.options("algo"):
+        for algo in choices.options("algo"):
             config = composition.compose_config([*_SMALL, f"algo={algo}"])
             train(config, root / algo, f"{algo} glyphs", [], Console(quiet=True))
             rows.append(_row(algo, export_run, root / algo))

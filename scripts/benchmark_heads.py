@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_methods import run as run_in
 from pages import ROOT
+from runs import run as run_in
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -38,7 +38,7 @@ from metalearn.report.environment import describe_environment
 from metalearn.report.progress import SILENT
 from metalearn.report.stats import Difference, estimate, paired_difference
 from metalearn.report.tables import format_difference, format_interval
-from metalearn.run import features, loop
+from metalearn.run import features, scoring
 from metalearn.run.build import build
 from metalearn.run.measure import trained_state
 from metalearn.run.parts import algorithm_of
@@ -145,7 +145,7 @@ def shared_scores(name: str, words: list[str], folder: Path) -> Tensor:
 def meta_scores(words: list[str], folder: Path) -> Tensor:
     """Test a meta-trained head."""
     run = build(settings(words), "test")
-    return loop.test(run, trained_state(run, folder), None).scores
+    return scoring.test(run, trained_state(run, folder), None).scores
 
 
 def accuracy(cifar100: Path, backbone: str, more: list[str], meta: int, frozen: int) -> Any:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark_methods import run
+from runs import run
 
 from metalearn.report.console import open_console
 from metalearn.report.tables import format_interval, markdown_table

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark import make_room
 from pages import ROOT, fill, wrap
+from runs import run
 
-from metalearn.config import composition
+from metalearn.config import choices
 from metalearn.report import tables
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
@@ -42,39 +42,10 @@ _LEGEND = (
 )
 
 
-def run(folder: Path, overrides: list[str], more: list[str]) -> dict[str, Any]:
-    """Return the result of the run in this folder; run it first unless it is finished."""
-    make_room(folder, [*overrides, *more])
-    if not RunFolder(folder).is_finished:
-        command = [
-            sys.executable,
-            "-m",
-            "metalearn",
-            "train",
-            *overrides,
-            "logger=none",
-            "resume=auto",
-            *more,
-        ]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".log").open("a") as log:
-            subprocess.run(
-                [*command, f"hydra.run.dir={folder}"], check=True, stdout=log, stderr=log
-            )
-    result: dict[str, Any] = json.loads(RunFolder(folder).result.read_text())
-    return result
-
-
 def with_queries(folder: Path, query: int) -> dict[str, Any]:
     """Test the same weights with a different number of queries per class."""
-    command = [
-        sys.executable,
-        "-m",
-        "metalearn",
-        "evaluate",
-        f"run={folder}",
-        f"episode.query={query}",
-    ]
+    words = ["evaluate", f"run={folder}", f"episode.query={query}"]
+    command = [sys.executable, "-m", "metalearn", *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     protocol = json.loads(RunFolder(folder).result.read_text())["protocol"] | {"query": query}
     tests = [json.loads(path.read_text()) for path in (folder / "evaluations").glob("*.json")]
@@ -134,7 +105,7 @@ def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) 
 
 def write_tables(definition: dict[str, Any]) -> None:
     """Write the tables and the pages of the methods, and plot the validation curves."""
-    families = composition.families()
+    families = choices.families()
     order = [method for family in families.values() for method in family]
     lines = [*wrap([_LEGEND]), ""]
     pages: dict[str, list[dict[str, Any]]] = {method: [] for method in order}
@@ -191,12 +162,12 @@ def _heading(title: str, results: list[dict[str, Any]]) -> str:
     )
 
 
-def _names(key: str, value: str, choices: list[str]) -> list[str]:
-    """Return the names in a comma-separated list, or all choices if it is empty."""
-    names = value.split(",") if value else choices
+def _names(key: str, value: str, known: list[str]) -> list[str]:
+    """Return the names in a comma-separated list, or all known ones if it is empty."""
+    names = value.split(",") if value else known
     for name in names:
-        if name not in choices:
-            sys.exit(f"{key}={name}: no such name; choose from {', '.join(choices)}")
+        if name not in known:
+            sys.exit(f"{key}={name}: no such name; choose from {', '.join(known)}")
     return names
 
 
@@ -211,8 +182,8 @@ def main() -> None:
         for key, value in (({"engine.threads": "1"} if jobs > 1 else {}) | options).items()
     ]
     keys = [] if only == "none" else _names("only", only, list(definition))
-    choices = {name: None for key in keys or definition for name in definition[key]["methods"]}
-    names = _names("methods", methods, list(choices))
+    known = {name: None for key in keys or definition for name in definition[key]["methods"]}
+    names = _names("methods", methods, list(known))
     with ThreadPoolExecutor(jobs) as pool:
         pending = [
             pool.submit(measure, table, method, definition[table], more)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy
 import torch
-from benchmark_methods import run
 from pages import ROOT, fill
+from runs import run
 from torch import Tensor
 
 from metalearn.algorithms.linear_head import LinearHeadAlgorithm

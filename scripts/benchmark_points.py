@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmark_methods import run
 from pages import ROOT, fill
+from runs import run
 
 from metalearn.report import tables
 from metalearn.report.plots import draw_lines

@@ -20,7 +20,7 @@ from plain_loop import build_run
 from metalearn.engine import Engine
 from metalearn.report.environment import describe_environment
 from metalearn.report.stats import estimate
-from metalearn.run import loop
+from metalearn.run import scoring
 from metalearn.run.step import Training
 
 _METHODS = {
@@ -72,7 +72,7 @@ def accuracy(words: list[str], precision: str, steps: int) -> list[float]:
         training.load_tasks()
         training.meta_step()
         training.count()
-    result = estimate(loop.test(run, training.tested_state, None).scores)
+    result = estimate(scoring.test(run, training.tested_state, None).scores)
     return [result.mean, result.ci95]
 
 

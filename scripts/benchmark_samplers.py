@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmark_methods import run
+from runs import run
 
 from metalearn.report.environment import describe_environment
 

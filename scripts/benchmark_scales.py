@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_methods import run
 from pages import ROOT, fill
 from PIL import Image, ImageDraw, ImageFont
+from runs import run
 from torch import Tensor
 
 from metalearn.algorithms.geometry import squared_distance

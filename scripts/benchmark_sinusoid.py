@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_methods import run
 from pages import ROOT, fill
+from runs import run
 
 import metalearn
 from metalearn.report import tables

@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmark_methods import run
+from runs import run
 
 from metalearn.report.console import open_console
 from metalearn.report.environment import describe_environment

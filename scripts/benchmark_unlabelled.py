@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_methods import run as run_in
 from pages import ROOT, wrap
+from runs import run as run_in
 from torch import Tensor
 
 from metalearn.config import checking, composition
@@ -25,7 +25,7 @@ from metalearn.report import tables
 from metalearn.report.environment import describe_environment
 from metalearn.report.stats import estimate, paired_difference
 from metalearn.report.tables import format_difference, format_interval
-from metalearn.run import loop
+from metalearn.run import scoring
 from metalearn.run.build import build
 from metalearn.run.measure import trained_state
 from metalearn.system.atomic import write_json
@@ -48,7 +48,7 @@ def scores(words: list[str], folder: Path, distractors: int) -> Tensor:
     shape = ["episode.unlabelled=5", f"episode.distractors={distractors}", "logger=none"]
     config = checking.check_config(composition.compose_config([*words, *shape]))
     run = build(config, "test")
-    return loop.test(run, trained_state(run, folder), None).scores
+    return scoring.test(run, trained_state(run, folder), None).scores
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark_methods import run
 from generated_ratings import write
+from runs import run
 from sklearn.linear_model import Ridge
 
 from metalearn.config import checking, composition

@@ -15,7 +15,7 @@ import yaml
 from mkdocs.structure.files import File
 
 from metalearn.cli.main import commands, help_of
-from metalearn.config import composition
+from metalearn.config import choices, composition
 
 _ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ _OWN = {
 
 def on_config(config: Any) -> Any:
     """List every command, dataset and method in the navigation, where `nav` names their folder."""
-    methods = [name for family in composition.families().values() for name in family]
+    methods = [name for family in choices.families().values() for name in family]
     pages = {"commands/": commands(), "datasets/": _datasets(), "algorithms/": methods}
     indexes = {"commands/": "commands.md", "datasets/": "datasets.md"}
 
@@ -89,7 +89,7 @@ def _table() -> list[str]:
 
 
 def _names() -> list[str]:
-    return list(composition.options("dataset"))
+    return list(choices.options("dataset"))
 
 
 def _dataset(name: str) -> str:

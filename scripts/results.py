@@ -10,6 +10,7 @@ import hashlib
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 import yaml
 from pages import ROOT, fill, wrap
 
-from metalearn.config import composition, gates
+from metalearn.config import gates
+from metalearn.config.components import conf_dir
 from metalearn.config.schema import BUDGETS
 from metalearn.report import tables
 from metalearn.report.stats import Difference, estimate
@@ -92,7 +94,7 @@ def log_tests(experiment: str, budget: str, tests: list[dict[str, Any]]) -> None
 
 def _store_reference(experiment: str, budget: str, result: dict[str, Any]) -> None:
     """Write a measured result to conf/measured.json."""
-    path = composition.conf_dir() / "measured.json"
+    path = conf_dir() / "measured.json"
     content = json.loads(path.read_text())
     ((_, score),) = result["test"].items()
     content.setdefault(experiment, {})[budget] = {
@@ -113,10 +115,6 @@ def _score(test: dict[str, Any]) -> str:
     return format_interval(metric, score["mean"], score["ci95"])
 
 
-def _shape(protocol: dict[str, Any]) -> str:
-    return f"{protocol['way']}/{protocol['shot']}/{protocol['query']}"
-
-
 def plain(runs: list[dict[str, Any]]) -> list[str]:
     """Return a table of plain commands, one row per test, followed by the commands."""
     rows, commands = [], []
@@ -129,41 +127,35 @@ def plain(runs: list[dict[str, Any]]) -> list[str]:
             f"torch {environment['versions']['torch']}"
         )
         tests = [one for one in run["evaluations"] if one.get("split", "test") == "test"]
-        others = [
-            one for one in tests if one["protocol_id"] != result["protocol_id"] or _adaptation(one)
-        ]
         same = [
             one
             for one in run["evaluations"]
             if one["protocol_id"] == result["protocol_id"] and not _adaptation(one)
         ]
+        others = [one for one in tests if one not in same]
         for test in [result, *sorted(others, key=_order)]:
             is_own = test is result
             paired = next(iter(same), {}) if is_own else test
             difference = paired.get("transductive_minus_inductive")
             is_inductive = test["protocol"]["statistics"] != "query"
             rows.append(
-                [
-                    f"{result['name']} ({number})",
-                    _shape(test["protocol"]),
-                    test["protocol"]["statistics"],
-                    _score(test),
-                    tables.format_difference(next(iter(test["test"])), Difference(**difference))
+                {
+                    "method, data": f"{result['name']} ({number})",
+                    "way/shot/query": "{way}/{shot}/{query}".format(**test["protocol"]),
+                    "statistics": test["protocol"]["statistics"],
+                    "test": _score(test),
+                    "transductive minus inductive": tables.format_difference(
+                        next(iter(test["test"])), Difference(**difference)
+                    )
                     if difference and is_inductive
                     else "",
-                    test["protocol_id"],
-                    " ".join(_adaptation(test)),
-                    result["steps"] if is_own else "",
-                    f"{result['seconds'] / 60:.0f}" if is_own else "",
-                ]
+                    "protocol": test["protocol_id"],
+                    "adaptation": " ".join(_adaptation(test)),
+                    "steps": result["steps"] if is_own else "",
+                    "minutes": f"{result['seconds'] / 60:.0f}" if is_own else "",
+                }
             )
-    head = ["method, data", "way/shot/query", "statistics", "test", "transductive minus inductive",
-            "protocol", "adaptation", "steps", "minutes"]  # fmt: skip
-    return [
-        *tables.markdown_table([dict(zip(head, row, strict=True)) for row in rows]),
-        "",
-        *wrap(commands),
-    ]
+    return [*tables.markdown_table(rows), "", *wrap(commands)]
 
 
 def _adaptation(test: dict[str, Any]) -> list[str]:
@@ -172,20 +164,14 @@ def _adaptation(test: dict[str, Any]) -> list[str]:
 
 def _order(test: dict[str, Any]) -> tuple[Any, ...]:
     protocol = test["protocol"]
-    return (
-        protocol["way"],
-        protocol["shot"],
-        protocol["query"],
-        protocol["statistics"],
-        _adaptation(test),
-    )
+    shape = (protocol[key] for key in ("way", "shot", "query", "statistics"))
+    return *shape, _adaptation(test)
 
 
 def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return a row per gate: its runs at the largest budget, all seeds, and the verdict.
 
-    Args:
-        runs: Content of the result files that have a `reproduction`.
+    `runs` are the contents of the result files that have a `reproduction`.
     """
     rows = []
     for name, gate in gates.gates().items():
@@ -212,19 +198,19 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "verdict": verdict,
                 "budget": budget,
                 "seeds": ", ".join(str(result["seed"]) for result in results),
-                "test episodes": ", ".join(sorted({f"{one['episodes']:,}" for one in estimates})),
+                "test episodes": _joined(f"{one['episodes']:,}" for one in estimates),
                 "hours": f"{sum(one['seconds'] for one in results) / 3600:.2f}" if results else "",
-                "protocol": ", ".join(sorted({result["protocol_id"] for result in results})),
-                "sampler": ", ".join(
-                    sorted({str(result["protocol"].get("sampler", 1)) for result in results})
-                ),
-                "commit": ", ".join(
-                    sorted({str(result["environment"]["commit"]) for result in results})
-                ),
+                "protocol": _joined(result["protocol_id"] for result in results),
+                "sampler": _joined(result["protocol"].get("sampler", 1) for result in results),
+                "commit": _joined(result["environment"]["commit"] for result in results),
                 "command": f"`metalearn reproduce {name} budget={budget or 'day'}`",
             }
         )
     return rows
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(sorted(set(map(str, values))))
 
 
 def _interval(metric: str, mean: float, ci95: float) -> str:
@@ -232,11 +218,7 @@ def _interval(metric: str, mean: float, ci95: float) -> str:
 
 
 def headlines(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the table of README: for each headline, the runs that trained longest.
-
-    Args:
-        runs: Runs of recipes, as `collect` stored them.
-    """
+    """Return the table of README: for each headline, the runs of recipes that trained longest."""
     definition = yaml.safe_load(_METHODS.with_suffix(".yaml").read_text())
     rows = []
     for table, method in _HEADLINES:
@@ -286,9 +268,8 @@ def headlines(runs: list[dict[str, Any]]) -> list[str]:
 def write_tables() -> list[str]:
     """Write the tables of docs/results.md and README; return the one of the recipes."""
     runs = [json.loads(path.read_text()) for path in sorted(_RESULTS.glob("*.json"))]
-    rows = gate_rows([run for run in runs if "reproduction" in run])
-    reproduced = tables.markdown_table(rows)
-    own = plain([run for run in runs if "reproduction" not in run])
+    recipes = [run for run in runs if "reproduction" in run]
+    reproduced = tables.markdown_table(gate_rows(recipes))
     lines = [
         *wrap([_ABOUT.replace("\n", " ")]),
         "",
@@ -296,11 +277,10 @@ def write_tables() -> list[str]:
         "",
         "Plain commands, with settings for a CPU, tested with several protocols:",
         "",
-        *own,
+        *plain([run for run in runs if "reproduction" not in run]),
     ]
     fill(ROOT / "docs/results.md", "results: written by scripts/results.py", lines)
-    table = headlines([run for run in runs if "reproduction" in run])
-    fill(ROOT / "README.md", "headlines: written by scripts/results.py", table)
+    fill(ROOT / "README.md", "headlines: written by scripts/results.py", headlines(recipes))
     return reproduced
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metalearn.engine import kernels
 from metalearn.report.environment import describe_environment
-from metalearn.run import loop
+from metalearn.run import scoring
 from metalearn.run.build import Run
 
 
@@ -27,7 +27,7 @@ def measure(device: str, quick: bool) -> dict[str, Any]:
     """Measure everything: a few minutes."""
     maml = build_run(["algo=maml", "episode.train.query=5", "train.meta_batch=8"], device)
     start = time.perf_counter()
-    loop.test(maml, maml.state, None)
+    scoring.test(maml, maml.state, None)
     return {
         "environment_of_the_rest": describe_environment(device),
         "test_seconds": time.perf_counter() - start,

@@ -25,7 +25,7 @@ from torch import Tensor
 from metalearn.config import checking, composition
 from metalearn.engine import Step
 from metalearn.report.environment import describe_environment
-from metalearn.run import checkpoint, loop
+from metalearn.run import checkpoint, scoring
 from metalearn.run.build import Run, build
 from metalearn.run.step import Training
 from metalearn.system import signals
@@ -113,7 +113,7 @@ class Contestant:
         before = self.rows[-1] if self.rows else {"minutes": 0.0, "cpu_minutes": 0.0}
         minutes, cpu = (time.perf_counter() - start) / 60, (time.process_time() - own) / 60
         assert run.val is not None
-        scores = loop.evaluate(run, training.tested_state, run.val, run.config.val.episodes)
+        scores = scoring.evaluate(run, training.tested_state, run.val, run.config.val.episodes)
         self.rows.append(
             {
                 "step": training.step,

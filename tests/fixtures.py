@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch.utils import _pytree as pytree
 
-from metalearn.config import checking, composition
+from metalearn.config import checking, choices, composition
 from metalearn.engine import process
 from metalearn.run.build import Run, build
 from tests import command
@@ -21,7 +21,7 @@ from tests.command import Command
 torch.set_num_threads(1)
 process.ALL_THREADS = 1  # tests run in parallel
 
-ALGORITHMS = sorted(composition.options("algo"))
+ALGORITHMS = sorted(choices.options("algo"))
 
 #: Overrides that make any run small: an easy dataset, a narrow network, few episodes.
 SMALL = [

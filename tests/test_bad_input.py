@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from metalearn.cli import train
-from metalearn.config import checking, components, composition, sweeps
+from metalearn.config import checking, choices, components, composition, sweeps
 from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.system.errors import UserError
@@ -162,7 +162,7 @@ def test_missing_device_is_reported(compose, monkeypatch):
     ],
 )
 def test_every_choice_composes_and_has_an_explanation(group):
-    for name, line in composition.options(group).items():
+    for name, line in choices.options(group).items():
         settings = [f"{group}={name}"]
         if group == "backbone" and name in ("efficientnet_lite0", "timm", "torchvision"):
             settings.append("statistics=population")  # they refuse the query statistics of MAML
@@ -175,7 +175,7 @@ def test_every_choice_composes_and_has_an_explanation(group):
 @pytest.mark.slow
 def test_methods_compose_with_regression_if_they_learn_it():
     # tests/test_docs.py composes all methods with datasets of classes.
-    for algo in composition.options("algo"):
+    for algo in choices.options("algo"):
         overrides = [f"algo={algo}", "dataset=sinusoid"]
         settings = checking.check_config(composition.compose_config(overrides))
         target = components.component(settings.dataset, "dataset").target

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from metalearn.cli import reproduce
 from metalearn.cli.compare import compare
-from metalearn.config import checking, components, composition, gates, schema
+from metalearn.config import checking, choices, components, composition, gates, schema
 from metalearn.report.result import Result
 from metalearn.report.scores import read_scores
 from metalearn.report.stats import estimate, paired_difference
@@ -484,7 +484,7 @@ def test_gates_of_earlier_versions_are_still_there():
     shapes = ("5w1s", "5w5s", "20w1s", "20w5s")
     names = [f"{method}_omniglot_{shape}" for method in methods for shape in shapes]
     others = ["anil_omniglot_20w1s", "fomaml_omniglot_5w1s", "reptile_omniglot_5w1s"]
-    assert {*names, *others} <= gates.gates().keys() <= composition.options("experiment").keys()
+    assert {*names, *others} <= gates.gates().keys() <= choices.options("experiment").keys()
     one = gates.gates()["maml_omniglot_5w1s"]
     assert (one.mean, one.ci95, one.source) == (0.987, 0.004, "Finn et al. (2017), table 1")
 

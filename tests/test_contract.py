@@ -13,7 +13,7 @@ from rich.console import Console
 
 from metalearn import load, testing
 from metalearn.backbones.text import HashedTokens
-from metalearn.config import checking, components, composition
+from metalearn.config import checking, choices, components, composition
 from metalearn.engine import Engine
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
@@ -220,7 +220,7 @@ def test_backbone(name, check):
 
 def test_every_backbone_is_checked():
     apart = ["text_encoder"]  # tests/test_text.py
-    assert sorted([*_BACKBONES, *apart]) == sorted(composition.options("backbone"))
+    assert sorted([*_BACKBONES, *apart]) == sorted(choices.options("backbone"))
 
 
 @pytest.mark.parametrize("is_declared", [True, False])

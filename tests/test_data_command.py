@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from metalearn.cli import data
-from metalearn.config import composition, plugins
+from metalearn.config import choices, composition, plugins
 from metalearn.data.base import Dataset
 from metalearn.report.sheets import draw_sheet
 from metalearn.system.errors import UserError
@@ -37,7 +37,7 @@ def test_all_datasets_are_listed_with_how_to_get_them(run, tmp_path):
     (tmp_path / "data/miniimagenet/splits/train.csv").write_text("filename,label\n")
     text = run()
     known = {one["dataset"]: one for one in json.loads(run("--json"))["datasets"]}
-    assert list(known) == sorted(composition.options("dataset"))
+    assert list(known) == sorted(choices.options("dataset"))
     for name, one in known.items():
         assert name in text and one["state"] in text
         assert one["description"].endswith("."), name  # one whole sentence, from one line
@@ -56,9 +56,9 @@ def test_all_datasets_are_listed_with_how_to_get_them(run, tmp_path):
 def test_files_of_datasets_are_read_as_a_run_reads_them():
     for name in ("fc100", "cifar10", "clinc150", "glyphs"):
         composed = composition.compose_config([f"dataset={name}"]).dataset
-        assert composition.stored_values("dataset", name) == composed
+        assert choices.stored_values("dataset", name) == composed
     with pytest.raises(UserError, match="there is no such dataset"):
-        composition.stored_values("dataset", "nothing")
+        choices.stored_values("dataset", "nothing")
 
 
 def test_images_become_contact_sheets_that_are_not_replaced(run, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import metalearn
-from metalearn.config import checking, composition
+from metalearn.config import checking, choices, composition
 from metalearn.run.pairings import check
 from tests.fixtures import ALGORITHMS
 
@@ -42,7 +42,7 @@ def test_the_front_page_is_short():
 def test_every_dataset_is_in_the_table_with_its_licence():
     page = (_ROOT / "docs/datasets.md").read_text()
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
-    assert sorted(rows) == sorted(composition.options("dataset"))
+    assert sorted(rows) == sorted(choices.options("dataset"))
     for name, row in rows.items():
         licence = composition.compose_config([f"dataset={name}"]).dataset.licence
         assert f"| {licence} |".replace("|  |", "| |") in row
@@ -83,13 +83,13 @@ def test_commands_of_the_table_of_methods_are_valid(table, name):
 
 
 def test_every_recipe_is_used_by_some_method():
-    choices = [
+    combinations = [
         {"algo": algo, "dataset": dataset, "backbone": backbone}
         for algo in ALGORITHMS
-        for dataset in composition.options("dataset")
-        for backbone in composition.options("backbone")
+        for dataset in choices.options("dataset")
+        for backbone in choices.options("backbone")
     ]
-    used = {name for one in choices for name in composition.recipe_names(**one)}
+    used = {name for one in combinations for name in composition.recipe_names(**one)}
     stored = {
         path.stem
         for kind in ("data", "net")

@@ -12,7 +12,7 @@ import docs_hooks
 import pytest
 
 from metalearn.cli import _arguments, _launch, main
-from metalearn.config import composition
+from metalearn.config import choices, composition
 from metalearn.system.errors import UserError
 from tests.command import start as start_command
 from tests.documented import ROOT, commands, words_of, write_data, write_workspace
@@ -64,7 +64,7 @@ def check_settings(name, words):
     assert not settings or "{settings}" in takes, settings
     dataset = words[0] if name == "data" else "omniglot"
     group = [word for word in settings if word.partition("=")[0] == "dataset"]
-    assert all(name in composition.options("dataset") for word in group for name in [
+    assert all(name in choices.options("dataset") for word in group for name in [
         one.partition(":")[0] for one in word.partition("=")[2].split(",")
     ] if not name.endswith(".zip"))  # fmt: skip
     composition.apply_overrides(stored(dataset), [word for word in settings if word not in group])
@@ -89,7 +89,7 @@ def test_is_valid(command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", composition.options("dataset"))
+@pytest.mark.parametrize("name", choices.options("dataset"))
 def test_commands_on_the_page_of_a_dataset_are_valid(name):
     page = docs_hooks._dataset(name)
     data, train = page.partition("```\n")[2].partition("\n```")[0].splitlines()

@@ -17,7 +17,7 @@ from metalearn.backbones.pretrained import Timm
 from metalearn.config import checking, components, composition
 from metalearn.predict.embedder import Embedder
 from metalearn.report.progress import SILENT, Listener
-from metalearn.run import features, loop
+from metalearn.run import features, loop, scoring
 from metalearn.run.build import build
 from metalearn.run.feature_cache import BATCH
 from metalearn.system.errors import UserError
@@ -80,14 +80,14 @@ class Counting(Listener):
 
 def check_same_scores(run, other):
     counting, nothing = Counting(), Counting()
-    tested = loop.test(run, run.state, None, counting)
-    expected = loop.test(other, other.state, None, nothing)
+    tested = scoring.test(run, run.state, None, counting)
+    expected = scoring.test(other, other.state, None, nothing)
     torch.testing.assert_close(tested.confidence, expected.confidence, rtol=1e-4, atol=1e-5)
     # An accuracy may differ only where two classes are equally probable, up to rounding.
     torch.testing.assert_close(tested.scores, expected.scores, rtol=0, atol=1 / 15 + 1e-6)
     torch.testing.assert_close(tested.classes, expected.classes, rtol=0, atol=0)
     assert not nothing.inputs
-    val = [loop.evaluate(one, one.state, one.val, 4) for one in (run, other)]
+    val = [scoring.evaluate(one, one.state, one.val, 4) for one in (run, other)]
     torch.testing.assert_close(*val, rtol=0, atol=1 / 15 + 1e-6)
     return counting
 
@@ -143,7 +143,7 @@ def test_each_input_is_embedded_once(rotations, run_of, monkeypatch):
         return forward(self, params, x, norm, key)
 
     monkeypatch.setattr(Conv4, "forward", counted)
-    loop.test(run, run.state, None)
+    scoring.test(run, run.state, None)
     assert set(seen) == {BATCH} and total <= sum(seen) < total + features.BATCH
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalearn.data.images import is_too_large
 from metalearn.report.progress import SILENT
-from metalearn.run import loop, train
+from metalearn.run import loop, scoring, train
 from metalearn.run.feed import Feed
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -35,7 +35,7 @@ def test_runs_on_host_and_device_are_the_same(case, make_run, tmp_path):
         run = make_run(*words)
         assert run.draws_on_host == (store == "host")
         fitted = loop.fit(run, SILENT, tmp_path)
-        outcomes.append((fitted.state, loop.test(run, fitted.state, None).scores))
+        outcomes.append((fitted.state, scoring.test(run, fitted.state, None).scores))
     for one, other in zip(*map(pytree.tree_leaves, outcomes), strict=True):
         assert torch.equal(one, other)
 

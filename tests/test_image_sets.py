@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from metalearn import testing
-from metalearn.config import components, composition
-from metalearn.data import classes, pickles
+from metalearn.config import choices, components
+from metalearn.data import class_splits, pickles
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape
 from tests.test_data import _SHARED, open_dataset
@@ -26,9 +26,9 @@ _SPLITS = ("train", "val", "test")
 
 
 def published(name: str) -> dict[str, list[str]]:
-    path = classes.published_split(name)
+    path = class_splits.published_split(name)
     assert path is not None
-    return classes.split_file(path)
+    return class_splits.split_file(path)
 
 
 def pixels(count: int, size: int = 84, level: int = 0) -> np.ndarray:
@@ -90,7 +90,7 @@ def test_cifar100_is_read_from_its_archive_and_its_folder(name, tmp_path):
         archive.extractall(path.parent)
     assert open_dataset(name, tmp_path, tmp_path / "c").content_hash == data.content_hash
     assert not list((tmp_path / "c").glob(".*")), "a temporary archive remains"
-    settings = composition.stored_values("dataset", name)
+    settings = choices.stored_values("dataset", name)
     testing.check_dataset(components.make(settings, "dataset"), tmp_path, tmp_path / "c")
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from metalearn.cli._completion import candidates
 from metalearn.cli.main import _command, commands, main
-from metalearn.config import composition
+from metalearn.config import choices
 from metalearn.run.train import train
 
 
@@ -67,12 +67,12 @@ def test_list_prints_every_choice(command):
     content = json.loads(out)
     assert (code, err) == (0, "")
     assert all("models" in Path(name).parts for name in content.pop("run"))
-    for group, choices in content.items():
-        lines = composition.options(group)
-        assert {name: one["description"] for name, one in choices.items()} == lines
+    for group, known in content.items():
+        lines = choices.options(group)
+        assert {name: one["description"] for name, one in known.items()} == lines
     assert content["algo"]["protonet"]["family"] == "metric"
     text = command("list")[1]
-    assert all(name in text for choices in content.values() for name in choices)
+    assert all(name in text for known in content.values() for name in known)
 
 
 def test_json_is_in_help_and_completion():

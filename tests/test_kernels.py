@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.engine import Engine, kernels, process, replay, threads
 from metalearn.engine.kernels import build, convolutions, functions, ops, pooled
-from metalearn.run import loop
+from metalearn.run import scoring
 from metalearn.run.step import Training
 from metalearn.system.errors import UserError
 from tests.fixtures import to_float64
@@ -422,7 +422,7 @@ def test_replay_and_threads_change_no_bit(name, either, make_run, monkeypatch):
 def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch):
     run = make_run("algo=maml", "test.episodes=6", "engine.evaluation_batch=2", "episode.query=2")
     run = dataclasses.replace(run, test_engine=dataclasses.replace(run.test_engine, chunk=1))
-    expected: Any = loop.test(run, run.state, None), loop.evaluate(run, run.state, run.val, 4)
+    expected: Any = scoring.test(run, run.state, None), scoring.evaluate(run, run.state, run.val, 4)
     monkeypatch.setattr(replay, "_SECONDS", -1.0)
     monkeypatch.setattr(replay, "_CALLS", -1.0)
     seen: list[Any] = []
@@ -432,12 +432,12 @@ def test_tests_are_replayed_with_the_same_scores(library, make_run, monkeypatch)
             seen.append(super()._traced(*args))
             return seen[-1]
 
-    monkeypatch.setattr(loop, "Replays", Noted)
+    monkeypatch.setattr(scoring, "Replays", Noted)
     replays = Noted(lambda line: None)
-    tested: Any = loop.test(run, run.state, None)
+    tested: Any = scoring.test(run, run.state, None)
     assert torch.equal(tested.confidence, expected[0].confidence)
     for _ in range(2):  # validations share their traces
-        scores = loop.evaluate(run, run.state, run.val, 4, replays=replays)
+        scores = scoring.evaluate(run, run.state, run.val, 4, replays=replays)
         assert torch.equal(scores, expected[1])
     assert [one.__name__ for one in seen] == ["replay", "replay"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metalearn.config.composition import FAMILIES, conf_dir, families, options
+from metalearn.config.choices import FAMILIES, conf_dir, families, options
 
 _PACKAGE = Path(__file__).parent.parent / "metalearn"
 _FILES = sorted(path for path in _PACKAGE.rglob("*.py"))
@@ -79,9 +79,9 @@ _HINTS = {
     ("parts.py", "mix"),
     ("download.py", "glyphs"),
     ("folder.py", "glyphs"),
-    ("methods.py", "gaussians"),
-    ("methods.py", "glyphs"),
-    ("methods.py", "protonet"),
+    ("cases.py", "gaussians"),
+    ("cases.py", "glyphs"),
+    ("cases.py", "protonet"),
     # The setting augment.mix.
     *((name, "mix") for name in ("checking.py", "pairings.py", "parts.py")),
 }

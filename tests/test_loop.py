@@ -10,10 +10,11 @@ from torch.utils import _pytree as pytree
 
 from metalearn.config import checking, composition
 from metalearn.report.progress import Listener
-from metalearn.run import checkpoint, loop, optimisers
+from metalearn.run import checkpoint, loop, optimisers, scoring
 from metalearn.run.build import build
+from metalearn.run.optimisers import clip_gradients
 from metalearn.run.pairings import check
-from metalearn.run.step import Training, clip_gradients
+from metalearn.run.step import Training
 from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.types import Estimate, State
 
@@ -142,7 +143,7 @@ def test_moving_average_is_validated_tested_and_saved(make_run, tmp_path, monkey
     for part, stored in zip(expected, (content["meta"], content["fixed"]), strict=True):
         torch.testing.assert_close(part, stored)
     assert difference(fitted.state.params, content["meta"]) is None
-    scores = loop.evaluate(run, fitted.state, run.val, 4)
+    scores = scoring.evaluate(run, fitted.state, run.val, 4)
     torch.testing.assert_close(scores.mean().item(), fitted.best_val.mean)
     last = checkpoint.load(tmp_path / "checkpoints/last.pt", torch.device("cpu"))
     name = "net.conv0.weight"
@@ -286,9 +287,9 @@ def test_nonfinite_loss_ends_the_run(make_run, tmp_path):
 
 def test_evaluation_does_not_depend_on_its_batch_size_and_builds_no_graph(make_run):
     run = make_run("algo=maml", "test.episodes=10")
-    scores = loop.test(run, run.state, None).scores
+    scores = scoring.test(run, run.state, None).scores
     torch.testing.assert_close(
-        loop.test(dataclasses.replace(run, test_batch=3), run.state, None).scores, scores
+        scoring.test(dataclasses.replace(run, test_batch=3), run.state, None).scores, scores
     )
     learning = State(
         {name: value.requires_grad_() for name, value in run.state.params.items()},

@@ -19,18 +19,13 @@ from metalearn.config import checking, composition
 from metalearn.report.folder import RunFolder
 from metalearn.report.scores import read_scores
 from metalearn.report.sheets import draw_sheet
-from metalearn.run import loop
+from metalearn.run import scoring
 from metalearn.run.build import build
 from metalearn.run.corruption import corrupted
 from metalearn.run.ensemble import evaluate_ensemble
 from metalearn.run.evaluate import evaluate
-from metalearn.run.figures import (
-    KINDS,
-    confusion,
-    most_confused,
-    plot_run,
-    principal_components,
-)
+from metalearn.run.figures import KINDS, plot_run
+from metalearn.run.inspection import confusion, most_confused, principal_components
 from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
 from metalearn.run.sensitivity import plot_sweep
@@ -60,7 +55,7 @@ def size_of(file):
 
 
 def test_confusions_are_counted_among_queries_that_could_be_confused():
-    tested = loop.Tested(
+    tested = scoring.Tested(
         scores=torch.zeros(2),
         classes=torch.tensor([[0, 0, 1], [0, 2, -1]]),
         predicted=torch.tensor([[0, 1, 0], [2, 2, -1]]),

@@ -147,7 +147,7 @@ def test_validation_stops_at_once_and_is_repeated(make_run, tmp_path, monkeypatc
     folder = tmp_path / "stopped"
     for path in (tmp_path / "whole", folder):
         path.mkdir()
-    whole = loop.fit(make_run(*overrides), loop.SILENT, tmp_path / "whole")
+    whole = loop.fit(make_run(*overrides), progress.SILENT, tmp_path / "whole")
 
     class Interrupting(progress.Listener):
         def episodes(self, phase, done, total):

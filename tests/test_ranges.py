@@ -12,7 +12,7 @@ import torch
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.config import checking, composition
 from metalearn.report.progress import SILENT
-from metalearn.run import loop, measure
+from metalearn.run import loop, measure, scoring
 from metalearn.run.build import build
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -177,7 +177,7 @@ def test_scores_do_not_depend_on_how_episodes_are_grouped(more, make_run):
         make_run(*words, f"engine.evaluation_batch={batch}", f"engine.features={features}")
         for batch, features in ((32, True), (1, True), (7, False))
     ]
-    tested: list[Any] = [loop.test(run, run.state, None) for run in runs]
+    tested: list[Any] = [scoring.test(run, run.state, None) for run in runs]
     for other in tested[1:]:
         torch.testing.assert_close(other.scores, tested[0].scores)
         assert torch.equal(other.classes, tested[0].classes)
@@ -224,7 +224,7 @@ def test_regression_has_ranges_of_shots():
     run = make("dataset=sinusoid", "algo=maml", "episode.shot=[2,6]", "train.steps=1")
     sizes = {run.test.draw(number, 1).support.x.shape[1] for number in range(40)}
     assert sizes == set(range(2, 7))
-    assert loop.test(run, run.state, None).scores.isfinite().all()
+    assert scoring.test(run, run.state, None).scores.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from same_run import difference
 
 from metalearn.config import checking, components, composition
-from metalearn.data.classes import published_superclasses
+from metalearn.data.class_splits import published_superclasses
 from metalearn.data.glyphs import Glyphs
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.data.mix import Mix

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from metalearn.cli import _search, compare, train
-from metalearn.config import composition, sweeps
+from metalearn.config import choices, composition, sweeps
 from metalearn.report.comparison import Comparison
 from metalearn.report.folder import RunFolder
 from metalearn.report.measurements import Measurement, dataset_name
@@ -171,7 +171,7 @@ def test_best_trial_of_regression_has_the_lowest_error(tmp_path, monkeypatch):
 def test_missing_sweeper_names_what_to_install(monkeypatch):
     with pytest.raises(UserError, match="hydra/sweeper=ax: is not installed; install a plugin"):
         composition.compose_config(["hydra/sweeper=ax"])
-    line = composition._no_such_choice("hydra/sweeper", "optuna")
+    line = choices.no_such_choice("hydra/sweeper", "optuna")
     assert line == "hydra/sweeper=optuna: is not installed; install metalearn-lab[sweep]"
 
 

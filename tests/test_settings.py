@@ -9,7 +9,7 @@ import settings_index
 import yaml
 from omegaconf import OmegaConf
 
-from metalearn.config import checking, components, composition, fields, roles, schema
+from metalearn.config import checking, choices, components, composition, fields, roles, schema
 from metalearn.system.errors import UserError
 
 _CONF = Path(components.conf_dir())
@@ -57,7 +57,7 @@ def test_mistyped_name_is_reported_without_importing_torch():
 @pytest.mark.slow
 def test_every_setting_has_a_role_and_a_value_in_yaml():
     for group in schema.COMPONENTS:
-        for name in composition.options(group):
+        for name in choices.options(group):
             node = composition.compose_config([f"{group}={name}"])[group]
             declared = {setting.name for setting in components.component_settings(node, group)}
             assert declared <= set(node) - {"_target_"}, f"conf/{group}/{name}.yaml"

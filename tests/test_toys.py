@@ -14,7 +14,7 @@ from metalearn.config import checking, composition, plugins
 from metalearn.engine import Engine
 from metalearn.report.progress import SILENT, Listener
 from metalearn.report.stats import estimate, paired_difference
-from metalearn.run import loop
+from metalearn.run import loop, scoring
 from metalearn.run.build import build
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
@@ -73,7 +73,7 @@ def test_toy_methods_run_in_the_engine_and_the_loop(name, tmp_path):
     assert [key for key in before if not torch.equal(before[key], run.state.params[key])] == list(
         before
     )
-    assert loop.test(run, fitted.state, None).scores.shape == (20,)
+    assert scoring.test(run, fitted.state, None).scores.shape == (20,)
     tasks, state = to_float64(run.train.draw(0, 3)), to_float64(run.state)
     progress = torch.zeros((), dtype=torch.float64)
     steps = [
@@ -107,7 +107,7 @@ def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
     ]
     run = build(settings_of(*overrides))
     state = loop.fit(run, SILENT, tmp_path).state
-    scores = loop.test(run, state, None).scores
+    scores = scoring.test(run, state, None).scores
 
     @dataclasses.dataclass
     class Without:
@@ -119,10 +119,10 @@ def test_unlabelled_examples_of_the_classes_help_and_distractors_hurt(tmp_path):
         def classes(self, first, count):
             return run.test.classes(first, count)
 
-    gain = paired_difference(scores, loop.evaluate(run, state, Without(), 300))
+    gain = paired_difference(scores, scoring.evaluate(run, state, Without(), 300))
     assert gain.mean - gain.ci95 > 0
     with_distractors = build(settings_of(*overrides, "episode.distractors=3"))
-    assert estimate(loop.test(with_distractors, state, None).scores).mean < scores.mean()
+    assert estimate(scoring.test(with_distractors, state, None).scores).mean < scores.mean()
 
 
 def test_distractors_of_no_class_give_the_same_answers_when_embedded_once(tmp_path):
@@ -138,7 +138,7 @@ def test_distractors_of_no_class_give_the_same_answers_when_embedded_once(tmp_pa
         for is_used in ("true", "false"):
             more = [f"episode.distractors={number}", f"engine.features={is_used}"]
             run = build(settings_of(*words, *more))
-            confidence = loop.test(run, run.state, None).confidence
+            confidence = scoring.test(run, run.state, None).confidence
             assert confidence is not None
             answers[number, is_used] = confidence
     for number in (0, 3):

@@ -68,12 +68,7 @@ def conv_norm(norm: Normaliser, name: str, x: Tensor, stride: int = 1) -> Tensor
 
 
 def conv_norm_act(
-    norm: Normaliser,
-    name: str,
-    x: Tensor,
-    stride: int,
-    activation: str | None,
-    pool: bool = False,
+    norm: Normaliser, name: str, x: Tensor, stride: int, activation: str | None, pool: bool = False
 ) -> Tensor:
     """Apply the named convolution to x [B, C, H, W], its normalisation if any, an activation.
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from metalearn.config import checking, composition, paths, roles
+from metalearn.config import checking, choices, composition, paths, roles
 from metalearn.config.components import Setting
 from metalearn.system.errors import UserError
 
@@ -95,9 +95,9 @@ def _values(start: str, values: str) -> list[str]:
         return _paths(start)
     known: Iterable[str] = values.split("|")
     if values == "{dataset}":
-        known = composition.options("dataset")
+        known = choices.options("dataset")
     elif values == "{experiment}":
-        known = composition.reproductions()
+        known = choices.reproductions()
     return _starting(start, [f"{value} " for value in known])
 
 
@@ -118,18 +118,18 @@ def _settings(word: str, others: list[str]) -> list[str]:
     """Complete `key=value`: groups and their choices, settings and their values."""
     key, is_given, value = word.partition("=")
     key = key.lstrip("+")
-    groups = composition.groups()
+    groups = choices.groups()
     if is_given and key in groups:
-        return [f"{key}={one} " for one in _starting(value, composition.options(key))]
+        return [f"{key}={one} " for one in _starting(value, choices.options(key))]
     if is_given and key in paths.PATHS:
         return [f"{key}={path}" for path in _paths(value)]
     settings = _known(others, groups)
     if is_given:
-        choices: Iterable[str] = ()
+        known: Iterable[str] = ()
         if setting := settings.get(key):
             is_flag = setting.kind is bool
-            choices = ("true", "false") if is_flag else setting.rule.get("choices", ())
-        return [f"{key}={one} " for one in _starting(value, choices)]
+            known = ("true", "false") if is_flag else setting.rule.get("choices", ())
+        return [f"{key}={one} " for one in _starting(value, known)]
     names = [*groups, *paths.PATHS, *(name for name in settings if "._" not in name)]
     return _starting(word, [f"{name}=" for name in names])
 

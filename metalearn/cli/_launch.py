@@ -22,7 +22,7 @@ from metalearn.config.components import conf_dir
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import open_console, print_line
 from metalearn.system.atomic import write_text
-from metalearn.system.errors import UserError, as_failure, exit_code, first_line
+from metalearn.system.errors import UserError, as_failure, exit_code, first_line, writing
 
 # torch is imported only for runs that are possible, so that a mistyped word is answered fast.
 
@@ -240,14 +240,9 @@ def _folder(folder: Path) -> Iterator[None]:
     """Make a folder; afterwards remove those of its new parents that are still empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        try:
+        with writing(f"output folder {folder}", "; choose another hydra.run.dir"):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(
-                f"output folder {folder} cannot be written ({error.strerror}); choose another "
-                "hydra.run.dir"
-            ) from None
         yield
     finally:
         for path in missing:

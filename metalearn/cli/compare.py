@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.cli import _arguments
-from metalearn.system.errors import UserError, visible
+from metalearn.system.errors import UserError, visible, writing
 
 HELP = """metalearn compare <folder> … [out=<folder>] [--json]
 
@@ -67,13 +67,9 @@ def compare(folders: list[Path], out: Path | None, console: Any) -> dict[str, An
         raise UserError(left_out[0])
     if out is None:
         out = folders[0] if len(folders) == 1 else _arguments.output_folder(None, "compare")
-    try:
+    with writing(out, "; name another with out="):
         out.mkdir(parents=True, exist_ok=True)
         content = _write(measurements, out, console)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written ({error.strerror}); name another with out="
-        ) from None
     if untested := [folder for folder in others if RunFolder(folder).is_trained]:
         more = f" and {len(untested) - 1} more" if len(untested) > 1 else ""
         left_out.append(f"{untested[0]}{more}, not tested; to test it: metalearn resume <folder>")

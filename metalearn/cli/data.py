@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.cli import _arguments
-from metalearn.system.errors import UserError, shortened
+from metalearn.system.errors import UserError, shortened, writing
 
 HELP = """metalearn data [<dataset>] [split=test] [out=<folder>] [key=value …] [--json]
 
@@ -156,14 +156,12 @@ def _draw(
     paths = {part: folder / f"{part}.png" for part in samples}
     if existing := [path for path in paths.values() if path.exists()]:
         raise UserError(f"out={folder}: {existing[0]} exists; remove it or choose another folder")
-    try:
+    with writing(f"out={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for part, rows in samples.items():
             groups = list(rows[0]["examples"])
             images = [(row["class"], list(row["examples"].values())) for row in rows]
             draw_sheet(paths[part], titles[part], images, groups, is_ink)
-    except OSError as error:
-        raise UserError(f"out={folder} cannot be written ({error.strerror})") from None
     return [str(path) for path in paths.values()]
 
 

@@ -50,16 +50,9 @@ or the points of the curve, the files, and failed tests; everything else goes to
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "{folder}",
-    "run={folder}",
-    "split=train|val|test|all|train+test",
-    "curve=shot|way|steps",
-    "at=",
-    "corrupt=noise|occlusion",
-    "ensemble=true",
-    "{settings}",
-    "--json",
-)
+    "{folder}", "run={folder}", "split=train|val|test|all|train+test", "curve=shot|way|steps",
+    "at=", "corrupt=noise|occlusion", "ensemble=true", "{settings}", "--json",
+)  # fmt: skip
 
 
 def _evaluate(words: list[str], console: Any) -> dict[str, Any]:

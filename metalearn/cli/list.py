@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
     """Run the command. Return the exit code."""
     if words := [word for word in args if word != "--json"]:
         raise UserError(f"list {words[0]}: list takes no arguments except --json")
-    from metalearn.config.composition import families, options
+    from metalearn.config.choices import families, options
 
     choices = {
         group: {name: {"description": line} for name, line in options(group).items()}

@@ -140,6 +140,6 @@ class _Choices(dict[str, Any]):
     """Fields of a command's HELP: a configuration group's choices, or `reproductions`."""
 
     def __missing__(self, field: str) -> str:
-        from metalearn.config.composition import options, reproductions
+        from metalearn.config.choices import options, reproductions
 
         return ", ".join(reproductions() if field == "reproductions" else options(field))

@@ -39,14 +39,9 @@ Files that exist are replaced. The folder can also be given as run=<folder>.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = (
-    "{folder}",
-    "run={folder}",
-    "kinds=learning|steps|shots|confusion|embedding|verification|worst",
-    "settings=",
-    "split=train|val|test",
-    "{settings}",
-    "--json",
-)
+    "{folder}", "run={folder}", "kinds=learning|steps|shots|confusion|embedding|verification|worst",
+    "settings=", "split=train|val|test", "{settings}", "--json",
+)  # fmt: skip
 
 
 def _plot(words: list[str], console: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.cli import _arguments
-from metalearn.system.errors import UserError, nearest
+from metalearn.system.errors import UserError, nearest, writing
 
 HELP = """metalearn predict support=<examples> query=<images or texts> [key=value …]
 
@@ -120,11 +120,9 @@ def predict(given: dict[str, str], sources: list[str]) -> tuple[dict[str, Any], 
         x = classifier.represent([item.value for item in items], errors)
         result = report.labelled(classifier, items, x, errors)
         out = _arguments.output_folder(given.get("out"), "predict")
-        try:
+        with writing(f"out={out}"):
             classifier.save(out / "classifier")
             report.write(out, classifier, result, items)
-        except OSError as error:
-            raise UserError(f"out={out} cannot be written ({error.strerror})") from None
     return result, out
 
 

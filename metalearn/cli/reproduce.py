@@ -68,9 +68,9 @@ class Recipe:
 
     def overrides(self, more: list[str]) -> list[str]:
         """Return the overrides to train with; raise UserError if `more` changes the experiment."""
-        from metalearn.config import checking, composition, roles
+        from metalearn.config import checking, choices, roles
 
-        groups = [*composition.groups(), *vars(self._composed), "hydra"]
+        groups = [*choices.groups(), *vars(self._composed), "hydra"]
         known = roles.roles(checking.plain(self._composed))
         for word in more:
             key = word.split("=")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.cli import predict
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, writing
 
 HELP = """metalearn serve [key=value …]
 
@@ -81,10 +81,8 @@ def serve(given: dict[str, str], listener: socket.socket, token: str) -> None:
     from metalearn.system.lock import alone_in
 
     folder = Path(given.get("state", "outputs/serve")).expanduser()
-    try:
+    with writing(f"state={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"state={folder} cannot be written ({error.strerror})") from None
     with alone_in(folder):
         try:
             store = ClassifierStore(folder, predict.open_classifier(given), Limits())

@@ -9,30 +9,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config import gates, plugins
+from metalearn.config import choices, gates, plugins
 from metalearn.config.checking import check_config, leaves, plain
 from metalearn.config.components import conf_dir
-from metalearn.system.errors import UserError, first_line, nearest
+from metalearn.system.errors import UserError, first_line, nearest, prefixed
 from metalearn.system.reading import read_yaml
-
-
-def conf_dirs() -> list[Path]:
-    """Return the `conf/` folders of the package and of plugins."""
-    return [conf_dir(), *plugins.conf_dirs()]
 
 
 def quoted(text: str) -> str:
     """Quote a value for Hydra's override grammar."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)  # only backslashes before a quote are escapes
     return "'" + re.sub(r"(\\+)\Z", r"\1\1", escaped) + "'"
-
-
-def _file(group: str, name: str) -> Path | None:
-    """Return the file of a choice, or None."""
-    return next(
-        (path for folder in conf_dirs() if (path := folder / group / f"{name}.yaml").is_file()),
-        None,
-    )
 
 
 def _recipe(kind: str, algo: str, *others: str) -> str:
@@ -43,9 +30,11 @@ def _recipe(kind: str, algo: str, *others: str) -> str:
     """
     if others[1:] == ("",):
         others = (others[0], _recipe_choice("backbone", "conv4", algo, others[0]))
-    names = [algo, *re.findall(r"[^\s,]+", _tag(algo, "recipes"))]
+    names = [algo, *re.findall(r"[^\s,]+", choices.tags("algo", algo).get("recipes", ""))]
     known = ["-".join([name, *others]) for name in names]
-    return next((name for name in known if _file(f"recipe/{kind}", name) is not None), "none")
+    return next(
+        (name for name in known if choices.file_of(f"recipe/{kind}", name) is not None), "none"
+    )
 
 
 def _recipe_choice(group: str, default: str, algo: str, dataset: str) -> str:
@@ -53,9 +42,7 @@ def _recipe_choice(group: str, default: str, algo: str, dataset: str) -> str:
 
     A recipe cannot choose it in its defaults list, because Hydra finds the recipe itself last.
     """
-    path = _file("recipe/data", _recipe("data", algo, dataset))
-    lines = [line.partition(":") for line in _comments(path)] if path else []
-    return next((text.strip() for name, _, text in lines if name == group), default)
+    return choices.tags("recipe/data", _recipe("data", algo, dataset)).get(group, default)
 
 
 def _dataset_settings(names: Sequence[str], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,13 +91,13 @@ def recipe_names(algo: str, dataset: str, backbone: str) -> list[str]:
     return [name for name in names if name != "none"]
 
 
-def recipe_line(choices: Any) -> str:
+def recipe_line(chosen: Any) -> str:
     """Return a line that names the recipe for Hydra's choices of groups."""
-    if choices.get("experiment") not in (None, *reproductions()):
-        return f"recipe: experiment {choices.experiment}"
-    if names := recipe_names(choices.algo, choices.dataset, choices.backbone):
+    if chosen.get("experiment") not in (None, *choices.reproductions()):
+        return f"recipe: experiment {chosen.experiment}"
+    if names := recipe_names(chosen.algo, chosen.dataset, chosen.backbone):
         return f"recipe: {', '.join(names)}"
-    return f"recipe: none for {choices.algo} on {choices.dataset}; general settings apply"
+    return f"recipe: none for {chosen.algo} on {chosen.dataset}; general settings apply"
 
 
 @contextlib.contextmanager
@@ -124,13 +111,15 @@ def hydra_errors(overrides: list[str]) -> Iterator[None]:
 
 
 def _translated(error: Exception, overrides: list[str]) -> str:
+    from hydra.errors import HydraException
+
     text = str(error)
     if match := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
-        return _no_such_choice(match[1], match[2])
+        return choices.no_such_choice(match[1], match[2])
     if "Config group override must be a string" in text:
         for key, _, name in (word.lstrip("+").partition("=") for word in overrides):
-            if key in groups() and name not in options(key):
-                return _no_such_choice(key, name)
+            if key in choices.groups() and name not in choices.options(key):
+                return choices.no_such_choice(key, name)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values require a multirun; add -m"
     if match := re.search(r"An item is already at '([^']+)'", text):
@@ -138,18 +127,19 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match[1].lstrip("+~")
         if "No match in the defaults list" in text:
-            return f"{key}: there is no such group{nearest(key, groups())}"
-        chosen = [word for word in overrides if word.split("=")[0] in groups()]
+            return f"{key}: there is no such group{nearest(key, choices.groups())}"
+        chosen = [word for word in overrides if word.split("=")[0] in choices.groups()]
         try:
-            with initialised() as compose:
-                known = list(leaves(compose(chosen)))
+            known = list(leaves(_composed(chosen)))
         except Exception:  # a group is mistyped too: no suggestion
             known = []
         if key in known:
             return f"{key}: this sets keys that do not exist; write +{key}={{...}} to add them"
-        return f"{key}: there is no such key{nearest(key, [*known, *groups()])}"
+        return f"{key}: there is no such key{nearest(key, [*known, *choices.groups()])}"
     for word in overrides:
-        if not _is_readable(word):
+        try:
+            parsed([word])
+        except HydraException:
             key, _, value = word.partition("=")
             return f"{word}: cannot be read; quote such a value twice: '{key}=\"{value}\"'"
     return f"{first_line(error)} (in: {' '.join(overrides)})"
@@ -162,32 +152,11 @@ def parsed(overrides: list[str]) -> list[Any]:
     return OverridesParser.create().parse_overrides(overrides)
 
 
-def _is_readable(override: str) -> bool:
-    from hydra.errors import HydraException
-
-    try:
-        parsed([override])
-    except HydraException:
-        return False
-    return True
-
-
-def _no_such_choice(group: str, name: str) -> str:
-    if group.startswith("hydra/"):
-        source = "metalearn-lab[sweep]" if name == "optuna" else "a plugin of Hydra"
-        return f"{group}={name}: is not installed; install {source}"
-    choices = options(group)
-    known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""
-    return f"{group}={name}: there is no such {group}{known}"
-
-
-@contextlib.contextmanager
-def initialised() -> Iterator[Any]:
-    """Initialise Hydra for the entry point in `conf/` and return its compose function."""
+def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="metalearn"):
-        yield lambda overrides, **options: compose("config", completed(overrides), **options)
+        return compose("config", completed(overrides), return_hydra_config=with_hydra)
 
 
 def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
@@ -199,7 +168,10 @@ def completed(overrides: list[str], folders: Sequence[Path] = ()) -> list[str]:
         folders: Configuration folders to read, in addition to those of plugins.
     """
     _register_gates()
-    overrides = [_renamed(word) for word in overrides]
+    # Settings that have moved.
+    overrides = [re.sub(r"^logger\.name=", "logger=", word) for word in overrides]
+    moved = r"^logger\.(project|entity)="
+    overrides = [re.sub(moved, r"logger.wandb.\1=", word) for word in overrides]
     given = dict(word.split("=", 1) for word in overrides if "=" in word)
     name, more = given.get("train.optimiser"), []
     if name in ("adam", "sgd") and "optimiser" not in given:
@@ -220,19 +192,13 @@ def _register_gates() -> None:
         ConfigStore.instance().store(name, gate.node(), group="experiment", package="_global_")
 
 
-def _renamed(override: str) -> str:
-    """Return an override of a setting that has moved by its new name."""
-    override = re.sub(r"^logger\.name=", "logger=", override)
-    return re.sub(r"^logger\.(project|entity)=", r"logger.wandb.\1=", override)
-
-
 def compose_config(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """Compose the configuration, optionally with Hydra's own settings.
 
     Raise UserError for a wrong override; it names the nearest right one.
     """
-    with hydra_errors(overrides), initialised() as compose:
-        return compose(overrides, return_hydra_config=with_hydra)
+    with hydra_errors(overrides):
+        return _composed(overrides, with_hydra)
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
@@ -246,11 +212,9 @@ def load_config(folder: Path) -> DictConfig:
     Raise UserError if there is none, or one that this version cannot read.
     """
     path = folder / "config.yaml"
-    content = read_yaml(path)
-    try:
-        return OmegaConf.create(plain(check_config(OmegaConf.create(content))))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    stored = OmegaConf.create(read_yaml(path))
+    with prefixed(path):
+        return OmegaConf.create(plain(check_config(stored)))
 
 
 def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
@@ -283,74 +247,3 @@ def apply_overrides(stored: DictConfig, overrides: list[str]) -> DictConfig:
         else:
             OmegaConf.update(result, key, value)
     return result
-
-
-def groups() -> list[str]:
-    """Return the names of the configuration groups."""
-    return sorted(
-        {path.name for folder in conf_dirs() for path in folder.iterdir() if path.is_dir()}
-        - {"hydra"}
-    )
-
-
-def options(group: str) -> dict[str, str]:
-    """Return the choices of a group, each with the first comment line of its file; and gates."""
-    choices = {}
-    for path in sorted(path for folder in conf_dirs() for path in (folder / group).glob("*.yaml")):
-        choices[path.stem] = next(
-            (line for line in _comments(path) if not line.startswith("@package")), ""
-        )
-    return {**choices, **reproductions()} if group == "experiment" else choices
-
-
-def stored_values(group: str, name: str) -> dict[str, Any]:
-    """Return the values that the file of a choice gives to its group, with those that it extends.
-
-    This composes no run, so it takes milliseconds. Raise UserError for an unknown choice.
-    """
-    path = _file(group, name)
-    if path is None:
-        raise UserError(_no_such_choice(group, name))
-    content = read_yaml(path)
-    parents = [one for one in content.pop("defaults", []) if isinstance(one, str)]
-    values = [
-        stored_values(group, one.partition("@")[0]) for one in parents if not one.startswith("_")
-    ]
-    merged: Any = OmegaConf.to_container(OmegaConf.merge(*values, content.get(group, content)))
-    return merged
-
-
-def reproductions() -> dict[str, str]:
-    """Return the experiments that reproduce a published result, with one line each."""
-    return {
-        name: f"{' '.join(gate.choices().values())}; {gate.source}"
-        for name, gate in gates.gates().items()
-    }
-
-
-#: Families of methods, in the order of lists and tables.
-FAMILIES = (
-    "gradient", "metric", "closed_form", "transductive", "memory", "generative", "unsupervised",
-    "transfer",
-)  # fmt: skip
-
-
-def families() -> dict[str, list[str]]:
-    """Return the methods of each family, by the comment `# family: …` in its file, or "other"."""
-    names: dict[str, list[str]] = {family: [] for family in FAMILIES}
-    for name in options("algo"):
-        names.setdefault(_tag(name, "family") or "other", []).append(name)
-    return {family: own for family, own in names.items() if own}
-
-
-def _tag(algo: str, tag: str) -> str:
-    """Return what a comment `# tag: …` in the file of a method says, or ""."""
-    path = _file("algo", algo)
-    lines = _comments(path) if path else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith(f"{tag}:")), ""
-    )
-
-
-def _comments(path: Path) -> list[str]:
-    return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]

@@ -4,13 +4,8 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
-from metalearn.config.composition import (
-    apply_overrides,
-    compose_config,
-    groups,
-    hydra_errors,
-    parsed,
-)
+from metalearn.config.choices import groups
+from metalearn.config.composition import apply_overrides, compose_config, hydra_errors, parsed
 
 #: Settings that a grid search varies.
 _SEARCHED = ("algo.", "backbone.", "train.", "optimiser.", "loss.", "augment.")

@@ -9,7 +9,8 @@ import torch
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, split_classes
+from metalearn.data.class_splits import split_classes
+from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.store import ArrayStore, ClassView

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metalearn.data.images import ClassImages
 from metalearn.system.atomic import atomic_writer, remove_abandoned
-from metalearn.system.errors import UserError, first_line, is_out_of_memory
+from metalearn.system.errors import UserError, first_line, is_out_of_memory, writing
 
 _T = TypeVar("_T")
 #: Raster formats that Pillow decodes itself; vector formats would need another program. The first
@@ -285,13 +285,9 @@ def stored(path: Path, make: Callable[[], dict[str, Any]], read: Callable[[Any],
                 raise
             print(f"{path} is corrupt; rebuilding it", file=sys.stderr)
     content = make()
-    try:
+    with writing(f"cache_dir={path.parent}", "; choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, older_than=3600)
         with atomic_writer(path) as stream:
             torch.save(content, stream)
-    except OSError as error:
-        raise UserError(
-            f"cache_dir={path.parent} cannot be written ({error.strerror}); choose another folder"
-        ) from None
     return read(content)

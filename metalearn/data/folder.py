@@ -11,14 +11,8 @@ import torch
 from PIL import Image, ImageColor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data import archives, files, layouts
-from metalearn.data.classes import (
-    ClassData,
-    published_split,
-    published_superclasses,
-    split_classes,
-    split_file,
-)
+from metalearn.data import archives, class_splits, files, layouts
+from metalearn.data.classes import ClassData
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch
@@ -75,7 +69,7 @@ class Folder(ImageDataset):
         for line in pictures.notes:
             logging.getLogger(__name__).warning(line)
         splits = self._splits(pictures, root)
-        groups = published_superclasses(pictures.names)
+        groups = class_splits.published_superclasses(pictures.names)
         return self.class_data(pictures, splits, device, self.standardise, groups)
 
     @property
@@ -164,9 +158,9 @@ class Folder(ImageDataset):
 
     def _splits(self, pictures: ClassImages, root: Path) -> dict[str, list[str]]:
         names = [name for name in pictures.names if name not in self.exclude]
-        published = published_split(self.split)
+        published = class_splits.published_split(self.split)
         # Files with numbers or words instead of the published names have splits of their own.
-        known = split_file(published).values() if published else []
+        known = class_splits.split_file(published).values() if published else []
         is_renamed = bool(pictures.splits and known) and not any(
             name in names for some in known for name in some
         )
@@ -185,7 +179,9 @@ class Folder(ImageDataset):
                 split: [name for name in some if name in names]
                 for split, some in pictures.splits.items()
             }
-        return split_classes(self.split, names, self.fractions, self.split_seed, str(root))
+        return class_splits.split_classes(
+            self.split, names, self.fractions, self.split_seed, str(root)
+        )
 
 
 def _by_folder(root: Path, content: list[ImageFile]) -> dict[str, list[ImageFile]]:

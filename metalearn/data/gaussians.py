@@ -8,7 +8,8 @@ import torch
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import ClassData, class_indices, random_split
+from metalearn.data.class_splits import random_split
+from metalearn.data.classes import ClassData, class_indices
 from metalearn.tasks import prng
 from metalearn.tasks.store import ArrayStore, ClassView
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, random_split
+from metalearn.data.class_splits import random_split
+from metalearn.data.classes import ClassData
 from metalearn.data.files import cached, ink
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.tasks import prng

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from metalearn.data import archives, files, pickles
-from metalearn.data.classes import check_splits
+from metalearn.data.class_splits import check_splits
 from metalearn.data.files import ImageFile
 from metalearn.data.images import ClassImages
 from metalearn.system.errors import UserError, first_line, is_out_of_memory

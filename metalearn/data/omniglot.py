@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from metalearn.config.fields import at_least, choice, setting
-from metalearn.data.classes import ClassData, seeded_split, split_file
+from metalearn.data.class_splits import seeded_split, split_file
+from metalearn.data.classes import ClassData
 from metalearn.data.files import ImageFile, cached, decode, files_hash, ink, list_images
 from metalearn.data.images import ClassImages, ImageDataset
 from metalearn.system.download import fetch

@@ -14,17 +14,11 @@ import torch
 
 from metalearn.config.fields import at_least, given_by_run, setting
 from metalearn.data.base import Dataset
-from metalearn.data.classes import (
-    ClassData,
-    check_known,
-    check_splits,
-    class_indices,
-    random_split,
-    split_file,
-)
+from metalearn.data.class_splits import check_known, check_splits, random_split, split_file
+from metalearn.data.classes import ClassData, class_indices
 from metalearn.data.tables import read_csv, table
 from metalearn.system.download import fetch
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, prefixed
 from metalearn.tasks.distractors import DistractedSampler
 from metalearn.tasks.sampling import EpisodeSampler, Shape
 from metalearn.tasks.store import ArrayStore, Augmentation, ClassView
@@ -231,7 +225,5 @@ class _DistractedData(ClassData):
         plain = super().episodes(split, dataclasses.replace(shape, distractors=0), seed, augment)
         if not shape.distractors:
             return plain
-        try:
+        with prefixed(f"{split} episodes"):
             return DistractedSampler(**vars(plain) | {"shape": shape}, pool=self.pools[split])
-        except UserError as error:
-            raise UserError(f"{split} episodes: {error}") from None

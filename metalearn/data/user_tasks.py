@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metalearn.config.fields import at_least, setting
 from metalearn.data.base import Dataset, OpenDataset
-from metalearn.data.classes import random_split
+from metalearn.data.class_splits import random_split
 from metalearn.data.tables import read_csv
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng

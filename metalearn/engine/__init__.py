@@ -25,16 +25,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.engine import capture, kernels, memory, precision, replay, threads
 from metalearn.engine.plan import Plan
 from metalearn.engine.trees import channels_last, split, stack, unbind
-from metalearn.tasks.types import (
-    CLASS_ERRORS,
-    Batch,
-    Kernels,
-    Loss,
-    Params,
-    Query,
-    State,
-    Task,
-)
+from metalearn.tasks.types import CLASS_ERRORS, Batch, Kernels, Loss, Params, Query, State, Task
 
 
 class Step(NamedTuple):
@@ -104,31 +95,22 @@ class Engine(Plan):
         """
         count = count or tasks.key.shape[0]
 
-        def with_chunk(size: int, few: Task | Batch = tasks) -> Step:
-            return dataclasses.replace(self, chunk=size)._step(state, few, progress, count, replays)
-
-        with memory.suggest_chunk(with_chunk, tasks, self.chunk):
-            return with_chunk(self.chunk)
-
-    def _step(
-        self,
-        state: State,
-        tasks: Task | Batch,
-        progress: Tensor,
-        count: int,
-        replays: replay.Replays | None,
-    ) -> Step:
         def of_chunk(state: State, chunk: Task | Batch, progress: Tensor) -> Any:
             return self._chunk_step(state, chunk, progress, count)
 
-        parts = self._each(of_chunk, state, split(tasks, self.chunk), replays, progress)
-        total = parts[0][0]
-        for part, _ in parts[1:]:
-            total = pytree.tree_map(torch.add, total, part)
-        gradients, logs, statistics, buffers = total
-        gradients = {name: value.contiguous() for name, value in gradients.items()}
-        each = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
-        return Step(gradients, logs, statistics, buffers, **each)
+        def with_chunk(size: int, few: Task | Batch = tasks) -> Step:
+            parts = self._each(of_chunk, state, split(few, size), replays, progress)
+            total = parts[0][0]
+            for part, _ in parts[1:]:
+                total = pytree.tree_map(torch.add, total, part)
+            gradients = {name: value.contiguous() for name, value in total[0].items()}
+            values: dict[str, Any] = {
+                name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]
+            }
+            return Step(gradients, *total[1:], **values)
+
+        with memory.suggest_chunk(with_chunk, tasks, self.chunk):
+            return with_chunk(self.chunk)
 
     def _each(
         self,
@@ -178,14 +160,13 @@ class Engine(Plan):
 
     def _with_layout(self, state: State) -> State:
         """Return a state whose filters have the memory layout of the operators in use."""
-
-        def converted(value: Tensor) -> Tensor:
-            is_filter = self.is_direct and value.dim() == 4
-            return kernels.weight_layout(value) if is_filter else value
-
-        return State(
-            {name: converted(value) for name, value in state.params.items()}, state.buffers
-        )
+        if not self.is_direct:
+            return state
+        params = {
+            name: kernels.weight_layout(value) if value.dim() == 4 else value
+            for name, value in state.params.items()
+        }
+        return State(params, state.buffers)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return the context of `precision` for computations on a device."""
@@ -276,35 +257,31 @@ class Engine(Plan):
         replays: replay.Replays | None,
     ) -> Tensor:
         """Adapt to T tasks and stack `output(algorithm, learner, query, key)` of each."""
+        algorithm = self._with_kernels(batched=self.strategy == "vmap")
 
         @torch.no_grad()  # also in threads
         def of_chunk(state: State, chunk: Task) -> Tensor:
+            state = self._with_layout(state)
+
+            def adapt_and_output(task: Task) -> Tensor:
+                learner = algorithm.adapt(state, task.support, key=task.key, steps=steps)
+                return output(algorithm, learner, task.query, task.key)
+
             with self.autocast(chunk.key.device):
-                return self._chunk_outputs(output, self._with_layout(state), chunk, steps)
+                if self.strategy == "vmap":
+                    outputs = vmap(adapt_and_output)(chunk)
+                elif self.strategy == "loop":
+                    outputs = torch.stack([adapt_and_output(task) for task in unbind(chunk)])
+                else:
+                    each = self._adapted(state, chunk, steps)
+                    outputs = torch.stack([output(algorithm, *one) for one in each])
+            return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
         def with_chunk(size: int, few: Task = tasks) -> Tensor:
             return torch.cat(self._each(of_chunk, state, split(few, size), replays))
 
         with memory.suggest_chunk(with_chunk, tasks, self.chunk):
             return with_chunk(self.chunk)
-
-    def _chunk_outputs(
-        self, output: Callable[..., Tensor], state: State, tasks: Task, steps: int | None
-    ) -> Tensor:
-        algorithm = self._with_kernels(batched=self.strategy == "vmap")
-
-        def adapt_and_output(task: Task) -> Tensor:
-            learner = algorithm.adapt(state, task.support, key=task.key, steps=steps)
-            return output(algorithm, learner, task.query, task.key)
-
-        if self.strategy == "vmap":
-            outputs = vmap(adapt_and_output)(tasks)
-        elif self.strategy == "loop":
-            outputs = torch.stack([adapt_and_output(task) for task in unbind(tasks)])
-        else:
-            each = self._adapted(state, tasks, steps)
-            outputs = torch.stack([output(algorithm, *one) for one in each])
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def _sum_over_tasks(values: Params, count: int) -> Params:

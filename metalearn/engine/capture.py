@@ -72,21 +72,22 @@ class Captured:
             self._graph = graph
 
 
-def fastest_seconds(step: Callable[[], object], device: torch.device, calls: int = 3) -> float:
-    """Return the seconds of the fastest of some calls, after those that `Captured` captures in."""
+def fastest_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of 3 calls, after those that `Captured` captures in."""
 
     def seconds() -> float:
-        _wait(device)
+        synchronise(device)
         start = time.perf_counter()
         step()
-        _wait(device)
+        synchronise(device)
         return time.perf_counter() - start
 
     for _ in range(_WARM_UP + 1):
         step()
-    return min(seconds() for _ in range(calls))
+    return min(seconds() for _ in range(3))
 
 
-def _wait(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has computed everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

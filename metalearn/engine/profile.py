@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from metalearn.engine.capture import synchronise
+
 #: Number of unprofiled steps first, then of profiled steps.
 _WARM_UP, _STEPS = 5, 5
 #: Number of operations in the summary.
@@ -20,12 +22,8 @@ class Profile:
     def __init__(
         self, folder: Path, device: torch.device, steps: int, meta_batch: int, header: str
     ) -> None:
-        self._folder, self._device, self._meta_batch, self._header = (
-            folder / "profile",
-            device,
-            meta_batch,
-            header,
-        )
+        self._folder, self._device = folder / "profile", device
+        self._meta_batch, self._header = meta_batch, header
         self._first = min(_WARM_UP, steps // 2)
         self._last = min(self._first + _STEPS, steps)
         self._profiler: Any = None
@@ -40,7 +38,7 @@ class Profile:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
             torch.cuda.reset_peak_memory_stats()
         self._profiler = torch.profiler.profile(activities=activities)
-        self._synchronise()
+        synchronise(self._device)
         self._profiler.start()
         self._clock = time.perf_counter()
 
@@ -49,16 +47,12 @@ class Profile:
         # A resumed run may have missed the first step.
         if self._profiler is None or step + 1 != self._last:
             return
-        self._synchronise()
+        synchronise(self._device)
         seconds = time.perf_counter() - self._clock
         self._profiler.stop()
         self._folder.mkdir(exist_ok=True)
         self._profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
         (self._folder / "summary.md").write_text("\n".join(self._page(seconds)) + "\n")
-
-    def _synchronise(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _page(self, seconds: float) -> list[str]:
         steps = self._last - self._first
@@ -69,12 +63,12 @@ class Profile:
             return event.self_device_time_total if cuda else event.self_cpu_time_total
 
         # On a GPU, an operator and its kernels both report the kernels' time, so count kernels.
-        kernels = (
-            [event for event in averages if str(event.device_type).endswith("CUDA")]
-            if cuda
-            else averages
-        )
-        operations = [event for event in kernels if event.key not in PARTS and self_time(event) > 0]
+        operations = [
+            event
+            for event in averages
+            if event.key not in PARTS and self_time(event) > 0
+            if not cuda or str(event.device_type).endswith("CUDA")
+        ]
         operations.sort(key=self_time, reverse=True)
         total = sum(map(self_time, operations))
         lines = [
@@ -93,18 +87,13 @@ class Profile:
             if event.key in PARTS and event.cpu_time_total
         }
         if parts:  # a captured graph has no parts
-            shown = ", ".join(
-                f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts
-            )
-            lines.append(f"- share of host time: {shown}")
+            shown = (f"{name} {parts[name] / seconds:.1%}" for name in PARTS if name in parts)
+            lines.append(f"- share of host time: {', '.join(shown)}")
         if cuda:
             lines.append(f"- peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
             lines.append(f"- device busy {total / 1e6 / seconds:.0%} of the time")
-        lines += [
-            "",
-            f"| operation | ms per step | share of {'device' if cuda else 'host'} time "
-            "| calls per step |",
-        ]
+        share = f"share of {'device' if cuda else 'host'} time"
+        lines += ["", f"| operation | ms per step | {share} | calls per step |"]
         lines.append("| --- | --- | --- | --- |")
         lines += [
             f"| `{event.key}` | {self_time(event) / 1e3 / steps:.2f} "

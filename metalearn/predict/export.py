@@ -19,7 +19,7 @@ from metalearn.predict import heads
 from metalearn.predict.classifier import FewShotClassifier
 from metalearn.predict.networks import AdaptingRun
 from metalearn.run import load
-from metalearn.system.errors import RunFailed, UserError, first_line
+from metalearn.system.errors import RunFailed, UserError, first_line, writing
 
 #: Largest difference of a probability that counts as rounding.
 TOLERANCE = 1e-4
@@ -162,11 +162,9 @@ def _export(
         raise UserError(f"{where} cannot be exported: {first_line(cause)}") from None
     opset = program.model.opset_imports[""]
     program.model.metadata_props.update(metadata | {"opset": str(opset)})
-    try:
+    with writing(f"out={out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(out), external_data=False)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error.strerror})") from None
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
     differences = {}
     for one in comparisons:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from metalearn.config import checking, paths
-from metalearn.config.composition import compose_config, options
+from metalearn.config.choices import options
+from metalearn.config.composition import compose_config
 from metalearn.engine import process
 from metalearn.predict.confidence import Outputs
 from metalearn.predict.embedder import Embedder, Items, Network, Reasons, checked_text, read_each
@@ -134,10 +135,7 @@ def _show(done: int, count: int) -> None:
 
 
 def open_network(
-    backbone: str | Embedding | None,
-    run: str | Path | None,
-    has_head: bool,
-    is_cached: bool = True,
+    backbone: str | Embedding | None, run: str | Path | None, has_head: bool, is_cached: bool = True
 ) -> Network | None:
     """Open a pretrained backbone by name, a function that embeds items, or a run.
 

@@ -1,6 +1,7 @@
 """Build a run from a checked configuration."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,10 @@ from metalearn.data.classes import ClassData
 from metalearn.engine import Engine, memory, process
 from metalearn.engine.kernels import build as kernels
 from metalearn.report.result import hash_of
-from metalearn.run import checkpoint, clusters, optimisers
+from metalearn.run import checkpoint, clusters, optimisers, parts
 from metalearn.run.engines import make_engines, stored_choices
-from metalearn.run.pairings import check, check_inputs, is_transductive
-from metalearn.run.parts import (
-    algorithm_of,
-    augmentation_of,
-    cache_folder,
-    data_folder,
-    device_of,
-    mixing_of,
-    shapes_of,
-    support_augmentation_of,
-)
+from metalearn.run.pairings import check, check_inputs
+from metalearn.run.protocol import protocol_of
 from metalearn.system import processes
 from metalearn.system.errors import UserError
 from metalearn.system.processes import Processes
@@ -37,19 +29,11 @@ from metalearn.tasks.family import TaskFamily
 from metalearn.tasks.metrics import Metric
 from metalearn.tasks.mixing import Mixed
 from metalearn.tasks.ranges import varied
-from metalearn.tasks.sampling import (
-    SAMPLER_VERSION,
-    BatchSampler,
-    BatchSource,
-    EpisodeSampler,
-    TaskSource,
-)
+from metalearn.tasks.sampling import BatchSampler, BatchSource, EpisodeSampler, TaskSource
 from metalearn.tasks.types import Spec, State
 
 #: Random stream of the initial weights; `metalearn.tasks.sampling` numbers those of the tasks.
 _INIT_STREAM = 100
-#: Settings of test episodes that are part of the protocol if they are set.
-_UNUSUAL = ("unbalanced", "unlabelled", "distractors", "dirichlet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +113,9 @@ def open_data(
     backbone = algorithm.backbone
     given = {"raw": backbone.is_external, "tokenizer": backbone.tokenizer(), **runtime}
     dataset = components.make(settings.dataset, "dataset", **given)
-    data: OpenDataset = dataset.open(data_folder(settings), cache_folder(settings), device)
+    data: OpenDataset = dataset.open(
+        parts.data_folder(settings), parts.cache_folder(settings), device
+    )
     return data
 
 
@@ -145,38 +131,30 @@ def build(
     settings do not fit together or do not fit the data.
     """
     check(settings, is_restored)
-    device = device_of(settings.device)
+    device = parts.device_of(settings.device)
     choices = stored_choices(settings.engine)
     threads = choices["threads"] if choices else settings.engine.threads
     process.prepare(device, threads, settings.engine.precision)
     if device.type == "cpu" and settings.engine.convolution in ("auto", "direct"):
-        kernels.load(cache_folder(settings))
+        kernels.load(parts.cache_folder(settings))
     group = processes.join_processes(device)
-    counts = {
-        "train.meta_batch": settings.train.meta_batch,
-        "val.episodes": settings.val.episodes,
-        "test.episodes": settings.test.episodes,
-    }
-    for name, count in counts.items():
-        if count < group.size:
+    for name in ("train.meta_batch", "val.episodes", "test.episodes"):
+        if (count := operator.attrgetter(name)(settings)) < group.size:
             raise UserError(
                 f"{name}={count}: should be at least {group.size}, the number of processes"
             )
-    algorithm = algorithm_of(settings, is_restored)
+    algorithm = parts.algorithm_of(settings, is_restored)
     if data is None:
         with group.leader_first():
             data = open_data(settings, algorithm, device)
-    episode = settings.episode
     check_inputs(settings, algorithm, data.inputs)
-    augmentation, mixing = augmentation_of(settings), mixing_of(settings)
-    of_support, copies = support_augmentation_of(settings, algorithm), algorithm.support_copies
-    (test_shape, test_ranges), (train_shape, train_ranges) = (
-        shapes_of(shape, where)
-        for where, shape in (("episode", episode), ("episode.train", episode.train))
-    )
+    augmentation, mixing = parts.augmentation_of(settings), parts.mixing_of(settings)
+    of_support = parts.support_augmentation_of(settings, algorithm)
+    test_shape, test_ranges = parts.shapes_of(settings.episode, "episode")
+    train_shape, train_ranges = parts.shapes_of(settings.episode.train, "episode.train")
     if train_shape == test_shape:  # it usually follows the test's, so errors name that one
         train_shape = test_shape
-    test_shape = dataclasses.replace(test_shape, copies=copies)
+    test_shape = dataclasses.replace(test_shape, copies=algorithm.support_copies)
     test_split = only_test or "test"
 
     def tested(split: str) -> tuple[TaskSource, TaskSource]:
@@ -261,20 +239,7 @@ def build(
         processes=group,
         spec=spec,
         standardisation=data.standardisation,
-        protocol={
-            **data.protocol(test_split),
-            "way": episode.way,
-            "shot": episode.shot,
-            "query": episode.query,
-            **{key: getattr(episode, key) for key in _UNUSUAL if getattr(episode, key)},
-            **_sampler_protocol(data, test_split, episode.sampler),
-            **({"support_copies": copies, "augment": settings.augment.support} if copies else {}),
-            "statistics": settings.statistics if algorithm.backbone.normalises else "none",
-            "transductive": is_transductive(algorithm),
-            "sampler": SAMPLER_VERSION,
-            "episodes": settings.test.episodes,
-            "episode_seed": settings.episode_seed,
-        },
+        protocol=protocol_of(settings, data, algorithm, test_split),
     )
     can_time = settings.engine.convolution == "auto" and device.type == "cuda"
     can_time = can_time and bool(algorithm.training_steps) and train_engine.strategy != "loop"
@@ -297,12 +262,3 @@ def build(
         )
         run = dataclasses.replace(run, test_engine=test_engine, test_batch=test_batch)
     return run
-
-
-def _sampler_protocol(data: OpenDataset, split: str, sampler: str) -> dict[str, str]:
-    """Return what results depend on because of how classes are chosen; {} for uniformly."""
-    if sampler == "uniform":
-        return {}
-    assert isinstance(data, ClassData)
-    names = repr(data.views[split].index.superclasses)
-    return {"class_sampler": sampler, "superclasses": hash_of({"names": names})}

@@ -17,7 +17,7 @@ from metalearn.report.folder import RunFolder
 from metalearn.system.atomic import atomic_writer, make_folder
 from metalearn.system.errors import UserError, is_out_of_memory
 from metalearn.system.reading import check_limits, check_types, parse_json, read_bytes
-from metalearn.tasks.types import State
+from metalearn.tasks.types import Params, State
 
 #: Largest checkpoint that is read, in bytes.
 _MAX_BYTES = 16 << 30
@@ -180,18 +180,25 @@ def _checksum(content: Any) -> str:
     return digest.hexdigest()
 
 
+def parts_of(state: State) -> dict[str, Params]:
+    """Return the parts of a state by their names in a checkpoint."""
+    return dict(zip(_PARTS, state, strict=True))
+
+
+def shapes(tensors: Params) -> dict[str, torch.Size]:
+    """Return the shapes of tensors."""
+    return {name: value.shape for name, value in tensors.items()}
+
+
 def state(content: dict[str, Any], expected: State, folder: Path) -> State:
     """Return the state in a checkpoint; raise UserError for other names or shapes than expected."""
-    for part, own in zip(("meta", "fixed"), expected, strict=True):
+    for part, own in parts_of(expected).items():
         stored = content[part]
         if missing := sorted(own.keys() - stored.keys()):
             raise UserError(
                 f"{folder}: its checkpoint has no {missing[0]}; another version or method wrote it"
             )
-        shapes, stored_shapes = (
-            {name: value.shape for name, value in tensors.items()} for tensors in (own, stored)
-        )
-        if shapes != stored_shapes:
+        if shapes(own) != shapes(stored):
             raise UserError(
                 f"{folder}: its weights do not fit this configuration; change only the test's "
                 "protocol"

@@ -22,7 +22,7 @@ from metalearn.data.images import ImageDataset
 from metalearn.report.folder import RunFolder
 from metalearn.run.feature_cache import digest
 from metalearn.run.parts import cache_folder
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, prefixed
 from metalearn.tasks import prng
 from metalearn.tasks.store import ClassIndex
 
@@ -158,11 +158,9 @@ def _clusters(
     store, device = data.stores["train"], data.views["train"].index.rows.device
 
     def make() -> dict[str, Tensor]:
-        try:
+        with prefixed(where):
             chunks = rows.to(device).split(_CHUNK)
             z = torch.cat([model.embed(store.load(chunk)).cpu() for chunk in chunks])
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         return {"groups": k_means(z, key, number)}
 
     groups: Tensor = stored(

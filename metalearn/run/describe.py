@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalearn.config import composition
+from metalearn.config import choices, composition
 from metalearn.config.checking import check_config
 from metalearn.config.components import make
 from metalearn.config.schema import RunConfig
@@ -173,7 +173,7 @@ def origin(name: str, dataset: Dataset, settings: RunConfig) -> dict[str, Any]:
         state = "present" if files else "needs no files"
     return {
         "dataset": name,
-        "description": composition.options("dataset").get(name, ""),
+        "description": choices.options("dataset").get(name, ""),
         "source": dataset.source,
         "licence": dataset.licence,
         "state": state,
@@ -186,9 +186,9 @@ def origin(name: str, dataset: Dataset, settings: RunConfig) -> dict[str, Any]:
 def origins(settings: RunConfig) -> list[dict[str, Any]]:
     """Return `origin` of every dataset, with the settings of its file."""
     known = []
-    for name in composition.options("dataset"):
+    for name in choices.options("dataset"):
         try:
-            values = composition.stored_values("dataset", name)
+            values = choices.stored_values("dataset", name)
         except UserError:  # it refers to other settings, so it has to be composed with them
             values = check_config(composition.compose_config([f"dataset={name}"])).dataset
         known.append(origin(name, make(values, "dataset"), settings))

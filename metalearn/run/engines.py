@@ -7,7 +7,7 @@ from typing import Any
 from metalearn.algorithms.base import Algorithm
 from metalearn.config.schema import EngineConfig, RunConfig
 from metalearn.engine import Engine
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, prefixed
 from metalearn.system.reading import read_json
 from metalearn.tasks.types import Batch, Task
 
@@ -63,10 +63,8 @@ def stored_choices(settings: EngineConfig) -> dict[str, Any] | None:
             raise UserError(
                 f"engine.{name}={value}: engine.choices already sets this; leave one out"
             )
-    try:
+    with prefixed("engine.choices: is not an engine.json of a run"):
         choices = read_choices(Path(settings.choices))
-    except UserError as error:
-        raise UserError(f"engine.choices: is not an engine.json of a run: {error}") from None
     precision = choices["train"]["precision"]
     if precision != settings.precision:
         raise UserError(

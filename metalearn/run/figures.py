@@ -1,7 +1,4 @@
-"""Compute what `metalearn plot` draws of a trained run.
-
-Legend: T tasks, Q queries, E episodes, C classes of the split.
-"""
+"""Draw the plots of a trained run for `metalearn plot`."""
 
 import functools
 import itertools
@@ -16,21 +13,20 @@ from torch import Tensor
 
 from metalearn.report import plots, tables
 from metalearn.report.console import print_lines
-from metalearn.report.loggers import Example
 from metalearn.report.scores import write_csv
 from metalearn.report.sheets import draw_sheet
 from metalearn.report.tracker import read_rows
-from metalearn.run import loop
+from metalearn.run import inspection, scoring
 from metalearn.run.build import Run
 from metalearn.run.describe import Described
 from metalearn.run.evaluate import measure_curve
-from metalearn.run.loop import Tested
 from metalearn.run.measure import trained_state
 from metalearn.run.request import Request
+from metalearn.run.scoring import Tested
 from metalearn.run.verification import draw_pairs, embedded, roc
 from metalearn.system.atomic import make_writable
 from metalearn.system.errors import UserError, shortened
-from metalearn.tasks.types import State, Task
+from metalearn.tasks.types import State
 
 #: Test episodes of all plots, if the run has more: intervals of a few percent, in seconds.
 _EPISODES = 200
@@ -38,73 +34,6 @@ _EPISODES = 200
 _CLASSES, _WORST, _ROWS = 14, 3, 20
 #: Wrong texts of an episode that are printed, and characters of each.
 _TEXTS, _TEXT_LENGTH = 5, 90
-
-
-def confusion(tested: Tested, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Count confusions over episodes.
-
-    Return queries of class i that class j was predicted for, float64 [C, C]; and queries of class i
-    in episodes that have class j.
-    """
-    assert tested.classes is not None and tested.predicted is not None
-    is_query = tested.classes >= 0
-    pairs = tested.classes[is_query] * num_classes + tested.predicted[is_query]
-    counts = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-    queries_EC = torch.zeros(len(tested.classes), num_classes + 1, dtype=torch.float64)
-    queries_EC.scatter_add_(
-        1, tested.classes % (num_classes + 1), torch.ones_like(tested.classes, dtype=torch.float64)
-    )
-    queries_EC = queries_EC[:, :num_classes]  # the last column has the padding
-    return counts.double(), queries_EC.T @ (queries_EC > 0).double()
-
-
-def most_confused(counts: Tensor, number: int) -> list[int]:
-    """Return up to `number` classes of the most frequent confusions (counts [C, C]), in order."""
-    errors = counts.clone().fill_diagonal_(0)
-    both = (errors + errors.T).triu()
-    classes: dict[int, None] = {}
-    for place in both.flatten().argsort(descending=True, stable=True).tolist():
-        pair = divmod(place, len(counts))
-        if both[pair] == 0 or len(classes.keys() | set(pair)) > number:
-            break
-        classes |= dict.fromkeys(pair)
-    return list(classes)
-
-
-def principal_components(x: Tensor) -> tuple[Tensor, tuple[float, float]]:
-    """Project points [M, D] on their first two principal components; also their variance shares."""
-    centred = (x - x.mean(0)).double()
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    shares = [*(s**2 / (s**2).sum().clamp_min(1e-30)).tolist(), 0.0]
-    points = u[:, :2] * s[:2]
-    return torch.nn.functional.pad(points, (0, 2 - points.shape[1])), (shares[0], shares[1])
-
-
-def predicted_episode(run: Run, state: State, number: int) -> tuple[Task, list[str], Tensor]:
-    """Return a test episode, the names of its labels, and the predicted labels [Q]."""
-    at = torch.tensor([number])
-    task, classes = run.test.draw(at, 1), run.test.classes(at, 1)
-    names = run.class_names[run.test_split]
-    assert classes is not None
-    chosen = run.test_engine.predictions(state, task).argmax(-1)[0].cpu()
-    return task, [names[one] for one in classes[0].tolist()], chosen
-
-
-def examples(run: Run, state: State, number: int = 0) -> list[Example]:
-    """Return the examples of a test episode and their predictions; [] for tasks without classes."""
-    if run.test.classes(torch.tensor([number]), 1) is None:
-        return []
-    described = Described(run.config, run.test_split)
-    task, names, chosen = predicted_episode(run, state, number)
-    result = []
-    for label, row in enumerate(described.episode(number)):
-        predicted = chosen[task.query.y[0].cpu() == label].tolist()
-        for part, own in row["examples"].items():
-            shown = [names[one] for one in predicted] if part == "query" else [""] * len(own)
-            for content, name in zip(own, shown, strict=True):
-                content = 1 - content if described.is_ink else content
-                result.append(Example(part, row["class"], name, content))
-    return result
 
 
 class Figures:
@@ -140,7 +69,7 @@ class Figures:
     def tested(self) -> Tested:
         """The test episodes."""
         self._check_classes()
-        return loop.test(self.run, self.state, None)
+        return scoring.test(self.run, self.state, None)
 
     @functools.cached_property
     def ranking(self) -> list[int]:
@@ -182,8 +111,8 @@ class Figures:
     def confusion(self, path: Path) -> None:
         """Draw the confusion matrix of the most confused classes."""
         names = self.run.class_names[self.run.test_split]
-        counts, queries = confusion(self.tested, len(names))
-        chosen = most_confused(counts, _CLASSES)
+        counts, queries = inspection.confusion(self.tested, len(names))
+        chosen = inspection.most_confused(counts, _CLASSES)
         if not chosen:
             raise UserError("no query was classified wrongly")
         plots.draw_confusion(
@@ -208,9 +137,9 @@ class Figures:
     def embedding(self, path: Path) -> None:
         """Draw the features of an episode with the median score."""
         number = self.ranking[len(self.ranking) // 2]
-        task, names, chosen = predicted_episode(self.run, self.state, number)
+        task, names, chosen = inspection.predicted_episode(self.run, self.state, number)
         support, query = embedded(self.run, self.state, task)
-        points, explained = principal_components(torch.cat([support, query]).cpu())
+        points, explained = inspection.principal_components(torch.cat([support, query]).cpu())
         y = task.query.y[0].cpu()
         plots.draw_embedding(
             points.numpy(),
@@ -259,7 +188,7 @@ class Figures:
         verdicts: list[list[str]] = []
         self.facts["worst_episodes"] = []
         for number in self.ranking[:most]:
-            task, names, chosen = predicted_episode(self.run, self.state, number)
+            task, names, chosen = inspection.predicted_episode(self.run, self.state, number)
             heading = f"episode {number}: {self._right(number)} of {len(chosen)} queries"
             sheet.append((heading, []))
             verdicts.append([])

@@ -1,34 +1,25 @@
-"""Meta-train, meta-validate and meta-test: one loop for every method and dataset."""
+"""Meta-train and meta-validate: one loop for every method and dataset."""
 
 import contextlib
 import dataclasses
-import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from metalearn.engine import Engine
-from metalearn.engine.capture import Captured
+from metalearn.engine.capture import Captured, synchronise
 from metalearn.engine.profile import Profile
 from metalearn.engine.replay import Replays
 from metalearn.report.folder import RunFolder
-from metalearn.report.progress import SILENT, Listener, Probe
+from metalearn.report.progress import Listener, Probe
 from metalearn.report.stats import estimate
 from metalearn.run import checkpoint, features, nonfinite
 from metalearn.run.build import Run
+from metalearn.run.scoring import evaluate
 from metalearn.run.step import Training
 from metalearn.system import signals
 from metalearn.system.atomic import make_folder
-from metalearn.system.errors import RunFailed
-from metalearn.tasks.ranges import Part, numbers_of, parts_of
-from metalearn.tasks.sampling import TaskSource
-from metalearn.tasks.types import Estimate, State, Task
+from metalearn.tasks.types import Estimate, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +73,6 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
             f"{run.device}, {run.choices}"
         )
         profile = Profile(folder, run.device, settings.steps, settings.meta_batch, header)
-
-    def wait() -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
 
     def seconds_per_episode() -> float:
         for count in (1, 4):  # the first call is slower than the others
@@ -167,7 +154,9 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
         if run.processes.is_leader:
             remove_surpassed()
     with signals.deferred():
-        tracker.begin(Probe(training.meter.peek, wait, seconds_per_episode))
+        tracker.begin(
+            Probe(training.meter.peek, lambda: synchronise(run.device), seconds_per_episode)
+        )
         if settings.steps == 0 and training.best is None:
             training.row = {"step": 0}
         if training.row is not None:
@@ -196,143 +185,3 @@ def fit(run: Run, tracker: Listener, folder: Path, stored: dict[str, Any] | None
     assert training.best is not None
     best = training.best
     return Fitted(best.state, best.estimate, best.step, training.step)
-
-
-def evaluate(
-    run: Run,
-    state: State,
-    source: TaskSource,
-    episodes: int,
-    listener: Listener = SILENT,
-    replays: Replays | None = None,
-) -> Tensor:
-    """Return the score of each episode, float32 [E] on the host."""
-    scores, numbers = [], []
-    for part, engine, tasks in _drawn(
-        run, state, source, episodes, run.test_batch, "val", listener
-    ):
-        scores.append(engine.scores(state, tasks, replays=replays))
-        numbers.append(numbers_of(part))
-    return _gathered(run, scores, numbers, episodes)
-
-
-def _drawn(
-    run: Run,
-    state: State,
-    source: TaskSource,
-    episodes: int,
-    size: int,
-    phase: str,
-    listener: Listener,
-) -> Iterator[tuple[Part, Engine, Task]]:
-    """Yield this process's share of the episodes in parts of `size`, each counted when done."""
-    first, total = run.processes.share(episodes)
-    parts = parts_of(source, first, total, size)
-    engine, source = features.with_features(
-        run, run.test_engine, source, state, parts, listener, size
-    )
-    listener.episodes(phase, 0, total)
-    if phase == "test" and engine.algorithm is not run.test_engine.algorithm:
-        listener.note("the test embeds each input once, as embeddings depend on nothing else")
-    done = 0
-    for part in parts:
-        yield part, engine, source.draw(*part)
-        done += part[1]
-        listener.episodes(phase, done, total)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tested:
-    """Outcome of the test episodes, on the host; of regression, only the scores."""
-
-    scores: Tensor  # of each episode, float32 [E]
-    #: Index within the split of each query's class, int64 [E, Q]. An episode with fewer queries
-    #: than others has -1 after its own.
-    classes: Tensor | None = None
-    predicted: Tensor | None = None  # the same of the class that was predicted
-    correct: Tensor | None = None  # whether each query was classified correctly, bool [E, Q]
-    confidence: Tensor | None = None  # probability of the predicted class, float32 [E, Q]
-
-
-def test(
-    run: Run,
-    state: State,
-    steps: int | None,
-    listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
-    others: Sequence[tuple[Run, State]] = (),  # noqa: PT028
-) -> Tested:
-    """Test on the fixed test episodes; raise RunFailed if a prediction is not finite.
-
-    `steps` is the number of adaptation steps; None for the method's own. With `others`, runs with
-    the same test episodes, the predictions of all are averaged, of classes their probabilities.
-    """
-    episodes, own = run.config.test.episodes, run.config.episode
-    columns: dict[str, list[Tensor]] = {}
-    numbers: list[Tensor] = []
-    most = own.query * (own.way[-1] if isinstance(own.way, list) else own.way)
-    members = [
-        _drawn(
-            *(one, own_state, one.test, episodes, run.test_batch, "test"),
-            listener if one is run else SILENT,
-        )
-        for one, own_state in ((run, state), *others)
-    ]
-    states = [state, *(own_state for _, own_state in others)]
-    replays = [Replays(listener.note) for _ in states]
-    for drawn in zip(*members, strict=True):
-        part, _, tasks = drawn[0]
-        each = [
-            (engine.predictions if run.family.predicts else engine.scores)(
-                own_state, own_tasks, steps, own_replays
-            )
-            for (_, engine, own_tasks), own_state, own_replays in zip(
-                drawn, states, replays, strict=True
-            )
-        ]
-        classes = run.test.classes(*part)
-        answers = each[0] if len(each) == 1 else _averaged(each, classes is not None)
-        if not answers.isfinite().all():
-            among = numbers_of(part)
-            raise RunFailed(
-                f"outputs for test episodes {among[0]} to {among[-1]} are not finite; lower "
-                "train.lr, or algo.inner_lr if the method has one"
-            )
-        prediction, y = answers, tasks.query.y
-        outcome = {"scores": run.metric.of(prediction, y) if run.family.predicts else answers}
-        if classes is not None:
-            confidence, chosen = prediction.softmax(-1).max(-1)
-            classes = classes.to(y.device)
-            queries = {
-                "classes": classes.gather(1, y),
-                "predicted": classes.gather(1, chosen),
-                "correct": chosen == y,
-            }
-            missing = (0, max(0, most - y.shape[1]))
-            outcome |= {name: F.pad(value, missing, value=-1) for name, value in queries.items()}
-            outcome["confidence"] = F.pad(confidence, missing)
-        for name, value in outcome.items():
-            columns.setdefault(name, []).append(value)
-        numbers.append(numbers_of(part))
-    return Tested(
-        **{name: _gathered(run, parts, numbers, episodes) for name, parts in columns.items()}
-    )
-
-
-def _averaged(outputs: list[Tensor], is_class: bool) -> Tensor:
-    """Return the mean of outputs [T, Q, N]; of logits, the logarithm of the mean probability."""
-    stacked = torch.stack(outputs)
-    if not is_class:
-        return stacked.mean(0)
-    return stacked.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
-
-
-def _gathered(run: Run, parts: list[Tensor], numbers: list[Tensor], episodes: int) -> Tensor:
-    """Return the values of all processes in the order of the E episodes, [E, …], on the host.
-
-    `parts` and `numbers` are the values and, int64 [T] on the CPU, the numbers of this process's.
-    """
-    values = torch.cat(parts)[torch.cat(numbers).argsort()]
-    if run.processes.size > 1:
-        wide = run.processes.scatter(values.double(), episodes)  # exact for every integer here
-        values = run.processes.all_reduce_sum(wide).to(values.dtype)
-    return values.cpu()

@@ -14,7 +14,7 @@ from metalearn.report.folder import RunFolder
 from metalearn.report.progress import SILENT, Listener
 from metalearn.report.result import Result, hash_of
 from metalearn.report.scores import write_csv, write_scores
-from metalearn.run import checkpoint, loop
+from metalearn.run import checkpoint, scoring
 from metalearn.run.build import Run
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
@@ -37,12 +37,12 @@ def measure(
     listener: Listener = SILENT,
     others: Sequence[tuple[Run, State]] = (),
 ) -> tuple[Result, Tensor]:
-    """Test a state as `loop.test` does; return the result, and the score of each episode, [E].
+    """Test a state as `scoring.test` does; return the result, and the score of each episode, [E].
 
     With `prefix`, write `<prefix>scores.csv` and, for classes, `<prefix>classes.csv`.
     """
     start = time.perf_counter()
-    tested = loop.test(run, state, steps, listener, others)
+    tested = scoring.test(run, state, steps, listener, others)
     scores = tested.scores
     if prefix:
         write_scores(prefix.with_name(f"{prefix.name}scores.csv"), run.metric.name, scores)

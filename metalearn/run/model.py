@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from metalearn.config import checking, composition
+from metalearn.config import checking, choices, composition
 from metalearn.report.folder import RunFolder
 from metalearn.report.result import Result
 from metalearn.report.tables import format_score
@@ -63,8 +63,8 @@ _PATHS = ("data_dir=", "cache_dir=", "hydra.run.dir=")
 def _card(folder: Path, result: Result, settings: dict[str, Any]) -> str:
     """Return a Markdown page about a model; its first line is what `metalearn list` shows."""
     algo, _, dataset = result.name.partition(" ")
-    data = composition.stored_values("dataset", dataset)
-    method = composition.options("algo")[algo]
+    data = choices.stored_values("dataset", dataset)
+    method = choices.options("algo")[algo]
     network = settings["backbone"]["_target_"].rpartition(".")[2]
     environment, training = result.environment, result.training
     score = f"{result.metric} {format_score(result.metric, result.test)}"

@@ -1,4 +1,4 @@
-"""Meta-optimisers by their torch name, and the learning rate as a function of the step."""
+"""Meta-optimisers by their torch name: learning rate, clipped gradients, steps."""
 
 import inspect
 import math
@@ -11,6 +11,7 @@ from metalearn.config.arguments import check_arguments
 from metalearn.config.checking import no_such_optimiser
 from metalearn.config.schema import TrainConfig
 from metalearn.system.errors import UserError, first_line
+from metalearn.tasks.types import Params
 
 #: Optimisers that cannot take one step per gradient, and why.
 _UNSUPPORTED = {
@@ -90,3 +91,51 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         steps = [one if one >= 1 else one * train.steps for one in train.milestones]
         factor = train.schedule_factor ** sum(step >= one for one in steps)
     return train.lr * (factor * min(1.0, (step + 1) / max(1, train.warmup)))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, train: TrainConfig, step: int) -> None:
+    """Set the learning rate of a step, counted from 0."""
+    lr = learning_rate(train, step)
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # a CUDA graph reads this tensor
+        else:
+            group["lr"] = lr
+
+
+def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:
+    """Return meta-gradients clipped by `train.clip_value`, then by `train.clip_norm`."""
+    values = list(gradients.values())
+    if settings.clip_value is not None:
+        values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
+    if settings.clip_norm is not None:
+        norm = torch.stack([value.square().sum() for value in values]).sum().sqrt()
+        scale = (settings.clip_norm / (norm + 1e-12)).clamp_max(1)
+        values = [value * scale for value in values]
+    return values
+
+
+def step_if(optimiser: torch.optim.Optimizer, finite: Tensor, can_wait: bool) -> bool:
+    """Take a step if `finite`, bool []; return False if it is known that none was taken.
+
+    Unless `can_wait`, nothing is read on the host: the step is always taken, and undone if not
+    finite. This requires all optimiser state to exist and to be on the device, which is not the
+    case at the first step.
+    """
+    state = [
+        value
+        for values in optimiser.state.values()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    ]
+    if can_wait or any(value.device != finite.device for value in state):
+        if finite:
+            optimiser.step()
+        return bool(finite)
+    tensors = [*(leaf for group in optimiser.param_groups for leaf in group["params"]), *state]
+    before = [value.detach().clone() for value in tensors]
+    optimiser.step()
+    with torch.no_grad():
+        for value, old in zip(tensors, before, strict=True):
+            value.copy_(torch.where(finite, value, old))
+    return True

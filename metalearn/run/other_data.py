@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from metalearn.config import components, composition, paths
+from metalearn.config import choices, components, composition, paths
 from metalearn.config.checking import check_config
 from metalearn.config.schema import RunConfig
 from metalearn.data.base import OpenDataset
@@ -17,7 +17,7 @@ from metalearn.data.classes import ClassData
 from metalearn.run.build import Run, open_data
 from metalearn.run.pairings import target_name
 from metalearn.run.parts import algorithm_of, data_folder, device_of
-from metalearn.system.errors import UserError, first_line
+from metalearn.system.errors import UserError, first_line, prefixed
 
 SPLITS = ("train", "val", "test", "all", "train+test")
 #: Number of names of classes in a message.
@@ -41,7 +41,7 @@ class Target(NamedTuple):
         if split not in SPLITS:
             name, split = word, ""
         path = os.path.expanduser(name)
-        is_known = name in composition.options("dataset")
+        is_known = name in choices.options("dataset")
         if is_known or not ("/" in name or os.path.exists(path)):
             return Target(name, [f"dataset={name}"], split or None)
         overrides = ["dataset=folder", f"dataset.path={composition.quoted(path)}"]
@@ -241,7 +241,7 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
     inputs = Inputs(run.spec.input_shape, run.standardisation)
     for word in words:
         target = Target.of(word)
-        try:
+        with prefixed(f"test_dataset={word}"):
             overrides = apply_target(config, target.overrides, inputs)
             changed: Any = composition.apply_overrides(config, overrides)
             paths.make_absolute(changed, overrides, data_folder(run.config))
@@ -252,5 +252,3 @@ def check_targets(run: Run, config: DictConfig, words: Sequence[str]) -> None:
             if is_trained(run.config):
                 check_overlap(run.config, after, run.data, data, split)
             fitting_way(after, data, split, is_given=False)
-        except UserError as error:
-            raise UserError(f"test_dataset={word}: {error}") from None

@@ -6,15 +6,7 @@ from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
 from metalearn.config import components
 from metalearn.config.schema import RunConfig
-from metalearn.run import clusters, optimisers
-from metalearn.run.parts import (
-    algorithm_of,
-    augment_functions,
-    augmentation_of,
-    device_of,
-    mixing_of,
-    support_augmentation_of,
-)
+from metalearn.run import clusters, optimisers, parts
 from metalearn.system.errors import UserError, first_line
 from metalearn.tasks.augment import AUGMENTATIONS, input_kinds
 from metalearn.tasks.mixing import MIXINGS
@@ -26,7 +18,7 @@ def check(settings: RunConfig, is_restored: bool = False) -> None:
 
     An earlier run that `is_restored` may have a precision that is refused for new ones.
     """
-    algorithm, episode, train = algorithm_of(settings), settings.episode, settings.train
+    algorithm, episode, train = parts.algorithm_of(settings), settings.episode, settings.train
     target = components.component(settings.dataset, "dataset").target
     name = type(algorithm).__name__
     if target not in algorithm.targets:
@@ -119,24 +111,24 @@ def check(settings: RunConfig, is_restored: bool = False) -> None:
     if train.schedule == "milestones" and not train.milestones:
         raise UserError("train.schedule=milestones: set train.milestones, like [0.6,0.8]")
     _check_augment(settings, algorithm, target)
-    device_of(settings.device)
+    parts.device_of(settings.device)
 
 
 def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
     own, name = settings.augment, type(algorithm).__name__
-    augmentation_of(settings)
+    parts.augmentation_of(settings)
     if (own.ops or own.mix) and target != "class":
         raise UserError(
             f"augment changes inputs of classes, but this dataset has {target_name(target)}; use "
             "augment=none"
         )
-    support_augmentation_of(settings, algorithm)
+    parts.support_augmentation_of(settings, algorithm)
     if algorithm.num_views > 1 and not own.ops:
         raise UserError(
             f"augment=none: {name} learns that differently augmented views of one input belong "
             "together; choose augment=views"
         )
-    if not mixing_of(settings):
+    if not parts.mixing_of(settings):
         return
     if not algorithm.accepts_soft_labels:
         raise UserError(
@@ -162,7 +154,7 @@ def check_inputs(settings: RunConfig, algorithm: Algorithm, inputs: InputSpec) -
             f"this dataset has {inputs.kind}; choose another backbone"
         )
     for part, known in (("ops", AUGMENTATIONS), ("mix", MIXINGS), ("support", AUGMENTATIONS)):
-        for op, (function, _) in augment_functions(settings, part).items():
+        for op, (function, _) in parts.augment_functions(settings, part).items():
             if part == "support" and not algorithm.support_copies:
                 continue
             if inputs.kind not in (kinds := input_kinds(function)):

@@ -10,15 +10,14 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
-from metalearn.config.schema import TrainConfig
 from metalearn.engine.replay import Replays
-from metalearn.run import optimisers
+from metalearn.run import checkpoint, optimisers
 from metalearn.run.build import Run
 from metalearn.run.feed import Feed
 from metalearn.run.meter import Meter
 from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import TaskSource
-from metalearn.tasks.types import Estimate, Params, State
+from metalearn.tasks.types import Estimate, State
 
 #: Version of the content of last.pt; earlier ones cannot be resumed.
 FORMAT = 2
@@ -60,12 +59,10 @@ class Training:
         self.state = State(
             run.state.params, {name: value.clone() for name, value in run.state.buffers.items()}
         )
-        self._leaves = list(self.state.params.values())
         lr = optimisers.learning_rate(self._settings, 0)
-        self.optimiser = optimisers.make(run.config.optimiser, lr, self._leaves)
+        self.optimiser = optimisers.make(run.config.optimiser, lr, [*self.state.params.values()])
         self.average = None if self._settings.ema is None else _copied(self.state)
         self._own_first, self._own_count = run.processes.share(self._settings.meta_batch)
-        self._feed = self._new_feed()
         self.reads_host = run.device.type == "cpu"
         self.has_stepped = False
         # Hash of the classes of each split.
@@ -73,21 +70,17 @@ class Training:
         self._steps_done = torch.zeros((), dtype=torch.int64, device=run.device)
         self.step = 0
         self.engine, self._replays = run.train_engine, Replays(lambda text: self.note(text))
-        self._enter_stage()
         self.best: Best | None = None
         self.kept: dict[int, float] = {}
         self.meter = Meter(run.device)
         self.row: dict[str, Any] | None = None
+        self.use(run)
 
     def use(self, run: Run) -> None:
         """Train with the tasks and the engine of another form of the same run."""
         self._run = run
-        self._feed = self._new_feed()
+        self._feed = Feed(run.train, self._own_count, run.device) if run.draws_on_host else None
         self._enter_stage()
-
-    def _new_feed(self) -> Feed | None:
-        run = self._run
-        return Feed(run.train, self._own_count, run.device) if run.draws_on_host else None
 
     def load_tasks(self) -> None:
         """Provide the tasks of the next meta-step, if the host draws them."""
@@ -109,9 +102,8 @@ class Training:
         done = self.step if run.shapes_vary else self._steps_done
         first = done * settings.meta_batch + self._own_first
         with record_function("draw tasks"):
-            tasks = (
-                run.train.draw(first, self._own_count) if self._feed is None else self._feed.tasks
-            )
+            feed, count = self._feed, self._own_count
+            tasks = run.train.draw(first, count) if feed is None else feed.tasks
         with record_function("gradients"):
             step = self.engine.step(self.state, tasks, progress, settings.meta_batch, self._replays)
             losses = run.processes.scatter(step.losses, settings.meta_batch)
@@ -123,20 +115,18 @@ class Training:
             values = pytree.tree_leaves((gradients, logs, statistics, new_buffers))
             finite = torch.stack([value.isfinite().all() for value in values]).all()
             is_frozen = run.algorithm.backbone.is_frozen
-            for (name, leaf), gradient in zip(
-                self.state.params.items(), clip_gradients(gradients, settings), strict=True
-            ):  # without a gradient, weight decay does not change frozen weights
+            clipped = optimisers.clip_gradients(gradients, settings)
+            for (name, leaf), gradient in zip(self.state.params.items(), clipped, strict=True):
+                # Without a gradient, weight decay does not change frozen weights.
                 leaf.grad = None if is_frozen and name.startswith("net.") else gradient
-            self._optimise(finite)
-            statistics = {
-                name: torch.where(finite, value, buffers[name])
-                for name, value in statistics.items()
-            }
-            update_averages(buffers, statistics, settings.statistics_momentum)
+            can_wait = self.reads_host or not self.has_stepped
+            self.has_stepped |= optimisers.step_if(self.optimiser, finite, can_wait)
+            for name, value in statistics.items():  # moving averages follow them
+                value = torch.where(finite, value, buffers[name]).to(buffers[name].dtype)
+                buffers[name].lerp_(value, settings.statistics_momentum)
             for name, value in new_buffers.items():
-                buffers[name].copy_(
-                    torch.where(finite, value.to(buffers[name].dtype), buffers[name])
-                )
+                value = torch.where(finite, value.to(buffers[name].dtype), buffers[name])
+                buffers[name].copy_(value)
             if self.average is not None:
                 self._follow(self.average, finite)
             if run.hard_classes is not None:
@@ -162,31 +152,6 @@ class Training:
         # Whole numbers, so their sum does not depend on the order.
         return [counts.index_add(1, classes.flatten(), errors.transpose(0, 1).flatten(1))]
 
-    def _optimise(self, finite: Tensor) -> None:
-        """Take a step of the optimiser if `finite`.
-
-        On a GPU, the step is always taken and undone if not finite, so that nothing is read on the
-        host. This requires all optimiser state to exist and to be on the device, which is not the
-        case at the first step.
-        """
-        state = [
-            value
-            for values in self.optimiser.state.values()
-            for value in values.values()
-            if isinstance(value, Tensor)
-        ]
-        tensors = [*self._leaves, *state]
-        if self.reads_host or not self.has_stepped or any(t.device != finite.device for t in state):
-            if finite:
-                self.optimiser.step()
-                self.has_stepped = True
-            return
-        before = [value.detach().clone() for value in tensors]
-        self.optimiser.step()
-        with torch.no_grad():
-            for value, old in zip(tensors, before, strict=True):
-                value.copy_(torch.where(finite, value, old))
-
     def _follow(self, average: State, finite: Tensor) -> None:
         """Move the average towards the state if `finite`.
 
@@ -196,12 +161,11 @@ class Training:
         assert self._settings.ema is not None
         decay = ((1 + self._steps_done) / (10 + self._steps_done)).clamp_max(self._settings.ema)
         weight = torch.where(finite, 1 - decay, 0)
-        for old, new in zip(average, self.state, strict=True):
-            for name, value in old.items():
-                if value.is_floating_point():
-                    value.lerp_(new[name].detach(), weight.to(value.dtype))
-                else:
-                    value.copy_(new[name])
+        for value, new in zip(*map(pytree.tree_leaves, (average, self.state)), strict=True):
+            if value.is_floating_point():
+                value.lerp_(new.detach(), weight.to(value.dtype))
+            else:
+                value.copy_(new)
 
     @property
     def tested_state(self) -> State:
@@ -213,17 +177,9 @@ class Training:
         self.step += 1
         if self._feed is not None and self.step < self._settings.steps:
             self._feed.prefetch(self._first_task)
-        self._set_learning_rate()
+        optimisers.set_learning_rate(self.optimiser, self._settings, self.step)
         self.meter.count(self._settings.meta_batch)
         self._enter_stage()
-
-    def _set_learning_rate(self) -> None:
-        lr = optimisers.learning_rate(self._settings, self.step)
-        for group in self.optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # a CUDA graph reads this tensor
-            else:
-                group["lr"] = lr
 
     def _enter_stage(self) -> None:
         engine = self._run.train_engine.at(self.step / max(1, self._settings.steps))
@@ -263,7 +219,7 @@ class Training:
             "best": self.best_state_dict() | {"since": self.best.since} if self.best else None,
             "classes": self._classes,
             **({"kept": self.kept} if self.kept else {}),
-            **({"average": _parts(self.average)} if self.average else {}),
+            **({"average": checkpoint.parts_of(self.average)} if self.average else {}),
             **({"class_errors": hard.errors} if hard else {}),
         }
 
@@ -279,7 +235,7 @@ class Training:
     def _weights(self, step: int, state: State) -> dict[str, Any]:
         return {
             "step": step,
-            **_parts(state),
+            **checkpoint.parts_of(state),
             "spec": dataclasses.asdict(self._run.spec),
             "standardisation": self._run.standardisation,
             "content_hash": self._run.data.content_hash,
@@ -290,7 +246,6 @@ class Training:
 
         Raise UserError if the data or the format differ.
         """
-        device = self._run.device
         if content.get("format") != FORMAT:
             raise UserError(
                 "the checkpoint was made by another version of metalearn and cannot be resumed; "
@@ -303,33 +258,30 @@ class Training:
                     "the data or their split have changed since the run was stopped; restore "
                     "them, or start a new run"
                 )
-            restored: list[tuple[Any, State]] = [(content, self.state)]
-            if self.average is not None:
-                restored.append((content["average"], self.average))
-            for stored, state in restored:
-                for key, own in _parts(state).items():
-                    if _shapes(own) != _shapes(stored[key]):
+            average = [(content["average"], self.average)] if self.average else []
+            for stored, state in [(content, self.state), *average]:
+                for key, own in checkpoint.parts_of(state).items():
+                    if checkpoint.shapes(own) != checkpoint.shapes(stored[key]):
                         raise UserError("the checkpoint's weights do not fit this configuration")
                     for name, value in own.items():
                         value.copy_(stored[key][name])
             if self._run.hard_classes is not None:
                 self._run.hard_classes.errors.copy_(content["class_errors"])
-            groups = self.optimiser.param_groups
-            rates = [group["lr"] for group in groups]
+            rates = [group["lr"] for group in self.optimiser.param_groups]
             own = self.optimiser.state_dict()["param_groups"]
             self.optimiser.load_state_dict({"state": content["optimiser"], "param_groups": own})
             for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate  # a CUDA graph reads this tensor
             self.meter.load_state_dict(content["meter"])
-            best = content["best"]
-            if best is not None:
-                own = pytree.tree_map(lambda x: x.to(device), (best["meta"], best["fixed"]))
+            if (best := content["best"]) is not None:
+                parts = best["meta"], best["fixed"]
+                own = pytree.tree_map(lambda x: x.to(self._run.device), parts)
                 self.best = Best(Estimate(**best["val"]), best["step"], State(*own), best["since"])
             self.kept = dict(content.get("kept", {}))
             self.step = content["step"]
             self.row = content.get("row")
             self.has_stepped = bool(content["optimiser"]) or self.step > 0
-            self._set_learning_rate()
+            optimisers.set_learning_rate(self.optimiser, self._settings, self.step)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the checkpoint cannot be resumed ({error}); another version wrote it"
@@ -342,30 +294,3 @@ def _copied(state: State) -> State:
     """Return a copy of a state, without gradients."""
     parts = ({name: value.detach().clone() for name, value in part.items()} for part in state)
     return State(*parts)
-
-
-def _shapes(tensors: Params) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in tensors.items()}
-
-
-def _parts(state: State) -> dict[str, Params]:
-    """Return the parts of a state by their names in a checkpoint."""
-    return {"meta": state.params, "fixed": state.buffers}
-
-
-def clip_gradients(gradients: Params, settings: TrainConfig) -> list[Tensor]:
-    """Return meta-gradients clipped by `train.clip_value`, then by `train.clip_norm`."""
-    values = list(gradients.values())
-    if settings.clip_value is not None:
-        values = [value.clamp(-settings.clip_value, settings.clip_value) for value in values]
-    if settings.clip_norm is not None:
-        norm = torch.stack([value.square().sum() for value in values]).sum().sqrt()
-        scale = (settings.clip_norm / (norm + 1e-12)).clamp_max(1)
-        values = [value * scale for value in values]
-    return values
-
-
-def update_averages(buffers: Params, statistics: Params, momentum: float) -> None:
-    """Update exponential moving averages in place: buffer += momentum (statistics - buffer)."""
-    for name, value in statistics.items():
-        buffers[name].lerp_(value.to(buffers[name].dtype), momentum)

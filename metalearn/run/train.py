@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shlex
 import time
@@ -25,11 +24,11 @@ from metalearn.report.plots import draw_learning_curve
 from metalearn.report.progress import SILENT
 from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
-from metalearn.run import checkpoint, loop
+from metalearn.run import checkpoint, loop, scoring
 from metalearn.run.build import Run, build
 from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.evaluate import evaluate_several
-from metalearn.run.figures import examples
+from metalearn.run.inspection import examples
 from metalearn.run.measure import measure, result_of
 from metalearn.run.other_data import check_start, check_targets
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
@@ -122,8 +121,7 @@ def train(
             if is_tested:
                 table = tables.result_table([tables.result_row(name, result)])
                 tracker.finish(result, table, lambda: examples(run, fitted.state))
-            if not files.is_started:  # the folder was removed, and perhaps made again
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(files.config))
+            files.config.stat()  # fails if the folder was removed, and perhaps made again
             # Last: result.json marks the run as finished.
             result.write(files.result if is_tested else files.validation)
             if is_tested:
@@ -157,11 +155,10 @@ def _test_others(folder: Path, words: list[str], console: Console) -> None:
 def _first_lines(run: Run, name: str, recipe: str, is_tested: bool) -> list[str]:
     """Return what the run will do; the first line is about the amount of work."""
     settings = run.config
-    steps, every = settings.train.steps, settings.val.every
-    validations = max(1, -(-steps // every))
+    validations = max(1, -(-settings.train.steps // settings.val.every))
     test = f"a test of {settings.test.episodes:,}" if is_tested else "no test"
     lines = [
-        f"{name} on {run.device}: {_count(steps, 'step')} of "
+        f"{name} on {run.device}: {_count(settings.train.steps, 'step')} of "
         f"{_count(settings.train.meta_batch, 'task')}, {_count(validations, 'validation')} of "
         f"{_count(settings.val.episodes, 'episode')}, {test}",
         f"{recipe}{'; ' if recipe else ''}engine {run.train_engine.strategy}, statistics "
@@ -301,4 +298,4 @@ def follow(config: DictConfig, folder: Path) -> None:
         settings = _with_stored_choices(settings, files, composition.load_config(folder))
     run = build(settings, is_restored=files.last.exists())
     assert not run.processes.is_leader
-    loop.test(run, loop.fit(run, SILENT, Path()).state, None)
+    scoring.test(run, loop.fit(run, SILENT, Path()).state, None)

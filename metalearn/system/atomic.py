@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, writing
 
 
 @contextlib.contextmanager
@@ -87,7 +87,5 @@ def write_json(path: Path, content: Any) -> None:
 
 def make_writable(path: Path) -> None:
     """Create a folder like `make_folder`; raise UserError if it cannot be written."""
-    try:
+    with writing(path):
         make_folder(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None

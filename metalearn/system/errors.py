@@ -1,9 +1,10 @@
 """Define the errors that end a command with one line: a user's mistake (2), a failed run (1)."""
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 _NO_MEMORY = re.compile(
@@ -68,6 +69,24 @@ class RunFailed(_OneLine):
 
 class UserError(_OneLine):
     """A user's mistake in one line: what is wrong, where it was set, what would be right."""
+
+
+@contextlib.contextmanager
+def writing(name: object, hint: str = "") -> Iterator[None]:
+    """Raise UserError if something of this name cannot be written; `hint` ends the message."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name} cannot be written ({error.strerror}){hint}") from None
+
+
+@contextlib.contextmanager
+def prefixed(where: object) -> Iterator[None]:
+    """Begin the message of a UserError with where it was raised."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def as_failure(error: Exception) -> Exception:

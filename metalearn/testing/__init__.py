@@ -12,8 +12,9 @@ and no network, and take seconds.
 from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing.backbones import BACKBONE_CHECKS, BackboneCase, check_backbone
+from metalearn.testing.cases import Method
 from metalearn.testing.datasets import DATASET_CHECKS, DatasetCase, check_dataset
-from metalearn.testing.methods import METHOD_CHECKS, Method, check_method
+from metalearn.testing.methods import METHOD_CHECKS, check_method
 
 __all__ = [
     "BACKBONE_CHECKS", "DATASET_CHECKS", "METHOD_CHECKS", "BackboneCase", "DatasetCase",

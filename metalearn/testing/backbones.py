@@ -12,7 +12,7 @@ from torch.func import vmap
 from metalearn.backbones.base import Backbone
 from metalearn.tasks import prng
 from metalearn.tasks.types import InputSpec, Params
-from metalearn.testing.methods import as_double
+from metalearn.testing.cases import as_double
 
 
 @dataclasses.dataclass(frozen=True)

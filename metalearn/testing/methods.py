@@ -1,11 +1,7 @@
 """Contract checks for methods."""
 
-import copy
 import dataclasses
-import functools
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,117 +10,18 @@ from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm
 from metalearn.algorithms.normalisation import STATISTICS
-from metalearn.config import checking, components, composition
 from metalearn.config import plugins as registry
-from metalearn.config.schema import RunConfig
 from metalearn.engine import Engine
-from metalearn.report.progress import SILENT
 from metalearn.report.stats import estimate
-from metalearn.run import loop
-from metalearn.run.build import Run, build
-from metalearn.run.parts import family_of
+from metalearn.run import scoring
+from metalearn.run.build import Run
 from metalearn.run.step import Training
 from metalearn.tasks import prng
-from metalearn.tasks.sampling import BatchSampler, TaskSource
+from metalearn.tasks.sampling import TaskSource
 from metalearn.tasks.types import Batch, Params, Task
+from metalearn.testing.cases import LR, STEPS, Method, as_double
 
-#: Few episodes.
-_SMALL = (
-    "episode.way=5", "episode.shot=1", "episode.query=5", "train.meta_batch=4",
-    "train.batch_size=64", "val.episodes=100", "test.episodes=100", "logger=none", "device=cpu",
-)  # fmt: skip
-#: Easy classes of feature vectors and a small network; images, for methods that compare views.
-_FEATURES = ("dataset=gaussians", "backbone.hidden=[16]")
-_IMAGES = (
-    "dataset=glyphs", "dataset.num_classes=60", "dataset.drawings=10", "dataset.image_size=12",
-    "dataset.jitter=0.7", "augment=views", "backbone=mlp", "backbone.hidden=[32]",
-)  # fmt: skip
-_STEPS, _LR = 60, 0.01
 _HALF = torch.tensor(0.5, dtype=torch.float64)
-
-
-def as_double(tree: Any) -> Any:
-    """Return the same tree in float64."""
-    return pytree.tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, tree)
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A method under test: its name in `conf/algo/`, or its class, and its settings.
-
-    It is trained for `steps` steps with the learning rate `lr`.
-    """
-
-    cls: str | type[Algorithm]
-    settings: tuple[tuple[str, Any], ...] = ()
-    steps: int = _STEPS
-    lr: float = _LR
-
-    @functools.cached_property
-    def _configs(self) -> dict[tuple[str, ...], RunConfig]:
-        return {}
-
-    @functools.cached_property
-    def _small(self) -> tuple[str, ...]:
-        cls: Any = self.cls
-        if isinstance(cls, str):
-            cls = components.component(composition.compose_config([f"algo={cls}"]).algo, "algo")
-        return *_SMALL, *(_IMAGES if cls.num_views > 1 else _FEATURES)
-
-    def _config(self, words: tuple[str, ...]) -> RunConfig:
-        """Return the checked configuration of a small run, composed once for the same words."""
-        if words not in self._configs:
-            if isinstance(self.cls, str):
-                own = [f"algo.{name}={value}" for name, value in self.settings]
-                overrides = [f"algo={self.cls}", *self._small, *own, *words]
-            else:
-                source = "batches" if "episodes" not in self.cls.sources else "episodes"
-                overrides = ["algo=protonet", *self._small, f"train.source={source}", *words]
-            config = checking.check_config(composition.compose_config(overrides))
-            if not config.optimiser["_target_"].endswith("SGD"):
-                config.train.lr = self.lr
-            self._configs[words] = config
-        return copy.deepcopy(self._configs[words])
-
-    def run(self, *words: str, **changes: Any) -> Run:
-        """Return a small run of the method.
-
-        Args:
-            *words: Overrides of its configuration.
-            **changes: Values of `seed` or `statistics`.
-        """
-        config = dataclasses.replace(self._config(words), **changes)
-        run = build(config)
-        if isinstance(self.cls, str):
-            return run
-        algorithm = self.cls(
-            backbone=run.algorithm.backbone,
-            statistics=config.statistics,
-            family=family_of(config),
-            source=config.train.source,
-            **dict(self.settings),
-        )
-        state = algorithm.init(run.spec, prng.key_of(config.seed, 100))
-        engine = Engine(algorithm, "vmap", 4)
-        train = run.train
-        if isinstance(train, BatchSampler):
-            train = dataclasses.replace(train, num_views=algorithm.num_views)
-        return dataclasses.replace(
-            run, algorithm=algorithm, state=state, train=train, train_engine=engine,
-            test_engine=engine,
-        )  # fmt: skip
-
-    @functools.cached_property
-    def trained(self) -> tuple[Run, float, float, Any]:
-        """Train briefly. Return (run, validation before and after, trained state)."""
-        run = self.run(f"train.steps={self.steps}", f"val.every={self.steps}")
-        assert run.val is not None
-        before = loop.evaluate(run, run.state, run.val, 100)
-        with tempfile.TemporaryDirectory() as folder:
-            fitted = loop.fit(run, SILENT, Path(folder))
-        sign = 1 if run.metric.higher_is_better else -1
-        first = estimate(sign * before)
-        return run, first.mean + first.ci95, sign * fitted.best_val.mean, fitted.state
 
 
 def _has_loss(run: Run, strategy: str) -> bool:
@@ -251,12 +148,12 @@ class _Shuffled:
 def labels_alone_are_learned_from(method: Method) -> None:
     """A trained method is above chance, at chance with shuffled labels, misled by wrong ones."""
     run, _, _, state = method.trained
-    right = estimate(loop.evaluate(run, state, run.test, 100))
+    right = estimate(scoring.evaluate(run, state, run.test, 100))
     assert right.mean - 3 * right.ci95 > 0.2, (
         f"test accuracy {right.mean:.3f} ± {right.ci95:.3f} is not above chance"
     )
     for part in ("query", "support"):
-        shuffled = estimate(loop.evaluate(run, state, _Shuffled(run.test, part), 200))
+        shuffled = estimate(scoring.evaluate(run, state, _Shuffled(run.test, part), 200))
         assert abs(shuffled.mean - 0.2) < 1.5 * shuffled.ci95, (
             f"{part} labels shuffled: {shuffled.mean:.3f}, not 0.2"
         )
@@ -323,8 +220,8 @@ def check_method(
     method: str | type[Algorithm],
     plugins: Iterable[str] = (),
     *,
-    train_steps: int = _STEPS,
-    train_lr: float = _LR,
+    train_steps: int = STEPS,
+    train_lr: float = LR,
     **settings: Any,
 ) -> None:
     """Check that a method fulfils the contract of every method.
