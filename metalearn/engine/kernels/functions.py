@@ -26,10 +26,12 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
+        """Compute the operator."""
         return cls.operator(*args)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Compute the operator with one more leading axis."""
         lead = max(
             arg.dim() - rank - (axis is not None)
             for arg, rank, axis in zip(args, cls.ranks, in_dims, strict=True)
@@ -195,10 +197,11 @@ class Last(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+        """Keep nothing."""
 
     @classmethod
     def backward(cls, ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        """Raise NotImplementedError: there is no derivative."""
         raise NotImplementedError(cls.refusal)
 
 
