@@ -25,7 +25,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ _ROOT = Path(__file__).parent.parent
 _SAMPLE, _REST = 0.25, 240.0
 #: Quiet samples that are enough; and those that must remain, or noisy ones are used as well.
 _ENOUGH, _LEAST = 9, 3
+#: Seconds of a step from which one sample is enough, so that the others have some in their time.
+_SLOW = 4.0
 #: Cores that other processes may use during a quiet sample.
 _QUIET = 0.1
 
@@ -103,13 +106,28 @@ def own_steps(run: Run, tasks: Any) -> dict[str, Step]:
     if run.device.type == "cpu":
         with speed_rest.without_compiler():
             step = make("no compiler", auto)
-
-        def interpreted() -> Gradients:
-            with speed_rest.without_compiler():
-                return step()
-
-        steps["no compiler"] = interpreted
+        steps["no compiler"] = _within(speed_rest.without_compiler, step)
+        for name in ("auto", "no compiler"):
+            steps[f"{name}, 1 thread"] = _within(_one_thread, steps[name])
     return steps
+
+
+def _within(context: Callable[[], AbstractContextManager[None]], step: Step) -> Step:
+    def inside() -> Gradients:
+        with context():
+            return step()
+
+    return inside
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    used = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(used)
 
 
 def error(gradients: dict[str, Any], exact: Gradients) -> float:
@@ -183,6 +201,8 @@ def _sampled(
         if min(quiet) >= _ENOUGH:
             break
         for name, take in samplers.items():
+            if samples[name] and samples[name][0]["wall"] > _SLOW:
+                continue
             before = cores.usage()
             one = take(_SAMPLE)
             after = cores.usage()
@@ -232,7 +252,7 @@ def main() -> None:
         "environment": describe_environment(device),
         # Those of other cases stay.
         "rows": [
-            row
+            {"commit": stored["environment"]["commit"], **row}
             for row in stored.get("rows", [])
             if "is" in row and args.only and args.only not in row["case"]
         ],
@@ -249,7 +269,8 @@ def main() -> None:
             continue
         left = (end - time.monotonic()) / (len(chosen) - number)
         variants = measure(run, overrides, left)
-        content["rows"].append({"case": name, "engine": run.train_engine.choices, "is": variants})
+        row = {"case": name, "engine": run.train_engine.choices, "is": variants}
+        content["rows"].append(row | {"commit": content["environment"]["commit"]})
         wall, cpu = speed_page.speedups(variants, "auto")
         print(
             f"{name}: {variants['auto']['tasks_per_second']:.1f} tasks/s, {wall:.2f} times the "
