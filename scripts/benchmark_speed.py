@@ -271,6 +271,8 @@ def main() -> None:
         variants = measure(run, overrides, left)
         row = {"case": name, "engine": run.train_engine.choices, "is": variants}
         content["rows"].append(row | {"commit": content["environment"]["commit"]})
+        order = [one for one, _ in cases(args.quick)]
+        content["rows"].sort(key=lambda row: order.index(row["case"]))
         wall, cpu = speed_page.speedups(variants, "auto")
         print(
             f"{name}: {variants['auto']['tasks_per_second']:.1f} tasks/s, {wall:.2f} times the "
