@@ -44,7 +44,7 @@ demo-label: setup  ## label 45 images of blood cells from five examples of each 
 docs: setup  ## build the manual into outputs/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 
-check: setup  ## quick checks: format, lint, types, fast tests (under a minute)
+check: setup  ## quick checks: format, lint, types, fast tests (two minutes)
 	ruff format --check .
 	ruff check .
 	mypy

@@ -37,7 +37,8 @@ import speed_page
 import speed_rest
 import torch
 from plain_loop import Gradients, build_run
-from speed_rivals import Rival, sample, start_rivals
+from rival_processes import Rival, start_rivals
+from speed_rivals import sample
 from torch.utils import _pytree as pytree
 
 from metalearn.algorithms.base import Algorithm

@@ -7,6 +7,7 @@ import contextlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,19 +104,18 @@ def first_step_seconds(device: str) -> float:
         "test.episodes=2",
     ]
     seconds = []
-    for number in range(3):
+    for _ in range(3):
         start = time.perf_counter()
         command = [sys.executable, "-m", "metalearn", *args, f"device={device}"]
-        process = subprocess.Popen(
-            [*command, f"hydra.run.dir=/tmp/metalearn-speed-{time.time_ns()}-{number}"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("step"):
-                seconds.append(time.perf_counter() - start)
-        process.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            process = subprocess.Popen(
+                [*command, f"hydra.run.dir={folder}/run"], stdout=subprocess.PIPE, text=True
+            )
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("step"):
+                    seconds.append(time.perf_counter() - start)
+            process.wait()
     return statistics.median(seconds)
 
 

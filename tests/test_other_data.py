@@ -145,6 +145,13 @@ def test_examples_of_the_run_that_weights_started_from_count_as_trained(run, con
         request = Request.of(second, [*asked, "test.overlap=allow"], split)
         counts = request.overlap.counts.values() if request.overlap else []
         assert sum(sum(each.values()) for each in counts) == count
+    # Without the first run, the second one is resumed, and tested on its own data only.
+    (tmp_path / "run").rename(tmp_path / "gone")
+    (second / "result.json").unlink()
+    run(start, *words, "resume=auto", name="second")
+    evaluate(second, [], "test", None, console)
+    with pytest.raises(UserError, match=rf"train\.start: .*{tmp_path}/run"):
+        evaluate(second, asked, "test", None, console)
 
 
 def test_images_get_size_channels_and_normalisation_of_the_run(run, console, tmp_path):

@@ -181,19 +181,23 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def lineage(config: RunConfig) -> list[RunConfig]:
-    """Return the configurations of a run, of the run that it started from, and so on."""
-    start = config.train.start
-    return [config, *(lineage(check_config(composition.load_config(Path(start)))) if start else [])]
+    """Return a run and those that it started from: the first one trained on each dataset."""
+    found: list[RunConfig] = []
+    while True:
+        if is_trained(config) and all(config.dataset != one.dataset for one in found):
+            found.append(config)
+        if config.train.start is None:
+            return found
+        with prefixed("train.start"):
+            config = check_config(composition.load_config(Path(config.train.start)))
 
 
 def check_start(run: Run) -> None:
     """Raise UserError if a run tests what the runs that it started from were trained on."""
-    for before in lineage(run.config)[1:]:
-        if is_trained(before) and before.dataset != run.config.dataset:
-            try:
+    with prefixed("train.start"):
+        for before in lineage(run.config):
+            if before.dataset != run.config.dataset:
                 check_overlap(before, run.config, open_own(before, run.config), run.data, "test")
-            except UserError as error:
-                raise UserError(f"train.start: {error}") from None
 
 
 def open_own(before: RunConfig, after: RunConfig) -> OpenDataset:

@@ -73,8 +73,9 @@ def train(
         settings = _with_stored_choices(settings, files, before)
     start = time.perf_counter()
     run = build(settings, is_restored=before is not None and files.last.exists())
+    if before is None:
+        check_start(run)  # later, the first run may be gone
     if is_tested:
-        check_start(run)
         check_targets(run, config, settings.test_dataset)
     # Now, because the checkout may change during the run.
     environment = describe_environment(str(run.device))

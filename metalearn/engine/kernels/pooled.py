@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from metalearn.engine.kernels import pooling
 from metalearn.engine.kernels.functions import Function, Last, lead_axes, sum_of_shared
+from metalearn.engine.kernels.ops import masked
 
 _NO_SECOND = (
     "second derivatives of blocks with pooling are not implemented for engine.convolution=direct; "
@@ -60,8 +60,8 @@ class _AffinePool(Function):
         height, width, slope = ctx.settings
         gx = gw = None
         if ctx.needs_input_grad[0]:
-            masked = torch.where(a <= 0, g * slope, g)
-            gx = pooling.unpooled(masked, index, height, width).flatten(-4, -2) @ w.mT
+            dense = pooling.unpooled(masked(g, a, slope), index, height, width)
+            gx = dense.flatten(-4, -2) @ w.mT
         if ctx.needs_input_grad[1]:
             gw = _AffinePoolWeight.apply(x, g, a, index, height, width, slope, lead_axes(w, 2))
         return gx, gw, None, None, None
