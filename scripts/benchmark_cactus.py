@@ -113,6 +113,8 @@ def main() -> None:
         write_json(_RUNS / "cactus.json", content)
         return
     write_json(ROOT / "benchmarks/cactus.json", content)
+    command = " ".join(["python scripts/benchmark_cactus.py", *sys.argv[1:]])
+    lines = [f"`{command}`, {rows[0]['result']['environment']['hardware']}:", "", *lines[:-1]]
     fill(ROOT / "docs/unsupervised.md", "results: written by scripts/benchmark_cactus.py", lines)
 
 
