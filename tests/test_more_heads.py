@@ -159,6 +159,20 @@ def test_svm_is_differentiated_at_its_solution():
     torch.testing.assert_close(predictions(algorithm, state, task), expected)
 
 
+def test_svm_with_a_diagonal_is_that_of_examples_with_a_feature_of_their_own():
+    task = make_task(shot=5)
+    x, y = task.support.x.numpy(), task.support.y.numpy()
+    algorithm = MetaOptSVM(**_HEAD, cost=0.4, iterations=25, scale=3.0, diagonal=1.0)
+    machine = LinearSVC(
+        C=0.4, multi_class="crammer_singer", fit_intercept=False, tol=1e-9, max_iter=1_000_000
+    ).fit(np.concatenate([x, np.eye(15)], 1), y)
+    expected = 3 * task.query.x.numpy() @ machine.coef_[:, :4].T
+    found = predictions(algorithm, init_state(algorithm), task).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    plain = dataclasses.replace(algorithm, diagonal=0.0)
+    assert abs(predictions(plain, init_state(plain), task).numpy() - expected).max() > 0.1
+
+
 def test_hallucination_adds_generated_examples():
     algorithm = Hallucination(**_HEAD, generated=3, temperature=2.0)
     task, state = make_task(), init_state(algorithm)
