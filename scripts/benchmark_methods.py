@@ -25,6 +25,7 @@ from metalearn.config import choices
 from metalearn.report import tables
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
+from metalearn.report.result import Result
 from metalearn.report.tables import format_interval
 from metalearn.system.atomic import write_json
 
@@ -37,7 +38,8 @@ _LEGEND = (
     "`make benchmark-methods` runs the methods and writes these tables. *Test* is the accuracy "
     "with its 95% interval; *with 1 query*, that of the same weights with 1 query per class, if "
     "the published result was measured so; *published* is in percent; *points short*, how far "
-    "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights. "
+    "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights; "
+    "*transductive* under statistics, a method that classifies all queries together. "
     "A blank means that there is no such number. `+` after a commit: with uncommitted changes."
 )
 
@@ -87,6 +89,7 @@ def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) 
     result, as_published = stored["result"], stored["as_published"]
     accuracy = (as_published or result)["test"]["accuracy"]["mean"]
     shortfall = published["mean"] - accuracy if published else 0.0
+    unlabelled = result["protocol"].get("unlabelled")
     return {
         "`algo=`": f"`{method}`",
         "test": _score(result["test"]),
@@ -94,7 +97,8 @@ def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) 
         "published": f"{100 * published['mean']:.1f} ({published['source']})" if published else "",
         "points short": f"{100 * shortfall:.1f}" if shortfall > _TOLERANCE else "",
         "untrained": f"{100 * stored['untrained']['accuracy']['mean']:.1f}%",
-        "statistics": result["protocol"]["statistics"],
+        "statistics": Result.from_dict(result).statistics
+        + (f", {unlabelled} unlabelled" if unlabelled else ""),
         "steps": result["steps"],
         "best step": result["best_step"],
         "tasks/s": f"{stored['tasks_per_second']:.1f}",

@@ -197,6 +197,21 @@ def test_hallucination_adds_generated_examples():
     assert all(x.abs().max() > 0 for x in gradients(algorithm, state, task).values())
 
 
+def test_calibration_counts_earlier_batches_less():
+    settings: dict[str, Any] = dict(
+        power=0.5, neighbours=2, spread=0.2, samples=3, cost=1.0, iterations=3, decay=0.5
+    )
+    algorithm = Calibration(**_HEAD | {"source": "batches"}, **settings)
+    state = init_state(algorithm, classes=2)
+    x, y = make_task(shot=2).support.x[:4], torch.tensor([0, 1, 0, 0])
+    for part in (slice(0, 2), slice(2, 4)):
+        loss = algorithm.batch_loss(state, Batch(x[part], y[part], KEY), PROGRESS)
+        state = state._replace(buffers=state.buffers | loss.buffers)
+    expected = torch.stack([x[0] / 2 + x[2] + x[3], x[1] / 2])
+    torch.testing.assert_close(state.buffers["head.sum"], expected)
+    assert state.buffers["head.count"].tolist() == [2.5, 0.5]
+
+
 def test_calibration_samples_with_the_statistics_of_the_nearest_training_classes():
     algorithm = Calibration(
         **_HEAD | {"source": "batches"}, power=0.5, neighbours=2, spread=0.21, samples=30,
