@@ -26,6 +26,7 @@ from metalearn.config import choices
 from metalearn.report import tables
 from metalearn.report.folder import RunFolder
 from metalearn.report.plots import draw_lines
+from metalearn.report.result import Result
 from metalearn.report.tables import format_interval
 from metalearn.system.atomic import write_json
 
@@ -38,7 +39,8 @@ _LEGEND = (
     "`make benchmark-methods` runs the methods and writes these tables. *Test* is the accuracy "
     "with its 95% interval; *with 1 query*, that of the same weights with 1 query per class, if "
     "the published result was measured so; *published* is in percent; *points short*, how far "
-    "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights. "
+    "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights; "
+    "*transductive* under statistics, a method that classifies all queries together. "
     "*those of ...* in place of steps: this method is tested on the trained network of that one. "
     "A blank means that there is no such number. `+` after a commit: with uncommitted changes."
 )
@@ -94,6 +96,7 @@ def _row(method: str, stored: dict[str, Any], definition: dict[str, Any]) -> dic
     speed = stored["tasks_per_second"]
     accuracy = (as_published or result)["test"]["accuracy"]["mean"]
     shortfall = published["mean"] - accuracy if published else 0.0
+    unlabelled = result["protocol"].get("unlabelled")
     return {
         "`algo=`": f"`{method}`",
         "test": _score(result["test"]),
@@ -101,7 +104,8 @@ def _row(method: str, stored: dict[str, Any], definition: dict[str, Any]) -> dic
         "published": f"{100 * published['mean']:.1f} ({published['source']})" if published else "",
         "points short": f"{100 * shortfall:.1f}" if shortfall > _TOLERANCE else "",
         "untrained": f"{100 * stored['untrained']['accuracy']['mean']:.1f}%",
-        "statistics": result["protocol"]["statistics"],
+        "statistics": Result.from_dict(result).statistics
+        + (f", {unlabelled} unlabelled" if unlabelled else ""),
         "steps": f"those of `{network}`" if network else result["steps"],
         "best step": "" if network else result["best_step"],
         "tasks/s": "" if speed is None else f"{speed:.1f}",

@@ -114,6 +114,15 @@ def test_cavia_modulates_queries_after_every_kind_of_normalisation(statistics):
     torch.testing.assert_close(algorithm.predict(state, learner, task.query.x), expected)
 
 
+def test_cavia_starts_with_scales_and_shifts_of_variance_one_over_their_number():
+    net = dataclasses.replace(NORMALISED, hidden=[400])
+    algorithm = CAVIA(**(COMMON | {"backbone": net}), **(_CONTEXT | {"num_context": 50}))
+    params = init_state(algorithm).params
+    for part in ("scale", "shift"):
+        weight = params[f"context.norm0.{part}"]
+        assert weight.shape == (400, 50) and abs(weight.std() * 20 - 1) < 0.05
+
+
 def test_cavia_refuses_a_backbone_that_it_cannot_modulate():
     algorithm = CAVIA(**(COMMON | {"backbone": IDENTITY}), **_CONTEXT)
     with pytest.raises(UserError, match="backbone=MLP: has no layer that CAVIA can modulate"):

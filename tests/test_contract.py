@@ -15,6 +15,7 @@ from metalearn import load, testing
 from metalearn.backbones.text import HashedTokens
 from metalearn.config import checking, choices, components, composition
 from metalearn.engine import Engine
+from metalearn.run.build import build
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.tasks.sampling import Shape
@@ -133,6 +134,19 @@ def test_method_runs_in_every_command(name, cache_dir, tmp_path):
     x = torch.randn(10, *model.spec.input_shape)
     labels = model.adapt(x, [f"class {number % 5}" for number in range(10)]).predict(x)
     assert set(labels) <= set(model.classes) == {f"class {number}" for number in range(5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_recipes_for_values_start_without_divergence(name):
+    words = [f"algo={name}", "dataset=sinusoid", "logger=none", "device=cpu"]
+    composed = composition.compose_config(words)
+    if "value" not in components.component(composed.algo, "algo").targets:
+        pytest.skip("learns no values")
+    run = build(checking.check_config(composed))
+    count = 1 if run.config.train.source == "batches" else 25
+    losses = run.train_engine.step(run.state, run.train.draw(0, count), torch.zeros(())).losses
+    assert losses.mean() < 1e4  # values are at most 5
 
 
 #: Small settings for each dataset that needs no files.

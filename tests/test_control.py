@@ -24,7 +24,7 @@ from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
-from metalearn.tasks.control import PolicyGradient, surrogate
+from metalearn.tasks.control import PolicyGradient, Rollouts, surrogate
 from metalearn.tasks.types import Loss, Query, Spec, Support, Task
 from tests.fixtures import to_float64
 from tests.one_task import GRADIENT, IDENTITY, KEY, gradients
@@ -215,6 +215,51 @@ def test_derivatives_of_sampled_trajectories_are_right_in_expectation():
     torch.testing.assert_close(sampled(1.0, grad), grad(exact)(theta), rtol=0, atol=0.05)
     torch.testing.assert_close(sampled(1.0, hessian), hessian(exact)(theta), rtol=0, atol=0.3)
     assert (sampled(0.0, hessian) - hessian(exact)(theta)).abs().max() > 0.6
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_advantages_are_discounted_rewards_to_go_minus_a_linear_baseline(standardise):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, 3, 2, generator=generator, dtype=torch.float64)
+    alive = torch.ones(5, 3).double()
+    alive[3:, 1] = 0
+    rewards = alive * torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    rows, targets, steps = [], [], []
+    for walk, step in itertools.product(range(3), range(5)):
+        if alive[step, walk]:
+            rest = [0.9 ** (t - step) * rewards[t, walk].item() for t in range(step, 5)]
+            s, time = states[step, walk].tolist(), step / 5
+            rows.append([*s, *(one**2 for one in s), time, time**2, time**3, 1])
+            targets.append(sum(rest))
+            steps.append((step, walk))
+    left, right = (torch.tensor(one, dtype=torch.float64) for one in (rows, targets))
+    ridge = 1e-3 * torch.eye(left.shape[1]).double()
+    expected = right - left @ torch.linalg.solve(left.T @ left + ridge, left.T @ right)
+    if standardise:
+        expected = (expected - expected.mean()) / (expected.var(correction=0) + 1e-8).sqrt()
+    line: Any = Line()
+    family = PolicyGradient(line, 0.9, 1.0, standardise, 0.0)
+    found = family.advantages(Rollouts(states, states, rewards, alive))
+    torch.testing.assert_close(torch.stack([found[one] for one in steps]), expected)
+    assert not found[alive == 0].any()
+
+
+def test_queries_have_trajectories_of_their_own():
+    line: Any = Line()
+    family = PolicyGradient(line, 1.0, 1.0, True, 0.0)
+    x = torch.zeros(6, 1, dtype=torch.float64)
+
+    def net(params, x):
+        return params["bias"] + 0 * x, {}
+
+    def loss(log_std, is_query):
+        params = {"bias": torch.zeros(1).double(), "head.log_std": log_std}
+        if is_query:
+            return family.query_loss(net, params, Query(x, x), KEY).value
+        return family.support_loss(net, params, Support(x, x, 1), KEY)
+
+    own, other = (grad(loss)(torch.zeros(1).double(), one) for one in (False, True))
+    assert not torch.allclose(own, other)
 
 
 def test_plane_follows_its_rules_and_the_oracle_is_the_best_walk():

@@ -159,6 +159,20 @@ def test_svm_is_differentiated_at_its_solution():
     torch.testing.assert_close(predictions(algorithm, state, task), expected)
 
 
+def test_svm_with_a_diagonal_is_that_of_examples_with_a_feature_of_their_own():
+    task = make_task(shot=5)
+    x, y = task.support.x.numpy(), task.support.y.numpy()
+    algorithm = MetaOptSVM(**_HEAD, cost=0.4, iterations=25, scale=3.0, diagonal=1.0)
+    machine = LinearSVC(
+        C=0.4, multi_class="crammer_singer", fit_intercept=False, tol=1e-9, max_iter=1_000_000
+    ).fit(np.concatenate([x, np.eye(15)], 1), y)
+    expected = 3 * task.query.x.numpy() @ machine.coef_[:, :4].T
+    found = predictions(algorithm, init_state(algorithm), task).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    plain = dataclasses.replace(algorithm, diagonal=0.0)
+    assert abs(predictions(plain, init_state(plain), task).numpy() - expected).max() > 0.1
+
+
 def test_hallucination_adds_generated_examples():
     algorithm = Hallucination(**_HEAD, generated=3, temperature=2.0)
     task, state = make_task(), init_state(algorithm)
@@ -181,6 +195,21 @@ def test_hallucination_adds_generated_examples():
     expected = -torch.cdist(task.query.x, torch.stack(means)).square() / 2
     torch.testing.assert_close(predictions(algorithm, state, task), expected)
     assert all(x.abs().max() > 0 for x in gradients(algorithm, state, task).values())
+
+
+def test_calibration_counts_earlier_batches_less():
+    settings: dict[str, Any] = dict(
+        power=0.5, neighbours=2, spread=0.2, samples=3, cost=1.0, iterations=3, decay=0.5
+    )
+    algorithm = Calibration(**_HEAD | {"source": "batches"}, **settings)
+    state = init_state(algorithm, classes=2)
+    x, y = make_task(shot=2).support.x[:4], torch.tensor([0, 1, 0, 0])
+    for part in (slice(0, 2), slice(2, 4)):
+        loss = algorithm.batch_loss(state, Batch(x[part], y[part], KEY), PROGRESS)
+        state = state._replace(buffers=state.buffers | loss.buffers)
+    expected = torch.stack([x[0] / 2 + x[2] + x[3], x[1] / 2])
+    torch.testing.assert_close(state.buffers["head.sum"], expected)
+    assert state.buffers["head.count"].tolist() == [2.5, 0.5]
 
 
 def test_calibration_samples_with_the_statistics_of_the_nearest_training_classes():

@@ -79,8 +79,10 @@ def test_codes_differ_from_task_to_task_and_must_be_enough():
     assert all(len(set(order)) == 3 for order in chosen)
     assert not algorithm.fixed_way
     more = dataclasses.replace(task.support, way=7)
-    with pytest.raises(UserError, match=r"7 classes: should be at most algo.codes=6"):
+    with pytest.raises(UserError, match=r"algo.codes=6: should be at least 7, the number of cl"):
         algorithm.adapt(state, more, key=KEY)
+    with pytest.raises(UserError, match=r"algo.codes=2: should be at least 3, the number of cl"):
+        init_state(dataclasses.replace(algorithm, codes=2))
     with pytest.raises(UserError, match=r"algo.heads=3: should divide algo.width=8"):
         init_state(dataclasses.replace(algorithm, heads=3))
 
@@ -97,6 +99,12 @@ def test_in_context_reads_values_as_they_are():
     tokens = [torch.cat([row[None], examples]) @ params["head.token"].T for row in query]
     expected = encoder(params)(torch.stack(tokens))[:, 0] @ params["head.output"].T
     torch.testing.assert_close(predictions(algorithm, state, task), expected)
+
+
+def test_snail_requires_values_for_each_attention_block():
+    algorithm = SNAIL(**_HEAD, filters=5, dense_blocks=3, keys=[3, 4], values=[2])
+    with pytest.raises(UserError, match=r"algo.values=\[2\]: .* each of algo.keys=\[3, 4\]"):
+        init_state(algorithm)
 
 
 def sequence(task):

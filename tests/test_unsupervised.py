@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from sklearn.cluster import KMeans
 
-from metalearn.algorithms.simclr import contrast
+from metalearn.algorithms.simclr import SimCLR, contrast
 from metalearn.config import checking
 from metalearn.run import clusters
 from metalearn.run.build import build
@@ -17,6 +18,8 @@ from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
 from metalearn.tasks import prng
+from metalearn.tasks.types import Batch
+from tests.one_task import COMMON, PROGRESS, init_state
 
 _SILENT = Console(file=io.StringIO(), width=200)
 _TINY = ["train.batch_size=16", "train.steps=2", "val.every=2", "episode.query=2"]
@@ -50,6 +53,20 @@ def test_nt_xent_is_that_of_a_loop_over_pairs():
         losses.append(-math.log(math.exp(similarity(i, j)) / total))
     value = torch.nn.functional.cross_entropy(logits, other)
     assert float(value) == pytest.approx(sum(losses) / 8, rel=1e-12)
+
+
+def test_simclr_contrasts_projections_of_the_embeddings():
+    algorithm = SimCLR(**COMMON, source="batches", projection=3, contrast_temperature=0.3)
+    state = init_state(algorithm, classes=9)
+    x = torch.randn(8, 4, dtype=torch.float64, generator=_generator())
+    batch = Batch(x, torch.arange(4).repeat_interleave(2), prng.key_of(1))
+    p = state.params
+    z = torch.tanh(x @ p["net.linear0.weight"].T + p["net.linear0.bias"])
+    hidden = (z @ p["projection.weight0"].T + p["projection.bias0"]).clamp_min(0)
+    logits, other = contrast(hidden @ p["projection.weight1"].T + p["projection.bias1"], 0.3)
+    expected = torch.nn.functional.cross_entropy(logits, other)
+    value = algorithm.batch_loss(state, batch, PROGRESS).value
+    torch.testing.assert_close(value, expected)
 
 
 def _generator() -> torch.Generator:
@@ -97,6 +114,24 @@ def test_k_means_finds_separate_clusters_and_is_deterministic():
     assert [len(own.unique()) for own in groups[0].view(4, 10)] == [1] * 4
     assert len(groups[0].unique()) == 4
     assert torch.equal(clusters.k_means(z, key, 4), groups)
+
+
+def test_each_partition_after_the_first_scales_every_feature(monkeypatch):
+    seen = []
+
+    class Recorder(KMeans):
+        def fit(self, x):
+            seen.append(torch.from_numpy(x))
+            return super().fit(x)
+
+    monkeypatch.setattr("sklearn.cluster.KMeans", Recorder)
+    z = torch.rand(30, 6, generator=_generator()) + 1
+    clusters.k_means(z, prng.fold_in(prng.key_of(7), torch.arange(3)), 2)
+    scales = [(x / z) for x in seen]
+    assert torch.equal(seen[0], z) and not torch.allclose(scales[1], scales[2])
+    for scale in scales[1:]:
+        torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+        assert 0 <= scale.min() < scale.max() <= 1
 
 
 def test_clusters_change_the_classes_of_training_alone(clustered, make_run):

@@ -68,6 +68,7 @@ class InContext(EmbeddingAlgorithm):
         if self.width % self.heads:
             raise UserError(f"algo.heads={self.heads}: should divide algo.width={self.width}")
         labels = self.codes if self.codes and spec.target == "class" else spec.way
+        _check_codes(labels, spec.way)
         token = init_weight(prng.fold_in(key, 0), self.width, size + labels)
         net = init_transformer(key, self.layers, self.width) | {
             "token": token,
@@ -81,8 +82,7 @@ class InContext(EmbeddingAlgorithm):
             outputs = torch.arange(support.way, device=z.device)
             return Context(torch.cat([z, support.y.to(z.dtype)], -1), outputs)
         codes = len(weights["head.unknown"])
-        if support.way > codes:
-            raise UserError(f"{support.way} classes: should be at most algo.codes={codes}")
+        _check_codes(codes, support.way)
         outputs = prng.permutation(key, codes)[: support.way]
         labels = equiangular(codes, z.device)[outputs[support.y]].to(z.dtype)
         return Context(torch.cat([z, labels], -1), outputs)
@@ -95,6 +95,12 @@ class InContext(EmbeddingAlgorithm):
         tokens = torch.cat([queries[:, None], examples], 1)
         seen = transformer(head, tokens, self.layers, self.heads, self.backbone.eps)[:, 0]
         return seen @ head["output"][learned.outputs].T
+
+
+def _check_codes(codes: int, way: int) -> None:
+    """Raise UserError if a task has more classes than there are codes."""
+    if way > codes:
+        raise UserError(f"algo.codes={codes}: should be at least {way}, the number of classes")
 
 
 def equiangular(size: int, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from metalearn.algorithms.embedding import EmbeddingAlgorithm, Examples
 from metalearn.algorithms.geometry import one_hot
 from metalearn.config.fields import at_least
+from metalearn.system.errors import UserError
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, Support
 
@@ -51,6 +52,11 @@ class SNAIL(EmbeddingAlgorithm):
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
         """Create the affine maps of all blocks, with variance 1 / inputs."""
+        if len(self.keys) != len(self.values):
+            raise UserError(
+                f"algo.values={self.values}: should have one number for each of "
+                f"algo.keys={self.keys}"
+            )
         params: Params = {}
         width = size + spec.way
 

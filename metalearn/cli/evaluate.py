@@ -11,7 +11,8 @@ HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,
                     [corrupt=noise|occlusion] [ensemble=true] [--json]
 
 Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
-their paired difference. Writes evaluations/<protocol_id>.json into the run folder.
+their paired difference, unless the method is transductive itself. Writes
+evaluations/<protocol_id>.json into the run folder.
 
   metalearn evaluate outputs/maml-omniglot/<time>
   metalearn evaluate … episode.shot=5 episode.query=1 test.episodes=600

@@ -77,7 +77,7 @@ class Comparison:
         if len({other.result.test.episodes for other in same}) > 1:
             special.append(f"{one.result.test.episodes} episodes")
         result = one.result
-        parts = [result.shape, result.protocol["statistics"], *special, protocol_id]
+        parts = [result.shape, result.statistics, *special, protocol_id]
         split = [] if result.split == "test" else [f"{result.split} classes"]
         return separator.join([one.data, *split, *parts])
 

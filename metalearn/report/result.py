@@ -58,14 +58,23 @@ class Result:
 
     @property
     def shape(self) -> str:
-        """Return way, shot and queries of the test episodes, like 5w 1s 15q, and how drawn."""
+        """Return way, shot and queries of test episodes, like 5w 1s 15q, and special settings."""
         way, shot = (
             "-".join(map(str, value)) if isinstance(value, list) else value
             for value in (self.protocol["way"], self.protocol["shot"])
         )
         special = ["unbalanced"] * bool(self.protocol.get("unbalanced"))
         special += [str(self.protocol[key]) for key in ("class_sampler",) if key in self.protocol]
+        numbers = ("unlabelled", "distractors", "dirichlet")
+        special += [f"{key}={self.protocol[key]:g}" for key in numbers if key in self.protocol]
         return " ".join([f"{way}w {shot}s {self.protocol['query']}q", *special])
+
+    @property
+    def statistics(self) -> str:
+        """Return the statistics of normalisation, and whether the method itself is transductive."""
+        statistics = str(self.protocol["statistics"])
+        is_own = self.protocol.get("transductive") and statistics != "query"
+        return f"{statistics}, transductive" if is_own else statistics
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the JSON file."""

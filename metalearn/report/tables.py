@@ -134,7 +134,7 @@ def result_row(name: str, result: Result) -> dict[str, Any]:
     return {
         "run": name,
         "episode": result.shape,
-        "statistics": result.protocol["statistics"],
+        "statistics": result.statistics,
         f"{result.split} {result.metric}": format_score(result.metric, result.test),
         "protocol": result.protocol_id,
         "minutes": f"{result.seconds / 60:.1f}",
@@ -150,7 +150,7 @@ def test_row(dataset: str, name: str, result: Result) -> dict[str, Any]:
         "split": result.split,
         "classes": result.protocol.get("num_classes", ""),
         "episode": result.shape,
-        "statistics": result.protocol["statistics"],
+        "statistics": result.statistics,
         "score": format_score(result.metric, result.test),
         "protocol": result.protocol_id,
     }

@@ -46,8 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Test the best checkpoint of a run and write `evaluations/<protocol_id>.json`.
 
-    If the backbone normalises, transductive and inductive statistics are both tested, on the same
-    episodes.
+    If the backbone normalises and the method is not transductive itself, transductive and inductive
+    statistics are both tested, on the same episodes.
 
     Args:
         folder: The run folder.

@@ -83,10 +83,11 @@ class Request:
 
     @property
     def statistics(self) -> list[str]:
-        """The requested statistics, then their counterpart if the backbone normalises."""
+        """The requested statistics, then their counterpart if only they decide on transduction."""
         own = self.after.statistics
-        backbone = algorithm_of(self.after, is_restored=True).backbone
-        if not backbone.normalises or backbone.is_external:
+        algorithm = algorithm_of(self.after, is_restored=True)
+        backbone = algorithm.backbone
+        if not backbone.normalises or backbone.is_external or algorithm.is_transductive:
             return [own]
         return [own, inductive_counterpart(self.before, own)]
 
