@@ -59,8 +59,8 @@ def load(
     registry.add(plugins)
     folder = Path(run_folder)
     files = RunFolder(folder)
-    if files.is_started and not files.best.exists():
-        raise UserError(f"{folder}: not finished; to finish it: metalearn resume {folder}")
+    if not (files.is_started and files.best.exists()):
+        raise files.unfinished()
     composed = composition.load_config(folder)
     settings = checking.check_config(composed)
     if statistics is None:
