@@ -216,6 +216,7 @@ def test_sweeper_receives_the_validation_score(metalearn, tmp_path):
         (["train", "train.source=batches"], ["MAML trains on episodes"]),
         (["train", "-m", "algo=maml,mamll"], ["did you mean maml"]),
         (["train", "-m", "train.steps=-1,-2"], ["at least 0"]),
+        (["train", "-m", "seed=0,1", "hydra/launcher=jobllib"], ["did you mean joblib"]),
         (["evaluate", "run=nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere: no run there"]),
         (["evaluate"], ["run=<folder>"]),

@@ -167,8 +167,8 @@ class Model(Reader):
             target = torch.tensor([classes.index(label) for label in labels], device=self.device)
             if self.way not in (None, way):
                 raise UserError(
-                    f"y has {way} classes; this run distinguishes {self.way}, the number of ways "
-                    "is part of its weights"
+                    f"{way} classes in the examples; this run distinguishes {self.way}, the number "
+                    "of ways is part of its weights"
                 )
         else:
             target = torch.as_tensor(y, dtype=torch.float32, device=self.device)
