@@ -4,7 +4,8 @@ python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,…] [job
 
 Each run is in outputs/benchmark/methods/<table>/<method>/; …-untrained/ has a test of the same
 method without training. A finished run with the same settings is skipped, an interrupted one
-resumed. Results are written to benchmarks/methods/<table>/<method>.json, tables to
+resumed. A method with a `network` is tested on that of another method, which must be finished.
+Results are written to benchmarks/methods/<table>/<method>.json, tables to
 docs/accuracy.md and docs/algorithms/, curves to docs/figures/. `jobs` runs execute in parallel,
 with one thread each. `only=none` runs nothing and writes the tables from benchmarks/methods/.
 """
@@ -38,6 +39,7 @@ _LEGEND = (
     "with its 95% interval; *with 1 query*, that of the same weights with 1 query per class, if "
     "the published result was measured so; *published* is in percent; *points short*, how far "
     "the run is below it, if by more than 1 point; *untrained*, the test of the initial weights. "
+    "*those of ...* in place of steps: this method is tested on the trained network of that one. "
     "A blank means that there is no such number. `+` after a commit: with uncommitted changes."
 )
 
@@ -57,16 +59,19 @@ def measure(table: str, method: str, definition: dict[str, Any], more: list[str]
     print(f"{table}: {method}", flush=True)
     one = definition["methods"][method]
     folder = _RUNS / table / method
-    overrides = [f"algo={method}", *definition["settings"], *one["settings"]]
+    overrides = [f"algo={method}", *definition["settings"], *one.get("settings", [])]
     untrained = run(folder.with_name(f"{method}-untrained"), [*overrides, "train.steps=0"], more)
+    if network := one.get("network"):
+        overrides += [f"train.start={folder.with_name(network)}", "train.steps=0"]
     result = run(folder, overrides, more)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    speeds = [row["tasks_per_second"] for row in rows if "tasks_per_second" in row]
     query = one.get("published", {}).get("query")
     content = {
         "result": result,
         "untrained": untrained["test"],
         "as_published": with_queries(folder, query) if query is not None else None,
-        "tasks_per_second": statistics.median(row["tasks_per_second"] for row in rows),
+        "tasks_per_second": statistics.median(speeds) if speeds else None,
         "curve": [
             {name: row[name] for name in row if name == "step" or name.startswith("val.")}
             for row in rows
@@ -83,8 +88,10 @@ def _score(test: dict[str, Any]) -> str:
     return format_interval(score, estimate["mean"], estimate["ci95"])
 
 
-def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) -> dict[str, Any]:
+def _row(method: str, stored: dict[str, Any], definition: dict[str, Any]) -> dict[str, Any]:
     result, as_published = stored["result"], stored["as_published"]
+    published, network = definition.get("published"), definition.get("network")
+    speed = stored["tasks_per_second"]
     accuracy = (as_published or result)["test"]["accuracy"]["mean"]
     shortfall = published["mean"] - accuracy if published else 0.0
     return {
@@ -95,9 +102,9 @@ def _row(method: str, stored: dict[str, Any], published: dict[str, Any] | None) 
         "points short": f"{100 * shortfall:.1f}" if shortfall > _TOLERANCE else "",
         "untrained": f"{100 * stored['untrained']['accuracy']['mean']:.1f}%",
         "statistics": result["protocol"]["statistics"],
-        "steps": result["steps"],
-        "best step": result["best_step"],
-        "tasks/s": f"{stored['tasks_per_second']:.1f}",
+        "steps": f"those of `{network}`" if network else result["steps"],
+        "best step": "" if network else result["best_step"],
+        "tasks/s": "" if speed is None else f"{speed:.1f}",
         "minutes": f"{result['seconds'] / 60:.0f}",
         "commit": result["environment"]["commit"],
     }
@@ -116,8 +123,7 @@ def write_tables(definition: dict[str, Any]) -> None:
         if not stored:
             continue
         rows = {
-            method: _row(method, one, content["methods"][method].get("published"))
-            for method, one in stored.items()
+            method: _row(method, one, content["methods"][method]) for method, one in stored.items()
         }
         for method, row in rows.items():
             pages[method].append({"data": title} | {name: row[name] for name in list(row)[1:]})

@@ -118,6 +118,18 @@ def test_regression_reports_the_squared_error(metalearn, tmp_path):
     assert json.loads((tmp_path / "out/result.json").read_text())["test"]["mse"]["episodes"] == 6
 
 
+def test_a_test_that_diverges_leaves_a_trained_run(metalearn, tmp_path):
+    words = ["algo=maml", "dataset=sinusoid", "train.steps=2", "val.every=2", "val.episodes=2"]
+    words += ["logger=none", "algo.step_lrs=[]", "test.episodes=1000", "hydra.run.dir=run"]
+    line = error_line(metalearn("train", *words), 1)
+    assert "of 1000 test episodes are not finite, the first of episode " in line
+    assert "the run is trained: metalearn evaluate run can change how it adapts" in line
+    assert not (tmp_path / "run/result.json").exists()
+    done = metalearn("evaluate", "run=run", "algo.test_inner_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "test mse" in done.stdout
+
+
 def test_wandb_without_a_key_is_offline_and_never_prompts(metalearn, tmp_path):
     overrides = [override for override in SMALL if override != "logger=none"]
     done = metalearn(

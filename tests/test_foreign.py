@@ -23,7 +23,7 @@ from metalearn.report.console import open_console, print_line
 from metalearn.report.folder import RunFolder
 from metalearn.report.tables import result_row, result_table
 from metalearn.report.tracker import Tracker
-from metalearn.run import checkpoint, train
+from metalearn.run import checkpoint, resuming
 from metalearn.run.evaluate import evaluate
 from metalearn.system import reading
 from metalearn.system.atomic import atomic_writer, make_folder
@@ -329,7 +329,7 @@ def test_foreign_engine_choices_are_one_line(content, folder):
     (folder / "engine.json").write_text(content)
     for read in (
         lambda: evaluate(folder, [], "test", None, Console(quiet=True)),
-        lambda: train._check_choices(RunFolder(folder), {}),
+        lambda: resuming.check_choices(RunFolder(folder), {}),
     ):
         with pytest.raises(UserError, match=r"engine\.json"):
             read()

@@ -14,7 +14,7 @@ from same_run import difference, left
 
 from metalearn.cli import _launch
 from metalearn.report.folder import RunFolder
-from metalearn.run import checkpoint, train
+from metalearn.run import checkpoint, resuming, train
 from metalearn.run.step import Meter, Training
 from metalearn.system import lock, signals
 from metalearn.system.errors import RunFailed, UserError, as_failure
@@ -392,11 +392,11 @@ def test_resumed_untrained_run_does_not_repeat_its_row(run, tmp_path):
 
 
 def test_saved_command_is_that_of_the_attempt_that_started(tmp_path):
-    first = train.save_command(RunFolder(tmp_path), "a", ["episode.way=500"])
-    second = train.save_command(RunFolder(tmp_path), "a", ["episode.way=4"])
+    first = resuming.save_command(RunFolder(tmp_path), "a", ["episode.way=500"])
+    second = resuming.save_command(RunFolder(tmp_path), "a", ["episode.way=4"])
     assert second["overrides"] == ["episode.way=4"] and second["id"] == first["id"]
     (tmp_path / "config.yaml").write_text("")
-    assert train.save_command(RunFolder(tmp_path), "a", ["episode.way=3"])["overrides"] == [
+    assert resuming.save_command(RunFolder(tmp_path), "a", ["episode.way=3"])["overrides"] == [
         "episode.way=4"
     ]
 

@@ -18,7 +18,8 @@ from metalearn.report.measurements import Measurement, dataset_name
 from metalearn.report.result import Result
 from metalearn.report.tables import result_table
 from metalearn.run.evaluate import evaluate
-from metalearn.run.train import resume, save_command
+from metalearn.run.resuming import save_command
+from metalearn.run.train import resume
 from metalearn.system.errors import UserError
 from metalearn.tasks.types import Estimate
 from tests.fixtures import SMALL

@@ -175,7 +175,8 @@ class _Job:
         """Train one run. Return its validation score for sweepers."""
         from metalearn.report.folder import RunFolder
         from metalearn.run.parts import data_folder
-        from metalearn.run.train import save_command, train
+        from metalearn.run.resuming import save_command
+        from metalearn.run.train import train
 
         plugins.add(self.plugins)
         settings = HydraConfig.get()

@@ -31,7 +31,7 @@ from metalearn.tasks.types import State
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A finished run and the requested test."""
+    """A trained run and the requested test."""
 
     files: RunFolder
     own: Result  # of the run itself
@@ -45,11 +45,11 @@ class Request:
 
     @staticmethod
     def of(folder: Path, overrides: list[str], split: str) -> "Request":
-        """Return the request; raise UserError if the run is not finished or cannot be so tested."""
+        """Return the request; raise UserError if the run is not trained or cannot be so tested."""
         if split not in other_data.SPLITS:
             raise UserError(f"split={split}: should be one of {', '.join(other_data.SPLITS)}")
         files = RunFolder(folder)
-        if not files.is_finished:
+        if not files.is_trained:
             raise files.unfinished()
         own = files.read_result()
         stored = composition.load_config(folder)

@@ -82,7 +82,7 @@ def test(
     listener: Listener = SILENT,  # noqa: PT028 (not a test of ours)
     others: Sequence[tuple[Run, State]] = (),  # noqa: PT028
 ) -> Tested:
-    """Test on the fixed test episodes; raise RunFailed if a prediction is not finite.
+    """Test on the fixed test episodes; raise RunFailed if predictions are not finite.
 
     `steps` is the number of adaptation steps; None for the method's own. With `others`, runs with
     the same test episodes, the predictions of all are averaged, of classes their probabilities.
@@ -90,6 +90,7 @@ def test(
     episodes, shape = run.config.test.episodes, run.config.episode
     columns: dict[str, list[Tensor]] = {}
     numbers: list[Tensor] = []
+    diverged: list[int] = []  # numbers of episodes
     most = shape.query * (shape.way[-1] if isinstance(shape.way, list) else shape.way)
     members = [(run, state), *others]
     drawn = [
@@ -109,11 +110,8 @@ def test(
         classes = run.test.classes(*part)
         answers = each[0] if len(each) == 1 else _averaged(each, classes is not None)
         numbers.append(numbers_of(part))
-        if not answers.isfinite().all():
-            raise RunFailed(
-                f"outputs for test episodes {numbers[-1][0]} to {numbers[-1][-1]} are not finite; "
-                "lower train.lr, or algo.inner_lr if the method has one"
-            )
+        is_finite = answers.isfinite().reshape(len(answers), -1).all(1).cpu()
+        diverged += numbers[-1][~is_finite].tolist()
         y = tasks.query.y
         outcome = {"scores": run.metric.of(answers, y) if run.family.predicts else answers}
         if classes is not None:
@@ -129,6 +127,11 @@ def test(
             outcome["confidence"] = F.pad(confidence, missing)
         for name, value in outcome.items():
             columns.setdefault(name, []).append(value)
+    if diverged:
+        raise RunFailed(
+            f"outputs for {len(diverged)} of {episodes} test episodes are not finite, the first of "
+            f"episode {diverged[0]}; lower train.lr, or algo.inner_lr if the method has one"
+        )
     return Tested(**{name: _gathered(run, own, numbers, episodes) for name, own in columns.items()})
 
 

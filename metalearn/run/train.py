@@ -5,7 +5,6 @@ import dataclasses
 import os
 import shlex
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metalearn.config import checking, composition, roles
+from metalearn.config import checking, composition
 from metalearn.config.checking import check_config
-from metalearn.config.schema import COMPONENTS, RunConfig
 from metalearn.report import tables
 from metalearn.report.console import print_line, print_lines
 from metalearn.report.environment import describe_environment
@@ -26,14 +24,19 @@ from metalearn.report.result import Result
 from metalearn.report.tracker import Tracker
 from metalearn.run import checkpoint, loop, scoring
 from metalearn.run.build import Run, build
-from metalearn.run.engines import FREE_CHOICES, read_choices
 from metalearn.run.evaluate import evaluate_several
 from metalearn.run.inspection import examples
 from metalearn.run.measure import measure, result_of
 from metalearn.run.other_data import check_start, check_targets
+from metalearn.run.resuming import (
+    check_choices,
+    config_to_resume,
+    save_command,
+    with_stored_choices,
+)
 from metalearn.system.atomic import atomic_writer, remove_abandoned, write_json
 from metalearn.system.errors import RunFailed, UserError, describe_os_error
-from metalearn.system.lock import alone_in, is_in_use
+from metalearn.system.lock import alone_in
 from metalearn.system.signals import Stopped
 
 
@@ -63,14 +66,14 @@ def train(
         Stopped: On a signal, after everything is saved.
     """
     settings, files = check_config(config), RunFolder(folder)
-    before = _config_to_resume(files, settings)
+    before = config_to_resume(files, settings)
     if before is not None and (files.is_finished or (files.is_trained and not is_tested)):
         return _show_again(files, console, title)
     if title:
         print_line(console, title)
     chunk = settings.engine.task_chunk  # in the command
     if before is not None:
-        settings = _with_stored_choices(settings, files, before)
+        settings = with_stored_choices(settings, files, before)
     start = time.perf_counter()
     run = build(settings, is_restored=before is not None and files.last.exists())
     if before is None:
@@ -89,7 +92,7 @@ def train(
         command, stored = save_command(files, name, overrides), None
         if before is not None:
             stored = checkpoint.latest(files, lambda line: print_line(console, line))
-            _check_choices(files, run.choices)
+            check_choices(files, run.choices)
         if before is None or before.engine.task_chunk != chunk:
             write_json(files.engine, run.choices)
             kept = OmegaConf.create(checking.plain(settings)) if before is None else before
@@ -105,27 +108,33 @@ def train(
             with tracker.live():
                 fitted = loop.fit(run, tracker, folder, stored)
                 draw_learning_curve(tracker.rows, run.metric.name, files.curve, name)
-                result = result_of(run, fitted.best_val, name, environment)
+                training = {
+                    "command": shlex.join(["metalearn", "train", *overrides]),
+                    "val": {run.metric.name: dataclasses.asdict(fitted.best_val)},
+                    "best_step": fitted.best_step,
+                    "steps": fitted.steps,
+                    "engine": run.choices,
+                    "processes": run.processes.size,
+                    **({"notes": list(run.notes)} if run.notes else {}),
+                }
+
+                def complete(result: Result) -> Result:
+                    result.seconds = time.perf_counter() - start + tracker.seconds_before
+                    result.training = training
+                    return result
+
+                files.config.stat()  # fails if the folder was removed, and perhaps made again
+                result = complete(result_of(run, fitted.best_val, name, environment))
+                result.write(files.validation)  # even if the test fails, the run is trained
                 if is_tested:
                     own = (run, fitted.state, name, environment, folder / "test_")
-                    result, _ = measure(*own, listener=tracker)
-            result.seconds = time.perf_counter() - start + tracker.seconds_before
-            result.training = {
-                "command": shlex.join(["metalearn", "train", *overrides]),
-                "val": {run.metric.name: dataclasses.asdict(fitted.best_val)},
-                "best_step": fitted.best_step,
-                "steps": fitted.steps,
-                "engine": run.choices,
-                "processes": run.processes.size,
-                **({"notes": list(run.notes)} if run.notes else {}),
-            }
+                    with _explain_failed_test(folder):
+                        result = complete(measure(*own, listener=tracker)[0])
             if is_tested:
                 table = tables.result_table([tables.result_row(name, result)])
                 tracker.finish(result, table, lambda: examples(run, fitted.state))
-            files.config.stat()  # fails if the folder was removed, and perhaps made again
-            # Last: result.json marks the run as finished.
-            result.write(files.result if is_tested else files.validation)
-            if is_tested:
+                files.config.stat()
+                result.write(files.result)  # last: it marks the run as finished
                 files.validation.unlink(missing_ok=True)
             files.error.unlink(missing_ok=True)
             has_failed = False
@@ -175,67 +184,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _config_to_resume(files: RunFolder, settings: RunConfig) -> DictConfig | None:
-    """Return the configuration of the run in the folder, if it should be resumed, or UserError."""
-    if not files.is_started:
-        return None
-    folder = files.path
-    if is_in_use(folder):
-        raise UserError(
-            f"{folder}: another process is training this run; wait for it, or choose another "
-            "hydra.run.dir"
-        )
-    if settings.resume != "auto":
-        state = "finished run; resume=auto shows it again"
-        if not files.is_finished:
-            state = "stopped run; resume=auto resumes it"
-        raise UserError(f"{folder} holds a {state}, another hydra.run.dir keeps it")
-    current = checking.plain(settings)
-    stored = composition.load_config(folder)
-    before, now = checking.leaves(stored), checking.leaves(current)
-    described = roles.roles(current)
-    keys = sorted({**before, **now}, key=lambda key: key.partition(".")[0] not in COMPONENTS)
-    for key in keys:
-        if before.get(key) != now.get(key) and not roles.may_resume_with(key, described):
-            raise UserError(
-                f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}; resume it "
-                f"unchanged (metalearn resume {folder}), or choose another hydra.run.dir"
-            )
-    return stored
-
-
-def _with_stored_choices(settings: RunConfig, files: RunFolder, before: DictConfig) -> RunConfig:
-    """Return settings that repeat the engine's choices before the interruption.
-
-    A different `engine.task_chunk` in the command replaces them.
-    """
-    engine = settings.engine
-    if files.engine.exists() and before.engine.task_chunk == engine.task_chunk:
-        engine = dataclasses.replace(engine, **FREE_CHOICES, choices=str(files.engine))
-    return dataclasses.replace(settings, engine=engine)
-
-
-def _check_choices(files: RunFolder, choices: dict[str, Any]) -> None:
-    """Check the device and the number of processes: with others, results round differently."""
-    before = read_choices(files.engine)
-    for name in ("device", "processes"):
-        if name in before and before[name] != choices[name]:
-            raise UserError(
-                f"{files.path}: this run has {name}={before[name]}, here it is {choices[name]}; "
-                "resume it unchanged"
-            )
-
-
-def save_command(files: RunFolder, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Save the command and working directory, unless the run has started; return command.json."""
-    stored = files.read_command() if files.command.exists() else {}
-    command = {"id": uuid.uuid4().hex[:8], **stored}
-    if not stored or not files.is_started:
-        command |= {"name": name, "overrides": overrides, "directory": str(Path.cwd())}
-        write_json(files.command, command)
-    return command
-
-
 def resume(folder: Path, console: Console) -> None:
     """Resume the interrupted run in a folder, or show a finished one; raise UserError for none."""
     files = RunFolder(folder)
@@ -253,6 +201,17 @@ def resume(folder: Path, console: Console) -> None:
         os.chdir(command.get("directory", "."))  # relative paths of the configuration start there
     config: Any = OmegaConf.merge(composition.load_config(folder), {"resume": "auto"})
     train(config, folder, command["name"], command["overrides"], console)
+
+
+@contextlib.contextmanager
+def _explain_failed_test(folder: Path) -> Iterator[None]:
+    """Add to the failure of a test what can be done with a trained run."""
+    try:
+        yield
+    except RunFailed as failed:
+        raise RunFailed(
+            f"{failed}; the run is trained: metalearn evaluate {folder} can change how it adapts"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -296,7 +255,7 @@ def follow(config: DictConfig, folder: Path) -> None:
     if settings.resume == "auto" and files.is_finished:
         return
     if settings.resume == "auto" and files.is_started:
-        settings = _with_stored_choices(settings, files, composition.load_config(folder))
+        settings = with_stored_choices(settings, files, composition.load_config(folder))
     run = build(settings, is_restored=files.last.exists())
     assert not run.processes.is_leader
     scoring.test(run, loop.fit(run, SILENT, Path()).state, None)
