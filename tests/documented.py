@@ -60,8 +60,8 @@ def commands() -> dict[str, str]:
 
     In running text, the name of a command without arguments is a mention of it and no command.
     """
-    pages = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")}
-    pages |= {path.name: path.read_text() for path in sorted(ROOT.glob("docs/**/*.md"))}
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    pages = {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
     found = [
         (line, page) for page, text in pages.items() for block in _BLOCK.findall(text)
         for line in _lines(block)

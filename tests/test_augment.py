@@ -156,6 +156,14 @@ def test_cutout_and_random_erasing_fill_one_box():
     areas = torch.tensor([rows * columns for rows, columns in sizes[200:] if rows]) / 320
     assert 110 < len(areas) < 170 and areas.min() > 0.07 and areas.max() < 0.24
     assert abs(areas.mean() - 0.15) < 0.01
+    for share in (
+        0.01,
+        0.5,
+        0.9,
+        1.0,
+    ):  # most boxes would be larger than the image in one direction
+        covered = augment.random_erasing(x, _KEYS, probability=1.0, area=(share, share)) != x
+        assert (covered.flatten(1).float().mean(1) - share).abs().max() < 0.04
 
 
 def test_mixup_shares_follow_their_distribution_and_mix_inputs_as_labels():

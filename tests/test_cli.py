@@ -228,9 +228,13 @@ def test_sweeper_receives_the_validation_score(metalearn, tmp_path):
         (["train", "train.source=batches"], ["MAML trains on episodes"]),
         (["train", "-m", "algo=maml,mamll"], ["did you mean maml"]),
         (["train", "-m", "train.steps=-1,-2"], ["at least 0"]),
+        (["train", "-m", "seed=0,1", "hydra/launcher=jobllib"], ["did you mean joblib"]),
         (["evaluate", "run=nowhere"], ["nowhere"]),
         (["evaluate", "nowhere"], ["nowhere: no run there"]),
         (["evaluate"], ["run=<folder>"]),
+        (["evaluate", "run=nowhere", "corupt=noise"], ["did you mean corrupt"]),
+        (["plot", "nowhere", "kind=worst"], ["did you mean kinds"]),
+        (["train", "algo=maml", "logger=[csv,tensorbord]"], ["did you mean tensorboard"]),
         (["list", "all"], ["no arguments"]),
     ],
     ids=lambda value: " ".join(value)[-40:],
@@ -265,7 +269,7 @@ def test_help_list_config_and_completion_print(metalearn, tmp_path):
     assert "train" in metalearn("--help").stdout
     assert "episode.train.way" in metalearn("train", "--help").stdout
     listed = metalearn("list").stdout
-    for text in ("maml", "protonet", "omniglot", "conv4", "Finn et al. 2017"):
+    for text in ("maml", "protonet", "omniglot", "conv4", "Finn et al. 2017", "logger="):
         assert text in listed
     config = metalearn("train", "algo=anil", "--cfg", "job")
     assert config.returncode == 0, config.stderr

@@ -33,7 +33,7 @@ _NOT_RUN = {
     "metalearn evaluate run0 run1 dataset=caltech101:all": "its data are not in the repository",
 }
 #: The package on these pages is installed, and all their commands run, by tests/test_extending.py.
-_PLUGIN_PAGES = ("extending.md", "add-dataset.md")
+_PLUGIN_PAGES = ("docs/extending.md", "docs/add-dataset.md")
 
 
 def reason_not_run(command):
@@ -95,6 +95,10 @@ def test_commands_on_the_page_of_a_dataset_are_valid(name):
     data, train = page.partition("```\n")[2].partition("\n```")[0].splitlines()
     check_settings("data", shlex.split(data)[2:])
     _launch.check(_arguments.parse(shlex.split(train)[2:]))
+
+
+def test_every_page_is_read():
+    assert {"README.md", "CONTRIBUTING.md", "docs/start.md"} <= set(_COMMANDS.values())
 
 
 def test_no_reason_is_left_over():

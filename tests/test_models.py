@@ -13,7 +13,9 @@ from metalearn.cli import export
 from metalearn.cli import list as list_command
 from metalearn.config import checking, composition
 from metalearn.report.folder import RunFolder
+from metalearn.report.measurements import measurements_of
 from metalearn.run import checkpoint, parts
+from metalearn.run.ensemble import evaluate_ensemble
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
 from metalearn.system.errors import UserError
@@ -54,8 +56,37 @@ def test_model_names_no_folder_and_is_listed(exported, tmp_path, capsys):
     assert re.search(line, capsys.readouterr().out)
     with pytest.raises(UserError, match="out=models/protonet-glyphs exists"):
         export.main([f"run={run}", "format=safetensors"])
-    with pytest.raises(UserError, match="no finished run"):
+    with pytest.raises(UserError, match="no run there"):
         export.main([f"run={tmp_path}", "format=safetensors"])
+
+
+def test_a_model_is_compared_once_it_is_tested(exported, cache_dir):
+    _, model = exported
+    with pytest.raises(UserError, match="has no scores of episodes; to test it: metalearn eval"):
+        list(measurements_of(model))
+    evaluate(model, [f"cache_dir={cache_dir}"], "test", None, Console())
+    ids = [one.result.protocol_id for one in measurements_of(model)]
+    assert RunFolder(model).read_result().protocol_id in ids
+    assert ids == [path.stem for path in sorted((model / "evaluations").glob("*.json"))]
+
+
+def test_a_folder_without_a_finished_run_is_named_by_each_command(tmp_path):
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / "config.yaml").touch()
+    for name, message in (
+        ("nothing", "no run there; name the folder of a finished run"),
+        ("started", "not finished; to finish it: metalearn resume"),
+    ):
+        run = tmp_path / name
+        for command, words in (
+            (metalearn.load, (run,)),  # predict and serve, too
+            (evaluate, (run, [], "test", None, Console())),
+            (evaluate_ensemble, ([run], [], "test", Console())),
+            (export.main, ([f"run={run}", "format=safetensors"],)),
+            (export.main, ([f"run={run}"],)),
+        ):
+            with pytest.raises(UserError, match=message):
+                command(*words)
 
 
 def test_data_of_a_model_are_where_the_environment_says(exported, monkeypatch, tmp_path):

@@ -226,6 +226,10 @@ def test_a_sweep_is_drawn_over_two_of_its_settings(make, console, tmp_path):
         assert points[pair]["accuracy"] == pytest.approx(sum(scores) / len(scores))
         assert points[pair]["runs"] == len(scores)
     assert plot_sweep(sweep, [], console)["points"]
+    shutil.copytree(make("other", "algo=maml"), sweep / "other")
+    with pytest.raises(UserError, match=r"these differ: .* and \d+ more; choose two") as caught:
+        plot_sweep(sweep, [], console)
+    assert len(str(caught.value)) < 600
     with pytest.raises(UserError, match="two settings that differ between the runs"):
         plot_sweep(sweep, ["train.lr", "train.steps"], console)
     for words, message in (

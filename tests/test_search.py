@@ -170,7 +170,7 @@ def test_best_trial_of_regression_has_the_lowest_error(tmp_path, monkeypatch):
 
 
 def test_missing_sweeper_names_what_to_install(monkeypatch):
-    with pytest.raises(UserError, match="hydra/sweeper=ax: is not installed; install a plugin"):
+    with pytest.raises(UserError, match="hydra/sweeper=ax: is not installed; install the plugin"):
         composition.compose_config(["hydra/sweeper=ax"])
     line = choices.no_such_choice("hydra/sweeper", "optuna")
     assert line == "hydra/sweeper=optuna: is not installed; install metalearn-lab[sweep]"

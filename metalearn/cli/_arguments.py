@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from metalearn.system.errors import UserError
+from metalearn.system.errors import UserError, nearest
 
 #: Hydra's options that print something and start nothing, and the words that must follow them.
 _CFG, _INFO = (
@@ -85,6 +86,11 @@ def parse_settings(command: str, words: list[str]) -> list[str]:
     arguments = parse(words)
     if other := arguments.options + ["--config-dir"] * bool(arguments.folders):
         raise UserError(f"{command}: takes key=value settings only, not {other[0]}")
+    own = keys(importlib.import_module(f"metalearn.cli.{command}").TAKES)
+    for word in arguments.overrides:
+        key = word.partition("=")[0]
+        if key not in own and (hint := nearest(key, own, similarity=0.75)):
+            raise UserError(f"{word}: {command} takes no such argument{hint}")
     return arguments.overrides
 
 

@@ -8,9 +8,9 @@ from metalearn.system.errors import UserError
 
 HELP = """metalearn list [--json]
 
-Lists algorithms, datasets, backbones, episodes, optimisers, losses, augmentations, experiments and
-trained models (of the installation, and in ./models), with one line each. --json prints one JSON
-document: group -> name -> description, and the family of an algorithm.
+Lists algorithms, datasets, backbones, episodes, optimisers, losses, augmentations, loggers,
+experiments and trained models (of the installation, and in ./models), with one line each. --json
+prints one JSON document: group -> name -> description, and the family of an algorithm.
 """
 #: What shell completion offers.
 TAKES: tuple[str, ...] = ("--json",)
@@ -26,7 +26,9 @@ _FAMILIES = {
     "unsupervised": "unsupervised: trained without labels",
     "transfer": "transfer: trained on ordinary batches",
 }
-_GROUPS = ("dataset", "backbone", "episode", "optimiser", "loss", "augment", "experiment")
+_GROUPS = (
+    "dataset", "backbone", "episode", "optimiser", "loss", "augment", "logger", "experiment",
+)  # fmt: skip
 
 
 def main(args: list[str]) -> int:

@@ -16,6 +16,12 @@ FAMILIES = (
     "transfer",
 )  # fmt: skip
 
+#: Launchers and sweepers that come with an extra.
+_PLUGINS = {
+    "optuna": "sweep", "joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep",
+    "ray": "ray",
+}  # fmt: skip
+
 
 def conf_dirs() -> list[Path]:
     """Return the `conf/` folders of the package and of plugins."""
@@ -95,8 +101,10 @@ def _comments(path: Path) -> list[str]:
 def no_such_choice(group: str, name: str) -> str:
     """Return the message for an unknown choice."""
     if group.startswith("hydra/"):
-        source = "metalearn-lab[sweep]" if name == "optuna" else "a plugin of Hydra"
-        return f"{group}={name}: is not installed; install {source}"
+        extra = _PLUGINS.get(name)
+        source = f"metalearn-lab[{extra}]" if extra else "the plugin of Hydra that has it"
+        hint = "" if extra else nearest(name, _PLUGINS, similarity=0.75)
+        return f"{group}={name}: is not installed; install {source}{hint}"
     choices = options(group)
     known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""
     return f"{group}={name}: there is no such {group}{known}"

@@ -114,7 +114,7 @@ def _translated(error: Exception, overrides: list[str]) -> str:
     from hydra.errors import HydraException
 
     text = str(error)
-    if match := re.search(r"Could not find '([^'/]+(?:/[^'/]+)*)/([^'/]+)'", text):
+    if match := re.search(r"Could not (?:find|load) '([^'/]+(?:/[^'/]+)*)/([^'/]*)'", text):
         return choices.no_such_choice(match[1], match[2])
     if "Config group override must be a string" in text:
         for key, _, name in (word.lstrip("+").partition("=") for word in overrides):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from metalearn.report.result import Result
+from metalearn.system.errors import UserError
 from metalearn.system.reading import read_json
 
 
@@ -55,6 +56,14 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True if the folder holds a finished run."""
         return self.result.is_file()
+
+    def unfinished(self) -> UserError:
+        """Return the error that says that the folder holds no finished run."""
+        if self.is_started:
+            return UserError(
+                f"{self.path}: not finished; to finish it: metalearn resume {self.path}"
+            )
+        return UserError(f"{self.path}: no run there; name the folder of a finished run")
 
     @property
     def is_trained(self) -> bool:

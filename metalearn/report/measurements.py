@@ -107,12 +107,19 @@ def measurements_of(folder: Path) -> Iterator[Measurement]:
     # A run is named by method and dataset; "folder" alone would not say which.
     short, words = own.name.rpartition(" ")[2], dataset_name(dataset)
     name = own.name + (words.removeprefix(short) if words.startswith(f"{short} ") else "")
-    tests = [(own, files.scores, "")]  # a result, its scores, and how its adaptation differs
+    # A result, its scores, and how its adaptation differs. A model has no scores of its own test.
+    tests = [(own, files.scores, "")]
+    if has_no_scores := files.best == files.model and not files.scores.exists():
+        tests = []
     for path in sorted(files.evaluations.glob("*.json")):
         result = Result.read(path)
         variant = path.stem.partition("-")[2]
-        if variant or result.protocol_id != own.protocol_id:
+        if variant or has_no_scores or result.protocol_id != own.protocol_id:
             tests.append((result, files.evaluation_scores(path), variant))
+    if not tests:
+        raise UserError(
+            f"{folder} has no scores of episodes; to test it: metalearn evaluate {folder}"
+        )
     for result, scores_file, variant in tests:
         scores = read_scores(scores_file)
         _check_scores(scores_file, scores, result)

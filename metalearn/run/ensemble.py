@@ -26,6 +26,7 @@ def evaluate_ensemble(
     the evaluations of the first run. Arguments, returned value and errors are those of `evaluate`.
     """
     start = time.perf_counter()
+    requests = [open_request(folder, overrides, split) for folder in folders]
     names = [str(folder) for folder in folders]
     files = [RunFolder(folder).best for folder in folders]
     if len(folders) == 1:
@@ -36,7 +37,6 @@ def evaluate_ensemble(
                 f"ensemble=true: {folders[0]} has one checkpoint; name several runs, or train with "
                 "checkpoint.keep=5 and validate several times"
             )
-    requests = [open_request(folder, overrides, split) for folder in folders]
     runs = [request.run(request.statistics[0]) for request in requests]
     if not runs[0].family.predicts:
         raise UserError("ensemble=true: the tasks of these runs have no predictions to average")

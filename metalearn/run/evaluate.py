@@ -156,7 +156,8 @@ def _measured(request: Request, statistics: str) -> tuple[Result, Tensor]:
 def _numbers(points: str, curve: str | None) -> list[int]:
     """Return the numbers in a list like "1,5,10", in ascending order."""
     if curve is None:
-        raise UserError(f"at={points}: belongs to a curve; add curve={' or curve='.join(_CURVES)}")
+        kinds = f"curve={'|'.join(_CURVES)} or corrupt={'|'.join(_SEVERITIES)}"
+        raise UserError(f"at={points}: belongs to a curve; add {kinds}")
     lowest = (_CURVES | _SEVERITIES)[curve][1][0]
     words = points.strip("[]").split(",")
     if not all(word.isdecimal() and int(word) >= lowest for word in words):
@@ -215,9 +216,8 @@ def measure_curve(request: Request, curve: str, numbers: list[int]) -> Curve:
     statistics = request.statistics[0]
     run = request.run(statistics)
     if curve == "steps" and not run.algorithm.adapts_in_steps:
-        raise UserError(
-            f"curve=steps: {type(run.algorithm).__name__} does not adapt in steps; use curve=shot"
-        )
+        name = type(run.algorithm).__name__
+        raise UserError(f"{name} does not adapt in steps, so it has no curve over them")
     if curve == "way" and run.algorithm.fixed_way:
         raise UserError(
             f"curve=way: the run distinguishes {run.spec.way} classes, the number of ways is part "

@@ -95,7 +95,7 @@ class Figures:
         """Draw the learning curve."""
         rows = list(read_rows(self.request.files.metrics))
         if not any(row["step"] for row in rows):
-            raise UserError("the run was not trained")
+            raise UserError(f"{self.request.files.metrics}: no metrics of training steps")
         own = self.request.own
         plots.draw_learning_curve(rows, own.metric, path, own.name)
 
@@ -221,7 +221,7 @@ class Figures:
         if self.run.data.inputs.kind != "images":
             raise UserError("their inputs are not images; they are printed")
         title = f"{self.title}: the worst of {len(self.ranking):,} episodes"
-        headings = ["support", "queries; below: wrong predictions"]
+        headings = ["support", "queries (wrong predictions below)"]
         draw_sheet(path, title, sheet, headings, described.is_ink, verdicts)
 
 
@@ -251,7 +251,7 @@ def plot_run(
     make_writable(figures.request.files.plots)
     files: list[str] = []
     left_out: dict[str, str] = {}
-    for kind in kinds or KINDS:
+    for kind in dict.fromkeys(kinds or KINDS):
         path = figures.request.files.plots / f"{kind}.png"
         try:
             KINDS[kind](figures, path)

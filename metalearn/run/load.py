@@ -59,8 +59,8 @@ def load(
     registry.add(plugins)
     folder = Path(run_folder)
     files = RunFolder(folder)
-    if files.is_started and not files.best.exists():
-        raise UserError(f"{folder}: not finished; to finish it: metalearn resume {folder}")
+    if not (files.is_started and files.best.exists()):
+        raise files.unfinished()
     composed = composition.load_config(folder)
     settings = checking.check_config(composed)
     if statistics is None:
@@ -167,8 +167,8 @@ class Model(Reader):
             target = torch.tensor([classes.index(label) for label in labels], device=self.device)
             if self.way not in (None, way):
                 raise UserError(
-                    f"y has {way} classes; this run distinguishes {self.way}, the number of ways "
-                    "is part of its weights"
+                    f"{way} classes in the examples; this run distinguishes {self.way}, the number "
+                    "of ways is part of its weights"
                 )
         else:
             target = torch.as_tensor(y, dtype=torch.float32, device=self.device)

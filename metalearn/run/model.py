@@ -32,7 +32,7 @@ def export_model(run: Path, out: Path | None = None) -> Path:
     """
     source = RunFolder(run)
     if not source.is_finished:
-        raise UserError(f"run={run}: no finished run; to finish one: metalearn resume {run}")
+        raise source.unfinished()
     result = source.read_result()
     folder = out or Path("models", result.name.replace(" ", "-"))
     if folder.exists():

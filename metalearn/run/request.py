@@ -50,11 +50,7 @@ class Request:
             raise UserError(f"split={split}: should be one of {', '.join(other_data.SPLITS)}")
         files = RunFolder(folder)
         if not files.is_trained:
-            raise UserError(
-                f"{folder}: not finished; to finish it: metalearn resume {folder}"
-                if files.is_started
-                else f"{folder}: no run there; name the folder of a finished run"
-            )
+            raise files.unfinished()
         own = files.read_result()
         stored = composition.load_config(folder)
         stored.engine.choices = None  # the training's; the file may be gone

@@ -16,6 +16,9 @@ from metalearn.system.atomic import make_writable
 from metalearn.system.errors import UserError
 from metalearn.system.reading import read_yaml
 
+#: Settings that an error names.
+_NAMED = 8
+
 
 def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str, Any]:
     """Draw validation scores of a multirun over two of its settings, as plots/sensitivity.png.
@@ -36,10 +39,12 @@ def plot_sweep(folder: Path, settings: list[str], console: Console) -> dict[str,
         if len({repr(one.get(key)) for one in own}) > 1
     ]
     if not set(settings) <= set(swept) or len(settings or swept) != 2:
-        differing = ", ".join(swept) or "none"
+        differing = ", ".join(swept[:_NAMED]) or "none"
+        if len(swept) > _NAMED:
+            differing += f" and {len(swept) - _NAMED} more"
         raise UserError(
-            f"{folder}: a heat map takes two settings that differ between the runs "
-            f"({differing} {'do' if len(swept) > 1 else 'does'}); choose them with settings=a,b"
+            f"{folder}: a heat map takes two settings that differ between the runs; these differ: "
+            f"{differing}; choose two with settings=a,b"
         )
     metric = results[0].metric
     if any(one.metric != metric for one in results):

@@ -13,9 +13,9 @@ _NO_MEMORY = re.compile(
 )
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the nearest known word, or ""."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], similarity: float = 0.5) -> str:
+    """Return "; did you mean …?" with the nearest known word, at least so similar, or ""."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=similarity)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -115,8 +115,10 @@ def random_erasing(
     chance, share, shape, down, right = prng.uniform(key, (5,)).double().unbind(-1)
     pixels = (area[0] + (area[1] - area[0]) * share) * x.shape[-2] * x.shape[-1]
     ratios = 0.3 * (3.3 / 0.3) ** shape
-    height = (pixels * ratios).sqrt().round().clamp_max(x.shape[-2])
-    width = (pixels / ratios).sqrt().round().clamp_max(x.shape[-1])
+    # A box that would be larger than the image in one direction becomes larger in the other one.
+    height = torch.maximum((pixels * ratios).sqrt(), pixels / x.shape[-1])
+    height = height.round().clamp(1, x.shape[-2])
+    width = (pixels / height).round().clamp_max(x.shape[-1])
     top, left = (down * (x.shape[-2] - height + 1)).floor(), right * (x.shape[-1] - width + 1)
     box = inside(x, top, left.floor(), height, width)
     return torch.where(box & (chance < probability)[:, None, None, None], value, x)
