@@ -163,7 +163,7 @@ def test_a_failure_leaves_the_classifier_as_it_was(images, run_folder):
     classifier = FewShotClassifier(run=folder, calibrate=False)
     classifier.fit([item.value for item in items], [item.label for item in items])
     before = classifier.predict_proba([items[0].value])
-    with pytest.raises(UserError, match="4 classes; this run distinguishes 3"):
+    with pytest.raises(UserError, match="4 classes in the examples; this run distinguishes 3"):
         classifier.partial_fit([items[0].value], ["fourth"])
     assert classifier.classes_.tolist() == [_HOSTILE, "circle", "line"]
     np.testing.assert_array_equal(classifier.predict_proba([items[0].value]), before)
