@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import re
 import threading
 from pathlib import Path
@@ -40,6 +41,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests that require a GPU where there is none."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("requires a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _same_folder():
+    """Return to the folder in which the tests started: `resume` changes to that of its run."""
+    here = Path.cwd()
+    yield
+    os.chdir(here)
 
 
 @pytest.fixture(scope="session")

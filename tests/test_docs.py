@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 from pathlib import Path
 
@@ -76,10 +77,12 @@ def test_commands_of_the_table_of_methods_are_valid(table, name):
     overrides = [
         f"algo={name}",
         *content["settings"],
-        *content["methods"][name]["settings"],
+        *content["methods"][name].get("settings", []),
         "device=cpu",
     ]
     check(checking.check_config(composition.compose_config(overrides)))
+    before = itertools.takewhile(lambda other: other != name, content["methods"])
+    assert content["methods"][name].get("network", name) in (name, *before)
 
 
 def test_every_recipe_is_used_by_some_method():

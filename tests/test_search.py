@@ -77,10 +77,7 @@ def test_grid_search_continues_with_more_values_and_names_a_failed_trial(
     assert metalearn(*_GRID, "algo.inner_lr=0.1,0.4").returncode == 0
     first = outcomes(sweep)
     (untested,) = (sweep / name for name, (*_, is_tested) in first.items() if not is_tested)
-    with pytest.raises(
-        UserError, match=f"{untested}: not finished; .* metalearn resume {untested}"
-    ):
-        evaluate(untested, [], "test", None, console)
+    evaluate(untested, ["test.episodes=3"], "test", None, console)  # on request
     compare.main([str(sweep)])
     assert f"left out: {untested}, not tested; " in capsys.readouterr().out.replace("\n", " ")
 
