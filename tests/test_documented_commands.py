@@ -124,6 +124,17 @@ _SMALL = {
 }  # fmt: skip
 
 
+def two_runs(words):
+    """Return a sweep with two values of its first axis, and one of the others."""
+    kept, count = [], 2
+    for word in words:
+        key, is_setting, value = word.partition("=")
+        if is_setting and "," in value and not set("[({") & set(value):
+            word, count = f"{key}={','.join(value.split(',')[:count])}", 1
+        kept.append(word)
+    return kept
+
+
 def small(words):
     """Return the words of a training with a small budget."""
     if "experiment=demo" in words:
@@ -132,6 +143,8 @@ def small(words):
         words = [*words, "hydra.sweeper.n_trials=2"]
     if any("joblib" in word for word in words):
         words = [*words, "hydra.launcher.n_jobs=1"]
+    if "-m" in words:
+        words = two_runs(words)
     added = dict(_SMALL)
     if any(word.startswith("engine.choices=") for word in words):
         del added["engine.threads"]  # the file sets it
