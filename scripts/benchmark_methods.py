@@ -140,7 +140,7 @@ def write_tables(definition: dict[str, Any]) -> None:
                     for row in stored[method]["curve"]
                 ]
                 for method in methods
-                if method in stored
+                if method in stored and "network" not in content["methods"][method]
             }
             if curves:
                 path = ROOT / f"docs/figures/{table}_{family}.png"
