@@ -24,8 +24,8 @@ def episodes_at_once(
 ) -> int:
     """Return how many episodes to test at once.
 
-    On a CPU as many as have 16 MiB of inputs, but at least 16 for each core, if their inputs need
-    no more than 1 GiB. On a GPU as many as half of the free memory suffices for, by the peak of 8
+    On a CPU a multiple of 16 for each core: as many as have 16 MiB of inputs, but at least once, if
+    their inputs need no more than 1 GiB. On a GPU as many as half of the free memory suffices for, by the peak of 8
     episodes, and at most 1,024.
 
     Args:
@@ -35,7 +35,8 @@ def episodes_at_once(
     """
     if device.type != "cuda" or evaluate is None:
         own = sum(leaf.nbytes for leaf in pytree.tree_leaves(episode))
-        count = max(_CPU_BYTES // own, _CPU_EPISODES * process.ALL_THREADS)
+        least = _CPU_EPISODES * process.ALL_THREADS
+        count = max(_CPU_BYTES // own // least, 1) * least  # a rest would leave cores without work
         return max(1, min(count, _MOST_CPU_BYTES // own))
     release_memory()
     torch.cuda.reset_peak_memory_stats(device)
