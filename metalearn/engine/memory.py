@@ -25,8 +25,8 @@ def episodes_at_once(
     """Return how many episodes to test at once.
 
     On a CPU a multiple of 16 for each core: as many as have 16 MiB of inputs, but at least once, if
-    their inputs need no more than 1 GiB. On a GPU as many as half of the free memory suffices for, by the peak of 8
-    episodes, and at most 1,024.
+    their inputs need no more than 1 GiB. On a GPU as many as half of the free memory suffices for,
+    by the peak of 8 episodes, and at most 1,024.
 
     Args:
         device: Device of the run.
