@@ -200,7 +200,13 @@ def accuracy(cifar100: Path, backbone: str, more: list[str], meta: int, frozen: 
                 {n: round(float(s.mean()), 4) for n, s in scores.items()},
                 flush=True,
             )
-    runs = {n: {"overrides": words[n], "test": trained[n]["test"]} for n in words}
+    runs = {
+        name: {
+            "overrides": [word for word in own if not word.startswith("dataset.path=")],
+            "test": trained[name]["test"],
+        }
+        for name, own in words.items()
+    }
     return {"runs": runs, "tests": tests}
 
 
@@ -241,8 +247,7 @@ def write(part: str, values: dict[str, Any]) -> None:
             lines += ["Classes of CIFAR overlap those of ImageNet, which this network knows.", ""]
         lines += ["```sh"]
         for one in own["runs"].values():
-            words = [word for word in one["overrides"] if not word.startswith("dataset.path=")]
-            lines += [f"metalearn train {' '.join(words)}"]
+            lines += [f"metalearn train {' '.join(one['overrides'])}"]
         lines += ["```", ""]
         for title, heads in own["tests"].items():
             table = [
