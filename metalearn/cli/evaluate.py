@@ -10,7 +10,7 @@ HELP = """metalearn evaluate <folder> [<folder> …] [key=value …] [dataset=a,
                     [split=train|val|test|all|train+test] [curve=shot|way|steps] [at=1,5]
                     [corrupt=noise|occlusion] [ensemble=true] [--json]
 
-Tests the best checkpoint of a finished run, with transductive and with inductive statistics and
+Tests the best checkpoint of a trained run, with transductive and with inductive statistics and
 their paired difference, unless the method is transductive itself. Writes
 evaluations/<protocol_id>.json into the run folder.
 
