@@ -5,7 +5,9 @@ python scripts/benchmark_methods.py [only=omniglot_5w1s] [methods=maml,…] [job
 Each run is in outputs/benchmark/methods/<table>/<method>/; …-untrained/ has a test of the same
 method without training. A finished run with the same settings is skipped, an interrupted one
 resumed. A method with a `network` is tested on that of another method, which must be finished; if
-that one is trained again, delete the runs of these methods. Results are written to benchmarks/methods/<table>/<method>.json, tables to
+that one is trained again, delete the runs of these methods.
+
+Results are written to benchmarks/methods/<table>/<method>.json, tables to
 docs/accuracy.md and docs/algorithms/, curves to docs/figures/. `jobs` runs execute in parallel,
 with one thread each. `only=none` runs nothing and writes the tables from benchmarks/methods/.
 """
