@@ -316,11 +316,12 @@ def test_adaptation_uses_the_stored_statistics_of_a_frozen_backbone(method, sett
         torch.testing.assert_close({name: actual[name] for name in expected}, expected)
 
 
-def test_meta_lstm_updates_each_weight_with_its_own_gates():
+@pytest.mark.parametrize("gate_inputs", ["gates", "logits"])
+def test_meta_lstm_updates_each_weight_with_its_own_gates(gate_inputs):
     steps, hidden = 3, 4
     algorithm = MetaLSTM(
         **COMMON, hidden=hidden, inner_steps=steps, test_inner_steps=steps, input_bias=-1.0,
-        forget_bias=2.0,
+        forget_bias=2.0, gate_inputs=gate_inputs,
     )  # fmt: skip
     task, state = make_task(), init_state(algorithm)
     params = {name: value.clone().requires_grad_() for name, value in state.params.items()}
@@ -339,7 +340,7 @@ def test_meta_lstm_updates_each_weight_with_its_own_gates():
 
     def gate(name, h, theta, before):
         inputs = torch.cat([h, theta[None], before[None]])
-        return (meta[f"{name}.weight"] @ inputs + meta[f"{name}.bias"]).sigmoid()
+        return meta[f"{name}.weight"] @ inputs + meta[f"{name}.bias"]
 
     theta = {name: value for name, value in params.items() if not name.startswith("meta.")}
     zero = torch.zeros((), dtype=torch.float64)
@@ -362,8 +363,10 @@ def test_meta_lstm_updates_each_weight_with_its_own_gates():
                 x = torch.tensor(preprocessed(loss.item()) + preprocessed(g.item())).double()
                 h, c = lstm(x, h, c)
                 i, f = gate("input", h, one, i), gate("forget", h, one, f)
+                places.append(f.sigmoid() * one - i.sigmoid() * g)
+                if gate_inputs == "gates":
+                    i, f = i.sigmoid(), f.sigmoid()
                 memory[name, place] = (h, c, i, f)
-                places.append(f * one - i * g)
             updated[name] = torch.stack(places).view(value.shape)
         theta = updated
     prediction = network(theta, task.query.x)

@@ -34,11 +34,14 @@ def unit(x):
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 2])
-@pytest.mark.parametrize("variant", ["plain", "distractor_cluster", "masked"])
-def test_soft_kmeans_weights_each_unlabelled_example(variant, iterations):
+@pytest.mark.parametrize(
+    ("variant", "power"), [("plain", 1), ("distractor_cluster", 1), ("masked", 1), ("masked", 2)]
+)
+def test_soft_kmeans_weights_each_unlabelled_example(variant, power, iterations):
     algorithm = SoftKMeans(
-        **_HEAD, variant=variant, temperature=2.0, iterations=iterations, radius=3.0, hidden=4
-    )
+        **_HEAD, variant=variant, temperature=2.0, iterations=iterations, radius=3.0, hidden=4,
+        mask_power=power,
+    )  # fmt: skip
     task = make_task(shot=2)
     unlabelled = 2 * torch.randn(7, 4).double()
     support = dataclasses.replace(task.support, unlabelled=unlabelled)
@@ -63,7 +66,7 @@ def test_soft_kmeans_weights_each_unlabelled_example(variant, iterations):
                 )
                 hidden = np.tanh(weight[0] @ inputs + bias[0])
                 threshold, slope = np.exp(weight[1] @ hidden + bias[1])
-                share[:, n] *= 1 / (1 + np.exp(slope * (x - threshold)))
+                share[:, n] *= (1 / (1 + np.exp(slope * (x - threshold)))) ** power
         means = [
             (support.x[support.y == n].sum(0) + torch.tensor(share[:, n]) @ unlabelled)
             / (2 + share[:, n].sum())

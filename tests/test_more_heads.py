@@ -81,15 +81,83 @@ def test_feat_adapts_class_means_and_contrasts_classes():
     assert all(x.abs().max() > 0 for x in gradients(algorithm, state, task).values())
 
 
-@pytest.mark.parametrize(
-    ("channels", "most"), [(3, None), (3, 2), (30, 64)]
-)  # 30: more channels than the 24 positions of the support set
-def test_frn_reconstructs_feature_maps_by_ridge_regression(channels, most):
-    conv4 = Conv4(
+def test_feat_has_dropout_in_its_loss_alone():
+    plain = FEAT(**_HEAD, temperature=2.0, contrast=0.3, contrast_temperature=5.0)
+    algorithm = dataclasses.replace(plain, attention_dropout=0.3, dropout=0.5)
+    task, state = make_task(), changed(init_state(algorithm))
+    weights = {n.removeprefix("head."): x for n, x in state.params.items()}
+    x, y = task.support.x, task.support.y
+    expected = predictions(plain, state, task)
+    torch.testing.assert_close(predictions(algorithm, state, task), expected)
+
+    def adapted(z, labels, key):
+        keep = prng.uniform(prng.fold_in(key, 0), (len(z), len(z))) >= 0.3
+        keep_output = prng.uniform(prng.fold_in(key, 1), tuple(z.shape)) >= 0.5
+        rows = []
+        for i, one in enumerate(z):
+            seen = [j for j in range(len(z)) if labels[j] == labels[i]]
+            scores = [(weights["query"] @ one) @ (weights["key"] @ z[j]) / 2 for j in seen]
+            read = torch.zeros(4).double()
+            for share, j in zip(torch.stack(scores).softmax(0), seen, strict=True):
+                read += share * float(keep[i, j]) / 0.7 * (weights["value"] @ z[j])
+            change = (weights["output"] @ read + weights["bias"]) * keep_output[i] / 0.5
+            rows.append(
+                F.layer_norm(one + change, (4,), weights["norm.weight"], weights["norm.bias"])
+            )
+        return torch.stack(rows)
+
+    keys = [prng.fold_in(prng.fold_in(KEY, 100), number) for number in range(2)]
+    means = torch.stack([x[y == n].mean(0) for n in range(3)])
+    means = adapted(means, [0, 0, 0], keys[0])
+    loss = F.cross_entropy(-torch.cdist(task.query.x, means).square() / 2, task.query.y)
+    every, labels = torch.cat([x, task.query.x]), torch.cat([y, task.query.y])
+    moved = adapted(every, labels, keys[1])
+    centres = torch.stack([moved[labels == n].mean(0) for n in range(3)])
+    contrast = F.cross_entropy(-torch.cdist(every, centres).square() / 5, labels)
+    value = algorithm.loss(state, task, PROGRESS).value
+    torch.testing.assert_close(value, loss + 0.3 * contrast)
+    other = algorithm.loss(state, Task(task.support, task.query, KEY + 1), PROGRESS).value
+    assert not torch.allclose(other, value)
+
+
+def maps_of(algorithm, net, x, divisor):
+    """Compute feature maps [M, C, 4] of images."""
+    return algorithm.backbone.embed(net, x)[0].unflatten(-1, (-1, 4)) / divisor
+
+
+def reconstruction_errors(pools, maps, penalty, rho):
+    """Compute the mean error [Q, N] over the positions of maps [Q, C, r], by least squares.
+
+    min_w |feature - w pool|^2 + penalty |w|^2 for each feature, with a pool [P, C] of each class.
+    """
+    errors = torch.empty(len(maps), len(pools)).double()
+    for n, pool in enumerate(pools):
+        left = torch.cat([pool.T, penalty**0.5 * torch.eye(len(pool)).double()])
+        for row, x in enumerate(maps):
+            own = []
+            for feature in x.T:
+                right = torch.cat([feature, torch.zeros(len(pool)).double()])
+                w = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+                own.append((feature - rho * w @ pool).square().sum())
+            errors[row, n] = torch.stack(own).mean()
+    return errors
+
+
+def conv4_of(channels):
+    return Conv4(
         filters=channels, blocks=1, halvings=0, downsample="pool", output="flatten",
         normalisation="none", activation="tanh", eps=1e-5,
     )  # fmt: skip
-    algorithm = FRN(**COMMON | {"backbone": conv4}, scale=2.0, auxiliary=0.5, most_channels=most)
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "norm"), [(3, None, "all"), (3, 2, "position"), (30, 64, "all")]
+)  # 30: more channels than the 24 positions of the support set
+def test_frn_reconstructs_feature_maps_by_ridge_regression(channels, most, norm):
+    algorithm = FRN(
+        **COMMON | {"backbone": conv4_of(channels)}, scale=2.0, auxiliary=0.5, most_channels=most,
+        auxiliary_norm=norm,
+    )  # fmt: skip
     task = make_task(features=8)
     parts: Any = [
         dataclasses.replace(part, x=part.x.view(-1, 2, 2, 2)) for part in (task.support, task.query)
@@ -98,28 +166,37 @@ def test_frn_reconstructs_feature_maps_by_ridge_regression(channels, most):
     state = changed(to_float64(algorithm.init(Spec((2, 2, 2), 3, 0, "class"), prng.key_of(0))))
     net = {n.removeprefix("net."): x for n, x in state.params.items() if n.startswith("net.")}
     divisor = channels**0.5 if most == 2 else 1
-    s, q = (conv4.embed(net, part.x)[0].view(-1, channels, 4) / divisor for part in parts)
+    s, q = (maps_of(algorithm, net, part.x, divisor) for part in parts)
     penalty = 2 * 4 / channels * float(state.params["head.alpha"].exp()) + 1e-6
     rho, scale = (float(state.params[f"head.{name}"].exp()) for name in ("beta", "log_scale"))
-    expected = torch.empty(12, 3).double()
     pools = [torch.cat([x.T for x in s[task.support.y == n]]) for n in range(3)]
-    for n, pool in enumerate(pools):
-        for row, x in enumerate(q):
-            errors = []
-            for feature in x.T:
-                # min_w |feature - w pool|^2 + penalty |w|^2, as one least-squares problem.
-                left = torch.cat([pool.T, penalty**0.5 * torch.eye(8).double()])
-                right = torch.cat([feature, torch.zeros(8).double()])
-                w = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
-                errors.append((feature - rho * w @ pool).square().sum())
-            expected[row, n] = -scale * torch.stack(errors).mean()
+    expected = -scale * reconstruction_errors(pools, q, penalty, rho)
     torch.testing.assert_close(predictions(algorithm, state, task), expected)
-    norm = torch.cat(pools).norm()
-    overlap = sum(
-        ((pools[m] / norm) @ (pools[n] / norm).T).square().sum() for n in range(3) for m in range(n)
-    )
+    size = torch.cat(pools).norm()
+    pools = [
+        torch.stack([row / (size if norm == "all" else row.norm()) for row in pool])
+        for pool in pools
+    ]
+    overlap = sum((pools[m] @ pools[n].T).square().sum() for n in range(3) for m in range(n))
     value = algorithm.loss(state, task, PROGRESS).value
     torch.testing.assert_close(value, F.cross_entropy(expected, task.query.y) + 0.5 * overlap)
+
+
+@pytest.mark.parametrize(("channels", "most"), [(3, 2), (30, 64)])
+def test_frn_on_batches_reconstructs_from_learned_maps_of_training_classes(channels, most):
+    algorithm = FRN(
+        **COMMON | {"backbone": conv4_of(channels), "source": "batches"}, scale=2.0, auxiliary=0.5,
+        most_channels=most,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    batch = Batch(torch.randn(6, 2, 2, 2).double(), torch.tensor([4, 0, 1, 2, 3, 4]), KEY)
+    state = changed(to_float64(algorithm.init(Spec((2, 2, 2), 3, 5, "class"), prng.key_of(0))))
+    net = {n.removeprefix("net."): x for n, x in state.params.items() if n.startswith("net.")}
+    maps = maps_of(algorithm, net, batch.x, channels**0.5 if most == 2 else 1)
+    pools = [own.T for own in state.params["global.map"]]
+    errors = reconstruction_errors(pools, maps, 4 / channels + 1e-6, 1.0)
+    expected = F.cross_entropy(-float(state.params["head.log_scale"].exp()) * errors, batch.y)
+    torch.testing.assert_close(algorithm.batch_loss(state, batch, PROGRESS).value, expected)
 
 
 @pytest.mark.parametrize("cost", [0.1, 10.0])

@@ -14,7 +14,7 @@ from metalearn.algorithms.linear_head import Adapted, LinearHeadAlgorithm
 from metalearn.algorithms.lstm import init_lstm, lstm_cell
 from metalearn.algorithms.params import prefixed, select
 from metalearn.algorithms.preprocessing import size_and_sign
-from metalearn.config.fields import at_least
+from metalearn.config.fields import at_least, choice
 from metalearn.tasks import prng
 from metalearn.tasks.types import Params, Spec, State, Support
 
@@ -36,15 +36,14 @@ class MetaLSTM(LinearHeadAlgorithm):
     has its own state. theta_0 is learned, h_0 = i_0 = f_0 = 0. pre gives size and sign (3.2). As in
     the paper, no gradient flows through L_t and g_t (3.3).
 
-    Departure: i_t-1 and f_t-1 are the gates, as in the paper; the authors' code passes on their
-    values before the sigmoid.
-
     Attributes:
         hidden: Units of the LSTM that reads loss and gradient (theirs: 20).
         inner_steps: Number of steps in meta-training.
         test_inner_steps: Number of steps in testing.
         input_bias: Initial b_i (theirs: -5 to -4); its sigmoid is the first learning rate.
         forget_bias: Initial b_f (theirs: 4 to 6).
+        gate_inputs: What i_t-1 and f_t-1 are in W_i [...] and W_f [...]: "gates" as in the paper,
+            or "logits", their values before the sigmoid, as in the authors' code.
     """
 
     targets: ClassVar[tuple[str, ...]] = ("class", "value")
@@ -54,6 +53,7 @@ class MetaLSTM(LinearHeadAlgorithm):
     test_inner_steps: int = at_least(0)
     input_bias: float
     forget_bias: float
+    gate_inputs: str = choice("gates", "logits", default="gates")
 
     @property
     def training_steps(self) -> int:  # type: ignore[override]
@@ -94,14 +94,17 @@ class MetaLSTM(LinearHeadAlgorithm):
 
         theta = torch.cat([value.flatten() for value in theta_0.values()])
         hidden = cell = theta.new_zeros(len(theta), self.hidden)
-        gates = {name: torch.zeros_like(theta) for name in ("input", "forget")}
+        memory = {name: torch.zeros_like(theta) for name in ("input", "forget")}
+        gates: Params = {}
         for step in range(self.test_inner_steps if steps is None else steps):
             gradient, loss = grad_and_value(support_loss)(theta.detach(), prng.fold_in(key, step))
             gradient, loss = gradient.detach(), loss.detach()
             seen = [size_and_sign(loss.expand(len(theta)), _P), size_and_sign(gradient, _P)]
             hidden, cell = lstm_cell(select(meta, "lstm"), torch.cat(seen, -1), hidden, cell)
-            for name, gate in gates.items():
-                inputs = torch.cat([hidden, theta[:, None], gate[:, None]], -1)
-                gates[name] = (inputs @ meta[f"{name}.weight"] + meta[f"{name}.bias"]).sigmoid()
+            for name, before in memory.items():
+                inputs = torch.cat([hidden, theta[:, None], before[:, None]], -1)
+                logits = inputs @ meta[f"{name}.weight"] + meta[f"{name}.bias"]
+                gates[name] = logits.sigmoid()
+                memory[name] = gates[name] if self.gate_inputs == "gates" else logits
             theta = gates["forget"] * theta - gates["input"] * gradient
         return self.adapted(named(theta), support.x)

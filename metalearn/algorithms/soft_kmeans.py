@@ -34,13 +34,15 @@ class SoftKMeans(EmbeddingAlgorithm):
                           log b_n and log g_n come from a network, whose inputs are minimum,
                           maximum, variance, skewness and kurtosis of d_jn / mean_j d_jn over j
 
-    As in the authors' code, no gradient flows through these statistics.
+    As in the authors' code, no gradient flows through these statistics. Departure: their cluster
+    at the origin is also a class of the queries, and then moves as the others do.
 
     Attributes:
         temperature: Divides squared distances. None: a quarter of the number of features.
         iterations: Number of refinements (theirs: 1).
         radius: Initial radius of the distractor cluster.
         hidden: Units of the hidden layer of the network (theirs: 20).
+        mask_power: Power of the sigmoid: 1 in the paper, 2 in the authors' code.
     """
 
     uses_unlabelled: ClassVar[bool] = True
@@ -50,6 +52,7 @@ class SoftKMeans(EmbeddingAlgorithm):
     iterations: int = at_least(0)
     radius: float = above(0)
     hidden: int = at_least(1)
+    mask_power: int = at_least(1, default=1)
 
     def init_head(self, spec: Spec, size: int, key: Tensor) -> Params:
         """Create the logarithm of the radius, or the network that predicts the mask."""
@@ -95,7 +98,8 @@ class SoftKMeans(EmbeddingAlgorithm):
         hidden = _statistics(distance_UN.detach()) @ weights["head.weight0"].T
         hidden = (hidden + weights["head.bias0"]).tanh()
         threshold, slope = (hidden @ weights["head.weight1"].T + weights["head.bias1"]).exp().T
-        return logits_UN.softmax(-1) * (slope * (threshold - distance_UN)).sigmoid()
+        mask_UN = (slope * (threshold - distance_UN)).sigmoid()
+        return logits_UN.softmax(-1) * mask_UN**self.mask_power
 
 
 def _statistics(x_UN: Tensor) -> Tensor:
