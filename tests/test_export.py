@@ -125,6 +125,16 @@ def test_every_method_is_exported_or_says_why_not(name, more, run_folder, export
         check_run(folder, run, file)
 
 
+@pytest.mark.parametrize("name", ["calibration", "frn", "metaopt_svm"])
+def test_linear_algebra_without_a_translation_is_refused_before_the_long_trace(
+    name, run_folder, export, tmp_path, monkeypatch
+):
+    folder, _ = run_folder(f"algo={name}")
+    monkeypatch.setattr(torch.onnx, "export", None)
+    code, _, err = export(f"run={folder}", f"out={tmp_path}/method.onnx")
+    assert code == 2 and err.count("\n") == 1 and _NO_GRAPH[name] in err
+
+
 @pytest.mark.slow
 def test_what_can_be_exported_does_not_depend_on_the_statistics_of_training(
     run_folder, export, tmp_path

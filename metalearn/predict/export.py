@@ -141,7 +141,7 @@ def _export(
     try:
         import onnxruntime
 
-        from metalearn.predict.onnx_solve import TRANSLATIONS
+        from metalearn.predict.onnx_solve import TRANSLATIONS, LinearAlgebra
     except ModuleNotFoundError as error:
         raise UserError(
             f"export: {error.name} is not installed; pip install 'metalearn-lab[export]'"
@@ -149,6 +149,8 @@ def _export(
     dims = {name: torch.export.Dim(name) for one in graph.axes.values() for name in one.values()}
     shapes = tuple({axis: dims[name] for axis, name in one.items()} for one in graph.axes.values())
     try:
+        with LinearAlgebra(), torch.no_grad():
+            graph(*comparisons[0].inputs)
         with _quietly(), torch.no_grad():
             program: Any = torch.onnx.export(
                 graph.eval(), comparisons[0].inputs, dynamo=True, dynamic_shapes=(shapes,),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from onnxscript import FLOAT, ir, opset18, script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 op: Any = opset18
 
@@ -27,12 +28,30 @@ def gauss_jordan(a: FLOAT, b: FLOAT) -> FLOAT:
     return op.Slice(joined, start, end, op.Constant(value_ints=[1]))
 
 
+def _check_solve(shape: Any, is_float32: bool) -> None:
+    if len(shape) != 2 or not is_float32:
+        raise NotImplementedError("only one linear system at a time, in float32, is translated")
+
+
 def _solve_ex(a: Any, b: Any, left: bool = True, check_errors: bool = False) -> Any:
     """Return the outputs of torch's operator; only the first, the solution, has a meaning."""
-    if len(a.shape) != 2 or a.dtype != ir.DataType.FLOAT:
-        raise NotImplementedError("only one linear system at a time, in float32, is translated")
+    _check_solve(a.shape, a.dtype == ir.DataType.FLOAT)
     x = gauss_jordan(a, b)
     return x, op.Identity(x), op.Identity(x), op.Identity(x)
+
+
+class LinearAlgebra(TorchDispatchMode):
+    """Refuse linear algebra that has no translation, before torch's exporter traces for minutes."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call an operator, or raise NotImplementedError."""
+        if func in TRANSLATIONS:
+            _check_solve(args[0].shape, args[0].dtype == torch.float32)
+        elif "linalg_" in func.name() and "norm" not in func.name():
+            raise NotImplementedError(f"ONNX has no operator like torch's {func.name()}")
+        return func(*args, **(kwargs or {}))
 
 
 #: torch's operator and its translation, for torch.onnx.export.
