@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from metalearn.run.build import build
 from metalearn.run.optimisers import clip_gradients
 from metalearn.run.pairings import check
 from metalearn.run.step import Training
+from metalearn.run.train import _first_lines
 from metalearn.system.errors import RunFailed, UserError
 from metalearn.tasks.types import Estimate, State
 
@@ -120,6 +122,28 @@ def test_warmup_multiplies_any_schedule():
     for schedule in ("constant", "linear", "cosine", "step", "milestones"):
         expected = share * rates(schedule=schedule)
         torch.testing.assert_close(rates(schedule=schedule, warmup=4), expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ([], []),
+        (["train.warmup=2", "train.steps=2"], []),
+        (["train.warmup=2", "train.steps=0"], []),
+        (["train.warmup=3"], [r"train\.warmup=3: longer than train\.steps=2, so the learning"]),
+        (["train.milestones=[0.5]", "train.schedule=milestones"], []),
+        (["train.milestones=[0.5]"], [r"train\.milestones=\[0\.5\]: .* train\.schedule=constant"]),
+        (["episode.unbalanced=true", "episode.shot=[1,2]"], []),
+        (["episode.train.unbalanced=true"], [r"^episode\.train\.unbalanced=true: has no effect"]),
+        (["episode.unbalanced=true", "episode.train.shot=2"], [r"^episode\.unbalanced=.*shot=2"]),
+    ],
+)  # fmt: skip
+def test_a_run_names_settings_without_effect(overrides, lines, make_run):
+    """One line each, among those that a run prints first."""
+    shown = _first_lines(make_run("algo=protonet", *overrides), "protonet", "", True)[2:]
+    assert len(shown) == len(lines)
+    for line, expected in zip(shown, lines, strict=True):
+        assert re.search(expected, line)
 
 
 def test_moving_average_is_validated_tested_and_saved(make_run, tmp_path, monkeypatch):

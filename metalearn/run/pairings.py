@@ -114,6 +114,28 @@ def check(settings: RunConfig, is_restored: bool = False) -> None:
     parts.device_of(settings.device)
 
 
+def without_effect(settings: RunConfig) -> list[str]:
+    """Return a line about each setting that does not do what its name promises."""
+    train, lines = settings.train, []
+    if train.warmup > train.steps > 0:
+        lines.append(
+            f"train.warmup={train.warmup}: longer than train.steps={train.steps}, so the learning "
+            "rate never reaches train.lr"
+        )
+    if train.milestones and train.schedule != "milestones":
+        lines.append(
+            f"train.milestones={train.milestones}: has no effect with "
+            f"train.schedule={train.schedule}; use train.schedule=milestones"
+        )
+    for where, shape in (("episode", settings.episode), ("episode.train", settings.episode.train)):
+        if shape.unbalanced and shape.shot in (1, [1, 1]):
+            lines.append(
+                f"{where}.unbalanced=true: has no effect with one example of each class; use "
+                f"{where}.shot=2 or more"
+            )
+    return lines
+
+
 def _check_augment(settings: RunConfig, algorithm: Algorithm, target: str) -> None:
     own, name = settings.augment, type(algorithm).__name__
     parts.augmentation_of(settings)

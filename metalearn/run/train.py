@@ -28,6 +28,7 @@ from metalearn.run.evaluate import evaluate_several
 from metalearn.run.inspection import examples
 from metalearn.run.measure import measure, result_of
 from metalearn.run.other_data import check_start, check_targets
+from metalearn.run.pairings import without_effect
 from metalearn.run.resuming import (
     check_choices,
     config_to_resume,
@@ -177,7 +178,7 @@ def _first_lines(run: Run, name: str, recipe: str, is_tested: bool) -> list[str]
     if settings.episode.unlabelled and not run.algorithm.uses_unlabelled:
         method = type(run.algorithm).__name__
         lines.append(f"{method} does not use the unlabelled examples of its episodes")
-    return [*lines, *run.notes]
+    return [*lines, *without_effect(settings), *run.notes]
 
 
 def _count(number: int, noun: str) -> str:
