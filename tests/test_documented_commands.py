@@ -153,6 +153,7 @@ def small(words):
     return [*given.values(), *(f"{key}={value}" for key, value in added.items())]
 
 
+_CIFAR = ["dataset=cifar_fs", "train.batch_size=8"]
 #: Runs and classifiers that commands name, by folder.
 _RUNS = {
     "outputs/maml-omniglot/T": ["algo=maml"],
@@ -160,6 +161,8 @@ _RUNS = {
     "run1": ["algo=protonet", "seed=1"],
     "run2": ["algo=protonet", "seed=2"],
     "outputs/simclr": ["algo=simclr"],
+    "outputs/classifier": ["algo=simple_shot", *_CIFAR],
+    "outputs/maps": ["algo=frn", *_CIFAR, "train.source=batches", "backbone.halvings=3"],
     "outputs/maml-navigation/T": ["algo=maml", "dataset=navigation"],
 }
 
@@ -186,7 +189,8 @@ def run(tmp_path_factory):
     write_data(data)
     write_workspace(files)
     for folder, words in _RUNS.items():
-        net = [] if "navigation" in folder else ["dataset=omniglot", "backbone.filters=8"]
+        has_dataset = any(word.startswith("dataset=") for word in words)
+        net = [] if has_dataset else ["dataset=omniglot", "backbone.filters=8"]
         prepare("train", *small([*words, *net]), f"hydra.run.dir={folder}")
     for one in ("protonet-omniglot/T", "kept"):
         shutil.copytree(files / "run0", files / "outputs" / one)

@@ -81,8 +81,7 @@ class FRN(EmbeddingAlgorithm):
         """Compute logits [B, N] over training classes by their maps, with alpha = beta = 0."""
         maps, zero = params["global.map"], torch.zeros_like(params["head.alpha"])
         weights = params | {"head.alpha": zero, "head.beta": zero}
-        own = torch.eye(len(maps), dtype=maps.dtype, device=maps.device)
-        factors = self.factors(weights, maps, own)
+        factors = self.factors(weights, maps)
         return self.logits(weights, factors, self.maps(z, maps.shape[1]))
 
     def maps(self, z: Tensor, channels: int) -> Tensor:
@@ -90,23 +89,31 @@ class FRN(EmbeddingAlgorithm):
         is_wide = self.most_channels is not None and channels > self.most_channels
         return z.unflatten(-1, (channels, -1)) / (channels**0.5 if is_wide else 1)
 
-    def factors(self, weights: Params, maps: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """Compute the factors of rho H_n from maps [M, C, r] and one-hot labels [M, N]."""
+    def factors(self, weights: Params, maps: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Compute the factors of rho H_n from maps [M, C, r] and one-hot labels [M, N].
+
+        Without labels, each map is a class.
+        """
         channels, positions = maps.shape[1:]
-        rows = _rows(maps)
-        strength = y.sum(0) * positions / channels * weights["head.alpha"].exp() + _LEAST
-        rho, size = weights["head.beta"].exp(), min(rows.shape)
+        shots = torch.ones_like(maps[:, 0, 0]) if y is None else y.sum(0)
+        strength = shots * positions / channels * weights["head.alpha"].exp() + _LEAST
+        rho, rows = weights["head.beta"].exp(), maps.transpose(1, 2)
+        size = min(channels, positions if y is None else len(maps) * positions)
         penalty = strength.view(-1, 1, 1) * torch.eye(size, dtype=maps.dtype, device=maps.device)
         if size < channels:
-            own = y.T.repeat_interleave(positions, 1).unsqueeze(-1) * rows  # 0 for other classes
-            gram = own @ own.transpose(1, 2)
-            return rho * torch.linalg.solve_ex(gram + penalty, own)[0], own.transpose(1, 2)
-        gram = torch.einsum("mn,mcr,mdr->ncd", y, maps, maps)
+            if y is not None:  # 0 for other classes
+                rows = y.T.repeat_interleave(positions, 1).unsqueeze(-1) * rows.flatten(0, 1)
+            gram = rows @ rows.transpose(1, 2) + penalty
+            return rho * torch.linalg.solve_ex(gram, rows)[0], rows.transpose(1, 2)
+        gram = maps @ rows
+        if y is not None:
+            gram = torch.einsum("mn,mcd->ncd", y, gram)
         return (rho * torch.linalg.solve_ex(gram + penalty, gram)[0],)
 
     def overlap(self, maps: Tensor, y: Tensor) -> Tensor:
         """Compute the second loss [] from maps [M, C, r] and one-hot labels [M, N]."""
-        rows, own = _rows(maps), y.repeat_interleave(maps.shape[-1], 0)
+        rows = maps.transpose(1, 2).flatten(0, 1)
+        own = y.repeat_interleave(maps.shape[-1], 0)
         dims = (-1,) if self.auxiliary_norm == "position" else (-2, -1)
         norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
         rows = rows / norm.clamp_min(torch.finfo(rows.dtype).eps ** 2)
@@ -114,7 +121,7 @@ class FRN(EmbeddingAlgorithm):
 
     def logits(self, weights: Params, factors: tuple[Tensor, ...], maps: Tensor) -> Tensor:
         """Compute logits [Q, N] of maps [Q, C, r] from factors."""
-        rows = reconstructed = _rows(maps)
+        rows = reconstructed = maps.transpose(1, 2).flatten(0, 1)
         for factor in factors:  # [Q r, C] @ [N, C, C] is one matrix product
             reconstructed = reconstructed @ factor.transpose(1, 2)
         error = (rows - reconstructed).square().sum(-1)
@@ -134,8 +141,3 @@ class FRN(EmbeddingAlgorithm):
     ) -> Loss:
         loss = super().embedding_loss(weights, learned, z, query, statistics)
         return loss._replace(value=loss.value + self.auxiliary * learned.overlap)
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """Return the features [M r, C] of all positions of maps [M, C, r]."""
-    return maps.transpose(1, 2).flatten(0, 1)
