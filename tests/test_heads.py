@@ -266,10 +266,18 @@ def test_pt_map_equals_explicit_steps():
     torch.testing.assert_close(negative, torch.tensor([-2.0, 0.0, 3.0]))
 
 
-def test_transductive_fine_tuning_matches_adam_of_torch():
-    algorithm = TransductiveFineTuning(**_BATCHES, scale=5.0, entropy_weight=0.7, steps=6, lr=0.02)
+@pytest.mark.parametrize("features", ["embeddings", "logits"])
+def test_transductive_fine_tuning_matches_adam_of_torch(features):
+    algorithm = TransductiveFineTuning(
+        **_BATCHES, features=features, scale=5.0, entropy_weight=0.7, steps=6, lr=0.02
+    )
     task, state = make_task(), init_state(tim(), classes=20)
-    s, q, y = unit(task.support.x.relu()), unit(task.query.x.relu()), task.support.y
+    parts = [task.support.x, task.query.x]
+    if features == "logits":
+        state.params["global.bias"] += torch.linspace(-0.1, 0.3, 20)
+        weight, bias = (state.params[f"global.{name}"] for name in ("weight", "bias"))
+        parts = [torch.stack([weight @ x + bias for x in part]) for part in parts]
+    (s, q), y = (unit(part.relu()) for part in parts), task.support.y
     w = unit(torch.stack([s[y == n].mean(0) for n in range(3)])).requires_grad_()
     optimiser = torch.optim.Adam([w], lr=0.02)
     for _ in range(6):
