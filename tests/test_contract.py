@@ -31,11 +31,12 @@ QUICK = ("maml", "protonet")
 _CHEAP = ("gradients_reach_every_parameter", "symmetries_are_declared")
 
 
-#: Fewer adaptation steps, or smaller networks, for the methods with the most.
+#: Fewer adaptation steps, or smaller networks, for the methods with the most; noise of the method.
 FEWER_STEPS: dict[str, tuple[tuple[str, Any], ...]] = {
     "baseline": (("head_steps", 20),),
     "baseline_pp": (("head_steps", 20),),
     "calibration": (("samples", 50), ("iterations", 50)),
+    "feat": (("attention_dropout", 0.1), ("dropout", 0.5)),
     "finetune": (("test_inner_steps", 5),),
     "pt_map": (("steps", 5), ("iterations", 20)),
     "tim": (("steps", 20),),
