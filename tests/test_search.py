@@ -179,6 +179,7 @@ def test_missing_sweeper_names_what_to_install(monkeypatch):
     [
         (["hydra.swep.dir=x"], "hydra.sweep.dir"),
         (["hydra/launchr=basic"], "hydra/launcher"),
+        (["hydra/launcher=slurm"], "submitit_slurm"),
         (["hydra/sweeper=optuna", "hydra.sweeper.n_trails=3"], "hydra.sweeper.n_trials"),
         (["hydra/sweeper=optuna", "hydra.sweeper.sampler.sed=3"], "hydra.sweeper.sampler.seed"),
         (["hydra/sweeper=optuna", "hydra/sweeper/sampler=rnadom"], "random"),

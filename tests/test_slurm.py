@@ -45,3 +45,12 @@ def test_job_at_its_time_limit_is_requeued_and_resumes(start, tmp_path):
     step = re.search(r"resuming from step (\d+) ", (tmp_path / "log").read_text())
     assert step and 0 < int(step[1]) < 60
     assert (tmp_path / "sweep/0/result.json").exists()
+
+
+def test_a_launcher_that_fails_gives_one_line(metalearn, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra sweep")
+    words = ["train", "-m", *SMALL, "algo=protonet", "seed=0,1", "hydra/launcher=submitit_slurm"]
+    done = metalearn(*words, PATH=str(tmp_path))
+    assert done.returncode == 1
+    line = 'metalearn: hydra/launcher=submitit_slurm: Could not detect "srun"'
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1

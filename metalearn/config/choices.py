@@ -104,7 +104,7 @@ def no_such_choice(group: str, name: str, installed: Sequence[str] = ()) -> str:
     if group.startswith("hydra/"):
         extra = _PLUGINS.get(name)
         source = f"metalearn-lab[{extra}]" if extra else "the plugin of Hydra that has it"
-        hint = "" if extra else nearest(name, [*installed, *_PLUGINS], similarity=0.75)
+        hint = "" if extra else nearest(name, [*installed, *_PLUGINS])
         return f"{group}={name}: is not installed; install {source}{hint}"
     choices = options(group)
     known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""
