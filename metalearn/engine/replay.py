@@ -16,7 +16,7 @@ from metalearn.engine.kernels import ops
 from metalearn.system.errors import first_line
 
 #: When to trace a computation: after so many seconds, and about as many calls as a trace costs.
-_SECONDS, _CALLS = 1.0, 3.0
+_SECONDS, _CALLS = 0.3, 3.0
 
 aten = torch.ops.aten
 #: The same operations, called in a third of the time: small ones take little more than their call.
@@ -48,8 +48,9 @@ class FastSums(TorchDispatchMode):
 class Replays:
     """Compute the chunks of a step or of a test, by a replay where that is exact.
 
-    A chunk of a new shape is traced once it has cost some seconds. The trace is used if it gives
-    the same result as the computation, bit for bit; else `report` receives the reason.
+    Once chunks of a shape have cost some seconds, one is traced while it is computed. The trace is
+    used if it gives the same result for another chunk as the computation, bit for bit; else
+    `report` receives the reason.
 
     Args:
         report: Receives a line for the user.
@@ -57,7 +58,7 @@ class Replays:
 
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report
-        self._seconds: dict[Any, float] = {}
+        self._seconds: dict[Any, tuple[float, float]] = {}  # of all chunks of a shape, of the last
         self._replays: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
@@ -70,48 +71,58 @@ class Replays:
     ) -> list[Any]:
         """Return `function(state, chunk, *rest)` of each chunk, with the threads of `compute`."""
         keys = [tuple(leaf.shape for leaf in pytree.tree_leaves(chunk)) for chunk in chunks]
+        first = {key: keys.index(key) for key in keys if self._is_due(key)}
+        replays: dict[Any, Any] = {}
+
+        def computed(index: int) -> Any:
+            key, args = keys[index], (state, chunks[index], *rest)
+            if first.get(key) == index:
+                try:
+                    result, replays[key] = recorded(function, *args)
+                except Exception as error:  # whatever cannot be traced is computed as before
+                    replays[key] = error
+                else:
+                    return result
+            return self._replays.get(key, function)(*args)
+
         start = time.perf_counter()
-        results = compute(
-            lambda item: self._replays.get(item[0], function)(state, item[1], *rest),
-            list(zip(keys, chunks, strict=True)),
-        )
+        results = compute(computed, range(len(chunks)))
         seconds = (time.perf_counter() - start) / len(chunks)
-        last = dict(zip(keys, zip(chunks, results, strict=True), strict=True))
-        for key, chunk in zip(keys, chunks, strict=True):
-            self._seconds[key] = self._seconds.get(key, 0.0) + seconds
-            is_long = self._seconds[key] > max(_SECONDS, _CALLS * seconds)
-            if is_long and key not in self._replays:
-                other, expected = last[key]
-                self._replays[key] = self._traced(
-                    function, (state, chunk, *rest), (state, other, *rest), expected, compute
-                )
+        for key in keys:
+            self._seconds[key] = (self._seconds.get(key, (0.0, 0.0))[0] + seconds, seconds)
+        last = {key: index for index, key in enumerate(keys)}
+        for key, replay in replays.items():
+            args, expected = (state, chunks[last[key]], *rest), results[last[key]]
+            self._replays[key] = self._checked(replay, args, expected, compute) or function
         return results
 
-    def _traced(
+    def _is_due(self, key: Any) -> bool:
+        """Return True if chunks of a shape have cost enough to be traced."""
+        total, last = self._seconds.get(key, (0.0, 0.0))
+        return key not in self._replays and last > 0 and total > max(_SECONDS, _CALLS * last)
+
+    def _checked(
         self,
-        function: Callable[..., Any],
+        replay: Callable[..., Any] | Exception,
         args: tuple[Any, ...],
-        others: tuple[Any, ...],
         expected: Any,
         compute: Callable[..., list[Any]],
-    ) -> Callable[..., Any]:
-        """Return a replay of `function`, or the function itself.
+    ) -> Callable[..., Any] | None:
+        """Return a replay if it gives what is expected; else None, and report the reason."""
 
-        The trace of its call with `args` must give what is `expected` of `others`.
-        """
-
-        def exact_trace(_: int) -> Callable[..., Any]:  # in a thread, like the computation
-            replay = traced(function, *args)
-            pairs = zip(*map(pytree.tree_leaves, (replay(*others), expected)), strict=True)
+        def check(_: int) -> Callable[..., Any]:  # in a thread, like the computation
+            if isinstance(replay, Exception):
+                raise replay
+            pairs = zip(*map(pytree.tree_leaves, (replay(*args), expected)), strict=True)
             if not all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in pairs):
                 raise RuntimeError("the results differ")
             return replay
 
         try:
-            return compute(exact_trace, [0])[0]
-        except Exception as error:  # whatever cannot be traced is computed as before
+            return compute(check, [0])[0]
+        except Exception as error:
             self._report(f"the step is not replayed from a trace: {first_line(error)}")
-            return function
+            return None
 
 
 class _Recorder(TorchDispatchMode):
@@ -166,8 +177,8 @@ def _reads_values(func: Any, args: Any) -> bool:
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags})
 
 
-def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Return a function that computes `function` for arguments of the same shapes.
+def recorded(function: Callable[..., Any], *args: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the result of `function`, and what computes it for arguments of the same shapes.
 
     Args:
         function: Pure function of trees of tensors that reads no value on the host.
@@ -185,7 +196,7 @@ def traced(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         with torch.no_grad():
             return pytree.tree_unflatten(module(*pytree.tree_leaves(args)), spec)
 
-    return replay
+    return result, replay
 
 
 def _simplify(graph: fx.Graph) -> None:

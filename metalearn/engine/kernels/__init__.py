@@ -7,11 +7,16 @@
 import torch
 from torch import Tensor
 
-from metalearn.engine.kernels import functions, pooled
+from metalearn.engine.kernels import build, functions, pooled
 
 
 def weight_layout(weight: Tensor) -> Tensor:
-    """Return filters [O, C, K, K] with the memory layout of the operators, [K, K, C, O]."""
+    """Return filters [O, C, K, K] with the memory layout of the operators.
+
+    In C it is [K, K, C, O]; in torch, in which most convolutions are plain ones, [O, K, K, C].
+    """
+    if build.library() is None:
+        return weight.contiguous(memory_format=torch.channels_last)
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 

@@ -76,10 +76,11 @@ def conv(x: Tensor, w: Tensor, stride: int) -> Tensor:
     size = w.shape[-4]
     height, width = (-(-extent // stride) for extent in x.shape[-3:-1])
     if _sharing(x, w) * height * width > _LARGE:
-        if w.dim() > 4:
-            return _each(lambda x, w: conv(x, w, stride), x, w)
-        y = F.conv2d(images(x), _filters(w), None, stride, size // 2).permute(0, 2, 3, 1)
-        return y.contiguous().unflatten(0, x.shape[:-3])
+
+        def one(x: Tensor, w: Tensor) -> Tensor:
+            return F.conv2d(images(x), _filters(w), None, stride, size // 2).permute(0, 2, 3, 1)
+
+        return _each(one, x, w) if w.dim() > 4 else one(x, w).unflatten(0, x.shape[:-3])
     y = _columns(x, size, stride) @ w.flatten(-4, -2)
     return y.unflatten(-2, (x.shape[-4], height, width))
 
@@ -101,7 +102,9 @@ def _each(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     parts = zip(*(one.flatten(0, -5).unbind() for one in tensors), strict=True)
     for index, part in enumerate(parts):
         own = function(*part)  # copied while it is in the cache
-        result = own.new_empty(lead.numel(), *own.shape) if result is None else result
+        if result is None:
+            size, strides = (lead.numel(), *own.shape), (own.numel(), *own.stride())
+            result = torch.empty_strided(size, strides, dtype=own.dtype, device=own.device)
         result[index] = own
     assert result is not None
     return result.unflatten(0, lead)
@@ -134,11 +137,12 @@ def conv_input(gy: Tensor, w: Tensor, height: int, width: int, stride: int) -> T
     """Return the gradient of `conv` by x [.., B, height, width, C]."""
     size, (rows, columns) = w.shape[-4], gy.shape[-3:-1]
     if _sharing(gy, w) * rows * columns > _LARGE:
-        if w.dim() > 4:
-            return _each(lambda gy, w: conv_input(gy, w, height, width, stride), gy, w)
-        x = images(gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2]))
-        gx = _backward(images(gy), x, _filters(w), stride, True).permute(0, 2, 3, 1)
-        return gx.contiguous().unflatten(0, gy.shape[:-3])
+
+        def one(gy: Tensor, w: Tensor) -> Tensor:
+            x = images(gy.new_empty(*gy.shape[:-3], height, width, w.shape[-2]))
+            return _backward(images(gy), x, _filters(w), stride, True).permute(0, 2, 3, 1)
+
+        return _each(one, gy, w) if w.dim() > 4 else one(gy, w).unflatten(0, gy.shape[:-3])
     parts = (gy.flatten(-4, -2) @ w.flatten(-4, -2).mT).unflatten(-1, (size, size, -1))
     parts = parts.unflatten(-4, gy.shape[-4:-1])
     pad, tiles = size // 2, -(-size // stride)
@@ -175,11 +179,12 @@ def conv_weight(x: Tensor, gy: Tensor, size: int, stride: int, keep: int) -> Ten
     """Return the gradient of `conv` by w [.., K, K, C, O]."""
     x, gy = x.flatten(keep, -4), gy.flatten(keep, -4)  # sums over images
     count = gy.shape[-4:-1].numel()
-    if keep and count > _LARGE:
-        return _each(lambda x, gy: conv_weight(x, gy, size, stride, 0), x, gy)
-    if count > 4 * _LARGE:
-        w = _filters(x.new_empty(size, size, x.shape[-1], gy.shape[-1]))
-        gw = _backward(images(gy), images(x), w, stride, False)
-        return gw.permute(2, 3, 1, 0).contiguous()
-    gw = _columns(x, size, stride).mT @ gy.flatten(-4, -2)
+    if count > _LARGE:
+        w = x.new_empty(gy.shape[-1], size, size, x.shape[-1]).permute(0, 3, 1, 2)
+
+        def one(x: Tensor, gy: Tensor) -> Tensor:
+            return _backward(images(gy), images(x), w, stride, False).permute(2, 3, 1, 0)
+
+        return _each(one, x, gy) if keep else one(x, gy)
+    gw = (gy.flatten(-4, -2).mT @ _columns(x, size, stride)).mT
     return gw.unflatten(-2, (size, size, -1))

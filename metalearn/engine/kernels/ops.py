@@ -82,10 +82,11 @@ def images(x: Tensor) -> Tensor:
     return x.flatten(0, -4).permute(0, 3, 1, 2)
 
 
-def masked(g: Tensor, a: Tensor, slope: float) -> Tensor:
-    """Multiply g by the derivative of the activation whose output is a."""
-    if slope == 0:
-        return torch.ops.aten.threshold_backward(g, a, 0)  # NaN passes
+def masked(g: Tensor, a: Tensor, slope: float, out: Tensor | None = None) -> Tensor:
+    """Multiply g by the derivative of the activation whose output is a; `out` may be used."""
+    if slope == 0:  # NaN passes
+        where = {} if out is None else {"grad_input": out}
+        return torch.ops.aten.threshold_backward(g, a, 0, **where)
     return g if slope == 1 else torch.where(a <= 0, g * slope, g)
 
 
@@ -227,7 +228,9 @@ def _affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
 def affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
     """Return x [.., M, K] @ w [.., K, O], then the activation, or its derivative where `by` is."""
     y = x @ w
-    return activate(y, slope) if by is None else masked(y, by, slope)
+    if by is None:
+        return activate(y, slope)
+    return masked(y, by, slope, out=y)
 
 
 def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
@@ -243,7 +246,11 @@ def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> 
            _affine_weight)  # fmt: skip
 def affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
     """Return the gradient of `affine` by w [.., K, O]; y: the output, or `by`."""
-    return summed(x.mT @ masked(g, y, slope), x.dim() - 2, keep)
+    lead = x.shape[:-2]
+    rows = (one.reshape(-1, *one.shape[-2:]) for one in (x, g, y))
+    # Task by task, so that the masked gradients stay in the caches.
+    gw = torch.stack([x.mT @ masked(g, y, slope) for x, g, y in zip(*rows, strict=True)])
+    return summed(gw.reshape(*lead, *gw.shape[1:]), len(lead), keep)
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
