@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 from metalearn.cli.main import commands, help_of
@@ -143,3 +145,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return match[1] + posixpath.relpath(address, posixpath.dirname(here) or ".") + hash + anchor
 
     return re.sub(r'(\]\(|src=")(?!https?:|#)([^)"\s]+)', link, markdown)
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Turn formulas into MathML, which browsers show without a script.
+
+    Raises:
+        PluginError: For a formula with a command that the converter does not know.
+    """
+
+    def formula(match: re.Match[str]) -> str:
+        tex = html.unescape(match[2])
+        result: str = convert(tex, display="inline" if match[1] == "(" else "block")
+        if re.search(r"\\|&amp;|&#x00026;", result):
+            raise PluginError(f"{page.file.src_uri}: latex2mathml cannot convert {tex.strip()}")
+        return result
+
+    generic = r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>'
+    return re.sub(generic, formula, content, flags=re.DOTALL)

@@ -50,6 +50,7 @@ def test_optuna_search_is_resumed_and_tests_only_the_best_trial(metalearn, tmp_p
     sweep = tmp_path / "sweep"
     done = metalearn(*_OPTUNA)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "study" not in done.stderr  # Optuna's own lines
     first = outcomes(sweep)
     best = max(first, key=lambda name: first[name][1])
     assert {name for name, (*_, is_tested) in first.items() if is_tested} == {best}
@@ -171,6 +172,24 @@ def test_missing_sweeper_names_what_to_install(monkeypatch):
         composition.compose_config(["hydra/sweeper=ax"])
     line = choices.no_such_choice("hydra/sweeper", "optuna")
     assert line == "hydra/sweeper=optuna: is not installed; install metalearn-lab[sweep]"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["hydra.swep.dir=x"], "hydra.sweep.dir"),
+        (["hydra/launchr=basic"], "hydra/launcher"),
+        (["hydra/launcher=slurm"], "submitit_slurm"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.n_trails=3"], "hydra.sweeper.n_trials"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.sampler.sed=3"], "hydra.sweeper.sampler.seed"),
+        (["hydra/sweeper=optuna", "hydra/sweeper/sampler=rnadom"], "random"),
+    ],
+)
+def test_mistyped_settings_of_hydra_get_a_hint(words, hint):
+    if "hydra/sweeper=optuna" in words:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra sweep")
+    with pytest.raises(UserError, match=rf"did you mean {hint}\?"):
+        composition.compose_config(words)
 
 
 def measurement(

@@ -69,9 +69,10 @@ def test_cells_may_be_separated_otherwise(tmp_path, delimiter, header):
     assert read_rows(tmp_path / "a.csv") == texts
 
 
-def test_one_column_is_not_taken_apart(tmp_path):
-    (tmp_path / "a.csv").write_text("well; yes\nno\n")
-    assert read_csv(tmp_path / "a.csv") == [["well; yes"], ["no"]]
+@pytest.mark.parametrize("lines", [["well; yes", "no"], ["well; yes"]])
+def test_one_column_is_not_taken_apart(tmp_path, lines):
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert read_csv(tmp_path / "a.csv") == [[line] for line in lines]
 
 
 def test_an_encoding_with_zero_bytes_is_refused(tmp_path):

@@ -22,7 +22,14 @@ from metalearn.config.components import conf_dir
 from metalearn.config.schema import RunConfig
 from metalearn.report.console import open_console, print_line
 from metalearn.system.atomic import write_text
-from metalearn.system.errors import UserError, as_failure, exit_code, first_line, writing
+from metalearn.system.errors import (
+    RunFailed,
+    UserError,
+    as_failure,
+    exit_code,
+    first_line,
+    writing,
+)
 
 # torch is imported only for runs that are possible, so that a mistyped word is answered fast.
 
@@ -102,7 +109,17 @@ def _start_multirun(arguments: Arguments, job: "_Job") -> Path:
             more.append("hydra.sweeper.max_batch_size=1")
         if not job.is_tested:
             print("search: only the best trial on validation is tested (all: test.when=always)")
-        hydra_main(job, [*arguments.options, *arguments.settings, *more])
+        try:
+            hydra_main(job, [*arguments.options, *arguments.settings, *more])
+        except Exception as error:  # runs save theirs: this is one of Slurm, Ray, a database, …
+            used = [
+                f"hydra/{part}={hydra.runtime.choices[f'hydra/{part}']}"
+                for part in ("launcher", "sweeper")
+                if not _is_basic(hydra[part])
+            ]
+            if isinstance(error, UserError) or not used:
+                raise
+            raise RunFailed(f"{', '.join(used)}: {first_line(error)}") from error
     return folder
 
 

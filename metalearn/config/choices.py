@@ -1,5 +1,6 @@
 """The choices of the configuration groups: their files, and what comments in these say."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,12 @@ def _comments(path: Path) -> list[str]:
     return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
 
 
-def no_such_choice(group: str, name: str) -> str:
-    """Return the message for an unknown choice."""
+def no_such_choice(group: str, name: str, installed: Sequence[str] = ()) -> str:
+    """Return the message for an unknown choice; `installed` are those of one of Hydra's groups."""
     if group.startswith("hydra/"):
         extra = _PLUGINS.get(name)
         source = f"metalearn-lab[{extra}]" if extra else "the plugin of Hydra that has it"
-        hint = "" if extra else nearest(name, _PLUGINS, similarity=0.75)
+        hint = "" if extra else nearest(name, [*installed, *_PLUGINS])
         return f"{group}={name}: is not installed; install {source}{hint}"
     choices = options(group)
     known = f"; there are {', '.join(choices)}{nearest(name, choices)}" if choices else ""

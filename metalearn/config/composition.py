@@ -115,7 +115,7 @@ def _translated(error: Exception, overrides: list[str]) -> str:
 
     text = str(error)
     if match := re.search(r"Could not (?:find|load) '([^'/]+(?:/[^'/]+)*)/([^'/]*)'", text):
-        return choices.no_such_choice(match[1], match[2])
+        return choices.no_such_choice(match[1], match[2], re.findall(r"\n\t(\w+)(?=\n|$)", text))
     if "Config group override must be a string" in text:
         for key, _, name in (word.lstrip("+").partition("=") for word in overrides):
             if key in choices.groups() and name not in choices.options(key):
@@ -128,9 +128,12 @@ def _translated(error: Exception, overrides: list[str]) -> str:
         key = match[1].lstrip("+~")
         if "No match in the defaults list" in text:
             return f"{key}: there is no such group{nearest(key, choices.groups())}"
-        chosen = [word for word in overrides if word.split("=")[0] in choices.groups()]
+        names = [*choices.groups(), "hydra"]  # Hydra's own settings are suggested for its own
+        is_hydras = key.startswith("hydra")
+        chosen = [word for word in overrides if re.split("[=/]", word)[0] in names]
         try:
-            known = list(leaves(_composed(chosen)))
+            config = _composed([word for word in chosen if word.split("=")[0] != key], is_hydras)
+            known = [*leaves(config), *(config.hydra.runtime.choices if is_hydras else ())]
         except Exception:  # a group is mistyped too: no suggestion
             known = []
         if key in known:

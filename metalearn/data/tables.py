@@ -11,7 +11,8 @@ from metalearn.system.errors import UserError, first_line
 def read_csv(path: Path) -> list[list[str]]:
     """Read the rows of a CSV file, in any of the encodings of `read_text`, that are not blank.
 
-    Cells are separated by commas, unless only semicolons or tabs give all rows the same number.
+    Cells are separated by commas, unless only semicolons or tabs give all rows, of which there are
+    several, the same number.
     """
     content = read_text(path)
 
@@ -21,10 +22,10 @@ def read_csv(path: Path) -> list[list[str]]:
 
     def is_table(delimiter: str) -> bool:
         try:
-            sizes = {len(row) for row in rows(delimiter)}
+            sizes = [len(row) for row in rows(delimiter)]
         except csv.Error:
             return False
-        return len(sizes) == 1 and sizes != {1}
+        return len(sizes) > 1 and len(set(sizes)) == 1 and sizes[0] > 1
 
     try:
         return rows(next(filter(is_table, ",;\t"), ","))
