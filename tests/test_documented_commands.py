@@ -225,12 +225,12 @@ def started(command):
 
 
 def different():
-    """Return the commands to run: the first of those that start the same, in any order of words."""
+    """Return the first of the commands that start the same, in any folder and order of words."""
     first: dict[frozenset[str], str] = {}
     for command in sorted(_COMMANDS):
         if reason_not_run(command) is None:
             words = (_COPIES.get(word, word) for word in started(command))
-            kept = (word for word in words if not word.startswith("hydra.run.dir="))
+            kept = (word for word in words if not word.startswith(("hydra.run.dir=", "out=")))
             first.setdefault(frozenset(kept), command)
     return first.values()
 
