@@ -48,14 +48,14 @@ check: setup  ## quick checks: format, lint, types, fast tests (two minutes)
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -m "not slow" -n 2 --dist loadscope --no-loadscope-reorder
+	pytest -m "not slow" -n 2 --dist loadscope
 
 format: setup  ## format, and apply the automatic fixes of lint
 	ruff format .
 	ruff check --fix .
 
 test: setup  ## run all tests; TEST="-m slow": only those that `make check` skips
-	pytest -n 2 --dist loadscope --no-loadscope-reorder $(TEST)
+	pytest -n 2 --dist loadscope $(TEST)
 
 BUDGET ?= day
 benchmark: setup  ## run the gates of published results, one at a time: BUDGET=smoke|quick|day|paper
