@@ -115,7 +115,7 @@ def write_data(folder: Path) -> None:
         with zipfile.ZipFile(folder / f"omniglot/{part}.zip", "w") as archive:
             for number in range(20 * first, 20 * last):
                 name = f"{part}/{characters[number // 20]}/{number}.png"
-                archive.writestr(name, _drawing(number, 105, "1"))
+                archive.writestr(name, _drawing(number, 28, "1"))
     split = json.loads((ROOT / "metalearn/data/splits/cifar_fs.json").read_text())
     classes = sorted(name for part in ("train", "val", "test") for _, name in split[part])
     (folder / "cifar100").mkdir()

@@ -305,6 +305,7 @@ def test_frozen_weights_and_their_statistics_never_change(
         "statistics=population",
         f"backbone.weights={torchvision_weights[1]}",
     ]
+    overrides += ["algo.test_inner_steps=5"] if algo == "finetune" else []
     changed = {}
     for frozen in ("true", "false"):
         run = build(resnet18_settings(cache_dir, *overrides, f"backbone.frozen={frozen}"))

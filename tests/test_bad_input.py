@@ -1,11 +1,9 @@
 """A user's mistake gives one line: what is wrong, where it was set, what would be right."""
 
-import contextlib
-
 import pytest
 
 from metalearn.cli import train
-from metalearn.config import checking, choices, components, composition, sweeps
+from metalearn.config import checking, choices, composition, gates, sweeps
 from metalearn.run.build import build
 from metalearn.run.pairings import check
 from metalearn.system.errors import UserError
@@ -163,26 +161,15 @@ def test_missing_device_is_reported(compose, monkeypatch):
 )
 def test_every_choice_composes_and_has_an_explanation(group):
     for name, line in choices.options(group).items():
+        assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
+        if group == "experiment" and name in gates.gates():
+            continue  # tests/test_commands.py composes them at every budget
         settings = [f"{group}={name}"]
         if group == "backbone" and name in ("efficientnet_lite0", "timm", "torchvision"):
             settings.append("statistics=population")  # they refuse the query statistics of MAML
             model = {"timm": "test_resnet", "torchvision": "mobilenet_v3_small"}.get(name)
             settings += [f"backbone.model={model}"] if model else []
         check(checking.check_config(composition.compose_config(settings)))
-        assert line, f"conf/{group}/{name}.yaml has no comment to explain it"
-
-
-@pytest.mark.slow
-def test_methods_compose_with_regression_if_they_learn_it():
-    # tests/test_docs.py composes all methods with datasets of classes.
-    for algo in choices.options("algo"):
-        overrides = [f"algo={algo}", "dataset=sinusoid"]
-        settings = checking.check_config(composition.compose_config(overrides))
-        target = components.component(settings.dataset, "dataset").target
-        is_possible = target in components.component(settings.algo, "algo").targets
-        refused = pytest.raises(UserError, match="regression")
-        with contextlib.nullcontext() if is_possible else refused:
-            check(settings)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from metalearn.engine import Engine
 from metalearn.run.build import build
 from metalearn.run.evaluate import evaluate
 from metalearn.run.train import train
+from metalearn.system.errors import UserError
 from metalearn.tasks.sampling import Shape
 from metalearn.tasks.types import InputSpec
 from metalearn.testing import BACKBONE_CHECKS, DATASET_CHECKS, METHOD_CHECKS
@@ -107,7 +108,9 @@ def test_strategies_agree_on_images(name, statistics, make_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_method_runs_in_every_command(name, cache_dir, tmp_path):
+def test_method_runs_in_every_command(name, cache_dir, tmp_path, monkeypatch):
+    # The same drawing for all methods; tests/test_cli.py checks it.
+    monkeypatch.setattr("metalearn.run.train.draw_learning_curve", lambda *_: None)
     overrides = [
         f"algo={name}",
         "dataset=gaussians",
@@ -139,12 +142,15 @@ def test_method_runs_in_every_command(name, cache_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_recipes_for_values_start_without_divergence(name):
+def test_recipes_for_values_start_without_divergence_or_are_refused(name):
     words = [f"algo={name}", "dataset=sinusoid", "logger=none", "device=cpu"]
     composed = composition.compose_config(words)
+    settings = checking.check_config(composed)
     if "value" not in components.component(composed.algo, "algo").targets:
-        pytest.skip("learns no values")
-    run = build(checking.check_config(composed))
+        with pytest.raises(UserError, match="regression"):
+            build(settings)
+        return
+    run = build(settings)
     count = 1 if run.config.train.source == "batches" else 25
     losses = run.train_engine.step(run.state, run.train.draw(0, count), torch.zeros(())).losses
     assert losses.mean() < 1e4  # values are at most 5
