@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -469,8 +470,23 @@ def test_step_that_cannot_be_traced_is_computed_and_reported(monkeypatch):
         return chunk * 2 if float(chunk.sum()) > 0 else chunk
 
     for _ in range(3):
-        assert replays(reads_a_value, None, [torch.ones(2)])[0].tolist() == [2, 2]
-    assert len(notes) == 1 and notes[0].startswith("the step is not replayed from a trace")
+        assert replays(reads_a_value, {}, [torch.ones(2)])[0].tolist() == [2, 2]
+    assert len(notes) == 1 and notes[0].endswith("reads a value")
+
+
+def test_a_trace_of_the_only_chunk_is_checked_with_the_next(monkeypatch):
+    monkeypatch.setattr(replay, "_SECONDS", -1.0)
+    monkeypatch.setattr(replay, "_CALLS", -1.0)
+    notes: list[str] = []
+    replays, count = replay.Replays(notes.append), itertools.count()
+
+    def counts(state, chunk):
+        return chunk + torch.full((2,), float(next(count)))
+
+    chunks = [torch.full((2,), 10.0 * number) for number in range(5)]
+    results = [replays(counts, {}, [chunk])[0][0].item() for chunk in chunks]
+    assert results == [0, 11, 22, 33, 44]
+    assert notes == ["the step is not replayed from a trace: the results differ"]
 
 
 def test_workers_do_not_wait_for_each_other():

@@ -59,6 +59,7 @@ class Replays:
     def __init__(self, report: Callable[[str], None]) -> None:
         self._report = report
         self._seconds: dict[Any, tuple[float, float]] = {}  # of all chunks of a shape, of the last
+        self._traced: dict[Any, Any] = {}  # not yet checked: a replay, or why there is none
         self._replays: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
@@ -72,15 +73,14 @@ class Replays:
         """Return `function(state, chunk, *rest)` of each chunk, with the threads of `compute`."""
         keys = [tuple(leaf.shape for leaf in pytree.tree_leaves(chunk)) for chunk in chunks]
         first = {key: keys.index(key) for key in keys if self._is_due(key)}
-        replays: dict[Any, Any] = {}
 
         def computed(index: int) -> Any:
             key, args = keys[index], (state, chunks[index], *rest)
             if first.get(key) == index:
                 try:
-                    result, replays[key] = recorded(function, *args)
+                    result, self._traced[key] = recorded(function, *args)
                 except Exception as error:  # whatever cannot be traced is computed as before
-                    replays[key] = error
+                    self._traced[key] = error
                 else:
                     return result
             return self._replays.get(key, function)(*args)
@@ -91,15 +91,18 @@ class Replays:
         for key in keys:
             self._seconds[key] = (self._seconds.get(key, (0.0, 0.0))[0] + seconds, seconds)
         last = {key: index for index, key in enumerate(keys)}
-        for key, replay in replays.items():
-            args, expected = (state, chunks[last[key]], *rest), results[last[key]]
-            self._replays[key] = self._checked(replay, args, expected, compute) or function
+        for key, index in last.items():
+            if key in self._traced and index != first.get(key):  # not the traced chunk itself
+                replay, args = self._traced.pop(key), (state, chunks[index], *rest)
+                checked = self._checked(replay, args, results[index], compute)
+                self._replays[key] = checked or function
         return results
 
     def _is_due(self, key: Any) -> bool:
         """Return True if chunks of a shape have cost enough to be traced."""
         total, last = self._seconds.get(key, (0.0, 0.0))
-        return key not in self._replays and last > 0 and total > max(_SECONDS, _CALLS * last)
+        is_new = key not in self._traced and key not in self._replays
+        return is_new and last > 0 and total > max(_SECONDS, _CALLS * last)
 
     def _checked(
         self,
