@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metalearn.config import checking, choices, composition
 from metalearn.engine import process
+from metalearn.engine.kernels import build as kernel_build
 from metalearn.run.build import Run, build
 from tests import command
 from tests.command import Command
@@ -165,3 +166,21 @@ def browse(start, tmp_path):
         browser.close()
     assert not [one for one in faults if "401" not in one]
     assert all(re.match("(http://127.0.0.1:|blob:|data:)", address) for address in addresses)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The C implementation."""
+    kernel_build.load(tmp_path_factory.mktemp("kernels"))
+    if kernel_build.library() is None:
+        pytest.skip(kernel_build.reason())
+
+
+@pytest.fixture(params=["c", "torch"])
+def either(request, monkeypatch):
+    """Computations with the C implementation, or without it."""
+    if request.param == "c":
+        request.getfixturevalue("library")
+    else:
+        monkeypatch.setattr(kernel_build._State, "library", None)
+        monkeypatch.setattr(kernel_build, "load", lambda folder: None)

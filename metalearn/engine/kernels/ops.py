@@ -62,8 +62,8 @@ def in_parts(call: Callable[[int, int], Any], tasks: int, count: int, least: int
     """Return `call(first, end)` of each part of `count` images or channels.
 
     Parts have a multiple of `least`. Several tasks are one part. A single task has a part for each
-    core of the machine, computed by
-    the threads of torch; so the results do not depend on the number of these threads.
+    core of the machine, computed by the threads of torch; so the results do not depend on the
+    number of these threads.
     """
     parts = process.ALL_THREADS if tasks == 1 else 1
     size = max(1, -(-count // (parts * least))) * least
@@ -228,9 +228,7 @@ def _affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
 def affine(x: Tensor, w: Tensor, by: Tensor | None, slope: float) -> Tensor:
     """Return x [.., M, K] @ w [.., K, O], then the activation, or its derivative where `by` is."""
     y = x @ w
-    if by is None:
-        return activate(y, slope)
-    return masked(y, by, slope, out=y)
+    return activate(y, slope) if by is None else masked(y, by, slope, out=y)
 
 
 def _affine_weight(x: Tensor, g: Tensor, y: Tensor, slope: float, keep: int) -> Tensor:
