@@ -129,6 +129,32 @@ def test_c_operators_equal_those_in_torch(library, shape):
         compare("affine_weight", p, torch.randn_like(z), z, slope, v.dim() - 2)
 
 
+@given(
+    st.sampled_from([16, 17, 40]), st.sampled_from([16, 33, 64]), st.integers(6, 13),
+    st.integers(6, 13), st.integers(1, 4), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_products_of_tiles_equal_convolutions(library, channels, out, height, width, images, own):
+    """The C implementation of 3 x 3 filters with stride 1 has another algorithm for large images."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, y = normal(3, images, height, width, channels), normal(3, images, height, width, out)
+    w = normal(*[3][: int(own)], 3, 3, channels, out)
+    calls = {
+        "conv": (x, w, 1),
+        "conv_input": (y, w, height, width, 1),
+        "conv_weight": (x, y, 3, 1, int(own)),
+    }
+    for name, args in calls.items():
+        (together,) = compare(name, *args)
+        if name != "conv_weight":
+            alone = (one[:1] if torch.is_tensor(one) and one.dim() == 5 else one for one in args)
+            assert torch.equal(ops.ON_CPU[name](*alone), together[:1]), "depends on other tasks"
+
+
 def compare(name, *args):
     """Return the outputs of an operator in C, after comparing them with those in torch."""
     exact = [
@@ -224,7 +250,7 @@ def test_without_a_compiler_torch_is_used(tmp_path, monkeypatch):
 
 def test_failed_compilation_is_explained(tmp_path, monkeypatch):
     monkeypatch.setattr(build._State, "library", None)
-    monkeypatch.setattr(build, "_SOURCE", tmp_path / "wrong.c")
+    monkeypatch.setattr(build, "_FOLDER", tmp_path)
     (tmp_path / "wrong.c").write_text("this is no C")
     build._key.cache_clear()
     try:

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_FOLDER = Path(__file__).parent
 #: Not -ffast-math: it would drop NaN. The two options only drop errno and floating-point traps.
 _OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SIGNATURES = {
@@ -25,7 +25,7 @@ _RETURN_ERRORS = ("conv", "conv_input", "conv_weight", "moments")
 
 
 class Shape(ctypes.Structure):
-    """Shape of a convolution, as in kernels.c."""
+    """Shape of a convolution, as in kernels.h."""
 
     _fields_ = tuple((name, ctypes.c_long) for name in ("B", "H", "W", "C", "O", "K", "stride"))
 
@@ -70,7 +70,7 @@ def _loaded(folder: Path) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as name:
             part = Path(name) / path.name
-            command = [compiler, *_OPTIONS, "-o", str(part), str(_SOURCE), "-lm"]
+            command = [compiler, *_OPTIONS, "-o", str(part), *_sources("*.c"), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             if done.returncode:
                 raise OSError(f"{compiler} failed: {done.stderr.strip() or done.returncode}")
@@ -87,13 +87,18 @@ def _loaded(folder: Path) -> ctypes.CDLL:
     return loaded
 
 
+def _sources(pattern: str) -> list[str]:
+    return sorted(str(path) for path in _FOLDER.glob(pattern))
+
+
 @functools.cache
 def _key(compiler: str) -> str:
-    """Return a hash of the source, the options, the compiler and the CPU."""
+    """Return a hash of the sources, the options, the compiler and the CPU."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    parts = (_SOURCE.read_bytes(), repr(_OPTIONS).encode(), version, flags.encode())
+    sources = (Path(name).read_bytes() for name in _sources("*.[ch]"))
     machine = f"{platform.machine()} {lines[0]}".encode()
-    return hashlib.sha256(b"\0".join((*parts, machine))).hexdigest()[:16]
+    parts = (*sources, repr(_OPTIONS).encode(), version, flags.encode(), machine)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
