@@ -135,7 +135,7 @@ def test_c_operators_equal_those_in_torch(library, shape):
 )  # fmt: skip
 @settings(max_examples=15, deadline=None)
 def test_products_of_tiles_equal_convolutions(library, channels, out, height, width, images, own):
-    """The C implementation of 3 x 3 filters with stride 1 has another algorithm for large images."""
+    """In C, 3 x 3 filters with stride 1 have an algorithm of their own for large images."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
