@@ -103,8 +103,9 @@ def _rest(content: dict[str, Any]) -> list[str]:
     lines = ["", f"## The rest, at commit {content['environment_of_the_rest']['commit']}", ""]
     if "operators" in content:
         lines += [
-            "Operators on the second block of Conv4-64 (64 filters, 14 x 14, stride 2), 16 tasks "
-            "of 10 images, one core, CPU time; GFLOP/s count the padding.",
+            "Operators on the second block of Conv4-64 (64 filters, 14 x 14, stride 2 unless "
+            "stated), 16 tasks of 10 images, one core, CPU time. GFLOP/s count all products of the "
+            "definition, with the padding and those that tiles save.",
             "",
             "| operator | in C, ms | in torch, ms | GFLOP/s of the faster |",
             "|---|---|---|---|",

@@ -63,11 +63,14 @@ def operator_speeds() -> list[dict[str, Any]]:
     a, xh, r = ops.norm(gy, g, b, 1e-5, 0.0)
     second = (gy, g, b, gy, g, a, xh, r, 0.0, 1)
     square = normal(2048, 2048)
-    flops = 2 * 16 * 10 * 49 * 9 * 64 * 64  # with the padding, which the C code leaves out
+    flops = 2 * 16 * 10 * 49 * 9 * 64 * 64  # with all that the C code leaves out
     rows: dict[str, tuple[Any, tuple[Any, ...], int]] = {
         "convolution": (ops.conv, (x, w, 2), flops),
         "its gradient by inputs": (ops.conv_input, (gy, w, 14, 14, 2), flops),
         "its gradient by weights": (ops.conv_weight, (x, gy, 3, 2, 1), flops),
+        "convolution, stride 1": (ops.conv, (x, w, 1), 4 * flops),
+        "its gradient by inputs, stride 1": (ops.conv_input, (x, w, 14, 14, 1), 4 * flops),
+        "its gradient by weights, stride 1": (ops.conv_weight, (x, x, 3, 1, 1), 4 * flops),
         "normalisation, activation": (ops.norm, (gy, g, b, 1e-5, 0.0), 0),
         "its gradient": (ops.norm_vjp, (gy, None, None, g, a, xh, r, 0.0, 1), 0),
         "its second derivative": (ops.norm_second, second, 0),
