@@ -121,9 +121,10 @@ def summarise(sweep: Path, console: Any, is_search: bool = False) -> int:
         for files in map(RunFolder, sorted(sweep.iterdir(), key=_job_number))
         if files.path.name.isdigit() or files.command.exists()
     }
-    common = set.intersection(*map(set, overrides.values())) if len(overrides) > 1 else set()
+    common = set.intersection(*map(set, overrides.values())) if overrides else set()
     for files, words in overrides.items():
-        name = f"{files.path.name}: {' '.join(word for word in words if word not in common)}"
+        own = " ".join(word for word in words if word not in common)
+        name = f"{files.path.name}: {own}" if own else files.path.name
         if files.error.exists():
             failures.append(f"{name} failed: {read_text(files.error).strip()}")
         elif not files.is_trained:
