@@ -4,12 +4,14 @@ python scripts/benchmark.py [budget=day] [seeds=0,1,2] [only=protonet,omniglot] 
 
 The order is that of conf/gates.yaml, by value, all gates with the first seed first; `only` takes
 the gate with that name, or those whose name has all the given parts. Each run is in
-outputs/benchmark/<budget>/<experiment>-seed<seed>/. A finished run with the same settings is
+outputs/benchmark/<budget>/<experiment>-seed<seed>/. A gate whose training is that of a finished run
+there is tested with that run. A finished run with the same settings is
 skipped, an interrupted one resumed: repeat the command. After each run its result is written to
 benchmarks/results/, its tests are logged in benchmarks/results/tests.jsonl, and the tables of
 docs/results.md are written.
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -43,35 +45,49 @@ def main() -> None:
             print(f"\n[{number}/{len(seeds) * len(names)}] {name}, seed {seed}", flush=True)
             folder = root / budget / f"{name}-seed{seed}"
             try:
-                if not run(name, budget, folder, {"logger": "none", **options, "seed": seed}):
-                    failed.append(f"{name} seed {seed}")
+                recipe = Recipe(name, budget)
             except UserError as error:  # a gate without this budget
                 print(f"left out: {error}")
                 continue
-            results.collect(folder, measured=False)
+            verdict = run(recipe, folder, {"logger": "none", **options, "seed": seed})
+            if json.loads(verdict.read_text())["outcome"] == "FAIL":
+                failed.append(f"{name} seed {seed}")
+            results.collect(verdict.parent, measured=False)
             table = results.write_tables()
     print("\n" + "\n".join(table))
     if failed:
         sys.exit(f"FAIL: {', '.join(failed)}")
 
 
-def run(name: str, budget: str, folder: Path, settings: dict[str, str]) -> bool:
-    """Run one gate, or resume it, unless it is finished; return False for FAIL.
-
-    Raise UserError if it has no such budget.
-    """
+def run(recipe: Recipe, folder: Path, settings: dict[str, str]) -> Path:
+    """Run one gate, or resume it, unless it is finished; return the file with the verdict."""
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    make_room(folder, Recipe(name, budget).overrides(overrides))
-    verdict = RunFolder(folder).reproduction
-    if verdict.exists():
-        print(f"already finished: {folder}")
-    else:
-        command = [sys.executable, "-m", "metalearn", "reproduce", name, f"budget={budget}"]
+    make_room(folder, recipe.overrides(overrides))
+    other = same_training(recipe, folder)
+    if other is None:
+        verdict = RunFolder(folder).reproduction
         more = ["resume=auto", f"hydra.run.dir={folder}", *overrides]
-        done = subprocess.run([*command, *more])
+    else:
+        verdict, more = RunFolder(other).reproduction_of(recipe.name), [f"run={other}"]
+    if verdict.exists():
+        print(f"already finished: {verdict.parent}")
+    else:
+        words = ["reproduce", recipe.name, f"budget={recipe.budget}", *more]
+        done = subprocess.run([sys.executable, "-m", "metalearn", *words])
         if not verdict.exists():
-            sys.exit(f"{name} ended with exit code {done.returncode}; run this again to resume")
-    return bool(json.loads(verdict.read_text())["outcome"] != "FAIL")
+            sys.exit(f"{recipe.name} ended with exit code {done.returncode}; run this again")
+    return verdict
+
+
+def same_training(recipe: Recipe, folder: Path) -> Path | None:
+    """Return a finished run beside `folder`, with the same training and seed; None to train."""
+    seed = folder.name.rpartition("-")[2]
+    if not RunFolder(folder).is_started:
+        for other in sorted(folder.parent.glob(f"*-{seed}")):
+            with contextlib.suppress(UserError):  # another training, or not finished
+                recipe.changes(other)
+                return other
+    return None
 
 
 if __name__ == "__main__":

@@ -42,33 +42,47 @@ _SILENT = ("logger=", "resume=", "engine.threads=", "checkpoint.every=", "data_d
 _ABOUT = """Gates: published results under the published test protocol, in order of value. A gate is
 PASS if the mean over its seeds is at least the published mean minus its interval, minus 0.5 points
 for accuracies, after training with `budget=day` or `budget=paper`; the interval of our own mean
-plays no part. Results of smaller budgets have no verdict. `here`: mean over seeds, with the mean
+plays no part. Results of smaller budgets have no verdict. Where the command has `run=…`, the
+gate was tested with the run of the gate above of the same method and data, whose training is the
+same; its hours count again. `here`: mean over seeds, with the mean
 interval over test episodes; `over seeds`: the interval over seeds, if there are several. Hours are
 of all seeds. `benchmarks/results/tests.jsonl` has a line for every test."""
 
 
 def collect(folder: Path, measured: bool) -> None:
-    """Write one file for a run: its result, its later evaluations, and the recipe it reproduces.
+    """Write a run's result and its later evaluations, one file for each recipe it reproduces.
 
     Args:
         folder: Run folder.
         measured: Also store the result in conf/measured.json, as the reference at this budget.
     """
-    result = json.loads((folder / "result.json").read_text())
+    own = json.loads((folder / "result.json").read_text())
+    recipes = [json.loads(path.read_text()) for path in sorted(folder.glob("reproduction*.json"))]
+    evaluations = {
+        str(path.relative_to(folder)): json.loads(path.read_text())
+        for path in sorted((folder / "evaluations").glob("*.json"))
+    }
+    tests = {name: evaluations.pop(name) for recipe in recipes if (name := recipe.get("test"))}
     _RESULTS.mkdir(parents=True, exist_ok=True)
-    evaluations = [
-        json.loads(path.read_text()) for path in sorted((folder / "evaluations").glob("*.json"))
-    ]
-    content: dict[str, Any] = {"result": result, "evaluations": evaluations}
-    digest = hashlib.sha256(result["command"].encode()).hexdigest()[:6]
-    name = f"{result['name'].replace(' ', '-')}-{digest}"
-    if (folder / "reproduction.json").exists():
-        recipe = json.loads((folder / "reproduction.json").read_text())
-        content["reproduction"] = recipe
-        log_tests(recipe["experiment"], recipe["budget"], [result, *evaluations])
-        name = f"reproduce-{recipe['experiment']}-{recipe['budget']}-seed{result['seed']}"
+    if not recipes:
+        digest = hashlib.sha256(own["command"].encode()).hexdigest()[:6]
+        _write(f"{own['name'].replace(' ', '-')}-{digest}", own, [*evaluations.values()])
+    for recipe in recipes:
+        experiment, budget = recipe["experiment"], recipe["budget"]
+        result, others = own, [*evaluations.values()]
+        if test := tests.get(recipe.get("test")):  # of a run that was trained for another gate
+            result = {**own, **{key: test[key] for key in ("test", "protocol", "protocol_id")}}
+            others = []
+        log_tests(experiment, budget, [test or own, *others])
+        _write(f"reproduce-{experiment}-{budget}-seed{own['seed']}", result, others, recipe)
         if measured:
-            _store_reference(recipe["experiment"], recipe["budget"], result)
+            _store_reference(experiment, budget, result)
+
+
+def _write(name: str, result: Any, evaluations: list[Any], recipe: Any = None) -> None:
+    content = {"result": result, "evaluations": evaluations}
+    if recipe is not None:
+        content["reproduction"] = recipe
     (_RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -177,7 +191,9 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
     for name, gate in gates.gates().items():
         own = [run for run in runs if run["reproduction"]["experiment"] == name]
         budget = max((run["reproduction"]["budget"] for run in own), key=BUDGETS.index, default="")
-        results = [run["result"] for run in own if run["reproduction"]["budget"] == budget]
+        own = [run for run in own if run["reproduction"]["budget"] == budget]
+        results = [run["result"] for run in own]
+        shared = "" if all("test" not in run["reproduction"] for run in own) else " run=…"
         estimates = [result["test"][gate.metric] for result in results]
         is_full = budget in ("day", "paper")
         mean, verdict = None, "not run"
@@ -203,7 +219,7 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "protocol": _joined(result["protocol_id"] for result in results),
                 "sampler": _joined(result["protocol"].get("sampler", 1) for result in results),
                 "commit": _joined(result["environment"]["commit"] for result in results),
-                "command": f"`metalearn reproduce {name} budget={budget or 'day'}`",
+                "command": f"`metalearn reproduce {name} budget={budget or 'day'}{shared}`",
             }
         )
     return rows

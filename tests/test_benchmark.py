@@ -57,3 +57,31 @@ def test_every_test_of_a_gate_is_logged_once(split, tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "results/tests.jsonl").open()]
     assert [line["seconds"] for line in lines] == [1800.0, *[1800.0] * (split == "test"), 900.0]
     assert {line["experiment"] for line in lines} == {"maml_omniglot_5w1s"}
+
+
+def test_gate_tested_with_the_run_of_another_counts_its_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_RESULTS", tmp_path / "results")
+    folder = tmp_path / "run"
+    (folder / "evaluations").mkdir(parents=True)
+    own = run("protonet_omniglot_5w1s", "day", 0, 0.988)
+    other = run("protonet_omniglot_20w1s", "day", 0, 0.96)
+    test = {**other["result"], "seconds": 9.0, "protocol_id": "q"}
+    more = {**other["reproduction"], "test": "evaluations/q.json"}
+    (folder / "evaluations/q.json").write_text(json.dumps(test))
+    (folder / "result.json").write_text(json.dumps({**own["result"], "command": "c"}))
+    (folder / "reproduction.json").write_text(json.dumps(own["reproduction"]))
+    (folder / "reproduction-protonet_omniglot_20w1s.json").write_text(json.dumps(more))
+    results.collect(folder, measured=False)
+    files = sorted((tmp_path / "results").glob("*.json"))
+    rows = {
+        one["gate"]: one for one in results.gate_rows([json.loads(f.read_text()) for f in files])
+    }
+    first, second = (rows[f"`protonet_omniglot_{shape}`"] for shape in ("5w1s", "20w1s"))
+    assert (first["here"], second["here"]) == ("98.80% ± 0.20%", "96.00% ± 0.20%")
+    assert (first["protocol"], second["protocol"]) == ("p", "q")
+    assert first["hours"] == second["hours"] == "0.50"
+    assert first["command"].endswith("day`") and second["command"].endswith("day run=…`")
+    lines = [json.loads(line) for line in (tmp_path / "results/tests.jsonl").open()]
+    assert [(line["experiment"], line["seconds"]) for line in lines] == [
+        ("protonet_omniglot_20w1s", 9.0), ("protonet_omniglot_5w1s", 1800.0)
+    ]  # fmt: skip

@@ -567,6 +567,35 @@ def test_verdict_compares_with_the_target_of_the_budget(
 
 
 @pytest.mark.slow
+def test_reproduce_tests_a_run_with_the_same_training(compose, run, console):
+    """The test is that of a run that is trained for it, but for the checkpoint that it chooses."""
+    words = ("algo=protonet", "test.episodes=20", "episode.train.way=4")
+    folder, own = run("a", *words), run("b", *words, "episode.way=3")
+    recipe = reproduce.Recipe("protonet_omniglot_20w1s", "day")
+    recipe._composed = checking.check_config(compose(*words, "episode.way=3"))
+    assert recipe.changes(folder) == ["episode.way=3"]
+    assert recipe.test(folder, [], console) == 1
+    verdict = json.loads((folder / "reproduction-protonet_omniglot_20w1s.json").read_text())
+    test = Result.read(folder / verdict["test"])
+    assert test.protocol_id == Result.read(own / "result.json", is_own_test=True).protocol_id
+    assert f"{100 * test.test.mean:.2f}%" in verdict["reason"] and not verdict["passed"]
+    recipe._composed.train.lr *= 2
+    with pytest.raises(UserError, match=r"was trained with train\.lr="):
+        recipe.changes(folder)
+    (own / "result.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        recipe.changes(own)
+
+
+def test_batches_do_not_depend_on_the_shape_of_episodes(compose, run):
+    words = ("algo=rfs", "test.episodes=2")
+    folder = run("a", *words)
+    recipe = reproduce.Recipe("rfs_cifar_fs_5w5s", "day")
+    recipe._composed = checking.check_config(compose(*words, "episode.shot=2"))
+    assert recipe.changes(folder) == ["episode.shot=2"]
+
+
+@pytest.mark.slow
 def test_reproduce_refuses_settings_that_change_the_experiment(capsys):
     recipe = reproduce.Recipe("maml_omniglot_5w1s", "smoke")
     for override in (

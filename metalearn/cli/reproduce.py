@@ -6,7 +6,8 @@ from typing import Any
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, nearest
 
-HELP = """metalearn reproduce <experiment> [budget=smoke|quick|day|paper] [seed=…] [key=value …]
+HELP = """metalearn reproduce <experiment> [budget=smoke|quick|day|paper] [seed=…] [run=<folder>]
+                     [key=value …]
 
 Trains and tests the recipe of a published result, and ends with PASS or FAIL (exit code 0 or 1):
 the same as metalearn train experiment=<experiment> budget=…, with a verdict. At budget=day (the
@@ -15,11 +16,21 @@ published mean minus its interval, minus 0.5 points for accuracies. At smaller b
 the recipe's own measured result; a budget that was not measured with this version of the episode
 sampler ends with NOT MEASURED (exit code 3).
 
+run=<folder> trains nothing: it tests a finished run that was trained with the same settings, for
+another number of classes or examples in the test, and writes reproduction-<experiment>.json there.
+
+  metalearn reproduce protonet_omniglot_20w1s run=<folder of protonet_omniglot_5w1s>
+
 experiments (metalearn list explains them)
   {reproductions}
 """
 #: What shell completion offers.
-TAKES: tuple[str, ...] = ("{experiment}", "budget=smoke|quick|day|paper", "{settings}")
+TAKES: tuple[str, ...] = (
+    "{experiment}",
+    "budget=smoke|quick|day|paper",
+    "run={folder}",
+    "{settings}",
+)
 
 #: Exit code if there is no target to compare with.
 NOT_MEASURED = 3
@@ -33,17 +44,22 @@ def main(args: list[str]) -> int:
             "reproduce: takes the name of one experiment; see metalearn reproduce --help"
         )
     rest = [word for word in args if "=" in word]
-    budget = _arguments.take(rest, "budget", "day")
+    budget, run = _arguments.take(rest, "budget", "day"), _arguments.take(rest, "run")
     recipe = Recipe(names[0], str(budget))
     given = _arguments.parse_settings("reproduce", rest)
     arguments = _arguments.Arguments(recipe.overrides(given))
     from metalearn.cli import _launch
     from metalearn.report.console import open_console, print_line
 
-    _launch.check(arguments)
+    if run is None:
+        _launch.check(arguments)
+    else:
+        recipe.changes(Path(run))
     console = open_console()
-    for line in recipe.announcement().splitlines():
+    for line in recipe.announcement().splitlines()[: None if run is None else 2]:
         print_line(console, line)
+    if run is not None:
+        return recipe.test(Path(run), given, console)
     return recipe.verdict(_launch.start(arguments)[0], console)
 
 
@@ -114,6 +130,48 @@ class Recipe:
             f"budget={self.budget} was not measured with this sampler (version {SAMPLER_VERSION})"
         )
 
+    def changes(self, folder: Path) -> list[str]:
+        """Return the settings of the test that differ from those of a finished run.
+
+        Raise UserError if it is not finished, or if its training differs.
+        """
+        from metalearn.config import checking, composition, roles
+        from metalearn.report.folder import RunFolder
+
+        files = RunFolder(folder)
+        if not files.is_finished:
+            raise files.unfinished()
+        here = checking.plain(self._composed)
+        there = checking.plain(checking.check_config(composition.load_config(folder)))
+        known, own, other = roles.roles(here), checking.leaves(here), checking.leaves(there)
+        tested = ("episode.way", "episode.shot", "episode.query", "test.")
+        unused = ("episode.train.",) if self._composed.train.source == "batches" else ()
+        changes = []
+        for key in {**own, **other}:
+            if own.get(key) == other.get(key) or key.startswith(unused):
+                continue
+            if key.startswith(tested):
+                changes.append(f"{key}={own[key]}")
+            elif not roles.may_reproduce_with(key, known):
+                raise UserError(
+                    f"run={folder}: was trained with {key}={other.get(key)}, {self.name} with "
+                    f"{own.get(key)}"
+                )
+        return changes
+
+    def test(self, folder: Path, more: list[str], console: Any) -> int:
+        """Test a finished run with the same training; return as `verdict`."""
+        from metalearn.report.folder import RunFolder
+        from metalearn.report.result import Result
+        from metalearn.run.evaluate import evaluate_several
+
+        words = [*self.changes(folder), *more]
+        found = evaluate_several([folder], [], words, "test", console)
+        test = Path(found["files"][0])
+        file = RunFolder(folder).reproduction_of(self.name)
+        where = {"test": str(test.relative_to(folder))}
+        return self._judge(Result.read(test), file, console, where)
+
     def verdict(self, folder: Path, console: Any) -> int:
         """Compare the result in `folder` with the target.
 
@@ -123,12 +181,17 @@ class Recipe:
         Write reproduction.json. Return 0 for PASS, 1 for FAIL, 3 if this budget has no target with
         this version of the sampler.
         """
-        from metalearn.report.console import print_line
         from metalearn.report.folder import RunFolder
-        from metalearn.system.atomic import write_json
 
         files = RunFolder(folder)
-        result = files.read_result()
+        return self._judge(files.read_result(), files.reproduction, console)
+
+    def _judge(
+        self, result: Any, file: Path, console: Any, more: dict[str, str] | None = None
+    ) -> int:
+        from metalearn.report.console import print_line
+        from metalearn.system.atomic import write_json
+
         here, code = self._shown(result.test.mean, result.test.ci95), 1
         measured, gate = self.measured or {}, self.gate
         if self._is_full:
@@ -151,9 +214,9 @@ class Recipe:
         outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]
         verdict = {
             "experiment": self.name, "budget": self.budget, "passed": code == 0,
-            "outcome": outcome, "reason": reason,
+            "outcome": outcome, "reason": reason, **(more or {}),
         }  # fmt: skip
-        write_json(files.reproduction, verdict)
+        write_json(file, verdict)
         print_line(console, f"{outcome}: {reason}")
         return code
 

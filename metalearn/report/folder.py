@@ -74,6 +74,10 @@ class RunFolder:
         """Return the checkpoint of a validated step, with `checkpoint.keep`."""
         return self.best.with_name(f"best-{step}.pt")
 
+    def reproduction_of(self, experiment: str) -> Path:
+        """Return the verdict about another experiment with the same training."""
+        return self.reproduction.with_name(f"reproduction-{experiment}.json")
+
     def all_kept(self) -> list[Path]:
         """Return the checkpoints that `checkpoint.keep` kept, by step."""
         return sorted(
