@@ -51,15 +51,16 @@ def main(args: list[str]) -> int:
     from metalearn.cli import _launch
     from metalearn.report.console import open_console, print_line
 
-    if run is None:
+    folder = None if run is None else Path(run).expanduser()
+    if folder is None:
         _launch.check(arguments)
     else:
-        recipe.changes(Path(run))
+        recipe.changes(folder)
     console = open_console()
-    for line in recipe.announcement().splitlines()[: None if run is None else 2]:
+    for line in recipe.announcement().splitlines()[: 3 if folder is None else 2]:
         print_line(console, line)
-    if run is not None:
-        return recipe.test(Path(run), given, console)
+    if folder is not None:
+        return recipe.test(folder, given, console)
     return recipe.verdict(_launch.start(arguments)[0], console)
 
 
