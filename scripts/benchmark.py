@@ -52,7 +52,7 @@ def main() -> None:
             verdict = run(recipe, folder, {"logger": "none", **options, "seed": seed})
             if json.loads(verdict.read_text())["outcome"] == "FAIL":
                 failed.append(f"{name} seed {seed}")
-            results.collect(verdict.parent, measured=False)
+            results.collect(verdict.parent, measured=False, experiment=name)
             table = results.write_tables()
     print("\n" + "\n".join(table))
     if failed:
@@ -66,12 +66,16 @@ def run(recipe: Recipe, folder: Path, settings: dict[str, str]) -> Path:
     other = same_training(recipe, folder)
     if other is None:
         verdict = RunFolder(folder).reproduction
+        is_finished = verdict.exists()
         more = ["resume=auto", f"hydra.run.dir={folder}", *overrides]
     else:
         verdict, more = RunFolder(other).reproduction_of(recipe.name), [f"run={other}"]
-    if verdict.exists():
+        changes = recipe.changes(other)
+        is_finished = verdict.exists() and json.loads(verdict.read_text()).get("changes") == changes
+    if is_finished:
         print(f"already finished: {verdict.parent}")
     else:
+        verdict.unlink(missing_ok=True)
         words = ["reproduce", recipe.name, f"budget={recipe.budget}", *more]
         done = subprocess.run([sys.executable, "-m", "metalearn", *words])
         if not verdict.exists():

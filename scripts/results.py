@@ -42,18 +42,20 @@ _SILENT = ("logger=", "resume=", "engine.threads=", "checkpoint.every=", "data_d
 _ABOUT = """Gates: published results under the published test protocol, in order of value. A gate is
 PASS if the mean over its seeds is at least the published mean minus its interval, minus 0.5 points
 for accuracies, after training with `budget=day` or `budget=paper`; the interval of our own mean
-plays no part. Results of smaller budgets have no verdict. Where the command has `run=…`, the
-gate was tested with the run of the gate above of the same method and data, whose training is the
-same; its hours count again. `here`: mean over seeds, with the mean
+plays no part. Results of smaller budgets have no verdict. Where the command has `run=`, the run of
+that gate was tested, whose training is the same; its checkpoint was chosen by validation with the
+classes and examples of that gate, and its hours count again. `here`: mean over seeds, with the mean
 interval over test episodes; `over seeds`: the interval over seeds, if there are several. Hours are
 of all seeds. `benchmarks/results/tests.jsonl` has a line for every test."""
 
 
-def collect(folder: Path, measured: bool) -> None:
+def collect(folder: Path, measured: bool, experiment: str | None = None) -> None:
     """Write a run's result and its later evaluations, one file for each recipe it reproduces.
 
     Args:
         folder: Run folder.
+        experiment: Only the recipe of this name; None for all, and for the run itself if it was not
+            trained for one.
         measured: Also store the result in conf/measured.json, as the reference at this budget.
     """
     own = json.loads((folder / "result.json").read_text())
@@ -64,19 +66,22 @@ def collect(folder: Path, measured: bool) -> None:
     }
     tests = {name: evaluations.pop(name) for recipe in recipes if (name := recipe.get("test"))}
     _RESULTS.mkdir(parents=True, exist_ok=True)
-    if not recipes:
+    others = [*evaluations.values()]
+    if experiment is None and not (folder / "reproduction.json").exists():
         digest = hashlib.sha256(own["command"].encode()).hexdigest()[:6]
-        _write(f"{own['name'].replace(' ', '-')}-{digest}", own, [*evaluations.values()])
+        _write(f"{own['name'].replace(' ', '-')}-{digest}", own, others)
     for recipe in recipes:
-        experiment, budget = recipe["experiment"], recipe["budget"]
-        result, others = own, [*evaluations.values()]
+        name, budget = recipe["experiment"], recipe["budget"]
+        if experiment not in (None, name):
+            continue
+        result, more = own, others
         if test := tests.get(recipe.get("test")):  # of a run that was trained for another gate
             result = {**own, **{key: test[key] for key in ("test", "protocol", "protocol_id")}}
-            others = []
-        log_tests(experiment, budget, [test or own, *others])
-        _write(f"reproduce-{experiment}-{budget}-seed{own['seed']}", result, others, recipe)
+            more = []
+        log_tests(name, budget, [test or own, *more])
+        _write(f"reproduce-{name}-{budget}-seed{own['seed']}", result, more, recipe)
         if measured:
-            _store_reference(experiment, budget, result)
+            _store_reference(name, budget, result)
 
 
 def _write(name: str, result: Any, evaluations: list[Any], recipe: Any = None) -> None:
@@ -193,7 +198,6 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
         budget = max((run["reproduction"]["budget"] for run in own), key=BUDGETS.index, default="")
         own = [run for run in own if run["reproduction"]["budget"] == budget]
         results = [run["result"] for run in own]
-        shared = "" if all("test" not in run["reproduction"] for run in own) else " run=…"
         estimates = [result["test"][gate.metric] for result in results]
         is_full = budget in ("day", "paper")
         mean, verdict = None, "not run"
@@ -219,10 +223,16 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "protocol": _joined(result["protocol_id"] for result in results),
                 "sampler": _joined(result["protocol"].get("sampler", 1) for result in results),
                 "commit": _joined(result["environment"]["commit"] for result in results),
-                "command": f"`metalearn reproduce {name} budget={budget or 'day'}{shared}`",
+                "command": f"`{_command(name, budget or 'day', own)}`",
             }
         )
     return rows
+
+
+def _command(gate: str, budget: str, runs: list[dict[str, Any]]) -> str:
+    """Return the command of a gate; with the gate whose run was tested, if that was another's."""
+    others = _joined(own for run in runs if (own := run["reproduction"].get("run")))
+    return f"metalearn reproduce {gate} budget={budget}" + (others and f" run=<{others}>")
 
 
 def _joined(values: Iterable[Any]) -> str:
@@ -248,12 +258,13 @@ def headlines(runs: list[dict[str, Any]]) -> list[str]:
         by_budget: dict[str, list[dict[str, Any]]] = {}
         for run in runs:
             if run["reproduction"]["experiment"] == f"{method}_{table}":
-                by_budget.setdefault(run["reproduction"]["budget"], []).append(run["result"])
-        for budget, results in by_budget.items():
+                by_budget.setdefault(run["reproduction"]["budget"], []).append(run)
+        for budget, group in by_budget.items():
+            results = [run["result"] for run in group]
             gate = gates.gates()[f"{method}_{table}"]
             sources.append(
                 (
-                    f"metalearn reproduce {method}_{table} budget={budget}",
+                    _command(f"{method}_{table}", budget, group),
                     [one["test"]["accuracy"] for one in results],
                     results,
                     f"{100 * gate.mean:.1f}, {gate.source}",

@@ -1,9 +1,13 @@
 """scripts/benchmark.py and scripts/results.py: the table of gates and the log of tests."""
 
 import json
+from types import SimpleNamespace
 
+import benchmark
 import pytest
 import results
+
+from metalearn.system.errors import UserError
 
 
 def run(experiment, budget, seed, mean):
@@ -66,7 +70,7 @@ def test_gate_tested_with_the_run_of_another_counts_its_training(tmp_path, monke
     own = run("protonet_omniglot_5w1s", "day", 0, 0.988)
     other = run("protonet_omniglot_20w1s", "day", 0, 0.96)
     test = {**other["result"], "seconds": 9.0, "protocol_id": "q"}
-    more = {**other["reproduction"], "test": "evaluations/q.json"}
+    more = {**other["reproduction"], "test": "evaluations/q.json", "run": "protonet_omniglot_5w1s"}
     (folder / "evaluations/q.json").write_text(json.dumps(test))
     (folder / "result.json").write_text(json.dumps({**own["result"], "command": "c"}))
     (folder / "reproduction.json").write_text(json.dumps(own["reproduction"]))
@@ -80,8 +84,54 @@ def test_gate_tested_with_the_run_of_another_counts_its_training(tmp_path, monke
     assert (first["here"], second["here"]) == ("98.80% ± 0.20%", "96.00% ± 0.20%")
     assert (first["protocol"], second["protocol"]) == ("p", "q")
     assert first["hours"] == second["hours"] == "0.50"
-    assert first["command"].endswith("day`") and second["command"].endswith("day run=…`")
+    assert first["command"].endswith("day`") and second["command"].endswith(
+        "run=<protonet_omniglot_5w1s>`"
+    )
     lines = [json.loads(line) for line in (tmp_path / "results/tests.jsonl").open()]
     assert [(line["experiment"], line["seconds"]) for line in lines] == [
         ("protonet_omniglot_20w1s", 9.0), ("protonet_omniglot_5w1s", 1800.0)
     ]  # fmt: skip
+
+
+def test_gate_is_tested_with_a_finished_run_of_the_same_training(tmp_path, monkeypatch):
+    changes, commands = ["episode.way=20"], []
+
+    def same(folder):
+        if folder.name.startswith("other") or not (folder / "result.json").exists():
+            raise UserError("another training, or not finished")
+        return list(changes)
+
+    def command(words):
+        commands.append(words[3:])
+        own = next(word for word in words if "=" in word and "/" in word).partition("=")[2]
+        name = "reproduction-gate.json" if f"run={own}" in words else "reproduction.json"
+        verdict = {"outcome": "PASS", "changes": list(changes)}
+        (tmp_path / own).mkdir(exist_ok=True)
+        (tmp_path / own / name).write_text(json.dumps(verdict))
+
+    monkeypatch.setattr(benchmark.subprocess, "run", command)
+    monkeypatch.setattr(benchmark, "make_room", lambda folder, overrides: None)
+    recipe = SimpleNamespace(name="gate", budget="day", overrides=list, changes=same)
+    for name in ("other-seed0", "first-seed0", "started-seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+        if name != "started-seed1":
+            (tmp_path / name / "result.json").touch()
+    test = ["reproduce", "gate", "budget=day", f"run={tmp_path / 'first-seed0'}"]
+    for _ in range(2):  # once
+        verdict = benchmark.run(recipe, tmp_path / "gate-seed0", {"seed": "0"})
+        assert verdict == tmp_path / "first-seed0/reproduction-gate.json"
+        assert commands == [test]
+    changes.append("test.episodes=5")  # the protocol has changed
+    benchmark.run(recipe, tmp_path / "gate-seed0", {"seed": "0"})
+    assert commands == [test, test]
+    verdict = benchmark.run(recipe, tmp_path / "gate-seed1", {"seed": "1"})  # trains
+    assert verdict == tmp_path / "gate-seed1/reproduction.json"
+    assert commands[2:] == [
+        ["reproduce", "gate", "budget=day", "resume=auto",
+         f"hydra.run.dir={tmp_path / 'gate-seed1'}", "seed=1"]
+    ]  # fmt: skip
+    (tmp_path / "gate-seed0").mkdir()
+    (tmp_path / "gate-seed0/config.yaml").touch()  # has begun to train itself
+    benchmark.run(recipe, tmp_path / "gate-seed0", {"seed": "0"})
+    assert "resume=auto" in commands[3]

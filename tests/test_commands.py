@@ -579,7 +579,16 @@ def test_reproduce_tests_a_run_with_the_same_training(compose, run, console):
     test = Result.read(folder / verdict["test"])
     assert test.protocol_id == Result.read(own / "result.json", is_own_test=True).protocol_id
     assert f"{100 * test.test.mean:.2f}%" in verdict["reason"] and not verdict["passed"]
-    recipe._composed.train.lr *= 2
+    recipe._composed.test.when = "always"  # says what is tested, not how
+    assert recipe.changes(folder) == verdict["changes"] == ["episode.way=3"]
+    recipe._composed.train.patience = 2
+    with pytest.raises(UserError, match=r"was trained with episode\.way="):  # validation ends it
+        recipe.changes(folder)
+    recipe._composed.train.patience = 0
+    recipe._composed.budget, recipe._composed.train.lr = "smoke", 9.0
+    with pytest.raises(UserError, match=r"was trained with budget=day, .* with smoke"):
+        recipe.changes(folder)
+    recipe._composed.budget = "day"
     with pytest.raises(UserError, match=r"was trained with train\.lr="):
         recipe.changes(folder)
     (own / "result.json").unlink()

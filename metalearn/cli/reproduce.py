@@ -6,8 +6,8 @@ from typing import Any
 from metalearn.cli import _arguments
 from metalearn.system.errors import UserError, nearest
 
-HELP = """metalearn reproduce <experiment> [budget=smoke|quick|day|paper] [seed=…] [run=<folder>]
-                     [key=value …]
+HELP = """metalearn reproduce <experiment> [budget=smoke|quick|day|paper] [seed=…] [key=value …]
+metalearn reproduce <experiment> run=<folder> [budget=…]
 
 Trains and tests the recipe of a published result, and ends with PASS or FAIL (exit code 0 or 1):
 the same as metalearn train experiment=<experiment> budget=…, with a verdict. At budget=day (the
@@ -16,8 +16,9 @@ published mean minus its interval, minus 0.5 points for accuracies. At smaller b
 the recipe's own measured result; a budget that was not measured with this version of the episode
 sampler ends with NOT MEASURED (exit code 3).
 
-run=<folder> trains nothing: it tests a finished run that was trained with the same settings, for
-another number of classes or examples in the test, and writes reproduction-<experiment>.json there.
+run=<folder> trains nothing: it tests a finished run of another experiment that was trained with the
+same settings, with as many classes and examples as this one, and writes
+reproduction-<experiment>.json there. Validation during training had those of the other one.
 
   metalearn reproduce protonet_omniglot_20w1s run=<folder of protonet_omniglot_5w1s>
 
@@ -138,40 +139,50 @@ class Recipe:
         """
         from metalearn.config import checking, composition, roles
         from metalearn.report.folder import RunFolder
+        from metalearn.tasks.sampling import SAMPLER_VERSION
 
         files = RunFolder(folder)
         if not files.is_finished:
             raise files.unfinished()
+        if files.read_result().protocol.get("sampler", 1) != SAMPLER_VERSION:
+            raise UserError(f"run={folder}: was trained with an earlier version of the sampler")
+        train = self._composed.train
         here = checking.plain(self._composed)
         there = checking.plain(checking.check_config(composition.load_config(folder)))
         known, own, other = roles.roles(here), checking.leaves(here), checking.leaves(there)
-        tested = ("episode.way", "episode.shot", "episode.query", "test.")
-        unused = ("episode.train.",) if self._composed.train.source == "batches" else ()
+        # With patience, validation says how long training lasts.
+        shape = () if train.patience else ("episode.way", "episode.shot", "episode.query")
+        unused = ("episode.train.",) if train.source == "batches" else ()
         changes = []
-        for key in {**own, **other}:
-            if own.get(key) == other.get(key) or key.startswith(unused):
+        for key in ["budget", *({**own, **other}.keys() - {"budget"})]:
+            is_same = own.get(key) == other.get(key) or key.startswith(unused)
+            if is_same or roles.may_reproduce_with(key, known):
                 continue
-            if key.startswith(tested):
-                changes.append(f"{key}={own[key]}")
-            elif not roles.may_reproduce_with(key, known):
+            if not key.startswith(("test.", *shape)):
                 raise UserError(
                     f"run={folder}: was trained with {key}={other.get(key)}, {self.name} with "
                     f"{own.get(key)}"
                 )
-        return changes
+            changes.append(f"{key}={own[key]}")
+        return sorted(changes)
 
     def test(self, folder: Path, more: list[str], console: Any) -> int:
         """Test a finished run with the same training; return as `verdict`."""
         from metalearn.report.folder import RunFolder
         from metalearn.report.result import Result
         from metalearn.run.evaluate import evaluate_several
+        from metalearn.system.reading import read_json
 
-        words = [*self.changes(folder), *more]
-        found = evaluate_several([folder], [], words, "test", console)
+        files, changes = RunFolder(folder), self.changes(folder)
+        found = evaluate_several([folder], [], [*changes, *more], "test", console)
         test = Path(found["files"][0])
-        file = RunFolder(folder).reproduction_of(self.name)
-        where = {"test": str(test.relative_to(folder))}
-        return self._judge(Result.read(test), file, console, where)
+        is_gate = files.reproduction.exists()
+        facts = {
+            "run": read_json(files.reproduction)["experiment"] if is_gate else folder.name,
+            "changes": changes,
+            "test": str(test.relative_to(folder)),
+        }
+        return self._judge(Result.read(test), files.reproduction_of(self.name), console, facts)
 
     def verdict(self, folder: Path, console: Any) -> int:
         """Compare the result in `folder` with the target.
@@ -188,7 +199,7 @@ class Recipe:
         return self._judge(files.read_result(), files.reproduction, console)
 
     def _judge(
-        self, result: Any, file: Path, console: Any, more: dict[str, str] | None = None
+        self, result: Any, file: Path, console: Any, facts: dict[str, Any] | None = None
     ) -> int:
         from metalearn.report.console import print_line
         from metalearn.system.atomic import write_json
@@ -215,7 +226,7 @@ class Recipe:
         outcome = {0: "PASS", 1: "FAIL", NOT_MEASURED: "NOT MEASURED"}[code]
         verdict = {
             "experiment": self.name, "budget": self.budget, "passed": code == 0,
-            "outcome": outcome, "reason": reason, **(more or {}),
+            "outcome": outcome, "reason": reason, **(facts or {}),
         }  # fmt: skip
         write_json(file, verdict)
         print_line(console, f"{outcome}: {reason}")

@@ -59,6 +59,7 @@ typedef struct { long B, H, W, C, O, K, stride; } shape;
 static inline long out_size(long size, long stride) { return (size + stride - 1) / stride; }
 static inline long smaller(long a, long b) { return a < b ? a : b; }
 
+#pragma GCC visibility push(hidden)
 // convolutions.c
 void all_rows(int m, const float *const *a, long K, const float *b, long ldb, float *const *y, int fresh);
 void all_columns(const float *const *a, long C, const float *const *b, int count, float *g, long O);
@@ -67,6 +68,7 @@ void transpose(const float *w, float *to, long C, long O);
 int is_tiled(const shape *s);
 int convolve_tiles(const float *x, const float *w, float *y, long T, int shared, shape s, int forward);
 int weight_tiles(const float *x, const float *gy, float *gw, long T, int shared, shape s);
+#pragma GCC visibility pop
 
 // Sum over M rows of N vectors TERM[0..N), in blocks.
 #define SUM(N, BODY)                                                             \
