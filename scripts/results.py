@@ -10,12 +10,11 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from headlines import command_of, headlines, joined
 from pages import ROOT, fill, wrap
 
 from metalearn.config import gates
@@ -26,19 +25,7 @@ from metalearn.report.stats import Difference, estimate
 from metalearn.report.tables import format_interval, format_value
 
 _RESULTS = ROOT / "benchmarks/results"
-_METHODS = ROOT / "benchmarks/methods"
-#: Rows of the table in README: names of benchmarks/methods.yaml. The gate `<method>_<table>`
-#: replaces a row if its runs took longer.
-_HEADLINES = [
-    *(("omniglot_5w1s", method) for method in ("maml", "protonet")),
-    *(
-        (table, method)
-        for table in ("cifar_fs_5w1s", "cifar_fs_5w5s")
-        for method in ("maml", "protonet", "r2d2", "rfs")
-    ),
-]
-#: Settings that change no number, left out of the commands in README.
-_SILENT = ("logger=", "resume=", "engine.threads=", "checkpoint.every=", "data_dir=")
+
 _ABOUT = """Gates: published results under the published test protocol, in order of value. A gate is
 PASS if the mean over its seeds is at least the published mean minus its interval, minus 0.5 points
 for accuracies, after training with `budget=day` or `budget=paper`; the interval of our own mean
@@ -218,78 +205,19 @@ def gate_rows(runs: list[dict[str, Any]]) -> list[dict[str, str]]:
                 "verdict": verdict,
                 "budget": budget,
                 "seeds": ", ".join(str(result["seed"]) for result in results),
-                "test episodes": _joined(f"{one['episodes']:,}" for one in estimates),
+                "test episodes": joined(f"{one['episodes']:,}" for one in estimates),
                 "hours": f"{sum(one['seconds'] for one in results) / 3600:.2f}" if results else "",
-                "protocol": _joined(result["protocol_id"] for result in results),
-                "sampler": _joined(result["protocol"].get("sampler", 1) for result in results),
-                "commit": _joined(result["environment"]["commit"] for result in results),
-                "command": f"`{_command(name, budget or 'day', own)}`",
+                "protocol": joined(result["protocol_id"] for result in results),
+                "sampler": joined(result["protocol"].get("sampler", 1) for result in results),
+                "commit": joined(result["environment"]["commit"] for result in results),
+                "command": f"`{command_of(name, budget or 'day', own)}`",
             }
         )
     return rows
 
 
-def _command(gate: str, budget: str, runs: list[dict[str, Any]]) -> str:
-    """Return the command of a gate; with the gate whose run was tested, if that was another's."""
-    others = _joined(own for run in runs if (own := run["reproduction"].get("run")))
-    return f"metalearn reproduce {gate} budget={budget}" + (others and f" run=<{others}>")
-
-
-def _joined(values: Iterable[Any]) -> str:
-    return ", ".join(sorted(set(map(str, values))))
-
-
 def _interval(metric: str, mean: float, ci95: float) -> str:
     return format_interval(metric, mean, ci95) if ci95 else format_value(metric, mean)
-
-
-def headlines(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the table of README: for each headline, the runs of recipes that trained longest."""
-    definition = yaml.safe_load(_METHODS.with_suffix(".yaml").read_text())
-    rows = []
-    for table, method in _HEADLINES:
-        stored = json.loads((_METHODS / table / f"{method}.json").read_text())
-        own = definition[table]["methods"][method]["published"]
-        test = (stored["as_published"] or stored["result"])["test"]["accuracy"]
-        # Runs of one source: command, accuracies, results of all seeds, published result.
-        sources: list[tuple[str | None, list[Any], list[Any], str]] = [
-            (None, [test], [stored["result"]], f"{100 * own['mean']:.1f}, {own['source']}")
-        ]
-        by_budget: dict[str, list[dict[str, Any]]] = {}
-        for run in runs:
-            if run["reproduction"]["experiment"] == f"{method}_{table}":
-                by_budget.setdefault(run["reproduction"]["budget"], []).append(run)
-        for budget, group in by_budget.items():
-            results = [run["result"] for run in group]
-            gate = gates.gates()[f"{method}_{table}"]
-            sources.append(
-                (
-                    _command(f"{method}_{table}", budget, group),
-                    [one["test"]["accuracy"] for one in results],
-                    results,
-                    f"{100 * gate.mean:.1f}, {gate.source}",
-                )
-            )
-        command, tests, results, published = max(
-            sources, key=lambda source: max(one["seconds"] for one in source[2])
-        )
-        mean = torch.tensor([one["mean"] for one in tests], dtype=torch.float64)
-        interval = estimate(mean).ci95 if len(mean) > 1 else tests[0]["ci95"]
-        minutes = sum(one["seconds"] for one in results) / len(results) / 60
-        words = results[0]["command"].split()
-        shown = command or " ".join(word for word in words if not word.startswith(_SILENT))
-        rows.append(
-            {
-                "method": f"`{method}`",
-                "test": definition[table]["title"].rpartition(",")[0],
-                "here": f"{100 * float(mean.mean()):.1f} ± {100 * interval:.1f}",
-                "published": published,
-                "seeds": len(mean),
-                "minutes": f"{minutes:.0f}",
-                "command": f"`{shown}`",
-            }
-        )
-    return tables.markdown_table(rows)
 
 
 def write_tables() -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import benchmark
 import pytest
@@ -111,7 +112,7 @@ def test_gate_is_tested_with_a_finished_run_of_the_same_training(tmp_path, monke
 
     monkeypatch.setattr(benchmark.subprocess, "run", command)
     monkeypatch.setattr(benchmark, "make_room", lambda folder, overrides: None)
-    recipe = SimpleNamespace(name="gate", budget="day", overrides=list, changes=same)
+    recipe: Any = SimpleNamespace(name="gate", budget="day", overrides=list, changes=same)
     for name in ("other-seed0", "first-seed0", "started-seed1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
