@@ -581,9 +581,9 @@ def test_reproduce_tests_a_run_with_the_same_training(compose, run, console):
     assert f"{100 * test.test.mean:.2f}%" in verdict["reason"] and not verdict["passed"]
     recipe._composed.test.when = "always"  # says what is tested, not how
     assert recipe.changes(folder) == verdict["changes"] == ["episode.way=3"]
-    recipe._composed.train.patience = 2
-    with pytest.raises(UserError, match=r"was trained with episode\.way="):  # validation ends it
-        recipe.changes(folder)
+    recipe._composed.train.patience = 9  # validation ends the training
+    with pytest.raises(UserError, match=r"was trained with episode\.way=5, .* with 3"):
+        recipe.changes(run("c", *words, "train.patience=9"))
     recipe._composed.train.patience = 0
     recipe._composed.budget, recipe._composed.train.lr = "smoke", 9.0
     with pytest.raises(UserError, match=r"was trained with budget=day, .* with smoke"):

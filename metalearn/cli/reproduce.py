@@ -154,7 +154,7 @@ class Recipe:
         shape = () if train.patience else ("episode.way", "episode.shot", "episode.query")
         unused = ("episode.train.",) if train.source == "batches" else ()
         changes = []
-        for key in ["budget", *({**own, **other}.keys() - {"budget"})]:
+        for key in dict.fromkeys(["budget", *own, *other]):
             is_same = own.get(key) == other.get(key) or key.startswith(unused)
             if is_same or roles.may_reproduce_with(key, known):
                 continue
