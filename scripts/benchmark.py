@@ -63,14 +63,13 @@ def run(recipe: Recipe, folder: Path, settings: dict[str, str]) -> Path:
     """Run one gate, or resume it, unless it is finished; return the file with the verdict."""
     overrides = [f"{key}={value}" for key, value in settings.items()]
     make_room(folder, recipe.overrides(overrides))
-    other = same_training(recipe, folder)
+    other, changes = same_training(recipe, folder)
     if other is None:
         verdict = RunFolder(folder).reproduction
         is_finished = verdict.exists()
         more = ["resume=auto", f"hydra.run.dir={folder}", *overrides]
     else:
         verdict, more = RunFolder(other).reproduction_of(recipe.name), [f"run={other}"]
-        changes = recipe.changes(other)
         is_finished = verdict.exists() and json.loads(verdict.read_text()).get("changes") == changes
     if is_finished:
         print(f"already finished: {verdict.parent}")
@@ -83,15 +82,17 @@ def run(recipe: Recipe, folder: Path, settings: dict[str, str]) -> Path:
     return verdict
 
 
-def same_training(recipe: Recipe, folder: Path) -> Path | None:
-    """Return a finished run beside `folder`, with the same training and seed; None to train."""
+def same_training(recipe: Recipe, folder: Path) -> tuple[Path | None, list[str]]:
+    """Return a finished run beside `folder` with the same training and seed, and `changes` to it.
+
+    None if there is none, or if the gate has begun to train itself.
+    """
     seed = folder.name.rpartition("-")[2]
     if not RunFolder(folder).is_started:
         for other in sorted(folder.parent.glob(f"*-{seed}")):
             with contextlib.suppress(UserError):  # another training, or not finished
-                recipe.changes(other)
-                return other
-    return None
+                return other, recipe.changes(other)
+    return None, []
 
 
 if __name__ == "__main__":

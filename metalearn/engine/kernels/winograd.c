@@ -1,5 +1,5 @@
-// Convolutions with 3 x 3 filters and stride 1 by tiles of 2 x 2 outputs, for each of which 16 products
-// of channels replace 36 (Winograd's minimal filtering; Lavin and Gray 2016):
+// Convolutions with 3 x 3 filters and stride 1 by tiles of 2 x 2 outputs, for each of which 16
+// products of channels replace 36 (Winograd's minimal filtering; Lavin and Gray 2016):
 // y = A' [(G w G') * (B' x B)] A, along both axes of an image, with
 // B' = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1], G = [1 0 0; .5 .5 .5; .5 -.5 .5; 0 0 1],
 // A' = [1 1 1 0; 0 1 -1 -1].
@@ -18,7 +18,8 @@ int is_tiled(const shape *s) {
          (TAPS + 4) * tiles < inside;  // 4 for the sums
 }
 
-// The size x size pixels from the corner of a tile, moved by -pad; `outside` for those not in the image.
+// The size x size pixels from the corner of a tile, moved by -pad; `outside` for those that the
+// image does not have.
 static void pixels(const float *x, long C, const shape *s, long tile, int size, int pad,
                    const float *outside, const float **p) {
   long wide = half(s->W), tiles = half(s->H) * wide;
@@ -26,11 +27,13 @@ static void pixels(const float *x, long C, const shape *s, long tile, int size, 
   x += tile / tiles * s->H * s->W * C;
   for (int k = 0; k < size * size; k++) {
     long i = top + k / size, j = left + k % size;
-    p[k] = i >= 0 && i < s->H && j >= 0 && j < s->W ? x + (i * s->W + j) * C : outside;
+    int inside = i >= 0 && i < s->H && j >= 0 && j < s->W;
+    p[k] = inside ? x + (i * s->W + j) * C : outside;
   }
 }
 
-// Transforms of n channels from c on; k and `by` say which of the 4 x 4 values are a row or a column.
+// Transforms of n channels from c on; the 16 values of a tile are `step` apart. In the macros, k and
+// `by` say which of them are a row or a column. B' x B: 4 x 4 pixels -> v
 INLINE void inputs(const float *const *x, float *v, long step, long c, int n) {
   vec d[TAPS];
   UNROLL for (int k = 0; k < TAPS; k++) d[k] = load(x[k] + c, n);
@@ -42,6 +45,7 @@ INLINE void inputs(const float *const *x, float *v, long step, long c, int n) {
   COLUMNS(k) INPUTS(4 * k, 1)
   UNROLL for (int k = 0; k < TAPS; k++) store(v + k * step + c, d[k], n);
 }
+// A' m A: m -> 2 x 2 pixels
 INLINE void outputs(const float *m, long step, float *const *y, long c, int n) {
   vec d[TAPS];
   UNROLL for (int k = 0; k < TAPS; k++) d[k] = load(m + k * step + c, n);
@@ -54,7 +58,7 @@ INLINE void outputs(const float *m, long step, float *const *y, long c, int n) {
   OUTPUTS(4, 1)
   UNROLL for (int k = 0; k < 4; k++) store(y[k] + c, d[k / 2 * 4 + k % 2], n);
 }
-// The transpose of `outputs`
+// The transpose of `outputs`: 2 x 2 pixels -> q
 INLINE void gradients(const float *const *gy, float *q, long step, long c, int n) {
   vec d[TAPS];
   UNROLL for (int k = 0; k < 4; k++) d[k / 2 * 4 + k % 2] = load(gy[k] + c, n);
@@ -67,6 +71,7 @@ INLINE void gradients(const float *const *gy, float *q, long step, long c, int n
   COLUMNS(k) GRADIENTS(4 * k, 1)
   UNROLL for (int k = 0; k < TAPS; k++) store(q + k * step + c, d[k], n);
 }
+// G w G': w [3,3,step] -> u [4,4,step]
 INLINE void filters(const float *w, float *u, long step, long c, int n) {
   vec d[TAPS];
   UNROLL for (int k = 0; k < 9; k++) d[k / 3 * 4 + k % 3] = load(w + k * step + c, n);
@@ -78,7 +83,7 @@ INLINE void filters(const float *w, float *u, long step, long c, int n) {
   COLUMNS(k) FILTERS(4 * k, 1)
   UNROLL for (int k = 0; k < TAPS; k++) store(u + k * step + c, d[k], n);
 }
-// The transpose of `filters`
+// The transpose of `filters`: u [4,4,step] -> gw [3,3,step]
 INLINE void filter_gradients(const float *u, float *gw, long step, long c, int n) {
   vec d[TAPS];
   UNROLL for (int k = 0; k < TAPS; k++) d[k] = load(u + k * step + c, n);
